@@ -1,0 +1,1 @@
+"""One training step as pure functions of tensors: objective, standardization, dropping, sharing."""

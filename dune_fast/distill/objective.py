@@ -1,0 +1,135 @@
+"""From projections and teachers' features to one scalar: per-image losses, which of them count, their mean.
+
+    L[t, b] = mean over token types of the token loss;   loss = sum(c * L) / sum(c),   c in {0, 1}
+
+Everything is a tensor on the device: no value is read by the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dune_fast.distill.standardization import Features, Standardizer
+from kernels.distill_loss import distill_loss
+from kernels.teacher_drop import teacher_drop
+
+SHARING = ("full", "none", "generic")
+
+
+@dataclass
+class TermWeights:
+    """Coefficients of the two terms of a token's loss."""
+
+    cosine: float = 0.5
+    """Of 1 - cos."""
+    smooth_l1: float = 0.5
+    """Of the mean smooth-L1."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """The loss and which teacher's loss counts on which image."""
+
+    cls: TermWeights = field(default_factory=TermWeights)
+    """Of the cls token. AM-RADIO: 1 and 0."""
+    patch: TermWeights = field(default_factory=TermWeights)
+    """Of patch tokens. AM-RADIO: 0.9 and 0.1."""
+    beta: float = 1.0
+    """Where smooth-L1 turns from quadratic to linear."""
+    sharing: str = "full"
+    """Data sharing: "full" (every teacher on every image), "none" (a teacher on images of its own datasets only),
+    "generic" (its own and the generic ones)."""
+    drop_probability: float = 0.5
+    """Teacher dropping with sharing "full": every teacher but the hardest of an image is dropped with this probability."""
+    generic_group: str = "generic"
+    """The dataset group that sharing "generic" opens to every teacher."""
+
+    def __post_init__(self) -> None:
+        if self.sharing not in SHARING:
+            raise ValueError(f"objective.sharing is {self.sharing!r}; choose one of {', '.join(SHARING)}")
+        if not 0.0 <= self.drop_probability <= 1.0:
+            raise ValueError(f"objective.drop_probability is {self.drop_probability}; it must lie in [0, 1]")
+
+
+def ownership(
+    own_groups: Mapping[str, Sequence[str]], groups: Sequence[str], cfg: ObjectiveConfig, device: torch.device
+) -> Tensor:
+    """Which dataset groups count for which teacher under `cfg.sharing`, bool [T, G].
+
+    Args:
+        own_groups: teacher -> the groups of its own datasets.
+        groups: all groups, in the order of a batch's group indices.
+
+    Raises:
+        ValueError: a teacher would never get an image.
+    """
+    rows = []
+    for name, own in own_groups.items():
+        allowed = {"full": set(groups), "none": set(own), "generic": {*own, cfg.generic_group}}[cfg.sharing]
+        row = [group in allowed for group in groups]
+        if not any(row):
+            raise ValueError(
+                f"teacher {name!r} never gets an image: its groups {sorted(allowed)} with objective.sharing="
+                f"{cfg.sharing!r} are none of the data's groups {list(groups)}"
+            )
+        rows.append(row)
+    return torch.tensor(rows, device=device)
+
+
+def teacher_losses(
+    projections: Features,
+    features: Features,
+    standardizers: Mapping[str, Mapping[str, Standardizer]] | None,
+    cfg: ObjectiveConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of every teacher on every image, and its parts.
+
+    Args:
+        projections: the student's, teacher -> token type -> [B, C] or [B, N, C].
+        features: the teachers', raw; already standardized where `standardizers` is None.
+
+    Returns:
+        L float32 [T, B] in the order of `features`, and parts `<teacher>/<token>/{cosine,smooth_l1,total}` -> [B],
+        detached.
+    """
+    losses, parts = [], {}
+    for name, tokens in features.items():
+        per_token = []
+        for token, target in tokens.items():
+            mean, inv_std = standardizers[name][token] if standardizers is not None else (None, None)
+            weights: TermWeights = getattr(cfg, token)
+            result = distill_loss(
+                projections[name][token], target, mean, inv_std, weights.cosine, weights.smooth_l1, cfg.beta
+            )
+            per_token.append(result.total)
+            parts[f"{name}/{token}/cosine"] = result.cosine
+            parts[f"{name}/{token}/smooth_l1"] = result.smooth_l1
+            parts[f"{name}/{token}/total"] = result.total.detach()
+        losses.append(torch.stack(per_token).mean(0))
+    return torch.stack(losses), parts
+
+
+def coefficients(
+    losses: Tensor, own: Tensor, groups: Tensor, positions: Tensor, step: int, seed: int, cfg: ObjectiveConfig
+) -> Tensor:
+    """c of the formula, float32 [T, B].
+
+    Args:
+        losses: [T, B].
+        own: bool [T, G] of `ownership`.
+        groups: int64 [B], dataset group of each image.
+        positions: int64 [B], global index of each image in the run.
+        step, seed: of the run.
+    """
+    if cfg.sharing == "full":
+        return teacher_drop(losses, positions, step, seed, cfg.drop_probability)
+    return own[:, groups].to(losses.dtype)
+
+
+def combine(losses: Tensor, c: Tensor) -> Tensor:
+    """sum(c * L) / sum(c), a scalar; 0 where no loss counts."""
+    return (c * losses).sum() / c.sum().clamp_min(1.0)

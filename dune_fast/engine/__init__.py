@@ -1,0 +1,1 @@
+"""The run: DeepSpeed engine, trainer, schedules, checkpoints, logging."""

@@ -1,0 +1,1 @@
+"""The one transformer (student, teachers, projectors) and the projectors."""

@@ -1,0 +1,198 @@
+"""Projectors: from the student's tokens to each teacher's features. Thrown away after distillation.
+
+    TP  transformer projector (DUNE): one block over [cls, patches], then a linear layer
+    LP  ladder of projectors (UNIC): an own MLP per teacher, token type and chosen block, summed over the blocks
+    SP  simple projector (AM-RADIO): an MLP on every token, version 1 or 2
+
+A projector maps {block index: tokens [B, 1 + N, D]} (cls first, registers left out) to {"cls": [B, C], "patch":
+[B, N, C]}; `blocks` says which block outputs it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dune_fast.nn.block import Block, init_linear
+
+Tokens = Mapping[int, Tensor]
+Projection = dict[str, Tensor]
+
+
+@dataclass
+class ProjectorConfig:
+    """Which projector stands between the student and every teacher."""
+
+    kind: str = "tp"
+    """"tp", "lp" or "sp"."""
+    num_blocks: int = 1
+    """TP: transformer blocks before the linear layer."""
+    num_heads: int | None = None
+    """TP: attention heads; as many as the student's by default."""
+    mlp_ratio: float = 4.0
+    """TP: hidden channels of the block's MLP over the student's channels."""
+    layer_scale: float | None = 1e-4
+    """TP: initial LayerScale."""
+    which_blocks: list[int] = field(default_factory=list)
+    """LP: encoder blocks that carry a projector, from 0; empty for all."""
+    hidden_dim: int = 768
+    """LP and SP: hidden channels (LP: of every block but the last)."""
+    last_hidden_dim: int = 3072
+    """LP: hidden channels at the encoder's last block."""
+    prenorm: bool = False
+    """LP: LayerNorm before the first linear layer."""
+    midnorm: bool = False
+    """LP: LayerNorm after the first linear layer."""
+    version: int = 2
+    """SP: 1 = Linear LN ReLU Linear; 2 = Linear [LN GELU Linear] x num_inner, LN GELU Linear."""
+    num_inner: int = 0
+    """SP version 2: inner layers."""
+
+
+def split_cls(x: Tensor) -> Projection:
+    """[B, 1 + N, C] -> cls [B, C] and patch [B, N, C], views."""
+    return {"cls": x[:, 0], "patch": x[:, 1:]}
+
+
+class TransformerProjector(nn.Module):
+    """TP: transformer blocks, then Linear(D -> C). The linear layers keep PyTorch's default initialisation."""
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        num_heads: int,
+        num_blocks: int = 1,
+        mlp_ratio: float = 4.0,
+        layer_scale: float | None = 1e-4,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(input_dim, num_heads, mlp_ratio, layer_scale) for _ in range(num_blocks))
+        self.linear = nn.Linear(input_dim, output_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 1 + N, D] -> [B, 1 + N, C]."""
+        for block in self.blocks:
+            x = block(x)
+        return self.linear(x)
+
+
+class LadderMLP(nn.Module):
+    """One rung of the ladder: [LN] Linear [LN] GELU Linear (LN eps 1e-5); truncated normal 0.02 and zero bias."""
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, prenorm: bool, midnorm: bool) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.LayerNorm(input_dim)] if prenorm else []
+        layers.append(nn.Linear(input_dim, hidden_dim))
+        layers += [nn.LayerNorm(hidden_dim)] if midnorm else []
+        layers += [nn.GELU(), nn.Linear(hidden_dim, output_dim)]
+        self.layers = nn.Sequential(*layers)
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                init_linear(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class LadderProjector(nn.Module):
+    """LP for one teacher: `cls.<block>` and `patch.<block>` MLPs whose outputs are summed over the blocks."""
+
+    def __init__(
+        self, input_dim: int, output_dim: int, blocks: Sequence[int], hidden_dims: Sequence[int],
+        prenorm: bool = False, midnorm: bool = False, token_types: Sequence[str] = ("cls", "patch"),
+    ) -> None:  # fmt: skip
+        super().__init__()
+        for token in token_types:
+            rungs = {
+                str(block): LadderMLP(input_dim, hidden, output_dim, prenorm, midnorm)
+                for block, hidden in zip(blocks, hidden_dims, strict=True)
+            }
+            self.add_module(token, nn.ModuleDict(rungs))
+        self.token_types = tuple(token_types)
+
+    def forward(self, tokens: Tokens) -> Projection:
+        """{block: [B, 1 + N, D]} -> {"cls": [B, C], "patch": [B, N, C]}."""
+        parts = {block: split_cls(x) for block, x in tokens.items()}
+        projection = {}
+        for token in self.token_types:
+            rungs = [rung(parts[int(block)][token]) for block, rung in getattr(self, token).items()]
+            projection[token] = torch.stack(rungs).sum(0) if len(rungs) > 1 else rungs[0]
+        return projection
+
+
+class SimpleProjector(nn.Module):
+    """SP: a token-wise MLP (Ranzinger et al., AM-RADIO, CVPR 2024). [B, 1 + N, D] -> [B, 1 + N, C]."""
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, version: int = 2, num_inner: int = 0) -> None:
+        super().__init__()
+        if version not in (1, 2):
+            raise ValueError(f"simple projector version {version}; choose 1 or 2")
+        layers: list[nn.Module] = [nn.Linear(input_dim, hidden_dim)]
+        if version == 1:
+            layers += [nn.LayerNorm(hidden_dim), nn.ReLU()]
+        else:
+            for _ in range(num_inner):
+                layers += [nn.LayerNorm(hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim)]
+            layers += [nn.LayerNorm(hidden_dim), nn.GELU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden_dim, output_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Projectors(nn.ModuleDict):
+    """One projector a teacher, all of one kind.
+
+    Args:
+        cfg: kind and sizes.
+        embed_dim, depth, num_heads: of the student.
+        teachers: name -> (channels, token types) of the teacher's features.
+
+    Raises:
+        ValueError: unknown kind, or blocks that the encoder does not have.
+    """
+
+    def __init__(
+        self,
+        cfg: ProjectorConfig,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        teachers: Mapping[str, tuple[int, Sequence[str]]],
+    ) -> None:
+        super().__init__()
+        last = depth - 1
+        self.kind = cfg.kind
+        self.token_types = {name: tuple(tokens) for name, (_, tokens) in teachers.items()}
+        self.blocks = (cfg.which_blocks or list(range(depth))) if cfg.kind == "lp" else [last]
+        if any(not 0 <= i <= last for i in self.blocks):
+            raise ValueError(f"projector.which_blocks {self.blocks}: the student's blocks are 0 to {last}")
+        for name, (channels, token_types) in teachers.items():
+            if cfg.kind == "tp":
+                self[name] = TransformerProjector(
+                    embed_dim, channels, cfg.num_heads or num_heads, cfg.num_blocks, cfg.mlp_ratio, cfg.layer_scale
+                )
+            elif cfg.kind == "sp":
+                self[name] = SimpleProjector(embed_dim, cfg.hidden_dim, channels, cfg.version, cfg.num_inner)
+            elif cfg.kind == "lp":
+                hidden = [cfg.last_hidden_dim if i == last else cfg.hidden_dim for i in self.blocks]
+                self[name] = LadderProjector(
+                    embed_dim, channels, self.blocks, hidden, cfg.prenorm, cfg.midnorm, token_types
+                )
+            else:
+                raise ValueError(f"projector kind {cfg.kind!r}; choose 'tp', 'lp' or 'sp'")
+
+    def forward(self, tokens: Tokens) -> dict[str, Projection]:
+        """{block: [B, 1 + N, D]} -> teacher -> token type -> [B, C] or [B, N, C]."""
+        projections = {}
+        for name, projector in self.items():
+            if self.kind == "lp":
+                projections[name] = projector(tokens)
+            else:
+                both = split_cls(projector(tokens[self.blocks[-1]]))
+                projections[name] = {token: both[token] for token in self.token_types[name]}
+        return projections

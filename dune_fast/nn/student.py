@@ -1,0 +1,57 @@
+"""What is trained: the encoder and one projector a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dune_fast.nn.projectors import Projection, ProjectorConfig, Projectors
+from dune_fast.nn.vit import ViTConfig, VisionTransformer
+
+
+class Student(nn.Module):
+    """Encoder and projectors. images [B, 3, H, W] -> teacher -> token type -> [B, C] or [B, N, C].
+
+    The projectors take un-normalised [cls, patches] without the registers, so no loss reaches the encoder's final norm:
+    it is frozen at gamma = 1, beta = 0.
+    """
+
+    def __init__(
+        self, encoder: ViTConfig, projector: ProjectorConfig, teachers: Mapping[str, tuple[int, Sequence[str]]]
+    ) -> None:
+        super().__init__()
+        if not encoder.cls_token:
+            raise ValueError("the student needs a cls token: the projectors' input is [cls, patches]")
+        self.encoder = VisionTransformer(encoder)
+        self.encoder.norm.requires_grad_(False)
+        self.projectors = Projectors(projector, encoder.embed_dim, encoder.depth, encoder.num_heads, teachers)
+
+    def tokens(self, images: Tensor) -> dict[int, Tensor]:
+        """[cls, patches] after the blocks that the projectors read: block -> un-normalised [B, 1 + N, D]."""
+        outputs = self.encoder.block_outputs(images, self.projectors.blocks)
+        prefix = self.encoder.num_prefix_tokens
+        if prefix == 1:
+            return outputs
+        return {i: torch.cat([x[:, :1], x[:, prefix:]], dim=1) for i, x in outputs.items()}
+
+    def forward(self, images: Tensor) -> dict[str, Projection]:
+        return self.projectors(self.tokens(images))
+
+
+def build_student(
+    encoder: ViTConfig, projector: ProjectorConfig, teachers: Mapping[str, tuple[int, Sequence[str]]], seed: int = 0
+) -> Student:
+    """A student with initial weights that are a function of the configuration and `seed` alone.
+
+    Args:
+        encoder: the encoder's architecture.
+        projector: kind and sizes of the projectors.
+        teachers: name -> (channels, token types) of each teacher's features.
+    """
+    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
+        torch.manual_seed(seed)
+        student = Student(encoder, projector, teachers)
+        student.encoder.init_weights()
+    return student

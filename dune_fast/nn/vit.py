@@ -1,0 +1,256 @@
+"""One pre-norm Vision Transformer for student, teachers and transformer projectors.
+
+    x = x + ls1 * Attention(LN(x));  x = x + ls2 * MLP(LN(x))
+
+with optional cls and register tokens, LayerScale, RoPE2D instead of a position table, and a final norm. The order of
+tokens is [cls, registers, patches]; positions are added to [cls, patches], the registers get none (Darcet et al.,
+"Vision Transformers Need Registers", ICLR 2024). Parameter names are those of DINOv2's releases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dune_fast.nn.block import LAYER_NORM_EPS, Block, init_linear
+from kernels.rope2d import grid_positions, rope2d_angles
+
+
+@dataclass
+class ViTConfig:
+    """Architecture of a Vision Transformer."""
+
+    image_size: int = 336
+    """Square input, in pixels, that the position table is made for; other sizes are interpolated."""
+    patch_size: int = 14
+    """Side of a patch in pixels."""
+    embed_dim: int = 768
+    """Channels of a token."""
+    depth: int = 12
+    """Number of blocks."""
+    num_heads: int = 12
+    """Attention heads of a block."""
+    mlp_ratio: float = 4.0
+    """Hidden channels of the MLP over `embed_dim`."""
+    num_registers: int = 4
+    """Register tokens between cls and patches."""
+    layer_scale: float | None = 1e-4
+    """Initial value of LayerScale's gamma; null for none."""
+    cls_token: bool = True
+    """Whether a class token leads the sequence."""
+    pos_embed: str = "learned"
+    """"learned" (a table, interpolated bicubically) or "rope2d" (rotary, no table)."""
+    interpolate_offset: float = 0.1
+    """Interpolation of the table: above 0 by the scale factor (n + offset) / M, as the published student; 0 by size."""
+    interpolate_antialias: bool = False
+    """Antialiased interpolation of the table, as the register models of DINOv2's release."""
+    final_norm: bool = True
+    """Whether there is a LayerNorm after the last block."""
+
+    def __post_init__(self) -> None:
+        if self.pos_embed not in ("learned", "rope2d"):
+            raise ValueError(f"pos_embed is {self.pos_embed!r}; choose 'learned' or 'rope2d'")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}; "
+                f"the nearest are {nearest_multiples(self.image_size, self.patch_size)}"
+            )
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+
+
+def nearest_multiples(size: int, step: int) -> str:
+    """The multiples of `step` on both sides of `size`, for error messages: "98 and 112"."""
+    below = size // step * step
+    return f"{below} and {below + step}" if below else str(step)
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into patches and projects each. images: [B, 3, H, W] -> [B, H/p * W/p, D], row-major."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """The encoder.
+
+    Tokens that leave `forward_tokens` and `block_outputs` are not normalised: the distillation's projectors take them
+    like that. `forward` applies the final norm and returns the dictionary that users of DINOv2 know.
+    """
+
+    def __init__(self, cfg: ViTConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        dim = cfg.embed_dim
+        self.patch_embed = PatchEmbed(cfg.patch_size, dim)
+        if cfg.cls_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if cfg.pos_embed == "learned":
+            patches = (cfg.image_size // cfg.patch_size) ** 2
+            self.pos_embed = nn.Parameter(torch.zeros(1, int(cfg.cls_token) + patches, dim))
+        if cfg.num_registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, cfg.num_registers, dim))
+        self.blocks = nn.ModuleList(
+            Block(dim, cfg.num_heads, cfg.mlp_ratio, cfg.layer_scale) for _ in range(cfg.depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS) if cfg.final_norm else nn.Identity()
+
+    def init_weights(self) -> VisionTransformer:
+        """Draws the student's initial weights from torch's generator; see `dune_fast.nn.student.build_student`.
+
+        Truncated normal 0.02 for linear weights and positions, zero biases, 1e-6 normal for cls and registers; the
+        patch projection keeps PyTorch's default.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_linear(module)
+        if self.cfg.pos_embed == "learned":
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.cfg.cls_token:
+            nn.init.normal_(self.cls_token, std=1e-6)
+        if self.cfg.num_registers:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        return self
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: cls and registers."""
+        return int(self.cfg.cls_token) + self.cfg.num_registers
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of images [B, 3, H, W]; ValueError if H or W is not a multiple of the patch."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"the encoder takes images of shape [B, 3, H, W], got {list(images.shape)}")
+        height, width = images.shape[-2:]
+        patch = self.cfg.patch_size
+        for name, size in (("height", height), ("width", width)):
+            if size % patch or size == 0:
+                raise ValueError(
+                    f"image {name} {size} is not a multiple of the patch size {patch}; "
+                    f"the nearest are {nearest_multiples(size, patch)}"
+                )
+        return height // patch, width // patch
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """The position table for a grid of height x width patches, [1, cls + height * width, D]."""
+        table = self.pos_embed
+        prefix = int(self.cfg.cls_token)
+        count = table.shape[1] - prefix
+        if count == height * width and height == width:
+            return table
+        side = math.isqrt(count)
+        offset = self.cfg.interpolate_offset
+        # The published student divides (n + 0.1) by M and hands the factor on: the sampling points differ slightly from
+        # those of interpolation to a size, and trained tables are tied to them.
+        target = (
+            {"scale_factor": ((height + offset) / side, (width + offset) / side)}
+            if offset
+            else {"size": (height, width)}
+        )
+        patches = table[:, prefix:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        patches = F.interpolate(patches, mode="bicubic", antialias=self.cfg.interpolate_antialias, **target)
+        assert patches.shape[-2:] == (height, width), (patches.shape, height, width)
+        return torch.cat([table[:, :prefix], patches.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to the tokens before the first block, [B, P + N, D]."""
+        height, width = self.grid(images)
+        x = self.patch_embed(images)
+        if self.cfg.cls_token:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        if self.cfg.pos_embed == "learned":
+            x = x + self.positions(height, width)
+        if self.cfg.num_registers:
+            at = int(self.cfg.cls_token)
+            x = torch.cat([x[:, :at], self.register_tokens.expand(len(x), -1, -1).to(x.dtype), x[:, at:]], dim=1)
+        return x
+
+    def rope(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Angles of RoPE2D for the grid of these images; None where a table holds the positions."""
+        if self.cfg.pos_embed != "rope2d":
+            return None
+        if self.num_prefix_tokens:
+            raise ValueError("RoPE2D has no position for cls and register tokens: set cls_token false, num_registers 0")
+        positions = grid_positions(*self.grid(images), device=images.device)
+        return rope2d_angles(positions, self.cfg.embed_dim // self.cfg.num_heads)
+
+    def block_outputs(self, images: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
+        """Un-normalised tokens after chosen blocks.
+
+        Args:
+            images: [B, 3, H, W].
+            blocks: indices from 0; -1 is the embedding before the first block. No block beyond the largest is run.
+
+        Returns:
+            block index -> [B, P + N, D].
+        """
+        unknown = [i for i in blocks if not -1 <= i < len(self.blocks)]
+        if unknown or not blocks:
+            raise ValueError(f"blocks {list(blocks)} of an encoder with {len(self.blocks)}: give some of -1 .. {len(self.blocks) - 1}")
+        x = self.embed(images)
+        rope = self.rope(images)
+        outputs = {-1: x} if -1 in blocks else {}
+        for i, block in enumerate(self.blocks[: max(blocks) + 1]):
+            x = block(x, rope)
+            if i in blocks:
+                outputs[i] = x
+        return outputs
+
+    def forward_tokens(self, images: Tensor) -> Tensor:
+        """Un-normalised tokens after the last block, [B, P + N, D]."""
+        last = len(self.blocks) - 1
+        return self.block_outputs(images, [last])[last]
+
+    def split(self, tokens: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Tokens [B, P + N, D] into (cls [B, D] or None, registers [B, R, D], patches [B, N, D]), views."""
+        at = int(self.cfg.cls_token)
+        cls = tokens[:, 0] if self.cfg.cls_token else None
+        return cls, tokens[:, at : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Features as DINOv2 names them.
+
+        Returns:
+            `x_norm_clstoken` [B, D] (where there is a cls token), `x_norm_regtokens` [B, R, D], `x_norm_patchtokens`
+            [B, N, D], `x_prenorm` [B, P + N, D].
+        """
+        tokens = self.forward_tokens(images)
+        cls, registers, patches = self.split(self.norm(tokens))
+        features = {"x_norm_regtokens": registers, "x_norm_patchtokens": patches, "x_prenorm": tokens}
+        return features if cls is None else {"x_norm_clstoken": cls, **features}
+
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple:
+        """Patch tokens of the last `n` blocks (or of the blocks listed), normed by default.
+
+        Returns:
+            A tuple over blocks of [B, N, D], or [B, D, H/p, W/p] with `reshape`; pairs (patches, cls) with
+            `return_class_token`.
+        """
+        depth = len(self.blocks)
+        blocks = list(range(depth - n, depth)) if isinstance(n, int) else [int(i) for i in n]
+        outputs = self.block_outputs(images, blocks)
+        height, width = self.grid(images)
+        layers = []
+        for i in blocks:
+            cls, _, patches = self.split(self.norm(outputs[i]) if norm else outputs[i])
+            if reshape:
+                patches = patches.transpose(1, 2).unflatten(2, (height, width)).contiguous()
+            layers.append((patches, cls) if return_class_token else patches)
+        return tuple(layers)

@@ -1,0 +1,76 @@
+"""Self-attention over a packed qkv tensor, through the fastest implementation that the device has.
+
+    out[b, i, h] = sum_j softmax_j(q[b, i, h] . k[b, j, h] / sqrt(head_dim)) v[b, j, h]
+
+Minimal bytes moved: read qkv, write out: 4 * B * N * H * D elements; nothing of size N x N reaches memory.
+Shapes: qkv [B, N, 3, H, D] -> out [B, N, H, D].
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+BACKENDS = ("auto", "flash_attn", "flash", "cudnn", "efficient", "math")
+
+_SDP = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+@functools.cache
+def flash_attn_installed() -> bool:
+    """Whether the flash-attn 2 package (the `flash` extra) can be imported."""
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def resolve_backend(backend: str, qkv: Tensor) -> str:
+    """The backend that `attention` uses for this tensor: `backend` itself, or the choice that "auto" stands for."""
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if backend == "flash_attn" and not flash_attn_installed():
+        raise ValueError("attention backend 'flash_attn' needs the package flash-attn: pip install 'dune-fast[flash]'")
+    if backend != "auto":
+        return backend
+    half = qkv.dtype in (torch.float16, torch.bfloat16)
+    if qkv.is_cuda and half and qkv.shape[-1] <= 256 and flash_attn_installed():
+        return "flash_attn"
+    return "auto"  # scaled_dot_product_attention's own order of preference
+
+
+def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
+    """Softmax self-attention.
+
+    Args:
+        qkv: [B, N, 3, H, D], fp32, bf16 or fp16; queries, keys and values along dimension 2.
+        backend: "auto" takes flash-attn where it is installed and applies (CUDA, half precision), else what
+            `torch.nn.functional.scaled_dot_product_attention` prefers on the device; the others force one.
+
+    Returns:
+        [B, N, H, D], the dtype of `qkv`.
+
+    Raises:
+        ValueError: `qkv` is not [B, N, 3, H, D], or the backend is unknown or not installed.
+    """
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"attention takes qkv of shape [B, N, 3, heads, head_dim], got {list(qkv.shape)}")
+    backend = resolve_backend(backend, qkv)
+    if backend == "flash_attn":
+        from flash_attn import flash_attn_qkvpacked_func
+
+        return flash_attn_qkvpacked_func(qkv)
+    q, k, v = qkv.transpose(1, 3).unbind(2)  # each [B, H, N, D], views
+    if backend == "auto":
+        out = F.scaled_dot_product_attention(q, k, v)
+    else:
+        with sdpa_kernel(_SDP[backend]):
+            out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2)
