@@ -12,8 +12,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, MissingConfigException
-from omegaconf import OmegaConf
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dali_pipelines.datasets import DataConfig
@@ -24,6 +24,7 @@ from dune_fast.engine.schedules import iterations
 from dune_fast.nn.projectors import ProjectorConfig
 from dune_fast.nn.vit import ViTConfig, nearest_multiples
 from teachers.config import TeacherConfig
+from teachers.registry import check_family
 
 
 class ConfigError(ValueError):
@@ -151,10 +152,10 @@ def compose_config(overrides: list[str], folder: Path | None = None) -> RunConfi
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
             composed = compose("config", overrides=overrides)
-        cfg = OmegaConf.to_object(composed)
+        cfg = OmegaConf.to_object(_strict(OmegaConf.to_container(composed, resolve=True)))
     except MissingConfigException as error:
         raise ConfigError(_explain_missing(error, folder)) from None
-    except (ConfigCompositionException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from None
     except ValueError as error:  # a dataclass refused its values
         raise ConfigError(str(error)) from None
@@ -163,11 +164,15 @@ def compose_config(overrides: list[str], folder: Path | None = None) -> RunConfi
     return cfg
 
 
+def _strict(values: Any) -> DictConfig:
+    """Values under the schema; a field that it does not have is an error, even one added with Hydra's `+`."""
+    return OmegaConf.merge(OmegaConf.structured(RunConfig), values)
+
+
 def load_config(path: Path) -> RunConfig:
     """Reads the `config.yaml` that a run has dumped."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path))
-        cfg = OmegaConf.to_object(merged)
+        cfg = OmegaConf.to_object(_strict(OmegaConf.load(path)))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: {path.parent} is not the folder of a run") from None
     except (OmegaConfBaseException, ValueError) as error:
@@ -193,6 +198,7 @@ def validate(cfg: RunConfig) -> None:
         )
     grid = cfg.image_size // cfg.student.patch_size
     for name, teacher in cfg.teachers.items():
+        check_family(name, teacher.family)
         if grid % teacher.grid_multiple:
             step = cfg.student.patch_size * teacher.grid_multiple
             raise ConfigError(
@@ -246,8 +252,8 @@ def _field_names(kind: Any = RunConfig, prefix: str = "") -> list[str]:
 def _explain(error: Exception, overrides: list[str]) -> str:
     """A sentence for an override that does not fit the schema."""
     text = str(error.__cause__ or error).strip()
-    match = re.search(r"Could not override '([\w.@/]+)'", str(error))
-    key = match.group(1) if match else None
+    match = re.search(r"Could not override '([\w.@/]+)'|Key '([\w.]+)' not in", str(error))
+    key = (match.group(1) or match.group(2)) if match else None
     if key is not None:
         close = difflib.get_close_matches(key, _field_names(), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(close)}?" if close else "; `dune-fast config` prints all fields"

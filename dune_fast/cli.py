@@ -1,0 +1,112 @@
+"""`dune-fast`: one command for everything a user runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TRAIN_SCRIPT = Path(__file__).with_name("train.py")
+
+
+def distill(args: argparse.Namespace) -> int:
+    """Launches the training on this machine's accelerators, through DeepSpeed's launcher."""
+    from dune_fast.engine.config import compose_config
+
+    compose_config(args.overrides)  # a wrong configuration is said once, before anything is launched
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_nodes", "1", "--num_gpus", str(args.processes or _processes())]
+    command += ["--master_port", str(args.port)] if args.port else ["--master_port", str(_free_port())]
+    command += [str(TRAIN_SCRIPT), *(["--debug"] if args.debug else []), *args.overrides]
+    environment = {**os.environ, "DS_SKIP_CUDA_CHECK": "1"}
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _processes() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Held-out agreement and figures of a finished run."""
+    from dune_fast.evaluate.run import evaluate_run
+
+    evaluate_run(args.run, figures=not args.no_figures)
+    return 0
+
+
+def config(args: argparse.Namespace) -> int:
+    """Prints the resolved configuration."""
+    from omegaconf import OmegaConf
+
+    from dune_fast.engine.config import compose_config
+
+    sys.stdout.write(OmegaConf.to_yaml(OmegaConf.structured(compose_config(args.overrides)), resolve=True))
+    return 0
+
+
+def fetch(args: argparse.Namespace) -> int:
+    """Fetches the demo's weights and photographs into the cache."""
+    from teachers.assets import ASSETS
+    from teachers.assets import fetch as fetch_asset
+
+    for name in args.names or list(ASSETS):
+        sys.stdout.write(f"{name}: {fetch_asset(name)}\n")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their flags."""
+    parser = argparse.ArgumentParser(prog="dune-fast", description="Multi-teacher distillation of vision encoders.")
+    parser.add_argument("--debug", action="store_true", help="log more, show tracebacks")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    hydra = {"nargs": "*", "metavar": "OVERRIDE", "help": "Hydra overrides, e.g. experiment=demo train.steps=100"}
+
+    sub = commands.add_parser("distill", help="train a student", description=distill.__doc__)
+    sub.add_argument("overrides", **hydra)
+    sub.add_argument("-n", "--processes", type=int, default=0, help="processes on this machine (default: one a GPU, else one)")
+    sub.add_argument("--port", type=int, default=0, help="port of the rendezvous (default: a free one)")
+    sub.set_defaults(run_command=distill)
+
+    sub = commands.add_parser("evaluate", help="evaluate a finished run", description=evaluate.__doc__)
+    sub.add_argument("run", type=Path, help="folder of the run, e.g. runs/demo")
+    sub.add_argument("--no-figures", action="store_true", help="numbers only")
+    sub.set_defaults(run_command=evaluate)
+
+    sub = commands.add_parser("config", help="print a configuration", description=config.__doc__)
+    sub.add_argument("overrides", **hydra)
+    sub.set_defaults(run_command=config)
+
+    sub = commands.add_parser("fetch", help="fetch the demo's assets", description=fetch.__doc__)
+    sub.add_argument("names", nargs="*", metavar="NAME", help="assets (default: all)")
+    sub.set_defaults(run_command=fetch)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    from dune_fast.train import logger, setup_logging
+
+    args = build_parser().parse_args(argv)
+    setup_logging(args.debug, rank=0)
+    try:
+        return args.run_command(args)
+    except ValueError as error:
+        logger.error("%s", error, exc_info=args.debug)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

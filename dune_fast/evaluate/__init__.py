@@ -1,0 +1,1 @@
+"""What a student has learned: held-out agreement with its teachers, figures."""

@@ -1,0 +1,106 @@
+"""Agreement of the student's projections with every teacher on held-out images.
+
+    cos(s, (t - mean) / std), averaged over images (and patches), with the teachers' running statistics
+
+1 means the student's projection points where the standardized teacher does; 0 is what unrelated features give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor, nn
+
+from dali_pipelines.loader import Batch
+from dune_fast.distill.standardization import AllReduce, TeacherStatistics
+from kernels.distill_loss import standardize
+from teachers.ensemble import TeacherEnsemble
+
+Cosines = dict[str, dict[str, float]]
+"""teacher -> token type -> mean cosine similarity"""
+
+
+@torch.no_grad()
+def held_out_cosines(
+    students: Mapping[str, nn.Module],
+    teachers: TeacherEnsemble,
+    statistics: TeacherStatistics,
+    batches: Iterable[Batch],
+    autocast_dtype: torch.dtype | None = None,
+    all_reduce: AllReduce | None = None,
+) -> dict[str, Cosines]:
+    """Mean cosine similarity of several students on the same images.
+
+    Args:
+        students: name -> images -> teacher -> token type -> projection.
+        teachers: frozen.
+        statistics: their running statistics standardize.
+        batches: this rank's share of the held-out images.
+        autocast_dtype: as in training.
+        all_reduce: sums a tensor over ranks.
+
+    Returns:
+        student -> teacher -> token type -> cosine, over the images of all ranks.
+
+    Raises:
+        ValueError: there is no held-out image on any rank.
+    """
+    standardizers = statistics.running()
+    keys = [(s, t, token) for s in students for t, token, _ in statistics.items()]
+    device = next(statistics.buffers()).device
+    sums = torch.zeros(len(keys) + 1, dtype=torch.float64, device=device)  # the last one counts images
+    for batch in batches:
+        features = teachers(batch.images)
+        projections = {}
+        with torch.autocast(batch.images.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            for name, student in students.items():
+                projections[name] = student(batch.images)
+        for i, (name, teacher, token) in enumerate(keys):
+            target = standardize(features[teacher][token], *standardizers[teacher][token])
+            cosine = F.cosine_similarity(projections[name][teacher][token].float(), target, dim=-1)
+            sums[i] += cosine.flatten(1).mean(1).sum() if cosine.ndim > 1 else cosine.sum()
+        sums[-1] += len(batch.images)
+    if all_reduce is not None:
+        all_reduce(sums)
+    totals = sums.tolist()
+    if totals[-1] == 0:
+        raise ValueError("there is no held-out image: set data.datasets.<name>.holdout or val_root")
+    result: dict[str, Cosines] = {}
+    for (name, teacher, token), total in zip(keys, totals, strict=False):
+        result.setdefault(name, {}).setdefault(teacher, {})[token] = total / totals[-1]
+    return result
+
+
+def cosine_table(result: Mapping[str, Cosines]) -> Table:
+    """A table: a row for each teacher and token type, a column for each student."""
+    table = Table(title="Cosine similarity to the teachers on held-out images")
+    table.add_column("teacher")
+    table.add_column("tokens")
+    for name in result:
+        table.add_column(name, justify="right")
+    first = next(iter(result.values()))
+    for teacher, tokens in first.items():
+        for token in tokens:
+            table.add_row(teacher, token, *(f"{cosines[teacher][token]:.3f}" for cosines in result.values()))
+    return table
+
+
+def pca_rgb(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The first three principal components of patch tokens as colours, each component's range mapped to [0, 1].
+
+    Args:
+        tokens: [height * width, C].
+
+    Returns:
+        float32 [height, width, 3].
+    """
+    x = tokens.double() - tokens.double().mean(0)
+    _, _, vectors = torch.linalg.svd(x, full_matrices=False)
+    components = x @ vectors[:3].T
+    # a singular vector's sign is arbitrary: fix it, so that the same features always get the same colours
+    components = components * torch.where(components.mean(0) - components.median(0).values < 0, -1.0, 1.0)
+    low, high = components.amin(0), components.amax(0)
+    return ((components - low) / (high - low).clamp_min(1e-12)).reshape(height, width, -1).float()

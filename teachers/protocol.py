@@ -1,0 +1,79 @@
+"""What a teacher is: a trunk that turns images into features, and a reading of these features as tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, MutableMapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from teachers.config import TeacherConfig, check_config
+
+
+class Trunk(nn.Module):
+    """A frozen network: images [B, 3, H, W], normalised as it wants them, at its own resolution -> features.
+
+    What the features are is between the trunk and the teachers that read them.
+    """
+
+    patch_size: int
+    """Pixels, in each direction, that one patch token stands for."""
+    num_features: int
+    """Channels of a token."""
+    grid_multiple: int = 1
+    """Rows and columns of the patch grid must be multiples of this."""
+
+
+class Teacher(ABC):
+    """One teacher. Teachers with equal `trunk_key` share one trunk, which then runs once on an input they share.
+
+    Args:
+        name: what the run calls it.
+        config: see `TeacherConfig`.
+        trunks: trunks built so far, by key; a new one is added.
+
+    Raises:
+        ValueError: the configuration contradicts itself or the weights.
+        TeacherWeightsError: see `teachers.weights`.
+    """
+
+    token_types: ClassVar[Sequence[str]] = ("cls", "patch")
+    """Token types that the family has."""
+
+    def __init__(self, name: str, config: TeacherConfig, trunks: MutableMapping[Hashable, Trunk] | None = None) -> None:
+        check_config(name, config)
+        if lacking := [t for t in config.token_types if t not in self.token_types]:
+            raise ValueError(
+                f"teachers.{name}.token_types asks for {', '.join(lacking)}; "
+                f"the family {config.family!r} has {', '.join(self.token_types)} only"
+            )
+        self.name = name
+        self.config = config
+        trunks = {} if trunks is None else trunks
+        if self.trunk_key not in trunks:
+            trunks[self.trunk_key] = self.build_trunk()
+        self.trunk = trunks[self.trunk_key]
+        for key in ("patch_size", "num_features"):
+            given, found = getattr(config, key), getattr(self.trunk, key)
+            if given != found:
+                raise ValueError(f"teachers.{name}.{key} is {given}, but the weights {config.weights} have {found}")
+
+    @property
+    def trunk_key(self) -> Hashable:
+        """What makes two teachers' trunks the same network."""
+        return (self.config.family, self.config.weights)
+
+    @abstractmethod
+    def build_trunk(self) -> Trunk:
+        """The trunk with its weights loaded."""
+
+    @abstractmethod
+    def tokens(self, features: Any) -> dict[str, Tensor]:
+        """The trunk's features as {"cls": [B, C], "patch": [B, N, C]}, patches row-major; more types than asked for
+        may be given where they cost nothing."""
+
+    def read(self, features: Any) -> dict[str, Tensor]:
+        """The tokens that the configuration asks for: {"cls": [B, C], "patch": [B, N, C]} or one of them."""
+        tokens = self.tokens(features)
+        return {kind: tokens[kind] for kind in self.config.token_types}

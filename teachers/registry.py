@@ -1,0 +1,70 @@
+"""Families of teachers by name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Hashable, MutableMapping
+
+from teachers.config import TeacherConfig
+from teachers.protocol import Teacher, Trunk
+
+# One line a family. A module is imported when its family is asked for, so a package that only one teacher needs is
+# not needed by the others.
+_MODULES = {
+    "onnx_vit": "teachers.onnx_vit",
+    "xfeat": "teachers.xfeat",
+    "conv_patchify": "teachers.toy",
+}
+
+_FAMILIES: dict[str, type[Teacher]] = {}
+
+
+class UnknownTeacherError(ValueError):
+    """A configuration names a family that does not exist."""
+
+
+def register(family: str) -> Callable[[type[Teacher]], type[Teacher]]:
+    """Class decorator: `family` in a teacher's configuration means this class."""
+
+    def add(teacher: type[Teacher]) -> type[Teacher]:
+        if (other := _FAMILIES.get(family)) not in (None, teacher):
+            raise ValueError(f"the teacher family {family!r} is taken by {other.__module__}.{other.__qualname__}")
+        _FAMILIES[family] = teacher
+        return teacher
+
+    return add
+
+
+def families() -> list[str]:
+    """Names that a configuration may use."""
+    return sorted({*_MODULES, *_FAMILIES})
+
+
+def build_teacher(name: str, cfg: TeacherConfig, trunks: MutableMapping[Hashable, Trunk] | None = None) -> Teacher:
+    """The teacher that `cfg` describes, weights loaded, on the CPU.
+
+    Args:
+        name: what the run calls it.
+        cfg: see `TeacherConfig`.
+        trunks: trunks built so far, by key, to share; a new one is added.
+
+    Raises:
+        UnknownTeacherError: `cfg.family` is not registered.
+        ValueError: the configuration contradicts itself or the weights.
+        TeacherWeightsError: the weights are missing, damaged or of another model.
+    """
+    check_family(name, cfg.family)
+    if cfg.family not in _FAMILIES:
+        importlib.import_module(_MODULES[cfg.family])
+    return _FAMILIES[cfg.family](name, cfg, trunks)
+
+
+def check_family(name: str, family: str) -> None:
+    """UnknownTeacherError, with the close names, if no family is called that."""
+    if family not in families():
+        close = difflib.get_close_matches(family, families(), n=2)
+        hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+        raise UnknownTeacherError(
+            f"teachers.{name}.family is {family!r}, which does not exist; {hint}allowed: {', '.join(families())}"
+        )

@@ -1,0 +1,67 @@
+"""Configurations: every file of the group is valid, and every mistake is answered with what to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import teachers
+from teachers.config import TeacherConfig
+from teachers.registry import UnknownTeacherError, build_teacher, families, register
+
+CONFIGS = sorted((Path(teachers.__file__).parents[1] / "configs" / "teachers").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configuration_file_has_the_typed_fields_and_all_of_them(path):
+    loaded = OmegaConf.load(path)
+    cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TeacherConfig), loaded))
+    assert isinstance(cfg, TeacherConfig)
+    assert cfg.family in families()
+    assert set(loaded) == set(TeacherConfig.__dataclass_fields__)
+
+
+def test_unknown_family_is_answered_with_the_close_ones(toy_config):
+    with pytest.raises(UnknownTeacherError, match=r"teachers\.a\.family is 'xfeet'.*did you mean 'xfeat'\?.*onnx_vit"):
+        build_teacher("a", toy_config(family="xfeet"))
+
+
+def test_family_name_is_taken_once():
+    with pytest.raises(ValueError, match="is taken by teachers.toy"):
+        build_teacher("a", TeacherConfig(family="conv_patchify", weights="random:0"))
+        register("conv_patchify")(type("Other", (), {}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"token_types": ["cls", "register"]}, r"teachers\.a\.token_types"),
+        ({"token_types": []}, r"teachers\.a\.token_types"),
+        ({"mean": [0.5]}, r"teachers\.a\.mean"),
+        ({"std": [0.5, 0.0, 0.5]}, r"teachers\.a\.std"),
+        ({"patch_size": 0}, r"teachers\.a\.patch_size"),
+        ({"layer": 0}, r"teachers\.a\.layer"),
+        ({"weights": "random:many"}, "random:NUMBER"),
+        ({"weights": "nowhere.safetensors"}, "no weights file nowhere.safetensors"),
+        ({"family": "xfeat", "token_types": ["cls", "patch"]}, "has patch only"),
+    ],
+)
+def test_contradiction_names_the_field(toy_config, fields, message):
+    with pytest.raises(ValueError, match=message):
+        build_teacher("a", toy_config(**fields))
+
+
+def test_building_teachers_leaves_the_random_state_alone(toy_config):
+    # otherwise the student's initial weights would depend on which teachers a run has
+    before = torch.get_rng_state()
+    build_teacher("a", toy_config())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seed_decides_the_weights(toy_config):
+    a, b, c = (build_teacher("t", toy_config(weights=f"random:{seed}")).trunk.state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not any(torch.equal(a[key], c[key]) for key in a)
