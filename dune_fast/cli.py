@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,27 +13,19 @@ TRAIN_SCRIPT = Path(__file__).with_name("train.py")
 def distill(args: argparse.Namespace) -> int:
     """Launches the training on this machine's accelerators, through DeepSpeed's launcher."""
     from dune_fast.engine.config import compose_config
+    from dune_fast.engine.deepspeed_engine import free_port
 
     compose_config(args.overrides)  # a wrong configuration is said once, before anything is launched
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_nodes", "1", "--num_gpus", str(args.processes or _processes())]
-    command += ["--master_port", str(args.port)] if args.port else ["--master_port", str(_free_port())]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(args.processes or _processes())]
+    command += ["--master_port", str(args.port or free_port())]
     command += [str(TRAIN_SCRIPT), *(["--debug"] if args.debug else []), *args.overrides]
-    environment = {**os.environ, "DS_SKIP_CUDA_CHECK": "1"}
-    return subprocess.run(command, env=environment, check=False).returncode
+    return subprocess.run(command, check=False).returncode
 
 
 def _processes() -> int:
     import torch
 
     return max(1, torch.cuda.device_count())
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def evaluate(args: argparse.Namespace) -> int:

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 def _import_deepspeed() -> Any:
     """Imports DeepSpeed, quiet and without its CPU extensions."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would warn that it found no other
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger as deepspeed_logger
@@ -31,7 +33,8 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -44,16 +47,18 @@ def init_distributed() -> torch.device:
         This rank's device.
     """
     deepspeed = _import_deepspeed()
-    if "RANK" not in os.environ:  # not launched: python dune_fast/train.py
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
     if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "RANK" not in os.environ:  # not launched: python dune_fast/train.py
+            address = f"tcp://127.0.0.1:{free_port()}"
+            dist.init_process_group(backend, init_method=address, rank=0, world_size=1)
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     return device
 
 

@@ -123,8 +123,8 @@ class Trainer:
             self.loader.close()
         if self.rank == 0:
             checkpoints.export(self.run_dir, self.cfg, self.engine.module, self.statistics)
-            if self.loader.broken:
-                logger.warning("broken images that were skipped: %s", dict(self.loader.broken))
+            if any(self.loader.broken.values()):
+                logger.warning("broken images that were skipped, by dataset: %s", self.loader.broken)
         dist.barrier()
         return self.statistics
 

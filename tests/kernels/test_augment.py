@@ -1,0 +1,157 @@
+"""Colour augmentation against torchvision v2's functional operations, image by image."""
+
+import itertools
+
+import pytest
+import torch
+
+from kernels import augment
+from kernels.augment import ColourParams, augment_colour
+
+TF = pytest.importorskip("torchvision.transforms.v2.functional")
+
+
+def random_images(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (batch, height, width, 3), generator=g, dtype=torch.uint8)
+    images[0, :4] = 128  # gray pixels have no hue
+    images[0, 4:6] = torch.tensor([0, 0, 0], dtype=torch.uint8)
+    images[0, 6:8] = torch.tensor([255, 255, 255], dtype=torch.uint8)
+    images[0, 8:10] = torch.tensor([255, 0, 255], dtype=torch.uint8)
+    return images
+
+
+def random_params(batch: int, seed: int = 0) -> ColourParams:
+    g = torch.Generator().manual_seed(seed)
+
+    def u(low, high):
+        return low + (high - low) * torch.rand(batch, generator=g)
+
+    orders = torch.tensor(list(itertools.permutations(range(4))))
+    return ColourParams(
+        order=orders[torch.arange(batch) % 24],
+        brightness=u(0.6, 1.4),
+        contrast=u(0.6, 1.4),
+        saturation=u(0.0, 2.0),
+        hue=u(-0.5, 0.5),
+        grayscale=u(0, 1) < 0.3,
+        blur=u(0, 1) < 0.5,
+        sigma=u(0.1, 5.0),
+        solarize=u(0, 1) < 0.5,
+    )
+
+
+def torchvision_augment(image: torch.Tensor, params: ColourParams, i: int) -> torch.Tensor:
+    x = image  # float [3, H, W]
+    operations = [
+        lambda x: TF.adjust_brightness(x, float(params.brightness[i])),
+        lambda x: TF.adjust_contrast(x, float(params.contrast[i])),
+        lambda x: TF.adjust_saturation(x, float(params.saturation[i])),
+        lambda x: TF.adjust_hue(x, float(params.hue[i])),
+    ]
+    for k in params.order[i].tolist():
+        x = operations[k](x)
+    if params.grayscale[i]:
+        x = TF.rgb_to_grayscale(x, num_output_channels=3)
+    if params.blur[i]:
+        x = TF.gaussian_blur(x, kernel_size=9, sigma=float(params.sigma[i]))
+    if params.solarize[i]:
+        x = TF.solarize(x, threshold=0.5)
+    return TF.normalize(x, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+
+
+def as_float(images: torch.Tensor) -> torch.Tensor:
+    return TF.to_dtype(images.permute(0, 3, 1, 2), torch.float32, scale=True)
+
+
+@pytest.mark.parametrize("size", [(33, 47), (12, 12)])
+def test_equals_torchvision_in_all_24_orders(size):
+    images, params = random_images(48, *size), random_params(48)
+    ours = augment_colour(images, params)
+    theirs = torch.stack([torchvision_augment(x, params, i) for i, x in enumerate(as_float(images))])
+    assert ours.shape == theirs.shape and ours.dtype == torch.float32 and ours.is_contiguous()
+    # one part in 1e6 of [0, 1], times 1 / std = 4.4
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name, value", [("brightness", 1.3), ("contrast", 0.6), ("saturation", 0.0), ("hue", 0.1), ("hue", -0.5)])
+def test_each_jitter_operation_alone_equals_torchvision(name, value):
+    images = random_images(3, 9, 11)
+    params = ColourParams(**{**vars(ColourParams.identity(3)), name: torch.full((3,), value)})
+    theirs = getattr(TF, f"adjust_{name}")(as_float(images), value)
+    ours = augment.jitter(as_float(images), params)
+    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 5.0])
+def test_blur_equals_torchvision_and_keeps_a_constant(sigma):
+    x = as_float(random_images(2, 5, 20))
+    ours = augment.gaussian_blur(x, torch.full((2,), sigma))
+    torch.testing.assert_close(ours, TF.gaussian_blur(x, 9, sigma), atol=2e-6, rtol=0)
+    constant = augment.gaussian_blur(torch.full((1, 3, 9, 9), 0.7), torch.tensor([sigma]))
+    torch.testing.assert_close(constant, torch.full_like(constant, 0.7))
+
+
+def test_identity_leaves_images_bit_equal():
+    """A round trip through HSV would move them by 1e-7."""
+    images = random_images(4, 16, 16)
+    identity = augment_colour(images, ColourParams.identity(4))
+    assert torch.equal(identity, augment_colour(images, None))
+    torch.testing.assert_close(identity, TF.normalize(as_float(images), augment.IMAGENET_MEAN, augment.IMAGENET_STD))
+
+
+def test_hsv_round_trip_and_colorsys():
+    import colorsys
+
+    colours = torch.rand(200, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    h, s, v = augment.rgb_to_hsv(colours[:, :, None, None])
+    for colour, ours in zip(colours.tolist(), torch.stack([h, s, v], 1)[:, :, 0, 0].tolist(), strict=True):
+        assert ours == pytest.approx(colorsys.rgb_to_hsv(*colour), abs=1e-12)
+    torch.testing.assert_close(augment.hsv_to_rgb(h, s, v)[:, :, 0, 0], colours, atol=1e-12, rtol=0)
+
+
+def test_images_do_not_leak_into_each_other():
+    """Contrast's mean and the grouped convolution are per image."""
+    images, params = random_images(6, 20, 20), random_params(6)
+    together = augment_colour(images, params)
+    for i in range(6):
+        alone = augment_colour(images[i : i + 1], ColourParams.unpack(params.pack()[i : i + 1]))
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-6, rtol=0)
+
+
+def test_solarize_at_exactly_one_half_and_without_it():
+    x = torch.tensor([0.25, 0.5, 0.75]).repeat(1, 3, 5, 3)
+    params = ColourParams(**{**vars(ColourParams.identity(1)), "solarize": torch.tensor([True])})
+    mean, std = (torch.tensor(c)[None, :, None, None] for c in (augment.IMAGENET_MEAN, augment.IMAGENET_STD))
+    ours = augment_colour(x, params) * std + mean
+    torch.testing.assert_close(ours, torch.tensor([0.25, 0.5, 0.25]).repeat(1, 3, 5, 3), atol=1e-6, rtol=0)
+
+
+def test_layouts_and_types_agree():
+    images, params = random_images(5, 14, 18), random_params(5)
+    expected = augment_colour(images, params)
+    torch.testing.assert_close(augment_colour(as_float(images), params), expected, atol=1e-5, rtol=0)
+    assert torch.equal(augment_colour(images, params, torch.bfloat16), expected.bfloat16())
+    exact = augment_colour(as_float(images).double(), params)
+    torch.testing.assert_close(exact, expected, atol=1e-5, rtol=0)
+
+
+def test_pack_is_exact():
+    params = random_params(7)
+    back = ColourParams.unpack(params.pack())
+    for name, value in vars(params).items():
+        assert torch.equal(getattr(back, name), value) and getattr(back, name).dtype == value.dtype
+
+
+@pytest.mark.parametrize(
+    "images, batch, message",
+    [
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 2, r"uint8 \[B, H, W, 3\]"),
+        (torch.zeros(2, 8, 8, 3), 2, r"\[B, 3, H, W\]"),
+        (torch.zeros(2, 3, 8, 8), 3, "parameters of 3 images for 2"),
+        (torch.zeros(2, 3, 4, 8), 2, "too small"),
+    ],
+)
+def test_wrong_input_is_refused_with_a_sentence(images, batch, message):
+    with pytest.raises(ValueError, match=message):
+        augment_colour(images, ColourParams.identity(batch))

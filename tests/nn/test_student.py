@@ -1,0 +1,89 @@
+"""Student and projectors: initial weights, what is trained, token order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dune_fast.nn.projectors import ProjectorConfig, Projectors
+from dune_fast.nn.student import build_student
+from dune_fast.nn.vit import ViTConfig
+
+TEACHERS = {"a": (24, ["cls", "patch"]), "b": (40, ["patch"])}
+ENCODER = ViTConfig(image_size=56, embed_dim=48, depth=4, num_heads=3)
+
+
+@pytest.mark.parametrize(
+    "projector",
+    [
+        ProjectorConfig("tp"),
+        ProjectorConfig("sp", hidden_dim=32, version=1),
+        ProjectorConfig("sp", hidden_dim=32, version=2, num_inner=2),
+        ProjectorConfig("lp", hidden_dim=16, last_hidden_dim=32),
+        ProjectorConfig("lp", which_blocks=[1, 3], hidden_dim=16, last_hidden_dim=32, prenorm=True, midnorm=True),
+    ],
+)
+def test_every_trainable_parameter_gets_a_gradient(projector):
+    """A parameter that no loss reaches must be frozen: ZeRO and DDP would wait for it."""
+    student = build_student(ENCODER, projector, TEACHERS)
+    out = student(torch.randn(2, 3, 56, 56))
+    assert {n: {t: tuple(x.shape) for t, x in tokens.items()} for n, tokens in out.items()} == {
+        "a": {"cls": (2, 24), "patch": (2, 16, 24)},
+        "b": {"patch": (2, 16, 40)},
+    }
+    sum(x.square().sum() for tokens in out.values() for x in tokens.values()).backward()
+    without = [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    frozen = {name for name, p in student.named_parameters() if not p.requires_grad}
+    assert frozen == {"encoder.norm.weight", "encoder.norm.bias"}
+
+
+def test_initial_weights_are_a_function_of_the_seed_alone():
+    torch.manual_seed(1)
+    first = build_student(ENCODER, ProjectorConfig(), TEACHERS, seed=3).state_dict()
+    state = torch.get_rng_state()
+    second = build_student(ENCODER, ProjectorConfig(), TEACHERS, seed=3).state_dict()
+    assert torch.equal(state, torch.get_rng_state())
+    other = build_student(ENCODER, ProjectorConfig(), TEACHERS, seed=4).state_dict()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert not torch.equal(first["encoder.pos_embed"], other["encoder.pos_embed"])
+
+
+def test_published_initialisation():
+    student = build_student(ViTConfig(embed_dim=192, depth=2, num_heads=3), ProjectorConfig(), TEACHERS)
+    state = student.state_dict()
+    assert state["encoder.blocks.0.mlp.fc1.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert state["encoder.pos_embed"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert state["encoder.blocks.1.attn.qkv.bias"].abs().max() == 0
+    assert 0 < state["encoder.register_tokens"].abs().max() < 1e-5
+    assert torch.all(state["encoder.blocks.0.ls1.gamma"] == 1e-4)
+    # projectors keep PyTorch's default: uniform in 1 / sqrt(fan in)
+    weight = state["projectors.a.linear.weight"]
+    assert weight.abs().max() <= 192**-0.5 and weight.std().item() == pytest.approx((1 / (3 * 192)) ** 0.5, rel=0.05)
+
+
+def test_registers_never_reach_the_projectors():
+    student = build_student(ENCODER, ProjectorConfig("sp", hidden_dim=32), TEACHERS).eval()
+    x = torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        tokens = student.tokens(x)[3]
+        cls, _, patches = student.encoder.split(student.encoder.forward_tokens(x))
+    torch.testing.assert_close(tokens, torch.cat([cls[:, None], patches], 1))
+
+
+def test_ladder_is_the_sum_of_its_rungs():
+    torch.manual_seed(0)
+    projectors = Projectors(ProjectorConfig("lp", which_blocks=[0, 2], hidden_dim=8), 48, 4, 3, {"a": (5, ["patch"])})
+    tokens = {0: torch.randn(2, 5, 48), 2: torch.randn(2, 5, 48)}
+    ladder = projectors["a"]
+    expected = ladder.patch["0"](tokens[0][:, 1:]) + ladder.patch["2"](tokens[2][:, 1:])
+    torch.testing.assert_close(projectors(tokens)["a"]["patch"], expected)
+
+
+@pytest.mark.parametrize(
+    ("projector", "words"),
+    [(ProjectorConfig("mlp"), "tp.*lp.*sp"), (ProjectorConfig("lp", which_blocks=[9]), "0 to 3"), (ProjectorConfig("sp", version=3), "1 or 2")],
+)
+def test_wrong_projectors_are_explained(projector, words):
+    with pytest.raises(ValueError, match=words):
+        build_student(ENCODER, projector, TEACHERS)
