@@ -4,16 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-CPU = torch.device("cpu")
 
-
-def photo(seed: int, width: int, height: int) -> Image.Image:
-    """Something like a photograph: smooth colour fields with some detail, so that JPEG and resizing behave as on real ones."""
+def make_photo(seed: int, width: int, height: int) -> Image.Image:
+    """Something like a photograph: smooth colour fields with some detail."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     fine = Image.fromarray(rng.integers(0, 256, (height // 2, width // 2, 3), dtype=np.uint8))
     return Image.blend(coarse, fine.resize((width, height), Image.Resampling.BILINEAR), 0.2)
 
@@ -22,8 +21,20 @@ def write_photos(folder: Path, count: int, first_seed: int = 0) -> Path:
     """`count` JPEGs of various sizes, photo_000.jpg and so on."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        photo(first_seed + i, 60 + 7 * (i % 5), 48 + 9 * (i % 4)).save(folder / f"photo_{i:03d}.jpg", quality=90)
+        make_photo(first_seed + i, 60 + 7 * (i % 5), 48 + 9 * (i % 4)).save(folder / f"photo_{i:03d}.jpg", quality=90)
     return folder
+
+
+@pytest.fixture(scope="session")
+def photo():
+    """photo(seed, width, height) -> PIL image."""
+    return make_photo
+
+
+@pytest.fixture(scope="session")
+def write_folder():
+    """write_folder(folder, count, first_seed=0) -> folder."""
+    return write_photos
 
 
 @pytest.fixture

@@ -90,7 +90,8 @@ def test_empty_folder_says_what_was_looked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "field, value", [("flip_probability", 1.5), ("hue", 0.6), ("crop_scale", [0.5, 0.4]), ("crop_ratio", [0, 1]), ("prefetch", 0)]
+    "field, value",
+    [("flip_probability", 1.5), ("hue", 0.6), ("crop_scale", [0.5, 0.4]), ("crop_ratio", [0, 1]), ("prefetch", 0)],
 )
 def test_impossible_values_are_refused(field, value):
     with pytest.raises(DataError, match=field):

@@ -27,7 +27,7 @@ def test_permutation_has_random_access_beyond_32_bits():
     permutation = Permutation(n, seed=1)
     index = np.array([0, n // 2, n - 1])
     values = permutation(index)
-    assert ((0 <= values) & (values < n)).all()
+    assert ((values >= 0) & (values < n)).all()
     assert int(permutation(index[1:2])[0]) == values[1]
 
 
@@ -66,7 +66,9 @@ def test_thirds_with_a_remainder_that_no_group_always_gets():
     assert counts.sum(0).tolist() == [192, 192, 192]
 
 
-@pytest.mark.parametrize("weights, batch", [([0.5, 0.3, 0.2], 7), ([1, 2], 1), ([13153480, 4132914, 1205907], 1024), ([1, 0, 1], 5)])
+@pytest.mark.parametrize(
+    "weights, batch", [([0.5, 0.3, 0.2], 7), ([1, 2], 1), ([13153480, 4132914, 1205907], 1024), ([1, 0, 1], 5)]
+)
 def test_shares_are_exact_over_a_period_and_never_off_by_more_than_one(weights, batch):
     exact = exact_weights(weights, batch)
     shares = Shares(exact, batch)

@@ -74,7 +74,9 @@ def test_equals_torchvision_in_all_24_orders(size):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name, value", [("brightness", 1.3), ("contrast", 0.6), ("saturation", 0.0), ("hue", 0.1), ("hue", -0.5)])
+@pytest.mark.parametrize(
+    "name, value", [("brightness", 1.3), ("contrast", 0.6), ("saturation", 0.0), ("hue", 0.1), ("hue", -0.5)]
+)
 def test_each_jitter_operation_alone_equals_torchvision(name, value):
     images = random_images(3, 9, 11)
     params = ColourParams(**{**vars(ColourParams.identity(3)), name: torch.full((3,), value)})

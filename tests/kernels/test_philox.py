@@ -73,7 +73,7 @@ def test_uniform_is_uniform_and_streams_differ():
 
     a = torch.arange(20_000)
     u = philox.uniform4(7, philox.AUGMENT, a)
-    assert 0 <= float(u.min()) and float(u.max()) < 1
+    assert float(u.min()) >= 0 and float(u.max()) < 1
     assert stats.kstest(u.flatten().numpy(), "uniform").pvalue > 1e-3
     other = philox.uniform(7, philox.DROPPING, a)
     assert abs(np.corrcoef(u[:, 0].numpy(), other.numpy())[0, 1]) < 0.03
@@ -85,9 +85,37 @@ def test_largest_word_stays_below_one():
     assert float(philox.to_uniform(torch.tensor(0xFFFFFFFF))) == 1 - 2.0**-24
 
 
-@pytest.mark.parametrize("counter", [torch.zeros(4), torch.zeros(3, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)])
+@pytest.mark.parametrize(
+    "counter", [torch.zeros(4), torch.zeros(3, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)]
+)
 def test_wrong_counters_are_refused(counter):
     with pytest.raises(ValueError, match="int64"):
         philox.philox4x32(0, counter)
     with pytest.raises(ValueError, match="key"):
         philox.philox4x32(torch.zeros(3, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
+
+
+def test_tritons_philox_gives_the_same_words():
+    """The layout of key and counter is the one a kernel uses; runs on a GPU, or where Triton interprets."""
+    triton = pytest.importorskip("triton")
+    tl = pytest.importorskip("triton.language")
+    if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
+        pytest.skip("neither a GPU nor TRITON_INTERPRET=1")
+
+    @triton.jit
+    def kernel(out, seed, low, high, b, stream, N: tl.constexpr):
+        i = tl.arange(0, N)
+        zero = tl.zeros((N,), tl.uint32)
+        c0, c1 = i.to(tl.uint32) + low.to(tl.uint32), zero + high.to(tl.uint32)
+        w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + b.to(tl.uint32), zero + stream.to(tl.uint32))
+        tl.store(out + i, w0.to(tl.int64))
+        tl.store(out + N + i, w1.to(tl.int64))
+        tl.store(out + 2 * N + i, w2.to(tl.int64))
+        tl.store(out + 3 * N + i, w3.to(tl.int64))
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = torch.full((4, 16), -1, dtype=torch.int64, device=device)
+    seed = 0x1234567890ABCDEF
+    kernel[(1,)](out, seed, 100, 5, 77, philox.AUGMENT, N=16)
+    expected = philox.words(seed, philox.AUGMENT, torch.arange(16) + 100 + (5 << 32), 77)
+    assert torch.equal(out.cpu().T & 0xFFFFFFFF, expected)

@@ -1,0 +1,307 @@
+"""The walk of a batch: plan -> DALI -> device, decoded ahead by a thread.
+
+A `Plan` says which images a step holds, with their bytes and their augmentation; a `Decoder` turns it into uint8
+squares; on the consumer's side the colour augmentation runs on the device. A plan is a pure function of its step (and
+of which images are broken), so after a broken image has killed the DALI pipeline the same steps are simply planned
+again without that image.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import io
+import queue
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dali_pipelines.augmentation import Geometry
+from dali_pipelines.datasets import DataConfig, DataError, Dataset
+from dali_pipelines.pipeline import DecodeError, Decoder, import_dali
+from dali_pipelines.source import BrokenImage, ImageSource
+from kernels.augment import ColourParams, augment_colour
+
+_IN_FLIGHT = 2  # batches inside DALI: one is decoded while the next one's files are read
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's images of one step; B of them."""
+
+    images: Tensor
+    """float32 [B, 3, S, S], augmented and normalised with ImageNet's mean and standard deviation, on the device."""
+    positions: Tensor
+    """int64 [B], global positions, on the device: the key of all randomness that belongs to an image. In validation:
+    the index among all validation images."""
+    group: Tensor
+    """int64 [B], index into the loader's `groups`, on the device."""
+    dataset: Tensor
+    """int64 [B], index into the loader's `dataset_names`, on the device."""
+    paths: list[str]
+    """Where each image came from, for messages."""
+    step: int
+    """Which step of training it belongs to; in validation the number of the batch."""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one batch consists of, before decoding; all on the host."""
+
+    step: int
+    images: list[tuple[int, int]]
+    """(dataset, index) of each image."""
+    positions: np.ndarray
+    group: np.ndarray
+    encoded: list[np.ndarray]
+    geometry: Geometry
+    colour: ColourParams | None
+
+
+class ImageLoader:
+    """What training and validation share: planning a step is the subclass's part, `_plan`.
+
+    Args:
+        config: threads, prefetching, limits.
+        image_size: side of the images in pixels.
+        batch: images of a batch on this rank.
+        device: where the batches are wanted.
+        datasets: from `index_datasets`.
+        source: reads one split of them.
+
+    Raises:
+        DataError: images too small to make sense, or no DALI.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        image_size: int,
+        batch: int,
+        device: torch.device,
+        datasets: Sequence[Dataset],
+        source: ImageSource,
+    ) -> None:
+        import_dali()  # fail here, not in the thread
+        if image_size < 8:
+            raise DataError(f"the image size is {image_size} pixels: at least 8 is needed")
+        self.config, self.image_size, self.device = config, image_size, device
+        self.datasets = datasets
+        self.dataset_names = [dataset.name for dataset in datasets]
+        self.groups = sorted({dataset.config.group for dataset in datasets})
+        self.wait_seconds = 0.0
+        """How long the last batch was waited for."""
+        self._batch, self._source = batch, source
+        self._group_of = np.array([self.groups.index(dataset.config.group) for dataset in datasets])
+        self._pool = ThreadPoolExecutor(config.num_threads, thread_name_prefix="read-images")
+        self._streams: set[Iterator[Batch]] = set()
+        # a thread inside DALI aborts the process while DALI shuts down at exit; handlers run last in, first out:
+        # registered after the import of DALI, this one comes before its own
+        self._at_exit = functools.partial(_close, weakref.ref(self))
+        atexit.register(self._at_exit)
+
+    @property
+    def broken(self) -> dict[str, int]:
+        """Broken images that this process has met, by dataset."""
+        return self._source.quarantine.counts()
+
+    @property
+    def broken_paths(self) -> list[str]:
+        """Their files."""
+        return self._source.quarantine.paths()
+
+    def close(self) -> None:
+        """Ends the threads; iterators that are still in use end as well. May be called twice."""
+        atexit.unregister(self._at_exit)
+        for stream in list(self._streams):
+            stream.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _plan(self, step: int) -> Plan | None:
+        """The plan of one step, None after the last one. A pure function of the step and of which images are broken."""
+        raise NotImplementedError
+
+    def _iterate(self, start: int) -> Iterator[Batch]:
+        stream = self._consume(start)
+        self._streams.add(stream)
+        try:
+            yield from stream
+        finally:
+            stream.close()
+            self._streams.discard(stream)
+
+    def _consume(self, start: int) -> Iterator[Batch]:
+        """Takes decoded batches from a thread and finishes them on the device."""
+        ready: queue.Queue = queue.Queue(maxsize=self.config.prefetch)
+        stop = threading.Event()
+
+        def put(item: object) -> None:
+            while not stop.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def produce() -> None:
+            try:
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)  # the current device is a matter of each thread
+                for item in self._decode(start):
+                    put(item)
+                    if stop.is_set():
+                        return
+                put(None)
+            except BaseException as error:  # the consumer raises it
+                put(error)
+
+        thread = threading.Thread(target=produce, name="decode-images", daemon=True)
+        thread.start()
+        try:
+            while True:
+                began = time.perf_counter()
+                item = ready.get()
+                self.wait_seconds = time.perf_counter() - began
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                yield self._finish(*item)
+        finally:
+            stop.set()
+            thread.join()
+
+    def _decode(self, start: int) -> Iterator[tuple[Plan, Tensor, torch.cuda.Event | None]]:
+        """Plans and decodes step after step, setting broken images aside as they turn up."""
+        decoder = Decoder(self._batch, self.image_size, self.config.num_threads, self.device)
+        steps = iter(range(start, 1 << 62))
+        pending: deque[Plan] = deque()
+        failure: DecodeError | None = None
+
+        def plan_next() -> Plan | None:
+            while (plan := self._plan(next(steps))) is not None:
+                if plan.images:  # validation images may all be broken
+                    return plan
+            return None
+
+        def fill() -> None:
+            while len(pending) < _IN_FLIGHT and (plan := plan_next()) is not None:
+                pending.append(plan)
+
+        def submit(plan: Plan) -> None:
+            nonlocal failure
+            try:
+                decoder.submit(plan.encoded, plan.geometry)
+            except DecodeError as error:  # of a batch still pending
+                failure = error
+
+        def restart() -> None:
+            if pending:
+                decoder.reset(len(pending))
+                for plan in pending:
+                    submit(plan)
+
+        try:
+            fill()
+            restart()
+            while pending:
+                try:
+                    if failure is not None:
+                        raise failure
+                    images, event = decoder.receive()
+                except DecodeError as error:
+                    failure = None
+                    self._set_broken_aside(decoder, pending, error)
+                    again = [self._plan(plan.step) for plan in pending]
+                    pending = deque(plan for plan in again if plan.images)
+                    fill()
+                    restart()
+                    continue
+                done = pending.popleft()
+                plan = plan_next()
+                if plan is not None:
+                    pending.append(plan)
+                    submit(plan)
+                yield done, images, event
+        finally:
+            decoder.close()
+
+    def _set_broken_aside(self, decoder: Decoder, pending: Sequence[Plan], error: DecodeError) -> None:
+        images = [image for plan in pending for image in plan.images]
+        encoded = [data for plan in pending for data in plan.encoded]
+        broken = decoder.find_broken(encoded, Geometry.concatenate([plan.geometry for plan in pending]))
+        if not broken:
+            raise DataError(
+                f"DALI failed, although every image in flight can be decoded on its own: {error}"
+            ) from error
+        for i, reason in broken.items():
+            self._source.quarantine.add(*images[i], self._source.path(*images[i]), _explain(encoded[i], reason))
+
+    def _read(self, image: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]] | BrokenImage:
+        """The bytes and the size of an image, or why it is broken."""
+        try:
+            return self._source.read(*image)
+        except BrokenImage as error:
+            return error
+
+    def _read_good(self, images: Sequence[tuple[int, int]]) -> list[tuple[np.ndarray, tuple[int, int]] | None]:
+        """Bytes and size of each image; None where one is broken, which is then on record."""
+        quarantine = self._source.quarantine
+        good = [image for image in images if image not in quarantine]
+        found = dict(zip(good, self._pool.map(self._read, good), strict=True))
+        for image, result in found.items():
+            if isinstance(result, BrokenImage):
+                quarantine.add(*image, self._source.path(*image), str(result))
+        return [None if image in quarantine else found[image] for image in images]
+
+    def _turned(self, images: Sequence[tuple[int, int]]) -> np.ndarray:
+        return np.array([self._source.is_turned(*image) for image in images], dtype=bool)
+
+    def _finish(self, plan: Plan, images: Tensor, event: torch.cuda.Event | None) -> Batch:
+        """Colour augmentation and the transfer of all else, on the consumer's stream; the host waits for neither."""
+        if event is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(event)
+            images.record_stream(current)
+        dataset = np.array([dataset for dataset, _ in plan.images])
+        table = torch.from_numpy(np.stack([plan.positions, plan.group, dataset, plan.geometry.turn]).astype(np.int64))
+        if self.device.type == "cuda":
+            table = table.pin_memory()
+        table = table.to(self.device, non_blocking=True)
+        if plan.geometry.turn.any():
+            images = torch.where(table[3].bool()[:, None, None, None], images.rot90(-1, (1, 2)), images)
+        images = augment_colour(images, None if plan.colour is None else plan.colour.to(self.device))
+        paths = [self._source.path(*image) for image in plan.images]
+        return Batch(images, table[0], table[1], table[2], paths, plan.step)
+
+
+def _close(loader: weakref.ref[ImageLoader]) -> None:
+    if (alive := loader()) is not None:
+        alive.close()
+
+
+def _explain(encoded: np.ndarray, reason: str) -> str:
+    """PIL's words for what is wrong with an image, DALI's where PIL can read it."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            image.load()
+            return f"DALI cannot decode this {image.format} of mode {image.mode}: {reason}"
+    except Exception as error:  # PIL raises all kinds for broken files
+        return str(error) or type(error).__name__

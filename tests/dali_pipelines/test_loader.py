@@ -1,0 +1,272 @@
+"""The loader: ranks, restarts, broken images, validation."""
+
+import logging
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: dali)")
+
+from dali_pipelines.augmentation import colour_params, draw_words  # noqa: E402
+from dali_pipelines.datasets import DataConfig, DataError, DatasetConfig  # noqa: E402
+from dali_pipelines.loader import TrainLoader, ValLoader  # noqa: E402
+from dali_pipelines.pipeline import Decoder  # noqa: E402
+from kernels.augment import augment_colour  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def config(*roots, **options) -> DataConfig:
+    holdout = options.pop("holdout", 0)
+    datasets = {f"d{i}": DatasetConfig(root=str(root), group=f"g{i}", holdout=holdout) for i, root in enumerate(roots)}
+    return DataConfig(datasets=datasets, num_threads=2, **options)
+
+
+def take(data: DataConfig, steps: int, start: int = 0, batch: int = 8, rank: int = 0, world: int = 1, seed: int = 0):
+    with TrainLoader(data, 32, batch, rank, world, seed, CPU) as loader:
+        batches = loader.batches(start)
+        return [next(batches) for _ in range(steps)]
+
+
+@pytest.fixture
+def two_folders(tmp_path, write_folder):
+    return write_folder(tmp_path / "a", 11), write_folder(tmp_path / "b", 6, first_seed=50)
+
+
+def test_batch_has_the_documented_fields(two_folders):
+    batch = take(config(*two_folders), 1)[0]
+    assert batch.images.shape == (8, 3, 32, 32) and batch.images.dtype == torch.float32 and batch.images.is_contiguous()
+    assert batch.positions.tolist() == list(range(8)) and batch.step == 0 and len(batch) == 8
+    for index, path in zip(batch.dataset.tolist(), batch.paths, strict=True):
+        assert path.startswith(str(two_folders[index]))
+    assert batch.group.tolist() == batch.dataset.tolist() and sorted(batch.group.tolist()) == [0] * 4 + [1] * 4
+    assert torch.isfinite(batch.images).all() and float(batch.images.std()) > 0.1
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_union_over_ranks_is_the_single_process_batch(two_folders, world):
+    alone = take(config(*two_folders), 3, start=5)
+    ranks = [take(config(*two_folders), 3, start=5, rank=rank, world=world) for rank in range(world)]
+    for step, expected in enumerate(alone):
+        parts = [batches[step] for batches in ranks]
+        torch.testing.assert_close(torch.cat([part.images for part in parts]), expected.images, atol=1e-6, rtol=0)
+        for name in ("positions", "group", "dataset"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(expected, name))
+        assert sum((part.paths for part in parts), []) == expected.paths
+
+
+def test_restart_at_any_step_gives_the_same_batches(two_folders):
+    whole = take(config(*two_folders), 6)
+    later = take(config(*two_folders), 2, start=4)
+    for a, b in zip(whole[4:], later, strict=True):
+        assert torch.equal(a.images, b.images) and a.paths == b.paths and a.positions.tolist() == b.positions.tolist()
+    other = take(config(*two_folders), 1, seed=1)[0]
+    assert not torch.equal(other.images, whole[0].images)
+
+
+def test_batch_is_decoded_pixels_through_the_colour_augmentation(tmp_path, photo):
+    """With crops switched off the batch can be made by hand from the file."""
+    photo(0, 32, 32).save(tmp_path / "only.png")
+    data = config(tmp_path, crop_scale=[1.0, 1.0], crop_ratio=[1.0, 1.0], flip_probability=0.0)
+    batch = take(data, 1, start=3, batch=4)[0]
+    pixels = torch.from_numpy(np.array(Image.open(tmp_path / "only.png")))[None].expand(4, -1, -1, -1)
+    params = colour_params(draw_words(0, np.arange(12, 16)), data)
+    torch.testing.assert_close(batch.images, augment_colour(pixels, params), atol=1e-5, rtol=0)
+
+
+def damage(path, how: str) -> None:
+    """Ways in which files are broken; the last three pass a look at the header and kill DALI's pipeline."""
+    data = path.read_bytes()
+    if how == "vanished":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_bytes(b"<html>404 Not Found</html>")
+    elif how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "truncated with a thumbnail":  # which has an end marker of its own
+        path.write_bytes(data[:2] + b"\xff\xfe\x00\x06..\xff\xd9" + data[2 : len(data) // 2])
+    elif how == "GIF":
+        Image.open(path).save(path, "GIF")
+    elif how == "half a PNG":
+        Image.open(path).save(path, "PNG")
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    "how", ["vanished", "empty", "text", "truncated", "truncated with a thumbnail", "GIF", "half a PNG"]
+)
+def test_broken_image_is_replaced_and_named_and_changes_nothing_else(photos, how, caplog):
+    data = config(photos)
+    with TrainLoader(data, 32, 8, 0, 1, 0, CPU) as loader:  # indexed while all was well
+        clean = take(data, 4)
+        victim = clean[1].paths[3]
+        damage(photos / victim.rsplit("/", 1)[1], how)
+        with caplog.at_level(logging.WARNING):
+            batches = loader.batches(0)
+            found = [next(batches) for _ in range(4)]
+        warnings = [record.getMessage() for record in caplog.records if victim in record.getMessage()]
+        assert loader.broken == {"d0": 1} and loader.broken_paths == [victim]
+        # found again from nothing, in the middle: the same replacement
+        with TrainLoader(data, 32, 8, 0, 1, 0, CPU, datasets=loader.datasets) as again:
+            resumed = next(again.batches(1))
+    assert len(warnings) == 1 and "dataset d0: broken image" in warnings[0]
+    for before, after in zip(clean, found, strict=True):
+        assert len(after) == 8 and victim not in after.paths
+        for i, path in enumerate(before.paths):
+            if path != victim:
+                assert after.paths[i] == path
+                torch.testing.assert_close(after.images[i], before.images[i], atol=1e-6, rtol=0)
+    assert resumed.paths == found[1].paths
+    torch.testing.assert_close(resumed.images, found[1].images, atol=1e-6, rtol=0)
+
+
+def test_too_many_broken_images_stop_the_run_with_a_sentence(photos):
+    for path in sorted(photos.iterdir())[:6]:
+        damage(path, "empty")
+    with pytest.raises(
+        DataError,
+        match=r"dataset 'd0': 5 of 24 images are broken, 4 are tolerated.*the file is empty.*max_broken_share",
+    ):
+        take(config(photos), 6)
+    batches = take(config(photos, max_broken_share=0.25), 6)
+    assert all(len(batch) == 8 for batch in batches)
+
+
+def test_failure_without_a_culprit_is_raised_not_swallowed(photos, monkeypatch):
+    damage(sorted(photos.iterdir())[0], "truncated with a thumbnail")
+    monkeypatch.setattr(Decoder, "find_broken", lambda self, encoded, geometry: {})
+    with pytest.raises(DataError, match="every image in flight can be decoded on its own"):
+        take(config(photos), 6)
+
+
+def test_groups_follow_their_weights_and_repeats(two_folders):
+    data = config(*two_folders, group_weights={"g0": 3, "g1": 1})
+    assert torch.stack([batch.group for batch in take(data, 2)]).float().mean() == 0.25
+    data.datasets["d1"].group, data.group_weights = "g0", {}
+    data.datasets["d1"].repeat = 2
+    seen = [path for batch in take(data, 1, batch=23) for path in batch.paths]  # one pass: 11 + 2 * 6
+    assert {seen.count(path) for path in seen if path.startswith(str(two_folders[1]))} == {2}
+    assert len(set(seen)) == 17
+    data.group_weights = {"g1": 1.0}
+    with pytest.raises(DataError, match=r"names the groups \['g1'\], the datasets have \['g0'\]"):
+        take(data, 1)
+
+
+def test_turned_images_are_turned_back(tmp_path):
+    """BEDLAM's close-ups: the left edge of the stored image becomes the top."""
+    stored = np.zeros((40, 60, 3), np.uint8)
+    stored[:, :30] = 255
+    for name in ("plain.png", "closeup.png"):
+        Image.fromarray(stored).save(tmp_path / name)
+    data = config(tmp_path, holdout=0)
+    data.datasets["d0"].val_root, data.datasets["d0"].rotate = str(tmp_path), "*closeup*"
+    with ValLoader(data, 16, 2, 0, 1, CPU) as loader:
+        batch = next(iter(loader))
+    images = dict(zip((path.rsplit("/", 1)[1] for path in batch.paths), batch.images, strict=True))
+    assert (images["closeup.png"][:, 0] > 0).all() and (images["closeup.png"][:, -1] < 0).all()
+    assert (images["plain.png"][:, :, 0] > 0).all() and (images["plain.png"][:, :, -1] < 0).all()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_validation_sees_every_image_once_over_all_ranks(two_folders, world):
+    data = config(*two_folders, holdout=5)
+    seen, positions = [], []
+    for rank in range(world):
+        with ValLoader(data, 32, 3, rank, world, CPU) as loader:
+            batches = list(loader)
+            assert len(batches) == len(loader) and all(len(batch) <= 3 for batch in batches) and loader.num_images == 10
+            assert [batch.images.shape[0] for batch in batches] == [len(batch) for batch in batches]
+        seen += [path for batch in batches for path in batch.paths]
+        positions += [p for batch in batches for p in batch.positions.tolist()]
+    assert len(seen) == len(set(seen)) == 10 and sorted(positions) == list(range(10))
+    trained = {path for batch in take(data, 4) for path in batch.paths}
+    assert not trained & set(seen)
+
+
+def test_validation_leaves_broken_images_out_and_can_run_twice(photos):
+    data = config(photos, holdout=7)
+    with ValLoader(data, 32, 2, 0, 1, CPU) as loader:
+        victims = [batch.paths for batch in loader][1]
+        for path, how in zip(victims, ("truncated with a thumbnail", "empty"), strict=True):
+            damage(photos / path.rsplit("/", 1)[1], how)
+        rest = [path for batch in loader for path in batch.paths]
+        assert len(rest) == 5 and not set(rest) & set(victims) and loader.broken == {"d0": 2}
+        assert [path for batch in loader for path in batch.paths] == rest
+
+
+def test_no_validation_images_is_no_error(photos):
+    with ValLoader(config(photos), 32, 2, 0, 1, CPU) as loader:
+        assert loader.num_images == len(loader) == 0 and list(loader) == []
+
+
+def test_threads_end_with_the_iterator_and_with_close(photos):
+    before = threading.active_count()
+    loader = TrainLoader(config(photos), 32, 4, 0, 1, 0, CPU)
+    batches = loader.batches()
+    next(batches)
+    assert loader.wait_seconds > 0
+    batches.close()
+    assert not any(thread.name == "decode-images" for thread in threading.enumerate())
+    unfinished = loader.batches()
+    next(unfinished)
+    loader.close()
+    loader.close()
+    assert threading.active_count() == before
+
+
+def test_process_that_forgets_to_close_ends_without_an_abort(photos):
+    """A thread inside DALI at exit: "terminate called without an active exception", and a core dump."""
+    code = (
+        "import sys, torch\n"
+        "from dali_pipelines.datasets import DataConfig, DatasetConfig\n"
+        "from dali_pipelines.loader import TrainLoader\n"
+        "config = DataConfig(datasets={'d': DatasetConfig(root=sys.argv[1])})\n"
+        "batches = TrainLoader(config, 32, 8, 0, 1, 0, torch.device('cpu')).batches()\n"
+        "next(batches)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(photos)], cwd=root, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
+
+
+def test_wrong_batch_and_size_are_refused(photos):
+    with pytest.raises(DataError, match="multiple of 3"):
+        TrainLoader(config(photos), 32, 8, 0, 3, 0, CPU)
+    with pytest.raises(DataError, match="image size is 4"):
+        TrainLoader(config(photos), 4, 8, 0, 1, 0, CPU)
+
+
+def test_real_photographs_with_shrunk_copies(real_photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("DUNE_FAST_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "list.txt").write_text("\n".join(map(str, real_photos)))
+    data = config(tmp_path / "list.txt")
+    data.datasets["d0"].shrink = 256
+    batch = take(data, 1, batch=12)[0]
+    assert len(set(batch.paths)) == 12 and batch.images.shape == (12, 3, 32, 32)
+    assert len(list((tmp_path / "cache" / "shrunk").iterdir())) == 12
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_batches_equal_the_cpus(photos):
+    """nvJPEG and the GPU's resize round differently, by a level or two of 255; 1 / std is 4.4."""
+    expected = take(config(photos), 3)
+    damage(photos / sorted(set(path.rsplit("/", 1)[1] for path in expected[0].paths))[0], "truncated with a thumbnail")
+    with TrainLoader(config(photos), 32, 8, 0, 1, 0, torch.device("cuda", 0)) as loader:
+        batches = loader.batches()
+        for before in expected:
+            batch = next(batches)
+            same = [i for i, path in enumerate(batch.paths) if path == before.paths[i]]
+            assert batch.images.is_cuda and batch.positions.is_cuda and len(same) >= 6
+            assert float((batch.images.cpu() - before.images)[same].abs().mean()) < 0.05

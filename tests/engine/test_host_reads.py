@@ -1,0 +1,84 @@
+"""A training step on tensors reads nothing from the device: counted, on the CPU, by what a host read is made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dune_fast.distill.objective import ObjectiveConfig, ownership
+from dune_fast.distill.standardization import TeacherStatistics
+from dune_fast.distill.step import DistillationStep
+from dune_fast.engine.deepspeed_engine import Engine, init_distributed
+from dune_fast.engine.optimizer import OptimizerConfig
+from dune_fast.nn.projectors import ProjectorConfig
+from dune_fast.nn.student import build_student
+from dune_fast.nn.vit import ViTConfig
+from teachers.config import TeacherConfig
+from teachers.ensemble import TeacherEnsemble
+
+TEACHERS = {
+    "one": TeacherConfig("conv_patchify", "random:1", 14, 24, groups=["generic"]),
+    "two": TeacherConfig("conv_patchify", "random:2", 16, 32, ["patch"], groups=["3d"]),
+}
+READS = {
+    torch.ops.aten._local_scalar_dense.default,  # .item(), float(), bool(), if tensor:
+    torch.ops.aten.nonzero.default,  # boolean indexing: its size is data
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.equal.default,
+}
+METHODS = ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
+
+
+class HostReads(TorchDispatchMode):
+    """Counts host reads: dispatched operations, and Python conversions, which on a CPU tensor dispatch nothing."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.found: list[str] = []
+        for name in METHODS:
+            original = getattr(torch.Tensor, name)
+
+            def counted(tensor, *args, _name=name, _original=original, **kwargs):
+                self.found.append(_name)
+                return _original(tensor, *args, **kwargs)
+
+            monkeypatch.setattr(torch.Tensor, name, counted)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in READS:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def build(sharing: str, zero_stage: int) -> tuple[DistillationStep, Engine]:
+    init_distributed()
+    widths = {name: (t.num_features, t.token_types) for name, t in TEACHERS.items()}
+    student = build_student(ViTConfig(image_size=56, embed_dim=48, depth=2, num_heads=3), ProjectorConfig(), widths)
+    engine = Engine(student, OptimizerConfig(), 4, zero_stage)
+    cfg = ObjectiveConfig(sharing=sharing)
+    own = ownership({n: t.groups for n, t in TEACHERS.items()}, ["3d", "generic"], cfg, torch.device("cpu"))
+    statistics = TeacherStatistics(widths)
+    step = DistillationStep(engine, TeacherEnsemble(TEACHERS, 14), statistics, own, cfg, all_reduce=lambda x: None)
+    return step, engine
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("sharing", ["full", "generic"])
+def test_a_step_reads_nothing_from_the_device(sharing, zero_stage, monkeypatch):
+    step, engine = build(sharing, zero_stage)
+    images, groups, positions = torch.randn(4, 3, 56, 56), torch.tensor([0, 1, 1, 0]), torch.arange(4)
+
+    def train(i: int) -> torch.Tensor:
+        loss, metrics = step(images, groups, positions, i, 0.5)
+        engine.backward(loss)
+        norms = engine.step(1e-3)
+        return torch.maximum(metrics["loss"], norms.max())
+
+    train(0)  # what happens once is not a step's
+    with HostReads(monkeypatch) as reads:
+        worst = train(1)
+    assert reads.found == []
+    with reads:
+        worst.item()
+    assert reads.found, "the counter must see a read"
