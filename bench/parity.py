@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.cases import NOT_YET, RUNNERS, Case
+from bench.case import Case
+from bench.cases import NOT_YET, RUNNERS
 
 
 def find_cases(folder: Path) -> list[Path]:

@@ -16,7 +16,13 @@ def distill(args: argparse.Namespace) -> int:
     from dune_fast.engine.deepspeed_engine import free_port
 
     compose_config(args.overrides)  # a wrong configuration is said once, before anything is launched
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(args.processes or _processes())]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        str(args.processes or _processes()),
+    ]
     command += ["--master_port", str(args.port or free_port())]
     command += [str(TRAIN_SCRIPT), *(["--debug"] if args.debug else []), *args.overrides]
     return subprocess.run(command, check=False).returncode
@@ -65,7 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("distill", help="train a student", description=distill.__doc__)
     sub.add_argument("overrides", **hydra)
-    sub.add_argument("-n", "--processes", type=int, default=0, help="processes on this machine (default: one a GPU, else one)")
+    sub.add_argument(
+        "-n", "--processes", type=int, default=0, help="processes on this machine (default: one a GPU, else one)"
+    )
     sub.add_argument("--port", type=int, default=0, help="port of the rendezvous (default: a free one)")
     sub.set_defaults(run_command=distill)
 

@@ -32,7 +32,11 @@ def read_container(path: Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise TeacherWeightsError(f"there is no checkpoint {path}; correct the path, or put the file there")
     reconstruct = np.empty(0).__reduce__()[0]  # lives in another module in numpy 1
-    allowed = [*ALLOWED, (reconstruct, "numpy._core.multiarray._reconstruct"), (reconstruct, "numpy.core.multiarray._reconstruct")]
+    allowed = [
+        *ALLOWED,
+        (reconstruct, "numpy._core.multiarray._reconstruct"),
+        (reconstruct, "numpy.core.multiarray._reconstruct"),
+    ]
     try:
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -44,7 +44,7 @@ class ObjectiveConfig:
     """Data sharing: "full" (every teacher on every image), "none" (a teacher on images of its own datasets only),
     "generic" (its own and the generic ones)."""
     drop_probability: float = 0.5
-    """Teacher dropping with sharing "full": every teacher but the hardest of an image is dropped with this probability."""
+    """With sharing "full": every teacher but the hardest of an image is dropped with this probability."""
     generic_group: str = "generic"
     """The dataset group that sharing "generic" opens to every teacher."""
 
@@ -127,7 +127,7 @@ def coefficients(
     """
     if cfg.sharing == "full":
         return teacher_drop(losses, positions, step, seed, cfg.drop_probability)
-    return own[:, groups].to(losses.dtype)
+    return teacher_drop(losses, positions, step, seed, 0.0, own, groups)
 
 
 def combine(losses: Tensor, c: Tensor) -> Tensor:

@@ -61,7 +61,9 @@ class DistillationStep:
         return StepOutput(loss, self.metrics(loss, losses, c, parts, list(features)))
 
     @staticmethod
-    def metrics(loss: Tensor, losses: Tensor, c: Tensor, parts: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    def metrics(
+        loss: Tensor, losses: Tensor, c: Tensor, parts: dict[str, Tensor], names: list[str]
+    ) -> dict[str, Tensor]:
         """Means over this rank's batch: the loss, each teacher's before dropping, its share of the kept, its parts."""
         metrics = {"loss": loss.detach()}
         means, shares = losses.detach().mean(1), c.sum(1) / c.sum().clamp_min(1.0)

@@ -54,7 +54,15 @@ def clear(run: Path) -> None:
     """Deletes what an earlier run left in the folder: checkpoints, metrics, results; other files stay."""
     for name in ("checkpoints", "tensorboard"):
         shutil.rmtree(run / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "config.yaml", "encoder.safetensors", "student.safetensors", "held_out.json", "pca.png", "loss.png"):
+    for name in (
+        "metrics.jsonl",
+        "config.yaml",
+        "encoder.safetensors",
+        "student.safetensors",
+        "held_out.json",
+        "pca.png",
+        "loss.png",
+    ):
         (run / name).unlink(missing_ok=True)
 
 
@@ -63,7 +71,7 @@ def _cpu(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 
 
 def export(run: Path, cfg: RunConfig, student: Student, statistics: TeacherStatistics) -> None:
-    """Writes `encoder.safetensors`, `student.safetensors` (projectors and teachers' statistics too) and `config.yaml`."""
+    """Writes `encoder.safetensors`, `student.safetensors` (with projectors and statistics) and `config.yaml`."""
     dump_config(cfg, run / "config.yaml")
     everything = _cpu(student) | _cpu(statistics, "teacher_norms.")
     for name, tensors in (("encoder", _cpu(student.encoder)), ("student", everything)):
@@ -91,11 +99,13 @@ def load_run(run: Path) -> tuple[RunConfig, Student, TeacherStatistics]:
         student.load_state_dict(state)
         statistics.load_state_dict(norms)
     except Exception as error:
-        raise TeacherWeightsError(f"{path} is damaged or of another configuration: {str(error).splitlines()[0]}") from error
+        raise TeacherWeightsError(
+            f"{path} is damaged or of another configuration: {str(error).splitlines()[0]}"
+        ) from error
     return cfg, student.eval(), statistics
 
 
 def load_encoder(run: Path, device: torch.device | str = "cpu") -> nn.Module:
-    """The trained encoder of a finished run, frozen: images [B, 3, H, W] -> `x_norm_clstoken`, `x_norm_patchtokens`, ..."""
+    """The trained encoder of a finished run, frozen: images [B, 3, H, W] -> `x_norm_clstoken`, ..."""
     _, student, _ = load_run(run)
     return student.encoder.requires_grad_(False).to(device)

@@ -58,7 +58,7 @@ class TrainConfig:
     seed: int = 0
     """Of initial weights, order of samples, augmentation and teacher dropping."""
     precision: str = "auto"
-    """"bf16" (autocast, float32 weights), "fp32", or "auto": bf16 on a GPU, fp32 on a CPU."""
+    """"bf16" (autocast, float32 weights), "fp32", or "auto": bf16 on a GPU and on CPUs with matrix units for it."""
     log_every: int = 50
     """Steps between reads of the metrics by the host."""
     checkpoint_every: int = 2000
@@ -190,7 +190,9 @@ def validate(cfg: RunConfig) -> None:
     """Checks what no single field shows; ConfigError with a sentence."""
     if not cfg.teachers:
         experiments = ", ".join(sorted(p.stem for p in (config_dir() / "experiment").glob("*.yaml")))
-        raise ConfigError(f"no teacher is configured: choose an experiment, e.g. experiment=demo (there are: {experiments})")
+        raise ConfigError(
+            f"no teacher is configured: choose an experiment, e.g. experiment=demo (there are: {experiments})"
+        )
     if cfg.image_size % cfg.student.patch_size:
         raise ConfigError(
             f"image_size={cfg.image_size} is not a multiple of the student's patch size {cfg.student.patch_size}; "
@@ -260,5 +262,3 @@ def _explain(error: Exception, overrides: list[str]) -> str:
         return f"the configuration has no field {key!r}{hint}"
     lines = [line.strip() for line in text.split("\n") if line.strip() and "object_type" not in line]
     return f"the configuration cannot be composed from {' '.join(overrides) or 'no override'}: {'; '.join(lines)}"
-
-

@@ -173,8 +173,9 @@ class Engine:
         try:
             path, state = self.engine.load_checkpoint(str(folder), tag=tag)
         except Exception as error:  # DeepSpeed raises many kinds here, RuntimeError and AssertionError among them
+            reason = next(iter(str(error).splitlines()), repr(error))
             raise ValueError(
-                f"checkpoint {folder / tag} cannot be loaded ({str(error).splitlines()[0] if str(error) else error!r}); "
+                f"checkpoint {folder / tag} cannot be loaded ({reason}); "
                 "it may be cut short, or written with another number of ranks or ZeRO stage: use those, remove it "
                 "to fall back to the one before, or start anew with train.overwrite=true"
             ) from error

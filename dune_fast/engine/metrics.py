@@ -73,11 +73,16 @@ class MetricsLog:
         rate = steps * self.global_batch / elapsed
         left = (self.total_steps - step) * elapsed / steps
         record = {"step": step, "images": step * self.global_batch, **metrics}
-        record |= {"images_per_second": rate, "step_seconds": elapsed / steps, "data_wait_share": wait_seconds / elapsed}
+        record |= {
+            "images_per_second": rate,
+            "step_seconds": elapsed / steps,
+            "data_wait_share": wait_seconds / elapsed,
+        }
         self._file.write(json.dumps(record) + "\n")
         for name, value in record.items():
             self._board.add_scalar(name, value, step)
-        status = f"loss {metrics['loss']:.4f}  {rate:.1f} images/s  data wait {100 * wait_seconds / elapsed:.0f} %  {duration(left)} left"
+        wait = 100 * wait_seconds / elapsed
+        status = f"loss {metrics['loss']:.4f}  {rate:.1f} images/s  data wait {wait:.0f} %  {duration(left)} left"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, status=status)
         else:

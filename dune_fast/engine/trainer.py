@@ -32,8 +32,14 @@ class DivergedError(ValueError):
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """What `train.precision` means on a device: torch.bfloat16, or None for float32."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+        precision = "bf16" if device.type == "cuda" or _cpu_multiplies_bf16() else "fp32"
     return torch.bfloat16 if precision == "bf16" else None
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has matrix units for bf16 (AMX); on others bf16 is emulated and slower than float32."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16", False))
 
 
 class Trainer:
@@ -55,7 +61,10 @@ class Trainer:
             cfg.data, cfg.image_size, cfg.train.global_batch, self.rank, self.world_size, cfg.train.seed, self.device
         )
         own = ownership(
-            {name: teacher.groups for name, teacher in cfg.teachers.items()}, self.loader.groups, cfg.objective, self.device
+            {name: teacher.groups for name, teacher in cfg.teachers.items()},
+            self.loader.groups,
+            cfg.objective,
+            self.device,
         )
         self.teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype).to(self.device)
         student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
@@ -180,12 +189,16 @@ class Trainer:
 
     def _divergence(self, loss: float) -> str:
         steps = checkpoints.complete_steps(self.run_dir)
-        kept = f"the last good checkpoint is {checkpoints.tag(steps[-1])} in {self.run_dir / 'checkpoints'}" if steps else "there is no checkpoint yet"
+        kept = (
+            f"the last good checkpoint is {checkpoints.tag(steps[-1])} in {self.run_dir / 'checkpoints'}"
+            if steps
+            else "there is no checkpoint yet"
+        )
         shown = f"rose to {loss:.3g}" if math.isfinite(loss) else "is not a finite number"
         return (
             f"the loss {shown} at or before step {self.step} (train.max_loss={self.cfg.train.max_loss:g}): the run is "
-            f"stopped, {kept}. Lower optimizer.lr_per_256, or look at loss/* in {self.run_dir / 'metrics.jsonl'} for the "
-            "teacher that breaks"
+            f"stopped, {kept}. Lower optimizer.lr_per_256, or look at loss/* in {self.run_dir / 'metrics.jsonl'} "
+            "for the teacher that breaks"
         )
 
     def _save(self) -> None:
@@ -202,7 +215,8 @@ class Trainer:
         projectors = sum(p.numel() for p in self.engine.module.projectors.parameters())
         logger.info(
             "%s: %d teachers (%s) into a student of %.1f M (+ %.1f M projectors); %d images in training",
-            cfg.name, len(cfg.teachers), ", ".join(cfg.teachers), student / 1e6, projectors / 1e6, self.loader.num_images,
+            cfg.name, len(cfg.teachers), ", ".join(cfg.teachers), student / 1e6, projectors / 1e6,
+            self.loader.num_images,
         )  # fmt: skip
         logger.info(
             "%d steps of %d images at %d px on %d x %s, ZeRO %d, %s; results in %s",

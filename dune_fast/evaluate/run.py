@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,12 +21,16 @@ from teachers.ensemble import TeacherEnsemble
 logger = logging.getLogger(__name__)
 
 
-def _held_out(cfg: RunConfig, size: int, batch: int, device: torch.device) -> ValLoader:
-    return ValLoader(cfg.data, size, batch, 0, 1, device)
+def figure_batch(cfg: RunConfig, num_images: int, device: torch.device) -> torch.Tensor:
+    """Held-out photographs for the figure, evenly spaced over all of them (so over datasets too), [B, 3, S, S]."""
+    count = min(cfg.evaluation.figure_images, num_images)
+    stride = num_images // count  # a "rank" of the loader takes every stride-th image
+    with ValLoader(cfg.data, cfg.evaluation.figure_size, count, stride // 2, stride, device) as loader:
+        return next(iter(loader)).images[:count]
 
 
 def evaluate_run(run: Path, figures: bool, device: torch.device | None = None) -> dict:
-    """Prints the cosine table, writes `held_out.json` and, with `figures`, `pca.png` and `loss.png` into the run's folder.
+    """Prints the cosine table; writes `held_out.json` and, with `figures`, `pca.png` and `loss.png` into the folder.
 
     Args:
         run: folder of a finished run.
@@ -43,16 +46,15 @@ def evaluate_run(run: Path, figures: bool, device: torch.device | None = None) -
     students: dict[str, Student] = {"before": untrained.to(device), "after": trained.to(device)}
     dtype = autocast_dtype(cfg.train.precision, device)
     teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype).to(device)
-    loader = _held_out(cfg, cfg.image_size, cfg.evaluation.batch, device)
-    result = held_out_cosines(students, teachers, statistics.to(device), loader, dtype)
-    (run / "held_out.json").write_text(json.dumps({"images": len(loader), **result}, indent=2) + "\n")
+    with ValLoader(cfg.data, cfg.image_size, cfg.evaluation.batch, 0, 1, device) as loader:
+        result = held_out_cosines(students, teachers, statistics.to(device), loader, dtype)
+    (run / "held_out.json").write_text(json.dumps({"images": loader.num_images, **result}, indent=2) + "\n")
     console = Console(highlight=False)
-    console.print(cosine_table(result), f"{loader.num_images} images, {cfg.image_size} px; running statistics standardize")
+    console.print(cosine_table(result))
+    console.print(f"{loader.num_images} images of {cfg.image_size} px, standardized with the running statistics")
     if figures:
-        small = replace(cfg.evaluation, batch=cfg.evaluation.figure_images)
-        batch = next(iter(_held_out(cfg, small.figure_size, small.batch, device)))
         titles = {"student, before": students["before"], "student, after": students["after"]}
-        pca_figure(batch.images[: small.batch], teachers, titles, run / "pca.png")
+        pca_figure(figure_batch(cfg, loader.num_images, device), teachers, titles, run / "pca.png")
         loss_figure(run / "metrics.jsonl", run / "loss.png")
         console.print(f"figures: {run / 'pca.png'}, {run / 'loss.png'}")
     return result

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.cases import RUNNERS, Case, relative_error, run_train
+from bench.case import Case, Check, relative_error
+from bench.cases import RUNNERS
 from bench.parity import main
+from bench.train_case import run_train
 
 CASES = (
     "checkpoint/official_ddp",
@@ -65,8 +67,6 @@ def test_parity_fails_on_an_empty_folder(tmp_path, capsys):
 
 def test_nan_never_passes():
     assert relative_error(torch.tensor([float("nan")]), torch.ones(1)) != 0
-    from bench.cases import Check
-
     assert not Check("x", float("nan"), 1.0).passed
 
 

@@ -82,7 +82,11 @@ def test_ladder_is_the_sum_of_its_rungs():
 
 @pytest.mark.parametrize(
     ("projector", "words"),
-    [(ProjectorConfig("mlp"), "tp.*lp.*sp"), (ProjectorConfig("lp", which_blocks=[9]), "0 to 3"), (ProjectorConfig("sp", version=3), "1 or 2")],
+    [
+        (ProjectorConfig("mlp"), "tp.*lp.*sp"),
+        (ProjectorConfig("lp", which_blocks=[9]), "0 to 3"),
+        (ProjectorConfig("sp", version=3), "1 or 2"),
+    ],
 )
 def test_wrong_projectors_are_explained(projector, words):
     with pytest.raises(ValueError, match=words):

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch.nn.functional import interpolate
 
-from dune_fast.nn.vit import ViTConfig, VisionTransformer
+from dune_fast.nn.vit import VisionTransformer, ViTConfig
 
 
 def tiny(**changes) -> VisionTransformer:

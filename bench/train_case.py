@@ -1,0 +1,145 @@
+"""The `train` cases: the original training step, step by step, under DeepSpeed."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, objective_of, relative_error
+from dune_fast.distill.standardization import TeacherStatistics
+from dune_fast.distill.step import DistillationStep
+from dune_fast.engine.deepspeed_engine import Engine, init_distributed, sum_over_ranks
+from dune_fast.engine.optimizer import OptimizerConfig
+from dune_fast.engine.schedules import ema_momenta, learning_rates
+from dune_fast.nn.projectors import ProjectorConfig
+from dune_fast.nn.student import Student
+from dune_fast.nn.vit import ViTConfig
+from dune_fast.released import encoder_keys
+from teachers.config import TeacherConfig
+from teachers.ensemble import TeacherEnsemble
+
+
+def train_case_student(case: Case) -> tuple[Student, TeacherStatistics]:
+    """Student and statistics of a train case, with its initial weights."""
+    cfg = case.info["student"]
+    encoder = ViTConfig(
+        image_size=cfg["image_size"], patch_size=cfg["patch_size"], embed_dim=cfg["embed_dim"], depth=cfg["depth"],
+        num_heads=cfg["num_heads"], num_registers=cfg["num_register_tokens"],
+    )  # fmt: skip
+    widths = {name: (t["num_features"], t["token_types"]) for name, t in case.info["teachers"].items()}
+    student = Student(encoder, ProjectorConfig(num_heads=cfg["projector_heads"]), widths)
+    statistics = TeacherStatistics(widths)
+    load_train_state(case, "init", student, statistics)
+    return student, statistics
+
+
+def load_train_state(case: Case, moment: str, student: Student, statistics: TeacherStatistics) -> None:
+    """Loads the weights and statistics of `moment`, "init" or "final"."""
+    state = encoder_keys(case.under(moment))
+    norms = {k.removeprefix("teacher_norms."): v for k, v in state.items() if k.startswith("teacher_norms.")}
+    student.load_state_dict({k: v for k, v in state.items() if not k.startswith("teacher_norms.")})
+    if norms:
+        statistics.load_state_dict(norms)
+
+
+def train_case_teachers(case: Case, folder: Path) -> TeacherEnsemble:
+    """The case's tiny teachers, through the registry: their weights are written to `folder`."""
+    configs = {}
+    for name, info in case.info["teachers"].items():
+        weights = folder / f"{name}.safetensors"
+        save_file({k: v.contiguous() for k, v in case.under(f"teacher/{name}").items()}, weights)
+        configs[name] = TeacherConfig(
+            family="conv_patchify", weights=str(weights), patch_size=info["patch_size"],
+            num_features=info["num_features"], token_types=list(info["token_types"]),
+        )  # fmt: skip
+    return TeacherEnsemble(configs, case.info["student"]["patch_size"])
+
+
+def train_trajectory(
+    case: Case, zero_stage: int = 0, rank: int = 0, world_size: int = 1
+) -> tuple[dict[str, Tensor], Student, TeacherStatistics]:
+    """Trains as the case did, under DeepSpeed, each rank on its contiguous share of every batch.
+
+    Returns:
+        Per-step `loss`, `teacher_loss/<name>` (this rank's), `grad_norm_max`, `lr`, `ema_momentum`; the student; the
+        statistics.
+    """
+    info = case.info
+    init_distributed()
+    student, statistics = train_case_student(case)
+    objective = objective_of(info)
+    own, groups = batch_groups(info, objective)
+    batch = case["images"].shape[1]
+    share = slice(rank * batch // world_size, (rank + 1) * batch // world_size)
+    optimizer = OptimizerConfig(
+        betas=list(info["betas"]), eps=info["eps"], weight_decay=info["weight_decay"],
+        clip_per_parameter=info["clip_per_parameter_norm"],
+    )  # fmt: skip
+    engine = Engine(student, optimizer, batch // world_size, zero_stage)
+    lr = learning_rates(info["steps"], info["base_lr"], info["min_lr"], info["warmup_fraction"])
+    momenta = ema_momenta(info["steps"], info["ema_start"], info["ema_end"])
+    with tempfile.TemporaryDirectory() as folder:
+        teachers = train_case_teachers(case, Path(folder))
+    all_reduce = sum_over_ranks if world_size > 1 else None
+    step = DistillationStep(engine, teachers, statistics, own, objective, all_reduce=all_reduce)
+    series: dict[str, list[Tensor]] = {}
+    for i, images in enumerate(case["images"]):
+        positions = torch.arange(i * batch, (i + 1) * batch)[share]
+        loss, metrics = step(images[share], groups[share], positions, i, float(momenta[i]))
+        engine.backward(loss)
+        norms = engine.step(float(lr[i]))
+        series.setdefault("loss", []).append(loss.detach())
+        series.setdefault("grad_norm_max", []).append(norms.max())
+        for name in info["teachers"]:
+            series.setdefault(f"teacher_loss/{name}", []).append(metrics[f"loss/{name}"])
+    history = {name: torch.stack(values) for name, values in series.items()}
+    history |= {"lr": torch.from_numpy(lr), "ema_momentum": torch.from_numpy(momenta)}
+    return history, student, statistics
+
+
+def comparable_weights(student: Student) -> Tensor:
+    """All trained weights in one vector, but the biases of attention's keys.
+
+    A key bias adds the same q . b to every logit of a query, which softmax takes out again: its gradient is zero in
+    exact arithmetic. Adam with eps = 1e-15 turns the rounding noise that is left into full steps, so that these values
+    are a random walk of whichever machine ran them; `outputs` shows that nothing depends on them.
+    """
+    parts = []
+    for name, parameter in student.named_parameters():
+        value = parameter.detach()
+        if name.endswith("attn.qkv.bias"):
+            query, _, values = value.chunk(3)
+            value = torch.cat([query, values])
+        parts.append(value.flatten())
+    return torch.cat(parts)
+
+
+def run_train(case: Case, zero_stage: int = 0) -> list[Check]:
+    """Losses within 1e-4 at every step, the weights' change within 1e-2, the trained students' outputs within 1e-4."""
+    history, student, statistics = train_trajectory(case, zero_stage)
+    checks = []
+    for name, ours in history.items():
+        if name in case:
+            reference = case[name].double()
+            error = ((ours.double() - reference).abs() / reference.abs().clamp_min(1e-12)).max()
+            forward = name in ("lr", "ema_momentum")
+            checks.append(Check(name, float(error), FORWARD if forward else GRADIENT))
+    initial, initial_statistics = train_case_student(case)
+    final, final_statistics = train_case_student(case)
+    load_train_state(case, "final", final, final_statistics)
+    start, end, ours = (comparable_weights(model) for model in (initial, final, student))
+    checks.append(Check("weights", relative_error(ours - start, end - start), 1e-2))
+    with torch.no_grad():
+        expected, found = final(case["images"][0]), student(case["images"][0])
+    for name, tokens in expected.items():
+        error = max(relative_error(found[name][token], tokens[token]) for token in tokens)
+        checks.append(Check(f"outputs/{name}", error, GRADIENT))
+    for (key, value), reference in zip(
+        statistics.state_dict().items(), final_statistics.state_dict().values(), strict=True
+    ):
+        checks.append(Check(f"statistics/{key}", relative_error(value, reference), FORWARD))
+    return checks

@@ -1,0 +1,69 @@
+"""The configuration composes, and says in a sentence what is wrong with it."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from dune_fast.engine.config import ConfigError, compose_config, config_dir, dump_config, load_config
+
+DEMO = "experiment=demo"
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (config_dir() / "experiment").glob("*.yaml")))
+def test_every_experiment_composes(name):
+    cfg = compose_config([f"experiment={name}"])
+    assert cfg.teachers and cfg.data.datasets and cfg.steps % 2 == 0
+    assert cfg.student.image_size == cfg.image_size
+
+
+@pytest.mark.parametrize("group", ["student", "projector", "deepspeed"])
+def test_every_choice_of_a_group_composes(group):
+    for path in (config_dir() / group).glob("*.yaml"):
+        compose_config([DEMO, f"{group}={path.stem}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["experiment=dmeo"], "no experiment 'dmeo': did you mean demo"),
+        ([DEMO, "+teachers@teachers.x=xfaet"], "no teacher 'xfaet': did you mean xfeat"),
+        ([DEMO, "data=dmo"], "no dataset 'dmo': did you mean demo"),
+        ([DEMO, "student=vit_tny14"], "no student 'vit_tny14': did you mean vit_tiny14"),
+        ([DEMO, "train.stps=5"], "no field 'train.stps'; did you mean train.steps"),
+        ([DEMO, "+train.stps=5"], "no field"),
+        ([DEMO, "train.steps=many"], "'many'.*Integer"),
+        ([DEMO, "teachers.semantic.family=onnx_vti"], "did you mean 'onnx_vit'"),
+        ([DEMO, "image_size=100"], "not a multiple of the patch size 14; the nearest are 98 and 112"),
+        ([DEMO, "image_size=126"], "'geometric' needs a multiple of 4; the nearest image sizes are 112 and 168"),
+        ([DEMO, "objective.sharing=most"], "full, none, generic"),
+        ([DEMO, "standardization.convention=phis"], "dune, unic"),
+        ([DEMO, "deepspeed.zero_stage=5"], "choose 0, 1 or 2"),
+        ([DEMO, "train.global_batch=0"], "at least 1"),
+        ([DEMO, "train.precision=fp8"], "auto, bf16 or fp32"),
+        ([DEMO, "no equals sign"], "cannot be composed"),
+        ([], "no teacher is configured: choose an experiment"),
+    ],
+)
+def test_mistakes_are_explained(overrides, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        compose_config(overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dumped_configuration_is_read_back(tmp_path):
+    cfg = compose_config([DEMO, "train.steps=12"])
+    dump_config(cfg, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == cfg
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="not the folder of a run"):
+        load_config(tmp_path / "config.yaml")
+
+
+def test_every_yaml_file_says_what_it_is():
+    for path in config_dir().rglob("*.yaml"):
+        text = path.read_text()
+        assert text.startswith("#"), path
+        yaml.safe_load(text)

