@@ -1,0 +1,85 @@
+"""What the kernels' tests share: where they run, how errors are judged, poisoned memory, an interpreter that rounds as a GPU does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import library
+
+_TYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8e4nv": torch.float8_e4m3fn,
+    "fp8e5": torch.float8_e5m2,
+}
+
+
+def _convert(data: np.ndarray, source, target, rounding_mode=None) -> np.ndarray:
+    """The bits of `data` in another floating-point type, rounded to nearest, ties to even."""
+    given = torch.from_numpy(np.ascontiguousarray(data).view(np.uint8).reshape(-1)).view(_TYPES[source.name])
+    converted = given.to(_TYPES[target.name]).view(torch.uint8).numpy()
+    return converted.view(f"uint{target.primitive_bitwidth}").reshape(data.shape)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rounding_to_nearest() -> Iterator[None]:
+    """The interpreter cuts bf16 off, twice the error of rounding, and loses the carry of float8: use torch's conversions."""
+    if not library.INTERPRETER:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", _convert)
+        yield
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the kernels are tested: the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def fused() -> Callable[[], contextlib.AbstractContextManager]:
+    """`with fused():` makes the public functions take the Triton kernels, on the GPU or in the interpreter."""
+    return library.interpreted if library.INTERPRETER else contextlib.nullcontext
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that torch hands out uninitialised is full of NaN, so that an output nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """|found - exact| / |exact| in L2, scaled so that 1e30 squared stays finite; absolute where exact is 0; NaN never passes."""
+    found, exact = found.double().cpu(), exact.double().cpu()
+    assert found.shape == exact.shape, (found.shape, exact.shape)
+    size = exact.abs().max().item() if exact.numel() else 0.0
+    scale = size or 1.0
+    error = ((found - exact) / scale).norm() / ((exact / scale).norm() if size else 1.0)
+    return float("inf") if error.isnan() else error.item()
+
+
+@pytest.fixture
+def no_worse() -> Callable[[Tensor, Tensor, Tensor], None]:
+    """no_worse(ours, eager, exact): our error is at most twice that of torch's own operation in the same types, plus 1e-6."""
+
+    def check(ours: Tensor, eager: Tensor, exact: Tensor) -> None:
+        error, allowed = relative_error(ours, exact), 2 * relative_error(eager, exact) + 1e-6
+        assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"
+
+    return check

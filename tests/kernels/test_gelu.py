@@ -1,0 +1,161 @@
+"""Bias and exact GELU: values and gradients against float64, layouts, determinism, tracing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.gelu import bias_gelu, bias_gelu_backward_op, bias_gelu_op, bias_gelu_reference
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def arguments(shape, dtype=FP32, device="cpu", size=1.0, bias_dtype=FP32):
+    torch.manual_seed(0)
+    x, bias = (size * torch.randn(shape)).to(dtype), torch.randn(shape[-1]).to(bias_dtype)
+    return [x.to(device).requires_grad_(), bias.to(device).requires_grad_()]
+
+
+def output_and_gradients(function, inputs, upstream):
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))]
+
+
+def eager(x, bias):
+    return F.gelu(x + bias.to(x.dtype))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 192), (1, 300), (7, 1), (0, 16), (5,), (37, 260)])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_values_and_gradients(shape, dtype, device, fused, no_worse):
+    inputs = arguments(shape, dtype, device)
+    upstream = torch.randn(shape, device=device).to(dtype)
+    with fused():
+        ours = output_and_gradients(bias_gelu, inputs, upstream)
+    other = output_and_gradients(eager, inputs, upstream)
+    exact = output_and_gradients(bias_gelu_reference, [t.detach().double().requires_grad_() for t in inputs], upstream)
+    assert [t.dtype for t in ours] == [dtype, dtype, FP32]
+    for found, theirs, truth in zip(ours, other, exact, strict=True):
+        no_worse(found, theirs, truth)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 30.0, 1e4, 1e18])
+def test_tails(size, device, fused, no_worse):
+    """Far from 0 the function is 0 or x and its slope 0 or 1: exp(-u^2 / 2) must underflow, not make NaN of inf * 0."""
+    inputs = arguments((4, 64), device=device, size=size)
+    inputs[1] = torch.zeros(64, device=device, requires_grad=True)
+    upstream = torch.randn(4, 64, device=device)
+    with fused():
+        ours = output_and_gradients(bias_gelu, inputs, upstream)
+    other = output_and_gradients(eager, inputs, upstream)
+    exact = output_and_gradients(bias_gelu_reference, [t.detach().double().requires_grad_() for t in inputs], upstream)
+    for found, theirs, truth in zip(ours, other, exact, strict=True):
+        no_worse(found, theirs, truth)
+
+
+def test_half_precision_bias(device, fused):
+    inputs = arguments((6, 48), BF16, device, bias_dtype=BF16)
+    with fused():
+        found = output_and_gradients(bias_gelu, inputs, torch.ones(6, 48, device=device))
+    expected = output_and_gradients(bias_gelu_reference, inputs, torch.ones(6, 48, device=device))
+    assert found[2].dtype == BF16
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "slice", "every other channel", "expanded"])
+def test_strided_inputs(layout, device, fused):
+    base = torch.randn(6, 5, 64, device=device)
+    x = {
+        "transposed": base.transpose(0, 1),
+        "slice": base[:, 1:, :40],
+        "every other channel": base[..., ::2],
+        "expanded": base[:1].expand(6, 5, 64),
+    }[layout]
+    leaf, bias = x.detach().requires_grad_(), torch.randn(x.shape[-1], device=device)
+    with fused():
+        out = bias_gelu(leaf, bias)
+        grad = torch.autograd.grad(out.sum(), leaf)[0]  # the gradient of a sum is one expanded number
+    expected = bias_gelu_reference(leaf, bias)
+    torch.testing.assert_close((out, grad), (expected, torch.autograd.grad(expected.sum(), leaf)[0]))
+
+
+def test_reference_is_torch_bit_for_bit():
+    x, bias = arguments((3, 5, 48))
+    assert torch.equal(bias_gelu(x, bias), F.gelu(x + bias))  # on a CPU, outside `interpreted`
+
+
+def test_gradcheck_of_the_reference():
+    x, bias = arguments((3, 6), torch.float64, bias_dtype=torch.float64)
+    assert torch.autograd.gradcheck(bias_gelu, (x, bias))
+
+
+def test_plain_backward_is_that_of_autograd():
+    """The CPU implementation of the registered backward, which `opcheck` and tracing use."""
+    x, bias = arguments((3, 24))
+    found = bias_gelu_backward_op(torch.ones(3, 24), x.detach(), bias.detach())
+    torch.testing.assert_close(found, torch.autograd.grad(bias_gelu_reference(x, bias).sum(), (x, bias)))
+
+
+def test_bit_identical_from_run_to_run(device, fused):
+    inputs, upstream = arguments((90, 300), BF16, device), torch.randn(90, 300, device=device)
+    with fused():
+        first, second = (output_and_gradients(bias_gelu, inputs, upstream) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_rows_beyond_2_to_31_elements(device, fused):
+    """The second row starts past what 32 bits can index; the memory between is never touched."""
+    torch.use_deterministic_algorithms(False)  # no NaN into four gigabytes; the `poisoned` fixture restores its state
+    far = 2**31 + 16
+    x = torch.empty(far + 32, dtype=BF16, device=device).as_strided((2, 32), (far, 1))
+    x.copy_(torch.randn(2, 32))
+    bias = torch.randn(32, device=device)
+    with fused():
+        found = bias_gelu_op(x, bias), *bias_gelu_backward_op(x, x, bias)
+    near = x.clone()
+    expected = output_and_gradients(bias_gelu_reference, [near.requires_grad_(), bias.requires_grad_()], near.detach())
+    torch.testing.assert_close(list(found), expected)
+
+
+@pytest.mark.parametrize("triton", [False, True])
+def test_opcheck(triton, device, fused):
+    x, bias = (t.detach() for t in arguments((2, 3, 16), BF16, device))
+
+    def check():
+        torch.library.opcheck(bias_gelu_op, (x, bias))
+        torch.library.opcheck(bias_gelu_backward_op, (x, x, bias))
+
+    if triton:
+        with fused():
+            check()
+    else:
+        check()
+
+
+@pytest.mark.parametrize("x, bias", [((2, 8), (9,)), ((2, 8), (1, 8)), ((), (1,))])
+def test_bad_shapes(x, bias):
+    with pytest.raises(ValueError, match=r"x \[\.\.\., F\] and bias \[F\]"):
+        bias_gelu(torch.zeros(x), torch.zeros(bias))
+
+
+def test_mixed_devices():
+    with pytest.raises(ValueError, match="one device.*bias float32 .* on meta"):
+        bias_gelu(torch.zeros(2, 8), torch.zeros(8, device="meta"))
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_and_graph_capture():
+    inputs, upstream = arguments((64, 768), BF16, "cuda"), torch.randn(64, 768, device="cuda").bfloat16()
+    expected = output_and_gradients(bias_gelu, inputs, upstream)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output_and_gradients(bias_gelu, inputs, upstream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = output_and_gradients(bias_gelu, inputs, upstream)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))

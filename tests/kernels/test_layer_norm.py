@@ -1,0 +1,267 @@
+"""LayerNorm, alone and fused with residual and LayerScale: values and gradients against float64, layouts, determinism, tracing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import library
+from kernels.layer_norm import (
+    layer_norm,
+    layer_norm_backward_op,
+    layer_norm_op,
+    layer_norm_reference,
+    residual_layer_norm,
+    residual_layer_norm_op,
+    residual_layer_norm_reference,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+EPS = 1e-6
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+TYPES = [(FP32, FP32), (FP32, BF16), (BF16, BF16), (FP16, FP16)]  # of the stream and of the branch
+SHAPES = [(2, 3, 192), (1, 300), (7, 1), (0, 16), (19, 40), (3, 1030)]
+
+
+def values(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    x = torch.randn(shape)
+    if kind == "constant":
+        x = torch.full(shape, 1.5)
+    elif kind == "zero":
+        x = torch.zeros(shape)
+    elif kind == "large":
+        x *= 1e3 if dtype == FP16 else 1e17
+    elif kind == "offset":
+        x += 1000
+    return x.to(dtype)
+
+
+def arguments(shape, types=(FP32, FP32), kind="random", device="cpu", scaled=True, affine=True):
+    """(x, y, gamma, weight, bias), leaves that require gradients."""
+    torch.manual_seed(0)
+    made = [values(kind, shape, types[0]), values(kind, shape, types[1])]
+    made += [torch.randn(shape[-1]) if wanted else None for wanted in (scaled, affine, affine)]
+    return [None if t is None else t.to(device).requires_grad_() for t in made]
+
+
+def eager_residual(x, y, gamma, weight, bias, eps, out_dtype):
+    """What a model without these kernels does: torch's operations in the given types."""
+    out = (x + (y if gamma is None else y * gamma)).to(x.dtype)
+    weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
+    return out, F.layer_norm(out, x.shape[-1:], weight, bias, eps).to(out_dtype)
+
+
+def outputs_and_gradients(function, inputs, upstream, *args) -> list[Tensor]:
+    outputs = function(*inputs, EPS, *args)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    upstream = [u.to(o.dtype) for u, o in zip(upstream[-len(outputs) :], outputs, strict=True)]
+    leaves = [t for t in inputs if t is not None]
+    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
+
+
+def in_float64(inputs: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.detach().double().requires_grad_() for t in inputs]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("types", TYPES)
+def test_residual(shape, types, device, fused, no_worse):
+    inputs = arguments(shape, types, device=device)
+    upstream = [torch.randn(shape, device=device).to(t) for t in types]
+    eager = outputs_and_gradients(eager_residual, inputs, upstream, types[1])
+    exact = outputs_and_gradients(residual_layer_norm_reference, in_float64(inputs), upstream)
+    with fused():
+        ours = outputs_and_gradients(residual_layer_norm, inputs, upstream, types[1])
+    assert [t.dtype for t in ours] == [*types, *(t.dtype for t in inputs)]
+    for found, other, truth in zip(ours, eager, exact, strict=True):
+        no_worse(found, other, truth)
+
+
+@pytest.mark.parametrize("kind", ["constant", "zero", "large", "offset"])
+@pytest.mark.parametrize("types", [TYPES[0], TYPES[2], TYPES[3]])
+def test_degenerate_and_extreme_rows(kind, types, device, fused, no_worse):
+    # x' as stored is the norm's input: in half precision, compare the norm of that
+    inputs = arguments((3, 24), types, kind, device)
+    with fused():
+        out, h = residual_layer_norm(*inputs, EPS)
+    x, y, gamma, weight, bias = in_float64(inputs)
+    no_worse(out, eager_residual(*inputs, EPS, types[0])[0], x + gamma * y)
+    eager = F.layer_norm(out, (24,), weight.to(types[0]), bias.to(types[0]), EPS)
+    no_worse(h, eager, layer_norm_reference(out.double(), weight, bias, EPS))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_plain(affine, dtype, device, fused, no_worse):
+    x, _, _, weight, bias = inputs = arguments((5, 3, 72), (dtype, dtype), device=device, affine=affine)
+    inputs, upstream = [x, weight, bias], [torch.randn(5, 3, 72, device=device).to(dtype)]
+
+    def eager(x, weight, bias, eps):
+        return eager_residual(x, torch.zeros_like(x), None, weight, bias, eps, dtype)[1]
+
+    with fused():
+        ours = outputs_and_gradients(layer_norm, inputs, upstream)
+    other = outputs_and_gradients(eager, inputs, upstream)
+    exact = outputs_and_gradients(layer_norm_reference, in_float64(inputs), upstream)
+    for found, theirs, truth in zip(ours, other, exact, strict=True):
+        no_worse(found, theirs, truth)
+
+
+@pytest.mark.parametrize("scaled, affine", [(False, True), (True, False), (False, False)])
+def test_parameters_left_out(scaled, affine, device, fused, no_worse):
+    inputs = arguments((4, 40), (FP32, BF16), device=device, scaled=scaled, affine=affine)
+    upstream = [torch.randn(4, 40, device=device), torch.randn(4, 40, device=device).bfloat16()]
+    with fused():
+        ours = outputs_and_gradients(residual_layer_norm, inputs, upstream, BF16)
+    eager = outputs_and_gradients(eager_residual, inputs, upstream, BF16)
+    exact = outputs_and_gradients(residual_layer_norm_reference, in_float64(inputs), upstream)
+    for found, other, truth in zip(ours, eager, exact, strict=True):
+        no_worse(found, other, truth)
+
+
+def test_one_gradient_serves_x_and_y(device, fused):
+    """Without gamma and of one type, dx and dy are one tensor: autograd must still accumulate each on its own."""
+    x, y, *_ = arguments((4, 40), device=device)
+    with fused():
+        out, h = residual_layer_norm(x, y, None, None, None, EPS)
+        ((out + h).sum() + (x * x).sum()).backward()
+    torch.testing.assert_close(x.grad - y.grad, 2 * x.detach())
+
+
+def test_frozen_parameters_get_no_gradient(device, fused):
+    x, y, gamma, weight, bias = arguments((4, 40), device=device)
+    for p in (gamma, weight, bias):
+        p.requires_grad_(False)
+    with fused():
+        out, h = residual_layer_norm(x, y, gamma, weight, bias, EPS)
+        (out * h).sum().backward()
+    exact = in_float64([x, y, gamma, weight, bias])
+    torch.stack(residual_layer_norm_reference(*exact, EPS)).prod(0).sum().backward()
+    assert gamma.grad is weight.grad is bias.grad is None
+    torch.testing.assert_close(y.grad.double(), exact[1].grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "slice", "every other channel", "expanded"])
+def test_strided_inputs(layout, device, fused):
+    base = torch.randn(6, 5, 64, device=device)
+    x = {
+        "transposed": base.transpose(0, 1),
+        "slice": base[:, 1:, :40],
+        "every other channel": base[..., ::2],
+        "expanded": base[:1].expand(6, 5, 64),
+    }[layout]
+    with fused():
+        out, h = residual_layer_norm(x, x, None, None, None, EPS)
+        grad = torch.autograd.grad(layer_norm(leaf := x.detach().requires_grad_(), None, None, EPS).sum(), leaf)[0]
+    expected = residual_layer_norm_reference(x, x, None, None, None, EPS)
+    torch.testing.assert_close((out, h), expected)
+    assert out.is_contiguous() and h.is_contiguous() and grad.abs().max() < 1e-4  # the sum of a norm is 0
+
+
+def test_reference_is_torch_bit_for_bit():
+    x, y, gamma, weight, bias = arguments((3, 5, 48))
+    out, h = residual_layer_norm(x, y, gamma, weight, bias, EPS)  # on a CPU, outside `interpreted`
+    assert torch.equal(out, x + y * gamma) and torch.equal(h, F.layer_norm(x + y * gamma, (48,), weight, bias, EPS))
+    half = layer_norm(x, weight, bias, EPS, BF16)
+    assert half.dtype == BF16 and torch.equal(half, F.layer_norm(x, (48,), weight, bias, EPS).bfloat16())
+
+
+def test_gradcheck_of_the_reference():
+    inputs = in_float64(arguments((3, 6)))
+    assert torch.autograd.gradcheck(lambda *t: residual_layer_norm(*t, EPS), inputs)
+
+
+def test_bit_identical_from_run_to_run(device, fused):
+    inputs = arguments((50, 136), (FP32, BF16), device=device)
+    upstream = [torch.randn(50, 136, device=device), torch.randn(50, 136, device=device).bfloat16()]
+    with fused():
+        first, second = (outputs_and_gradients(residual_layer_norm, inputs, upstream, BF16) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_rows_beyond_2_to_31_elements(device, fused):
+    """The second row starts past what 32 bits can index; the memory between is never touched."""
+    torch.use_deterministic_algorithms(False)  # no NaN into four gigabytes; the `poisoned` fixture restores its state
+    far = 2**31 + 16
+    x = torch.empty(far + 32, dtype=BF16, device=device).as_strided((2, 32), (far, 1))
+    x.copy_(torch.randn(2, 32))
+    with fused():
+        found = layer_norm(x, None, None, EPS)
+        grad = layer_norm_backward_op(x, None, x, None, None, None, *layer_norm_op(x, None, None, EPS, FP32)[1:], None)[0]
+    near = x.clone()
+    torch.testing.assert_close(found, layer_norm_reference(near, None, None, EPS))
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("triton", [False, True])
+def test_opcheck(triton, device, fused):
+    if triton and device.type == "cpu" and not library.INTERPRETER:
+        pytest.skip("needs the interpreter")
+    x, y, gamma, weight, bias = (t.detach() for t in arguments((2, 3, 16), (FP32, BF16), device=device))
+    mean, rstd = torch.randn(6, device=device), torch.rand(6, device=device)
+    calls = [
+        (layer_norm_op, (x, weight, None, EPS, BF16)),
+        (residual_layer_norm_op, (x, y, gamma, weight, bias, EPS, BF16)),
+        (residual_layer_norm_op, (x, y, None, None, None, EPS, FP32)),
+        (layer_norm_backward_op, (y, x, x, y, gamma, weight, mean, rstd, BF16)),
+        (layer_norm_backward_op, (y, None, x, None, None, None, mean, rstd, None)),
+    ]
+    if triton:
+        with fused():
+            for op, args in calls:
+                torch.library.opcheck(op, args)
+    else:
+        for op, args in calls:
+            torch.library.opcheck(op, args)
+
+
+def test_plain_backward_is_that_of_autograd():
+    """The CPU implementation of the registered backward, which `opcheck` and tracing use."""
+    x, y, gamma, weight, bias = arguments((2, 5, 24))
+    out, h, mean, rstd = residual_layer_norm_op(*(t.detach() for t in (x, y, gamma, weight, bias)), EPS, FP32)
+    dout, dh = torch.randn_like(out), torch.randn_like(h)
+    dx, dy, sums = layer_norm_backward_op(dh, dout, out, y.detach(), gamma.detach(), weight.detach(), mean, rstd, FP32)
+    exact = outputs_and_gradients(residual_layer_norm_reference, in_float64([x, y, gamma, weight, bias]), [dout, dh])[2:]
+    for found, truth in zip((dx, dy, sums[2], sums[0], sums[1]), exact, strict=True):
+        torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"y": torch.zeros(2, 9)}, r"x and y of one shape.*y float32 \[2, 9\]"),
+        ({"gamma": torch.zeros(9)}, r"gamma \[C\]"),
+        ({"weight": torch.zeros(1, 8)}, r"weight \[C\]"),
+        ({"weight": None}, "bias only beside a weight"),
+        ({"x": torch.zeros(2, 8, dtype=torch.int64)}, "floating-point x"),
+        ({"y": torch.zeros(2, 8, device="meta")}, "one device"),
+    ],
+)
+def test_bad_input(change, message):
+    good = {"x": torch.zeros(2, 8), "y": torch.zeros(2, 8)} | {name: torch.zeros(8) for name in ("gamma", "weight", "bias")}
+    with pytest.raises(ValueError, match=message):
+        residual_layer_norm(**good | change, eps=EPS)
+
+
+def test_too_many_channels_for_a_program(device, fused):
+    with fused(), pytest.raises(ValueError, match="up to 4096 channels, got 4097"):
+        layer_norm(torch.zeros(1, 4097, device=device), None, None, EPS)
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_and_graph_capture():
+    inputs = arguments((64, 192), (FP32, BF16), device="cuda")
+    upstream = [torch.randn(64, 192, device="cuda"), torch.randn(64, 192, device="cuda").bfloat16()]
+    expected = outputs_and_gradients(residual_layer_norm, inputs, upstream, BF16)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outputs_and_gradients(residual_layer_norm, inputs, upstream, BF16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = outputs_and_gradients(residual_layer_norm, inputs, upstream, BF16)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
