@@ -19,11 +19,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 BACKENDS = ("auto", "flash_attn", "flash", "cudnn", "efficient", "math")
 
 _SDP = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
+    "flash": [SDPBackend.FLASH_ATTENTION],
+    "cudnn": [SDPBackend.CUDNN_ATTENTION],
+    "efficient": [SDPBackend.EFFICIENT_ATTENTION],
+    "math": [SDPBackend.MATH],
 }
+# torch prefers its FlashAttention-2, which leaves Hopper's warp-group products unused; cuDNN's kernels use them. The
+# others follow for what cuDNN does not take (float32, odd head sizes). Not yet measured here.
+_HOPPER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 @functools.cache
@@ -32,18 +40,21 @@ def flash_attn_installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def resolve_backend(backend: str, qkv: Tensor) -> str:
     """The backend that `attention` uses for this tensor: `backend` itself, or the choice that "auto" stands for."""
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "flash_attn" and not flash_attn_installed():
         raise ValueError("attention backend 'flash_attn' needs the package flash-attn: pip install 'dune-fast[flash]'")
-    if backend != "auto":
-        return backend
     half = qkv.dtype in (torch.float16, torch.bfloat16)
-    if qkv.is_cuda and half and qkv.shape[-1] <= 256 and flash_attn_installed():
+    if backend == "auto" and qkv.is_cuda and half and qkv.shape[-1] <= 256 and flash_attn_installed():
         return "flash_attn"
-    return "auto"  # scaled_dot_product_attention's own order of preference
+    return backend
 
 
 def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
@@ -51,8 +62,8 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
 
     Args:
         qkv: [B, N, 3, H, D], fp32, bf16 or fp16; queries, keys and values along dimension 2.
-        backend: "auto" takes flash-attn where it is installed and applies (CUDA, half precision), else what
-            `torch.nn.functional.scaled_dot_product_attention` prefers on the device; the others force one.
+        backend: "auto" takes flash-attn where it is installed and applies (CUDA, half precision), else the fastest of
+            `torch.nn.functional.scaled_dot_product_attention` on the device; the others force one.
 
     Returns:
         [B, N, H, D], the dtype of `qkv`.
@@ -68,9 +79,12 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
 
         return flash_attn_qkvpacked_func(qkv)
     q, k, v = qkv.transpose(1, 3).unbind(2)  # each [B, H, N, D], views
-    if backend == "auto":
-        out = F.scaled_dot_product_attention(q, k, v)
-    else:
+    if backend != "auto":
         with sdpa_kernel(_SDP[backend]):
             out = F.scaled_dot_product_attention(q, k, v)
+    elif qkv.is_cuda and _is_hopper(qkv.device):
+        with sdpa_kernel(_HOPPER, set_priority=True):
+            out = F.scaled_dot_product_attention(q, k, v)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2)

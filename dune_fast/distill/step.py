@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from dune_fast.distill.objective import ObjectiveConfig, coefficients, combine, teacher_losses
@@ -37,8 +36,6 @@ class DistillationStep:
     """Which dataset group counts for which teacher, bool [T, G], of `objective.ownership`."""
     objective: ObjectiveConfig
     seed: int = 0
-    autocast_dtype: torch.dtype | None = None
-    """Type of the student's matrix products; weights, norms and the loss stay float32. None: float32 throughout."""
     all_reduce: AllReduce | None = None
 
     def __call__(self, images: Tensor, groups: Tensor, positions: Tensor, step: int, momentum: float) -> StepOutput:
@@ -51,8 +48,7 @@ class DistillationStep:
             step: of the run.
             momentum: of the teachers' running statistics.
         """
-        with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            projections = self.student(images)  # teacher -> token type -> [B, C] or [B, N, C]
+        projections = self.student(images)  # teacher -> token type -> [B, C] or [B, N, C]
         features = self.teachers(images)  # the same shapes, frozen
         standardizers = self.statistics.update(features, momentum, self.all_reduce)
         losses, parts = teacher_losses(projections, features, standardizers, self.objective)  # [T, B]

@@ -68,13 +68,14 @@ class Trainer:
         )
         self.teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype).to(self.device)
         student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
+        student.autocast_dtype = dtype
         micro_batch = cfg.train.global_batch // self.world_size
         self.engine = Engine(student, cfg.optimizer, micro_batch, cfg.deepspeed.zero_stage, cfg.deepspeed.options)
         self.statistics = TeacherStatistics(
             cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps
         ).to(self.device)
         self.distill = DistillationStep(
-            self.engine, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed, dtype,
+            self.engine, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed,
             sum_over_ranks if self.world_size > 1 else None,
         )  # fmt: skip
         peak = scaled_learning_rate(cfg.optimizer.lr_per_256, cfg.train.global_batch)
@@ -221,5 +222,5 @@ class Trainer:
         logger.info(
             "%d steps of %d images at %d px on %d x %s, ZeRO %d, %s; results in %s",
             cfg.steps, cfg.train.global_batch, cfg.image_size, self.world_size, self.device.type,
-            cfg.deepspeed.zero_stage, "bf16" if self.distill.autocast_dtype else "fp32", self.run_dir,
+            cfg.deepspeed.zero_stage, "bf16" if self.engine.module.autocast_dtype else "fp32", self.run_dir,
         )  # fmt: skip

@@ -29,7 +29,6 @@ def held_out_cosines(
     teachers: TeacherEnsemble,
     statistics: TeacherStatistics,
     batches: Iterable[Batch],
-    autocast_dtype: torch.dtype | None = None,
     all_reduce: AllReduce | None = None,
 ) -> dict[str, Cosines]:
     """Mean cosine similarity of several students on the same images.
@@ -39,7 +38,6 @@ def held_out_cosines(
         teachers: frozen.
         statistics: their running statistics standardize.
         batches: this rank's share of the held-out images.
-        autocast_dtype: as in training.
         all_reduce: sums a tensor over ranks.
 
     Returns:
@@ -54,10 +52,7 @@ def held_out_cosines(
     sums = torch.zeros(len(keys) + 1, dtype=torch.float64, device=device)  # the last one counts images
     for batch in batches:
         features = teachers(batch.images)
-        projections = {}
-        with torch.autocast(batch.images.device.type, autocast_dtype, enabled=autocast_dtype is not None):
-            for name, student in students.items():
-                projections[name] = student(batch.images)
+        projections = {name: student(batch.images) for name, student in students.items()}
         for i, (name, teacher, token) in enumerate(keys):
             target = standardize(features[teacher][token], *standardizers[teacher][token])
             cosine = F.cosine_similarity(projections[name][teacher][token].float(), target, dim=-1)

@@ -45,9 +45,11 @@ def evaluate_run(run: Path, figures: bool, device: torch.device | None = None) -
     untrained = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed).eval()
     students: dict[str, Student] = {"before": untrained.to(device), "after": trained.to(device)}
     dtype = autocast_dtype(cfg.train.precision, device)
+    for student in students.values():
+        student.autocast_dtype = dtype
     teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype).to(device)
     with ValLoader(cfg.data, cfg.image_size, cfg.evaluation.batch, 0, 1, device) as loader:
-        result = held_out_cosines(students, teachers, statistics.to(device), loader, dtype)
+        result = held_out_cosines(students, teachers, statistics.to(device), loader)
     (run / "held_out.json").write_text(json.dumps({"images": loader.num_images, **result}, indent=2) + "\n")
     console = Console(highlight=False)
     console.print(cosine_table(result))

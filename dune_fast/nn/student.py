@@ -16,7 +16,12 @@ class Student(nn.Module):
 
     The projectors take un-normalised [cls, patches] without the registers, so no loss reaches the encoder's final norm:
     it is frozen at gamma = 1, beta = 0.
+
+    `autocast_dtype` is the type of its matrix products; weights, norms and residuals stay float32. It lives here, not
+    around the call: DeepSpeed's engine switches an outer autocast off. None: float32 throughout.
     """
+
+    autocast_dtype: torch.dtype | None = None
 
     def __init__(
         self, encoder: ViTConfig, projector: ProjectorConfig, teachers: Mapping[str, tuple[int, Sequence[str]]]
@@ -37,7 +42,8 @@ class Student(nn.Module):
         return {i: torch.cat([x[:, :1], x[:, prefix:]], dim=1) for i, x in outputs.items()}
 
     def forward(self, images: Tensor) -> dict[str, Projection]:
-        return self.projectors(self.tokens(images))
+        with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            return self.projectors(self.tokens(images))
 
 
 def build_student(

@@ -91,3 +91,17 @@ def test_ladder_is_the_sum_of_its_rungs():
 def test_wrong_projectors_are_explained(projector, words):
     with pytest.raises(ValueError, match=words):
         build_student(ENCODER, projector, TEACHERS)
+
+
+def test_bf16_reaches_the_matrix_products_under_deepspeed():
+    """DeepSpeed's engine switches off an autocast around it; ours is inside."""
+    from dune_fast.engine.deepspeed_engine import Engine, init_distributed
+    from dune_fast.engine.optimizer import OptimizerConfig
+
+    device = init_distributed()
+    student = build_student(ENCODER, ProjectorConfig(), TEACHERS)
+    student.autocast_dtype = torch.bfloat16
+    engine = Engine(student, OptimizerConfig(), 2, zero_stage=0)
+    out = engine(torch.randn(2, 3, 56, 56, device=device))
+    assert out["a"]["patch"].dtype == torch.bfloat16
+    assert all(parameter.dtype == torch.float32 for parameter in engine.module.parameters())

@@ -1,0 +1,76 @@
+"""Attention against the formula in float64, and its choice of a backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.attention import attention, flash_attn_installed, resolve_backend
+
+
+def formula(qkv: torch.Tensor) -> torch.Tensor:
+    q, k, v = qkv.double().transpose(1, 3).unbind(2)
+    weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+    return (weights @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("shape", [(2, 17, 3, 3, 16), (1, 1, 3, 2, 64), (3, 65, 3, 1, 32), (0, 5, 3, 2, 16)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_equals_the_formula(shape, dtype, tolerance):
+    torch.manual_seed(0)
+    qkv = torch.randn(shape).to(dtype)
+    out, expected = attention(qkv), formula(qkv)
+    assert out.shape == expected.shape and out.dtype == dtype
+    assert (out.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_gradients_equal_those_of_the_formula():
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 9, 3, 2, 16, requires_grad=True)
+    upstream = torch.randn(2, 9, 2, 16)
+    (ours,) = torch.autograd.grad(attention(qkv), qkv, upstream)
+    (expected,) = torch.autograd.grad(formula(qkv), qkv, upstream.double())
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_large_logits_do_not_overflow():
+    qkv = torch.randn(1, 8, 3, 1, 16) * 1e3
+    assert torch.isfinite(attention(qkv)).all()
+
+
+def test_compiles_whole():
+    qkv = torch.randn(1, 5, 3, 2, 16)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(qkv), attention(qkv))
+
+
+@pytest.mark.parametrize("backend", ["math", "flash"])
+def test_a_forced_backend_is_used(backend):
+    qkv = torch.randn(1, 5, 3, 2, 16)
+    torch.testing.assert_close(attention(qkv, backend), attention(qkv), rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_input_is_explained():
+    with pytest.raises(ValueError, match=r"\[B, N, 3, heads, head_dim\]"):
+        attention(torch.zeros(2, 5, 2, 3, 16))
+    with pytest.raises(ValueError, match="'quick' is unknown; choose one of auto"):
+        attention(torch.zeros(2, 5, 3, 3, 16), "quick")
+
+
+@pytest.mark.skipif(flash_attn_installed(), reason="flash-attn is installed")
+def test_missing_flash_attn_is_explained():
+    with pytest.raises(ValueError, match=r"dune-fast\[flash\]"):
+        resolve_backend("flash_attn", torch.zeros(2, 5, 3, 3, 16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "cudnn", "flash", "efficient"])
+@pytest.mark.parametrize("tokens", [577, 1025])
+def test_gpu_backends_equal_the_formula(backend, tokens):
+    torch.manual_seed(0)
+    qkv = torch.randn(2, tokens, 3, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    out, expected = attention(qkv, backend), formula(qkv)
+    assert (out.double() - expected).norm() <= 1e-2 * expected.norm()
+    (ours,) = torch.autograd.grad(out.sum(), qkv)
+    (theirs,) = torch.autograd.grad(expected.sum(), qkv)
+    assert (ours.double() - theirs).norm() <= 2e-2 * theirs.norm()
