@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dune_fast.distill.objective import ObjectiveConfig, coefficients, combine, teacher_losses
 from dune_fast.distill.standardization import AllReduce, Features, TeacherStatistics
@@ -68,8 +68,3 @@ class DistillationStep:
             metrics[f"share/{name}"] = shares[i]
         metrics.update({f"loss/{key}": value.mean() for key, value in parts.items()})
         return metrics
-
-
-def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Named parameters that a loss reaches."""
-    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]

@@ -106,6 +106,7 @@ class Engine:
             model=module, optimizer=build_optimizer(module, optimizer), config=config, dist_init_required=False
         )
         self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self._pieces: Tensor | None = None
 
     def __call__(self, images: Tensor) -> Any:
         return self.engine(images)
@@ -141,23 +142,23 @@ class Engine:
     @torch.no_grad()
     def _clip_partitions(self) -> Tensor:
         """Stages 1 and 2: a rank holds pieces of some gradients; their square sums are added over ranks first."""
-        zero = self.engine.optimizer
-        index = {id(p): i for i, p in enumerate(self.parameters)}
-        squares = torch.zeros(len(self.parameters), device=self.parameters[0].device)
-        pieces: list[tuple[int, Tensor]] = []
-        for group, gradients in zero.averaged_gradients.items():
-            owners = zero.params_in_partition[group]
-            pieces += [(index[id(p)], gradient) for p, gradient in zip(owners, gradients, strict=False)]
-        if pieces:
-            at = torch.tensor([i for i, _ in pieces]).to(squares.device, non_blocking=True)
-            norms = torch.stack(torch._foreach_norm([gradient for _, gradient in pieces], 2.0))
-            squares.index_add_(0, at, norms.square())
+        gradients, owners = [], []
+        for group, partition in self.engine.optimizer.averaged_gradients.items():
+            owners += self.engine.optimizer.params_in_partition[group]
+            gradients += partition[: len(self.engine.optimizer.params_in_partition[group])]  # what follows is padding
+        if self._pieces is None:  # the partition is the same at every step: its indices go to the device once
+            index = {id(p): i for i, p in enumerate(self.parameters)}
+            self._pieces = torch.tensor(
+                [index[id(p)] for p in owners], dtype=torch.long, device=self.parameters[0].device
+            )
+        squares = torch.zeros(len(self.parameters), device=self._pieces.device)
+        if gradients:
+            squares.index_add_(0, self._pieces, torch.stack(torch._foreach_norm(gradients, 2.0)).square())
         if self.world_size > 1:
             sum_over_ranks(squares)
         norms = squares.sqrt()
-        if self.max_norm > 0 and pieces:
-            scales = clip_scale(norms, self.max_norm).unbind()
-            torch._foreach_mul_([gradient for _, gradient in pieces], [scales[i] for i, _ in pieces])
+        if self.max_norm > 0 and gradients:
+            torch._foreach_mul_(gradients, list(clip_scale(norms[self._pieces], self.max_norm).unbind()))
         return norms
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
