@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, objective_of, relative_error
+from bench.teacher_case import run_teacher
 from bench.train_case import run_train
 from dune_fast.distill.objective import coefficients, combine, teacher_losses
 from dune_fast.distill.standardization import TeacherStatistics
@@ -206,7 +207,6 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "teacher_norm": run_teacher_norm,
     "rope2d": run_rope2d,
     "checkpoint": run_checkpoint,
+    "teacher": run_teacher,
     "train": run_train,
 }
-NOT_YET = {"teacher"}
-"""Kinds that are known and wait for their teachers."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench.case import Case
-from bench.cases import NOT_YET, RUNNERS
+from bench.cases import RUNNERS
 
 
 def find_cases(folder: Path) -> list[Path]:
@@ -22,12 +22,10 @@ def find_cases(folder: Path) -> list[Path]:
 
 
 def report(path: Path, folder: Path) -> tuple[str, str]:
-    """(outcome, line) of one case; outcome is "pass", "fail" or "not yet"."""
+    """(outcome, line) of one case; outcome is "pass" or "fail"."""
     name = str(path.relative_to(folder).with_suffix(""))
     try:
         case = Case(path)
-        if case.kind in NOT_YET:
-            return "not yet", f"{name:42} {case.kind:13} not yet"
         if case.kind not in RUNNERS:
             return "fail", f"{name:42} {case.kind:13} FAIL  unknown kind"
         checks = RUNNERS[case.kind](case)
@@ -57,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         outcome, line = report(path, args.folder)
         outcomes[outcome] += 1
         console.print(line)
-    console.print(", ".join(f"{outcomes[key]} {key}" for key in ("pass", "fail", "not yet")))
+    console.print(", ".join(f"{outcomes[key]} {key}" for key in ("pass", "fail")))
     return 1 if outcomes["fail"] else 0
 
 

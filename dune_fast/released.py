@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,9 @@ from torch import Tensor
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.nn.projectors import ProjectorConfig
 from dune_fast.nn.student import Student
-from dune_fast.nn.vit import ViTConfig
-from teachers.containers import read_container, strip_wrappers
-from teachers.weights import TeacherWeightsError, build_loaded
-
-HEAD_DIM = 64
-"""Channels of an attention head in every published encoder."""
+from teachers.architecture import infer_vit
+from teachers.containers import TeacherWeightsError, below, check_storage, is_state, read_container, strip_wrappers
+from teachers.weights import build_loaded
 
 
 def encoder_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -34,27 +30,6 @@ def encoder_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def infer_encoder(state: Mapping[str, Tensor], num_heads: int | None = None) -> ViTConfig:
-    """The architecture that an encoder's tensors (our names) belong to, with the published interpolation.
-
-    Raises:
-        KeyError: a tensor that says the sizes is missing.
-    """
-    dim, _, patch, _ = state["patch_embed.proj.weight"].shape
-    side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    return ViTConfig(
-        image_size=side * patch,
-        patch_size=patch,
-        embed_dim=dim,
-        depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
-        num_heads=num_heads or dim // HEAD_DIM,
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
-        num_registers=registers,
-        layer_scale=1e-4 if "blocks.0.ls1.gamma" in state else None,
-    )
-
-
 def load_released(path: Path) -> tuple[Student, TeacherStatistics]:
     """Student and teachers' statistics of a published DUNE checkpoint, float32, frozen, in evaluation mode.
 
@@ -62,13 +37,14 @@ def load_released(path: Path) -> tuple[Student, TeacherStatistics]:
         TeacherWeightsError: damaged, unsafe, incomplete, or another kind of checkpoint.
     """
     content = read_container(path)
-    if not isinstance(content.get("model"), dict):
-        raise TeacherWeightsError(f"{path} has no entry 'model': it is not a DUNE checkpoint")
+    if not is_state(content.get("model")):
+        raise TeacherWeightsError(f"{path} has no weights under 'model': it is not a DUNE checkpoint")
+    check_storage(content["model"], path)
     options = vars(content["args"]) if "args" in content else {}
     if _published_flags(options.get("dune_args"), path).get("last_enc_norm", False):
         raise TeacherWeightsError(f"{path} feeds normalised tokens to its projectors, which no published result does")
     state = encoder_keys(strip_wrappers(content["model"]))
-    statistics_state = _below(state, "teacher_norms.")
+    statistics_state = below(state, "teacher_norms.")
     teachers: dict[str, tuple[int, list[str]]] = {}
     for key, value in sorted(statistics_state.items()):  # <teacher>.normalizers.<token>.mean: cls before patch
         name, _, token, what = key.split(".")
@@ -77,10 +53,7 @@ def load_released(path: Path) -> tuple[Student, TeacherStatistics]:
     names = options.get("teachers") or list(teachers)
     if missing := [name for name in names if name not in teachers] or (not teachers and ["every teacher"]):
         raise TeacherWeightsError(f"{path} has no statistics (teacher_norms.*) of {', '.join(missing)}")
-    try:
-        encoder = infer_encoder(_below(state, "encoder."))
-    except (KeyError, ValueError) as error:
-        raise TeacherWeightsError(f"{path} lacks the encoder's tensor {error}") from error
+    encoder = infer_vit(below(state, "encoder."), path)
     projector = ProjectorConfig(num_heads=(options.get("proj_args") or {}).get("num_heads"))
     widths = {name: teachers[name] for name in names}
     weights = {key: value for key, value in state.items() if not key.startswith("teacher_norms.")}
@@ -90,10 +63,6 @@ def load_released(path: Path) -> tuple[Student, TeacherStatistics]:
     statistics = build_loaded(lambda: TeacherStatistics(widths), flat, path, unused=any_name)
     assert isinstance(student, Student) and isinstance(statistics, TeacherStatistics)
     return student, statistics
-
-
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _published_flags(text: Any, path: Path) -> dict[str, Any]:

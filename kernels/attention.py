@@ -33,6 +33,11 @@ _HOPPER = [
     SDPBackend.MATH,
 ]
 
+_SHORT = 128
+"""Tokens up to which the plain formula trains faster on a CPU than torch's flash kernels: forward and backward of
+[16, 69, 3, 3, 64] take 25 ms against 131 in float32, 23 against 87 in bf16, at 145 tokens they break even (2 cores of a
+Xeon with AMX)."""
+
 
 @functools.cache
 def flash_attn_installed() -> bool:
@@ -52,9 +57,13 @@ def resolve_backend(backend: str, qkv: Tensor) -> str:
     if backend == "flash_attn" and not flash_attn_installed():
         raise ValueError("attention backend 'flash_attn' needs the package flash-attn: pip install 'dune-fast[flash]'")
     half = qkv.dtype in (torch.float16, torch.bfloat16)
-    if backend == "auto" and qkv.is_cuda and half and qkv.shape[-1] <= 256 and flash_attn_installed():
+    if backend != "auto":
+        return backend
+    if qkv.is_cuda and half and qkv.shape[-1] <= 256 and flash_attn_installed():
         return "flash_attn"
-    return backend
+    if qkv.device.type == "cpu" and qkv.requires_grad and torch.is_grad_enabled() and qkv.shape[1] <= _SHORT:
+        return "math"
+    return "auto"  # scaled_dot_product_attention's own order, or _HOPPER
 
 
 def attention(qkv: Tensor, backend: str = "auto") -> Tensor:

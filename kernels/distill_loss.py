@@ -5,7 +5,13 @@ With y = (t - mean) * inv_std, per token (DUNE, CVPR 2025, Eq. 1, with the publi
     l = w_cos * (1 - cos(s, y)) + w_sl1 * mean_c smooth_l1_beta(s_c - y_c)
 
 averaged over the patches of an image, in float32. cos divides by max(|s|, eps) * max(|y|, eps), eps = 1e-8, as
-`torch.nn.functional.cosine_similarity` does.
+`torch.nn.functional.cosine_similarity` does. With g the upstream gradient of an image over its number of patches,
+and norms bounded by eps,
+
+    dl/ds = g * (w_cos * (s cos / |s|^2 - y / (|s| |y|)) + w_sl1 / C * clamp((s - y) / beta, -1, 1))
+
+so the forward saves two numbers a token, cos / |s|^2 and 1 / (|s| |y|), and the backward makes y again.
+Standardized features exist in registers alone. Sums run in a fixed order, so the bits are the same every time.
 
 Minimal bytes moved (bf16): forward 4 an element (s and t read once), backward 6 (s, t read, ds written).
 Shapes: s, t [B, P, C] or [B, C]; mean, inv_std float32 [C] -> [B].
@@ -13,10 +19,17 @@ Shapes: s, t [B, P, C] or [B, C]; mean, inv_std float32 [C] -> [B].
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.distill_loss_kernels import EPS, MAX_CHANNELS, backward_triton, forward_triton
+from kernels.launching import VIT_CHANNELS
+from kernels.library import guard, guard_device, register, use_triton
 
 
 class TokenLoss(NamedTuple):
@@ -27,9 +40,91 @@ class TokenLoss(NamedTuple):
     smooth_l1: Tensor
 
 
+def _widen(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def standardize(x: Tensor, mean: Tensor, inv_std: Tensor) -> Tensor:
-    """(x - mean) * inv_std in float32. x: [..., C]; mean, inv_std: [C]."""
-    return (x.float() - mean) * inv_std
+    """(x - mean) * inv_std in float32 (float64 stays). x: [..., C]; mean, inv_std: [C]."""
+    return (_widen(x) - mean) * inv_std
+
+
+def distill_loss_reference(
+    student: Tensor,
+    teacher: Tensor,
+    mean: Tensor | None = None,
+    inv_std: Tensor | None = None,
+    cosine_weight: float = 0.5,
+    smooth_l1_weight: float = 0.5,
+    beta: float = 1.0,
+) -> TokenLoss:
+    """`distill_loss` in plain torch, differentiated by autograd; float64 stays float64."""
+    s = _widen(student)
+    t = _widen(teacher) if mean is None else standardize(teacher, mean, inv_std)
+    cosine = 1.0 - F.cosine_similarity(s, t, dim=-1, eps=EPS)
+    smooth_l1 = F.smooth_l1_loss(s, t, reduction="none", beta=beta).mean(-1)
+    if student.ndim == 3:
+        cosine, smooth_l1 = cosine.mean(-1), smooth_l1.mean(-1)
+    return TokenLoss(cosine_weight * cosine + smooth_l1_weight * smooth_l1, cosine.detach(), smooth_l1.detach())
+
+
+def _forward_reference(student: Tensor, teacher: Tensor, mean: Tensor | None, inv_std: Tensor | None, *terms: float):
+    s = _widen(student)
+    y = _widen(teacher) if mean is None else standardize(teacher, mean, inv_std)
+    length, s_norm, y_norm = s.norm(dim=-1), s.norm(dim=-1).clamp_min(EPS), y.norm(dim=-1).clamp_min(EPS)
+    of_s = F.cosine_similarity(s, y, dim=-1, eps=EPS) / s_norm / length.masked_fill(length == 0, 1)
+    saved = torch.stack([of_s, 1 / s_norm / y_norm], dim=-1)  # [B, P, 2] or [B, 2]
+    return *distill_loss_reference(student, teacher, mean, inv_std, *terms), saved.view(-1, 2)
+
+
+def _backward_reference(
+    student: Tensor, teacher: Tensor, mean: Tensor | None, inv_std: Tensor | None, saved: Tensor, upstream: Tensor,
+    cosine_weight: float, smooth_l1_weight: float, beta: float,
+) -> Tensor:  # fmt: skip
+    s = _widen(student).reshape(len(student), -1, student.shape[-1])  # [B, P, C]
+    y = (_widen(teacher) if mean is None else standardize(teacher, mean, inv_std)).reshape(s.shape)
+    of_s, of_y = saved.view(*s.shape[:2], 2).split(1, -1)  # [B, P, 1] each
+    slope = torch.where((s - y).abs() < beta, (s - y) / (beta or 1.0), (s - y).sign())
+    gradient = cosine_weight * (s * of_s - y * of_y) + smooth_l1_weight / s.shape[-1] * slope
+    return (upstream[:, None, None] / s.shape[1] * gradient).reshape(student.shape).to(student.dtype)
+
+
+def _forward_fake(student: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    total, cosine, smooth_l1 = (student.new_empty(len(student), dtype=dtype) for _ in range(3))
+    return total, cosine, smooth_l1, student.new_empty(student.numel() // student.shape[-1], 2, dtype=dtype)
+
+
+def _backward_fake(student: Tensor, *_: object) -> Tensor:
+    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+
+
+_TERMS = "float cosine_weight, float smooth_l1_weight, float beta"
+_forward = register(
+    f"distill_loss(Tensor student, Tensor teacher, Tensor? mean, Tensor? inv_std, {_TERMS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    forward_triton, _forward_reference, _forward_fake,
+)  # fmt: skip
+_backward = register(
+    "distill_loss_backward(Tensor student, Tensor teacher, Tensor? mean, Tensor? inv_std, Tensor saved, "
+    f"Tensor upstream, {_TERMS}) -> Tensor",
+    backward_triton, _backward_reference, _backward_fake,
+)  # fmt: skip
+
+
+class _DistillLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, mean, inv_std, *terms):
+        total, cosine, smooth_l1, saved = _forward(student, teacher, mean, inv_std, *terms)
+        ctx.save_for_backward(student, teacher, mean, inv_std, saved)
+        ctx.terms = terms
+        ctx.mark_non_differentiable(cosine, smooth_l1)
+        return total, cosine, smooth_l1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, *_):
+        return _backward(*ctx.saved_tensors, upstream, *ctx.terms), *[None] * 6
 
 
 def distill_loss(
@@ -44,24 +139,53 @@ def distill_loss(
     """Cosine and smooth-L1 between the student's projection and the standardized teacher.
 
     Args:
-        student: [B, P, C] or [B, C], any floating type, may be a strided view.
+        student: [B, P, C] or [B, C], any floating type; a slice of tokens is read where it lies.
         teacher: of the same shape, raw features where `mean` and `inv_std` are given, else already standardized.
+            Frozen: a teacher that asks for a gradient takes the reference, as do more than 4096 channels.
         mean, inv_std: float32 [C].
         cosine_weight, smooth_l1_weight: coefficients of the two terms.
-        beta: where smooth-L1 turns from quadratic to linear.
+        beta: where smooth-L1 turns from quadratic to linear; 0 is plain L1.
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes or devices disagree, only one of mean and inv_std is given, or beta is negative.
     """
-    if student.shape != teacher.shape or student.ndim not in (2, 3):
-        raise ValueError(
-            f"distill_loss takes student and teacher of one shape [B, P, C] or [B, C], "
-            f"got {list(student.shape)} and {list(teacher.shape)}"
-        )
-    s = student.float()
-    t = teacher.float() if mean is None else standardize(teacher, mean, inv_std)
-    cosine = 1.0 - F.cosine_similarity(s, t, dim=-1, eps=1e-8)
-    smooth_l1 = F.smooth_l1_loss(s, t, reduction="none", beta=beta).mean(-1)
-    if student.ndim == 3:
-        cosine, smooth_l1 = cosine.mean(-1), smooth_l1.mean(-1)
-    return TokenLoss(cosine_weight * cosine + smooth_l1_weight * smooth_l1, cosine.detach(), smooth_l1.detach())
+    given = {"student": student, "teacher": teacher, "mean": mean, "inv_std": inv_std}
+    guard_device("distill_loss", **given)
+    guard(
+        student.shape == teacher.shape and student.ndim in (2, 3),
+        "distill_loss takes student and teacher of one shape [B, P, C] or [B, C]",
+        **given,
+    )
+    statistics = [x for x in (mean, inv_std) if x is not None]
+    guard(
+        len(statistics) != 1 and all(x.shape == student.shape[-1:] for x in statistics),
+        "distill_loss takes mean and inv_std [C] with the features' C, both or neither",
+        **given,
+    )
+    if beta < 0:
+        raise ValueError(f"distill_loss takes beta >= 0, got {beta}")
+    arguments = (student, teacher, mean, inv_std, cosine_weight, smooth_l1_weight, beta)
+    constant = not any(x.requires_grad for x in (teacher, *statistics))
+    if use_triton(*given.values()) and constant and student.numel() and student.shape[-1] <= MAX_CHANNELS:
+        return TokenLoss(*_DistillLoss.apply(*arguments))
+    return distill_loss_reference(*arguments)
+
+
+def aot_calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Both passes on patch tokens cut from [B, 1 + P, C], for the widths of ViTs and others, and on cls tokens."""
+    widths = (64, *VIT_CHANNELS, 2048, MAX_CHANNELS)
+    for dtype, kind, channels in [
+        *((torch.bfloat16, "patch", channels) for channels in widths),
+        *((torch.float32, "patch", channels) for channels in widths[-3:]),
+        (torch.bfloat16, "cls", 1024),
+    ]:
+        tokens = torch.empty(128, 577, channels, dtype=dtype, device=device)
+        x = tokens[:, 1:] if kind == "patch" else tokens[:, 0]
+        mean = torch.empty(channels, device=device)
+        yield f"{kind} C={channels} {str(dtype)[6:]}", lambda x=x, mean=mean: _both_ways(x, mean)
+
+
+def _both_ways(x: Tensor, mean: Tensor) -> None:
+    terms = (0.5, 0.5, 1.0)
+    total, _, _, saved = forward_triton(x, x, mean, mean, *terms)
+    backward_triton(x, x, mean, mean, saved, total, *terms)

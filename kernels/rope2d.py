@@ -5,14 +5,30 @@ Within a half of size D/2 the pair (j, j + D/4), j < D/4, is rotated by the angl
 
     u' = u cos - v sin,   v' = v cos + u sin
 
-Minimal bytes moved: read and write q and k once: 2 * 2 * B * N * H * D elements.
-Shapes: x [..., N, H, D] with positions [..., N, 2] = (y, x); qkv [B, N, 3, H, D].
+The backward is the inverse rotation, sin replaced by -sin; it keeps nothing but the tables of cosines and sines.
+
+Minimal bytes moved, bf16: q and k read and written once, 8 * B * N * H * D (the tables, 4 * N * D bytes, stay in the
+cache for all images). `rope2d_` moves just that, in place. `rope2d` also copies v, 12 * B * N * H * D: where a
+gradient is needed, rotating in place gains nothing. The output of a linear layer is a view of its matrix product, and
+for a view that was written to, autograd clones the gradient and copies it into that of the base, which moves more than
+v.
+
+Shapes: x [..., N, H, D] with positions [..., N, 2] = (y, x); qkv [B, N, 3, H, D]; cos, sin float32 [N, 2, D/4].
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.launching import VIT_CHANNELS, Launch, choose, launch
+from kernels.library import guard, guard_device, jit, register, tl, triton, use_triton
+
+# ---------------------------------------------------------------- tables and reference
 
 
 def grid_positions(height: int, width: int, device: torch.device | None = None) -> Tensor:
@@ -33,6 +49,9 @@ def rope2d_angles(positions: Tensor, head_dim: int, base: float = 100.0) -> tupl
 
     Returns:
         (cos, sin), each float32 [..., N, 2, D // 4]: the axis (y, x), then the frequency.
+
+    Raises:
+        ValueError: a head dimension that is no multiple of 4.
     """
     if head_dim % 4:
         raise ValueError(f"RoPE2D needs a head dimension divisible by 4, got {head_dim}")
@@ -43,24 +62,182 @@ def rope2d_angles(positions: Tensor, head_dim: int, base: float = 100.0) -> tupl
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [..., N, H, D] by angles [..., N, 2, D // 4] of `rope2d_angles`; computes in float32."""
-    halves = x.float().unflatten(-1, (2, 2, -1))  # [..., N, H, axis, (u, v), D / 4]
-    u, v = halves.unbind(-2)
+    """Rotates x [..., N, H, D] by angles [..., N, 2, D // 4] of `rope2d_angles`; in float32 (float64 for float64)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    u, v = wide.unflatten(-1, (2, 2, -1)).unbind(-2)  # [..., N, H, axis, (u, v), D / 4]
     cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # one angle for all heads
     return torch.stack([u * cos - v * sin, v * cos + u * sin], dim=-2).flatten(-3).to(x.dtype)
 
 
+def rope2d_reference(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rope2d` in plain torch."""
+    qk = rotate(qkv[:, :, :2].flatten(2, 3), cos, sin)  # q's and k's heads side by side
+    return torch.cat([qk.unflatten(2, (2, -1)), qkv[:, :, 2:]], dim=2)
+
+
+# ---------------------------------------------------------------- kernel
+
+
+@jit
+def _rotate_kernel(
+    qkv, cos, sin, out, tokens, heads, stride_b, stride_n, stride_s, stride_h, stride_d,
+    D: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
+    """One program: one token, all heads of q and k; in place where out is None, else v is copied too."""
+    QUARTER: tl.constexpr = D // 4
+    program = tl.program_id(0)
+    token = program % tokens
+    source = qkv + (program // tokens).to(tl.int64) * stride_b + token.to(tl.int64) * stride_n
+    pair = tl.arange(0, PAIRS)  # axis * D/4 + j
+    row = tl.arange(0, HEADS)  # q's heads, then k's
+    keep = pair < 2 * QUARTER
+    inside = (row < 2 * heads)[:, None] & keep[None, :]
+    c = tl.load(cos + token * 2 * QUARTER + pair, mask=keep, other=0.0)[None, :]
+    s = tl.load(sin + token * 2 * QUARTER + pair, mask=keep, other=0.0)[None, :]
+    if INVERSE:
+        s = -s
+    first = pair // QUARTER * 2 * QUARTER + pair % QUARTER  # u's channel, v's is D/4 further
+    head = (row // heads).to(tl.int64) * stride_s + (row % heads).to(tl.int64) * stride_h
+    at = source + head[:, None] + first[None, :] * stride_d
+    u = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(at + QUARTER * stride_d, mask=inside, other=0.0).to(tl.float32)
+    turned_u = (u * c - v * s).to(qkv.dtype.element_ty)
+    turned_v = (v * c + u * s).to(qkv.dtype.element_ty)
+    if out is None:
+        tl.store(at, turned_u, mask=inside)
+        tl.store(at + QUARTER * stride_d, turned_v, mask=inside)
+    else:
+        target = out + program.to(tl.int64) * 3 * heads * D
+        to = target + row[:, None] * D + first[None, :]
+        tl.store(to, turned_u, mask=inside)
+        tl.store(to + QUARTER, turned_v, mask=inside)
+        values = (row < heads)[:, None] & keep[None, :]
+        at = source + 2 * stride_s + (row.to(tl.int64) * stride_h)[:, None] + first[None, :] * stride_d
+        to = target + 2 * heads * D + row[:, None] * D + first[None, :]
+        tl.store(to, tl.load(at, mask=values), mask=values)
+        tl.store(to + QUARTER, tl.load(at + QUARTER * stride_d, mask=values), mask=values)
+
+
+_EVIDENCE = "not yet measured: 8 to 16 elements a thread; u and v of a head are whole 32-byte sectors at D = 64"
+
+TABLE = {
+    "default": [
+        Launch(256, {"num_warps": 1}, _EVIDENCE),
+        Launch(512, {"num_warps": 2}, _EVIDENCE),
+        Launch(4096, {"num_warps": 4}, _EVIDENCE),
+    ]
+}
+"""By heads * head_dim."""
+
+# ---------------------------------------------------------------- implementation
+
+
+def _launch(qkv: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None, inverse: bool) -> None:
+    batch, tokens, _, heads, dim = qkv.shape
+    launch(
+        _rotate_kernel, (batch * tokens,), qkv, cos.contiguous(), sin.contiguous(), out, tokens, heads, *qkv.stride(),
+        D=dim, HEADS=triton.next_power_of_2(2 * heads), PAIRS=triton.next_power_of_2(dim // 2), INVERSE=inverse,
+        **choose(TABLE, qkv.device, heads * dim),
+    )  # fmt: skip
+
+
+def _fused(qkv, cos, sin, inverse):
+    out = _fake(qkv, cos, sin, inverse)
+    _launch(qkv, cos, sin, out, inverse)
+    return out
+
+
+def _fused_(qkv, cos, sin):
+    _launch(qkv, cos, sin, None, False)
+
+
+def _reference(qkv, cos, sin, inverse):
+    return rope2d_reference(qkv, cos, -sin if inverse else sin)
+
+
+def _reference_(qkv, cos, sin):
+    qkv[:, :, :2] = rotate(qkv[:, :, :2].flatten(2, 3), cos, sin).unflatten(2, (2, -1))
+
+
+def _fake(qkv, cos, sin, inverse):
+    return qkv.new_empty(qkv.shape)
+
+
+rope2d_op = register("rope2d(Tensor qkv, Tensor cos, Tensor sin, bool inverse) -> Tensor", _fused, _reference, _fake)
+rope2d_inplace_op = register(
+    "rope2d_(Tensor(a!) qkv, Tensor cos, Tensor sin) -> ()", _fused_, _reference_, lambda qkv, cos, sin: None
+)
+
+
+class _Rope2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rope2d_op(qkv, cos, sin, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        return rope2d_op(dout, *ctx.saved_tensors, True), None, None
+
+
+# ---------------------------------------------------------------- public
+
+
+def _guard(operation: str, qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+    guard_device(operation, qkv=qkv, cos=cos, sin=sin)
+    guard(
+        qkv.ndim == 5 and qkv.shape[2] == 3 and qkv.shape[4] % 4 == 0 and qkv.is_floating_point(),
+        f"{operation} takes floating-point qkv of shape [B, N, 3, heads, head_dim], head_dim a multiple of 4", qkv=qkv,
+    )  # fmt: skip
+    table = (qkv.shape[1], 2, qkv.shape[4] // 4)
+    rule = f"{operation} takes cos and sin [N, 2, head_dim / 4]"
+    guard(cos.shape == sin.shape == table, rule, qkv=qkv, cos=cos, sin=sin)
+
+
 def rope2d(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the queries and keys of qkv [B, N, 3, H, D]; the values pass through.
+    """Rotates the queries and keys of qkv; the values pass through.
 
     Args:
-        qkv: [B, N, 3, H, D].
+        qkv: [B, N, 3, H, D], fp32, bf16 or fp16 (others take the plain reference), any strides.
         cos, sin: float32 [N, 2, D // 4] from `rope2d_angles`.
 
     Returns:
         [B, N, 3, H, D], a new tensor.
+
+    Raises:
+        ValueError: shapes, types or devices do not fit.
     """
-    if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"rope2d takes qkv of shape [B, N, 3, heads, head_dim], got {list(qkv.shape)}")
-    qk = rotate(qkv[:, :, :2].flatten(2, 3), cos, sin)  # q's and k's heads side by side
-    return torch.cat([qk.unflatten(2, (2, -1)), qkv[:, :, 2:]], dim=2)
+    _guard("rope2d", qkv, cos, sin)
+    return _Rope2d.apply(qkv, cos, sin) if use_triton(qkv, cos, sin) else rope2d_reference(qkv, cos, sin)
+
+
+def rope2d_(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rope2d` in place, for tensors that no gradient goes through. Arguments: see `rope2d`.
+
+    Returns:
+        `qkv` itself.
+
+    Raises:
+        ValueError: shapes, types or devices do not fit, or autograd follows `qkv`.
+    """
+    _guard("rope2d_", qkv, cos, sin)
+    followed = torch.is_grad_enabled() and qkv.requires_grad
+    guard(not followed, "rope2d_ writes in place, call rope2d on a tensor that needs a gradient", qkv=qkv)
+    if use_triton(qkv, cos, sin):
+        rope2d_inplace_op(qkv, cos, sin)
+    else:
+        _reference_(qkv, cos, sin)
+    return qkv
+
+
+def aot_calls(device: torch.device) -> Iterator[tuple[str, Callable]]:
+    """What to compile ahead of time: heads of 64 channels, bf16 and fp32."""
+    for channels in VIT_CHANNELS:
+        cos = torch.empty(1024, 2, 16, device=device)
+        for dtype in (torch.bfloat16, torch.float32):
+            qkv = torch.empty(128, 1024, 3, channels // 64, 64, dtype=dtype, device=device)
+            kind = f"{str(dtype)[6:]} {channels}"
+            yield f"rope2d_ {kind}", partial(_fused_, qkv, cos, cos)
+            yield f"rope2d {kind}", partial(_fused, qkv, cos, cos, False)
+            yield f"rope2d backward {kind}", partial(_fused, qkv, cos, cos, True)

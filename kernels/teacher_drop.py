@@ -1,22 +1,29 @@
 """Which (teacher, image) losses count: the hardest teacher of each image and a random part of the others.
 
-    c[t, b] = allowed[t, b] * (t == argmax_t L[t, b]  or  u[t, b] >= p)
+    c[t, b] = allowed[t, b] * (t == argmax_t L[t, b]  or  u[t, b] >= p),   allowed[t, b] = own[t, group[b]]
 
-with u ~ U[0, 1) from a counter-based generator keyed by (seed, step, global image index, teacher), so that the choice
-does not depend on how images are spread over ranks (UNIC, ECCV 2024, "lowest loss" teacher dropping).
-Minimal bytes moved: read L, write c. Shapes: L, c float32 [T, B].
+with the argmax over allowed teachers and u ~ U[0, 1) from a counter-based generator keyed by (seed, step, global image
+index, teacher), so that the choice does not depend on how images are spread over ranks (UNIC, ECCV 2024, "lowest loss"
+teacher dropping). Without `own` every teacher is allowed on every image.
+
+Minimal bytes moved: read L, positions and groups, write c: a launch's latency, whatever the bytes.
+Shapes: L, c float32 [T, B]; positions, groups int64 [B]; own bool [T, G].
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from kernels import philox
+from kernels.launching import launch
+from kernels.library import guard, guard_device, jit, register, tl, use_triton
 
 
 def drop_uniforms(seed: int, step: int, positions: Tensor, num_teachers: int) -> Tensor:
-    """u of the formula, float32 [T, B]: Philox words 0..3 of stream DROPPING + 4 * (t // 4) serve four teachers."""
+    """u of the formula, float32 [T, B]: Philox words 0..3 of stream DROPPING + 256 * (t // 4) serve four teachers."""
     groups = [
         philox.uniform4(seed, philox.DROPPING | block << 8, positions, step)  # [B, 4]
         for block in range((num_teachers + 3) // 4)
@@ -24,29 +31,146 @@ def drop_uniforms(seed: int, step: int, positions: Tensor, num_teachers: int) ->
     return torch.cat(groups, dim=-1)[:, :num_teachers].T
 
 
-def teacher_drop(losses: Tensor, positions: Tensor, step: int, seed: int, probability: float) -> Tensor:
+def teacher_drop_reference(
+    losses: Tensor, positions: Tensor, own: Tensor | None, groups: Tensor | None,
+    step: int, seed: int, probability: float,
+) -> Tensor:  # fmt: skip
+    """`teacher_drop` in plain torch."""
+    allowed = torch.ones_like(losses, dtype=torch.bool) if own is None else own[:, groups]
+    if probability == 0.0 or len(losses) == 1:
+        return allowed.to(losses.dtype)
+    teachers = torch.arange(len(losses), device=losses.device)[:, None]
+    hardest = losses.masked_fill(~allowed, -torch.inf).argmax(0, keepdim=True) == teachers
+    kept = drop_uniforms(seed, step, positions, len(losses)) >= probability
+    return (allowed & (hardest | kept)).to(losses.dtype)
+
+
+@jit
+def _allowed(own, group, inside, t, num_groups, RESTRICT: tl.constexpr):
+    """bool [B]: whether teacher t may teach each image."""
+    if RESTRICT:
+        inside = inside & (tl.load(own + t * num_groups + group, mask=inside, other=0) != 0)
+    return inside
+
+
+@jit(do_not_specialize=["images", "num_groups", "step", "seed"])
+def _drop_kernel(
+    losses, positions, own, groups, c, images, num_groups, teacher_stride, step, seed, probability,
+    RESTRICT: tl.constexpr, STREAM: tl.constexpr, TEACHERS: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """c [T, B] of BLOCK_B images a program."""
+    image = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    inside = image < images
+    group = tl.zeros([BLOCK_B], tl.int64)
+    if RESTRICT:
+        group = tl.load(groups + image, mask=inside, other=0)
+
+    hardest = tl.zeros([BLOCK_B], tl.int32)
+    largest = tl.full([BLOCK_B], float("-inf"), tl.float32)
+    for t in tl.static_range(TEACHERS):
+        loss = tl.load(losses + t * teacher_stride + image, mask=inside, other=0.0).to(tl.float32)
+        loss = tl.where(_allowed(own, group, inside, t, num_groups, RESTRICT), loss, float("-inf"))
+        harder = (loss > largest) | ((loss != loss) & (largest == largest))  # the first NaN wins, as in torch
+        hardest = tl.where(harder, t, hardest)
+        largest = tl.where(harder, loss, largest)
+
+    position = tl.load(positions + image, mask=inside, other=0)
+    low, high = position.to(tl.uint32), (position >> 32).to(tl.uint32)
+    step_word = tl.full([BLOCK_B], 0, tl.uint32) + step.to(tl.uint32)
+    for block in tl.static_range((TEACHERS + 3) // 4):
+        stream = tl.full([BLOCK_B], STREAM | (block << 8), tl.uint32)
+        words = tl.philox(seed, low, high, step_word, stream)
+        for word in tl.static_range(4):
+            t = block * 4 + word
+            if t < TEACHERS:
+                u = (words[word] >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+                kept = _allowed(own, group, inside, t, num_groups, RESTRICT) & ((hardest == t) | (u >= probability))
+                tl.store(c + t * images + image, kept.to(tl.float32), mask=inside)
+
+
+def _drop_triton(
+    losses: Tensor, positions: Tensor, own: Tensor | None, groups: Tensor | None,
+    step: int, seed: int, probability: float,
+) -> Tensor:  # fmt: skip
+    num_teachers, images = losses.shape
+    losses = losses if losses.stride(1) == 1 else losses.contiguous()
+    c = torch.empty(num_teachers, images, dtype=losses.dtype, device=losses.device)
+    # one warp: 32 images a program spread over the multiprocessors, where latency is all there is (not measured)
+    launch(
+        _drop_kernel, (-(-images // 32),),
+        losses, positions.contiguous(), None if own is None else own.contiguous(),
+        None if groups is None else groups.contiguous(), c, images, 0 if own is None else own.shape[1],
+        losses.stride(0), step, seed, probability,
+        RESTRICT=own is not None, STREAM=philox.DROPPING, TEACHERS=num_teachers, BLOCK_B=32, num_warps=1,
+    )  # fmt: skip
+    return c
+
+
+def _drop_fake(losses: Tensor, *_: object) -> Tensor:
+    return torch.empty(losses.shape, dtype=losses.dtype, device=losses.device)
+
+
+_drop = register(
+    "teacher_drop(Tensor losses, Tensor positions, Tensor? own, Tensor? groups, SymInt step, int seed, "
+    "float probability) -> Tensor",
+    _drop_triton, teacher_drop_reference, _drop_fake,
+)  # fmt: skip
+
+
+def teacher_drop(
+    losses: Tensor,
+    positions: Tensor,
+    step: int,
+    seed: int,
+    probability: float,
+    own: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> Tensor:
     """Coefficients 0 or 1, float32 [T, B].
 
     Args:
         losses: float32 [T, B], per teacher and image; no gradient flows through the choice.
         positions: int64 [B], global index of each image in the run.
-        step: of the run.
-        seed: of the run.
+        step: of the run; its low 32 bits count.
+        seed: of the run, up to 64 bits.
         probability: with which a teacher that is not the hardest of its image is dropped, in [0, 1].
+        own: bool [T, G], on which dataset groups a teacher counts; on all if left out.
+        groups: int64 [B], dataset group of each image, where `own` is given.
 
     Raises:
-        ValueError: shapes disagree or the probability is out of range.
+        ValueError: shapes, integer types or devices disagree, only one of own and groups is given, or the probability
+            is out of range.
     """
-    if losses.ndim != 2 or positions.shape != losses.shape[1:]:
-        raise ValueError(
-            f"teacher_drop takes losses [T, B] and positions [B], got {list(losses.shape)} and {list(positions.shape)}"
-        )
+    given = {"losses": losses, "positions": positions, "own": own, "groups": groups}
+    guard_device("teacher_drop", **given)
+    guard(
+        losses.ndim == 2 and positions.shape == losses.shape[1:] and positions.dtype == torch.int64,
+        "teacher_drop takes losses [T, B] and positions int64 [B]",
+        **given,
+    )
+    guard((own is None) == (groups is None), "teacher_drop takes own and groups, both or neither", **given)
+    if own is not None:
+        guard(
+            own.ndim == 2 and own.dtype == torch.bool and len(own) == len(losses)
+            and groups.shape == positions.shape and groups.dtype == torch.int64,
+            "teacher_drop takes own bool [T, G] and groups int64 [B] for losses [T, B]",
+            **given,
+        )  # fmt: skip
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f"drop probability {probability} is not in [0, 1]")
-    losses = losses.detach()
-    if probability == 0.0 or len(losses) == 1:
-        return torch.ones_like(losses)
-    teachers = torch.arange(len(losses), device=losses.device)[:, None]
-    hardest = losses.argmax(0, keepdim=True) == teachers
-    kept = drop_uniforms(seed, step, positions, len(losses)) >= probability
-    return (hardest | kept).to(losses.dtype)
+    if not use_triton(*given.values()):
+        return teacher_drop_reference(losses.detach(), positions, own, groups, step, seed, probability)
+    signed = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits
+    return _drop(losses.detach(), positions, own, groups, step, signed, probability)
+
+
+def aot_calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Three teachers and nine (three blocks of random words), with and without sharing masks."""
+    for teachers in (3, 9):
+        losses = torch.empty(teachers, 128, device=device)
+        images = torch.empty(128, dtype=torch.int64, device=device)
+        own = torch.empty(teachers, 3, dtype=torch.bool, device=device)
+        for restrict in (False, True):
+            mask = (own, images) if restrict else (None, None)
+            call = (losses, images, *mask, 1000, 1 << 40, 0.5)
+            yield f"T={teachers}{' masked' * restrict}", lambda call=call: _drop_triton(*call)

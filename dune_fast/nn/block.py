@@ -2,19 +2,43 @@
 
     x = x + ls1 * Attention(LN(x));  x = x + ls2 * MLP(LN(x))
 
-Parameter names are those of DINOv2's releases.
+Every residual addition is one pass with the norm that reads its result, which for the second is the next block's: see
+`run_blocks`. Parameter names are those of DINOv2's releases.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import attention
-from kernels.rope2d import rope2d
+from kernels.fp8 import E4M3, FP8Linear, FP8Rows, bias_gelu_fp8, layer_norm_fp8, residual_layer_norm_fp8
+from kernels.gelu import bias_gelu
+from kernels.layer_norm import layer_norm, residual_layer_norm
+from kernels.library import use_triton
+from kernels.rope2d import rope2d, rope2d_
 
 LAYER_NORM_EPS = 1e-6
+
+
+class LayerNorm(nn.LayerNorm):
+    """LN(x) or, with a branch's output, (x', LN(x')) of x' = x + gamma * branch. x: [..., D]."""
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, gamma: Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> Tensor | FP8Rows | tuple[Tensor, Tensor | FP8Rows]:
+        """`out_dtype` is the norm's, x's by default; float8_e4m3fn gives `FP8Rows`. x' keeps x's type."""
+        parameters = (self.weight, self.bias, self.eps)
+        if out_dtype == E4M3:
+            if branch is None:
+                return layer_norm_fp8(x, *parameters)
+            return residual_layer_norm_fp8(x, branch, gamma, *parameters)
+        if branch is None:
+            return layer_norm(x, *parameters, out_dtype)
+        return residual_layer_norm(x, branch, gamma, *parameters, out_dtype)
 
 
 class LayerScale(nn.Module):
@@ -41,7 +65,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, D / H]
         if rope is not None:
-            qkv = rope2d(qkv, *rope)
+            followed = torch.is_grad_enabled() and qkv.requires_grad
+            qkv = rope2d(qkv, *rope) if followed else rope2d_(qkv, *rope)
         return self.proj(attention(qkv, self.backend).flatten(2))
 
 
@@ -53,7 +78,11 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | FP8Rows) -> Tensor:
+        if isinstance(self.fc1, FP8Linear):
+            return self.fc2(bias_gelu_fp8(self.fc1(x, add_bias=False), self.fc1.bias))
+        if use_triton(x):  # the bias goes with GELU: its gradient comes out of the pass that makes GELU's
+            return self.fc2(bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -62,16 +91,66 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = 1e-4) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm1 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = SelfAttention(dim, num_heads)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm2 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x), rope))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        normed: Tensor | FP8Rows | None = None,
+        next_norm: LayerNorm | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor | FP8Rows]:
+        """The block's output x, or (x, next_norm(x)) where the norm that reads it is given.
+
+        Args:
+            x: [B, N, D].
+            rope: (cos, sin) of `rope2d_angles`, or None.
+            normed: norm1(x), where the block before has made it.
+            next_norm: the next block's `norm1`.
+        """
+        dtype = E4M3 if isinstance(self.attn.qkv, FP8Linear) else product_dtype(x)
+        if normed is None:
+            normed = self.norm1(x, out_dtype=dtype)
+        x, normed = self.norm2(x, self.attn(normed, rope), getattr(self.ls1, "gamma", None), dtype)
+        branch = self.mlp(normed)
+        if next_norm is None:
+            return x + self.ls2(branch)
+        return next_norm(x, branch, getattr(self.ls2, "gamma", None), dtype)
+
+    def quantize(self) -> None:
+        """Makes the four linear layers float8 with row-wise scales, for good; for frozen models, see `kernels.fp8`."""
+        for parent, names in ((self.attn, ("qkv", "proj")), (self.mlp, ("fc1", "fc2"))):
+            for name in names:
+                linear = getattr(parent, name)
+                half = linear.weight.dtype if linear.weight.dtype == torch.float16 else torch.bfloat16
+                setattr(parent, name, FP8Linear(linear, half))
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which a linear layer computes on x: autocast's, or x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def run_blocks(
+    blocks: Sequence[Block] | nn.ModuleList, x: Tensor, rope: tuple[Tensor, Tensor] | None = None
+) -> Iterator[Tensor]:
+    """Un-normalised tokens [B, N, D] after each block in turn; x is what the first one takes.
+
+    Each block but the last hands the next its `norm1`, made in the pass that made x.
+    """
+    normed = None
+    for i, block in enumerate(blocks):
+        if i + 1 < len(blocks):
+            x, normed = block(x, rope, normed, blocks[i + 1].norm1)
+        else:
+            x = block(x, rope, normed)
+        yield x
 
 
 def init_linear(linear: nn.Linear) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dune_fast.nn.block import Block, init_linear
+from dune_fast.nn.block import Block, init_linear, run_blocks
 
 Tokens = Mapping[int, Tensor]
 Projection = dict[str, Tensor]
@@ -54,7 +54,8 @@ class ProjectorConfig:
 
 def split_cls(x: Tensor) -> Projection:
     """[B, 1 + N, C] -> cls [B, C] and patch [B, N, C], views."""
-    return {"cls": x[:, 0], "patch": x[:, 1:]}
+    cls, patch = x.split([1, x.shape[1] - 1], dim=1)  # one cat in the backward, where two slices fill and add
+    return {"cls": cls.squeeze(1), "patch": patch}
 
 
 class TransformerProjector(nn.Module):
@@ -75,9 +76,8 @@ class TransformerProjector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 1 + N, D] -> [B, 1 + N, C]."""
-        for block in self.blocks:
-            x = block(x)
-        return self.linear(x)
+        *_, tokens = x, *run_blocks(self.blocks, x)
+        return self.linear(tokens)
 
 
 class LadderMLP(nn.Module):

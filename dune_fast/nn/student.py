@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dune_fast.nn.projectors import Projection, ProjectorConfig, Projectors
-from dune_fast.nn.vit import ViTConfig, VisionTransformer
+from dune_fast.nn.vit import VisionTransformer, ViTConfig
 
 
 class Student(nn.Module):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dune_fast.nn.block import LAYER_NORM_EPS, Block, init_linear
+from dune_fast.nn.block import LAYER_NORM_EPS, Block, LayerNorm, init_linear, run_blocks
 from kernels.rope2d import grid_positions, rope2d_angles
 
 
@@ -103,7 +103,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(dim, cfg.num_heads, cfg.mlp_ratio, cfg.layer_scale) for _ in range(cfg.depth)
         )
-        self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS) if cfg.final_norm else nn.Identity()
+        self.norm = LayerNorm(dim, eps=LAYER_NORM_EPS) if cfg.final_norm else nn.Identity()
 
     def init_weights(self) -> VisionTransformer:
         """Draws the student's initial weights from torch's generator; see `dune_fast.nn.student.build_student`.
@@ -196,14 +196,14 @@ class VisionTransformer(nn.Module):
         """
         unknown = [i for i in blocks if not -1 <= i < len(self.blocks)]
         if unknown or not blocks:
-            raise ValueError(f"blocks {list(blocks)} of an encoder with {len(self.blocks)}: give some of -1 .. {len(self.blocks) - 1}")
+            depth = len(self.blocks)
+            raise ValueError(f"blocks {list(blocks)} of an encoder with {depth}: give some of -1 .. {depth - 1}")
         x = self.embed(images)
         rope = self.rope(images)
         outputs = {-1: x} if -1 in blocks else {}
-        for i, block in enumerate(self.blocks[: max(blocks) + 1]):
-            x = block(x, rope)
+        for i, tokens in enumerate(run_blocks(self.blocks[: max(blocks) + 1], x, rope)):
             if i in blocks:
-                outputs[i] = x
+                outputs[i] = tokens
         return outputs
 
     def forward_tokens(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the kernels' tests share: where they run, how errors are judged, poisoned memory, an interpreter that rounds as a GPU does."""
+"""What the kernels' tests share: where they run, how errors are judged, poisoned memory, rounding as a GPU does it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _convert(data: np.ndarray, source, target, rounding_mode=None) -> np.ndarray
 
 @pytest.fixture(scope="session", autouse=True)
 def rounding_to_nearest() -> Iterator[None]:
-    """The interpreter cuts bf16 off, twice the error of rounding, and loses the carry of float8: use torch's conversions."""
+    """The interpreter cuts bf16 off, and loses the carry when it rounds to float8: give it torch's conversions."""
     if not library.INTERPRETER:
         yield
         return
@@ -65,7 +65,7 @@ def poisoned() -> Iterator[None]:
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """|found - exact| / |exact| in L2, scaled so that 1e30 squared stays finite; absolute where exact is 0; NaN never passes."""
+    """|found - exact| / |exact| in L2, scaled so that squares stay finite; absolute where exact is 0; inf for NaN."""
     found, exact = found.double().cpu(), exact.double().cpu()
     assert found.shape == exact.shape, (found.shape, exact.shape)
     size = exact.abs().max().item() if exact.numel() else 0.0
@@ -76,7 +76,7 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 @pytest.fixture
 def no_worse() -> Callable[[Tensor, Tensor, Tensor], None]:
-    """no_worse(ours, eager, exact): our error is at most twice that of torch's own operation in the same types, plus 1e-6."""
+    """no_worse(ours, eager, exact): our error is at most twice that of torch in the same types, plus 1e-6."""
 
     def check(ours: Tensor, eager: Tensor, exact: Tensor) -> None:
         error, allowed = relative_error(ours, exact), 2 * relative_error(eager, exact) + 1e-6

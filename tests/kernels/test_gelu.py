@@ -106,11 +106,11 @@ def test_bit_identical_from_run_to_run(device, fused):
 
 
 def test_rows_beyond_2_to_31_elements(device, fused):
-    """The second row starts past what 32 bits can index; the memory between is never touched."""
+    """The third row starts past what 32 bits can index, its stride does not; the memory between is never touched."""
     torch.use_deterministic_algorithms(False)  # no NaN into four gigabytes; the `poisoned` fixture restores its state
-    far = 2**31 + 16
-    x = torch.empty(far + 32, dtype=BF16, device=device).as_strided((2, 32), (far, 1))
-    x.copy_(torch.randn(2, 32))
+    far = 2**30 + 16
+    x = torch.empty(2 * far + 32, dtype=BF16, device=device).as_strided((3, 32), (far, 1))
+    x.copy_(torch.randn(3, 32))
     bias = torch.randn(32, device=device)
     with fused():
         found = bias_gelu_op(x, bias), *bias_gelu_backward_op(x, x, bias)

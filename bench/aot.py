@@ -1,0 +1,200 @@
+"""Compiles every kernel for GPUs that are not there; reads registers, spills and shared memory off the machine code.
+
+Each file of `kernels/` that has an `aot_calls` runs its implementations on meta tensors of real shapes while launches
+are recorded; every distinct launch is compiled with the specialization that triton would choose for it: integers equal
+to 1 are constants, multiples of 16 and aligned pointers are marked so. Needs triton without its interpreter, no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import kernels
+from kernels.launching import Recorded, recording
+
+TARGETS = ("sm_80", "sm_90", "sm_100")
+_NAMES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+
+
+class Resources(NamedTuple):
+    """What one compiled kernel takes; `error` is empty unless it did not compile."""
+
+    module: str
+    case: str
+    kernel: str
+    target: str
+    registers: int = 0
+    spilled: int = 0
+    """Bytes of stack and local memory a thread."""
+    shared: int = 0
+    """Bytes a program."""
+    threads: int = 0
+    error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.error and self.spilled == 0
+
+
+def discover(only: str | None = None) -> list[str]:
+    """Names of the modules of `kernels/` with kernels to compile; ValueError if `only` is none of them."""
+    names = [
+        module.name
+        for module in pkgutil.iter_modules(kernels.__path__)
+        if hasattr(importlib.import_module(f"kernels.{module.name}"), "aot_calls")
+    ]
+    if only is not None and only not in names:
+        raise ValueError(f"no kernels named {only!r}; choose one of {', '.join(names)}")
+    return names if only is None else [only]
+
+
+class Source(NamedTuple):
+    """A launch as the compiler sees it; two equal ones are one kernel."""
+
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int], list[list]]
+    options: dict[str, Any]
+
+
+def specialize(recorded: Recorded) -> Source:
+    """Types and specialization of a recorded launch, as triton derives them from the arguments of a call."""
+    parameters = recorded.kernel.params
+    named = dict(zip((p.name for p in parameters), recorded.args, strict=False)) | recorded.options
+    source = Source({}, {}, {}, {key: named.pop(key) for key in _OPTIONS if key in named})
+    for parameter in parameters:
+        value = named.pop(parameter.name, parameter.default)
+        if parameter.is_constexpr or value is None or (_is_int(value) and value == 1 and _free(parameter)):
+            source.signature[parameter.name] = "constexpr"
+            source.constants[parameter.name] = value
+            continue
+        source.signature[parameter.name] = _type(value)
+        aligned = (
+            value.storage_offset() * value.element_size() if isinstance(value, torch.Tensor) else value
+        ) % 16 == 0 and not isinstance(value, bool | float)
+        if aligned and _free(parameter):
+            source.attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    assert not named, f"{recorded.kernel.__name__} has no parameter {', '.join(named)}"
+    return source
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _free(parameter: Any) -> bool:
+    return not parameter.do_not_specialize
+
+
+def _type(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return "*" + _NAMES[value.dtype]
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    assert isinstance(value, float), type(value)
+    return "fp32"
+
+
+def compile_case(module: str, index: int, targets: Sequence[str]) -> list[Resources]:
+    """Compiles what one call of a module's `aot_calls` launches, for every target."""
+    results = []
+    for target in targets:
+        label, call = list(importlib.import_module(f"kernels.{module}").aot_calls(torch.device("meta")))[index]
+        with recording(target) as launches:
+            call()
+            launches = list(launches)
+        done: list[tuple[Any, Source]] = []
+        for recorded in launches:
+            try:
+                source = specialize(recorded)
+                if (recorded.kernel, source) in done:
+                    continue
+                done.append((recorded.kernel, source))
+                used = _compile(recorded.kernel, source, target)
+            except Exception as error:  # one that does not compile is a line of the report, the others still count
+                text = (str(error).strip() or repr(error)).splitlines()[-1]
+                used = {"error": f"{type(error).__name__}: {text}"}
+            results.append(Resources(module, label, recorded.kernel.__name__, target, **used))
+    return results
+
+
+def _compile(kernel: Any, source: Source, target: str) -> dict[str, int]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    capability = int(target.removeprefix("sm_"))
+    compiled = triton.compile(
+        ASTSource(kernel, source.signature, source.constants, source.attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options=source.options,
+    )
+    usage = resource_usage(compiled.asm["cubin"])
+    threads = 32 * compiled.metadata.num_warps
+    return {
+        "registers": usage["REG"],
+        "spilled": usage["STACK"] + usage["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "threads": threads,
+    }
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL, ... of the one function in a cubin, from the cuobjdump that triton brings."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+
+
+def compile_all(targets: Sequence[str], only: str | None = None, quick: bool = False) -> list[Resources]:
+    """Compiles all kernels, in as many processes as there are processors; `quick` takes the first case of each file.
+
+    Raises:
+        ValueError: an unknown target or module, or triton is absent or its interpreter is on.
+    """
+    from kernels.library import INTERPRETER, triton
+
+    for target in targets:
+        if target not in TARGETS:
+            raise ValueError(f"target {target!r} is unknown; choose from {', '.join(TARGETS)}")
+    if triton is None or INTERPRETER:
+        raise ValueError("compiling ahead of time needs triton, and TRITON_INTERPRET not set when python starts")
+    tasks = []
+    for module in discover(only):
+        cases = list(importlib.import_module(f"kernels.{module}").aot_calls(torch.device("meta")))
+        tasks += [(module, index) for index in range(1 if quick else len(cases))]
+    # spawned, for triton's compiler and torch keep threads; one compiler a processor
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(compile_case, module, index, tuple(targets)) for module, index in tasks]
+        return [line for future in futures for line in future.result()]

@@ -1,0 +1,263 @@
+"""What `python -m bench.kernels` measures: for every operation its inputs, ours, what stands in for it, and bytes.
+
+Bytes are the minimum that each file of `kernels/` states: every input read once, every output written once, small
+vectors left out. Operations are counted a value of the [B, N, C] features, to place a kernel on the roofline.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.distill_loss import distill_loss, distill_loss_reference
+from kernels.fp8 import FP8Rows, layer_norm_fp8, quantize_rows, quantize_rows_reference
+from kernels.gelu import bias_gelu
+from kernels.layer_norm import layer_norm, layer_norm_reference, residual_layer_norm, residual_layer_norm_reference
+from kernels.moments import moments, moments_reference
+from kernels.rope2d import grid_positions, rope2d, rope2d_, rope2d_angles, rope2d_reference
+from kernels.teacher_drop import teacher_drop, teacher_drop_reference
+
+Inputs = tuple[Any, ...]
+Call = Callable[..., Any]
+Shape = tuple[int, int, int]
+SHAPES: tuple[Shape, ...] = (
+    (128, 577, 768),
+    (128, 577, 1024),
+    (128, 1025, 768),
+    (128, 1025, 1024),
+    (8, 257, 384),
+    (128, 1, 1024),
+)
+"""(images, tokens, channels): ViT-B and L at 336 and 448 pixels, a small batch of ViT-S, cls tokens."""
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation and how to call it."""
+
+    name: str
+    file: str
+    """Of `kernels/`."""
+    make: Callable[[Shape, torch.dtype, torch.device], Inputs]
+    """Random inputs of features [B, N, C]; those that are trained require a gradient."""
+    ours: Call
+    eager: Call
+    bytes: tuple[float, float]
+    """A value of the features, forward and backward, in units of the dtype's size; backward 0: there is none."""
+    flops: tuple[float, float]
+    liger: Call | None = None
+    gold: Call | None = None
+    """What inputs in float64 should give, where that is not `eager` of them."""
+    fixed_bytes: float = 0.0
+    """More bytes a value of the forward pass, whatever the dtype."""
+
+    def implementations(self, skip: Sequence[str] = ()) -> dict[str, Call]:
+        """ "ours", "eager", "compile" (of eager) and, where installed, "liger"; without those in `skip`."""
+        calls = {"ours": self.ours, "eager": self.eager}
+        if "compile" not in skip:
+            torch.compiler.reset()  # shapes are compiled one by one, each for itself
+            calls["compile"] = torch.compile(self.eager, fullgraph=True, dynamic=False)
+        if "liger" not in skip and self.liger is not None and importlib.util.find_spec("liger_kernel"):
+            calls["liger"] = self.liger
+        return calls
+
+
+def moved_bytes(operation: Operation, shape: Shape, dtype: torch.dtype, backward: bool) -> int:
+    """Minimal bytes of a forward pass, or of a forward and a backward pass."""
+    forward, back = operation.bytes
+    return round(((forward + back * backward) * dtype.itemsize + operation.fixed_bytes) * torch.Size(shape).numel())
+
+
+def counted_flops(operation: Operation, shape: Shape, backward: bool) -> int:
+    """Floating-point operations of a forward pass, or of both."""
+    forward, back = operation.flops
+    return round((forward + back * backward) * torch.Size(shape).numel())
+
+
+def outputs(result: Any) -> list[Tensor]:
+    """The tensors of a result; quantized rows as the numbers they stand for."""
+    if isinstance(result, FP8Rows):
+        return [result.values.double() * result.scale.double()]
+    if isinstance(result, Tensor):
+        return [result]
+    return [tensor for part in result for tensor in outputs(part)]
+
+
+def draw_upstream(operation: Operation, inputs: Inputs) -> list[Tensor]:
+    """Random gradients for the outputs of a call that carry one; empty where there is no backward pass."""
+    if not operation.bytes[1]:
+        return []
+    return [torch.randn_like(out) for out in outputs(operation.eager(*inputs)) if out.requires_grad]
+
+
+def run_both(call: Call, inputs: Inputs, upstream: Sequence[Tensor]) -> list[Tensor]:
+    """Forward and backward: the gradients of all inputs that require one."""
+    carrying = [out for out in outputs(call(*inputs)) if out.requires_grad]
+    wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    return list(torch.autograd.grad(carrying, wanted, list(upstream)))
+
+
+def widen(inputs: Sequence[Any]) -> Inputs:
+    """The same inputs in float64, detached."""
+    return tuple(
+        x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for x in inputs
+    )
+
+
+def relative_error(value: Tensor, gold: Tensor) -> float:
+    """|value - gold| / |gold| in the Frobenius norm; NaN if value has one."""
+    value, gold = value.detach().double(), gold.detach()
+    return float((value - gold).norm() / gold.norm().clamp_min(1e-300))
+
+
+def check(
+    operation: Operation, call: Call, inputs: Inputs, upstream: Sequence[Tensor]
+) -> Iterator[tuple[float, float]]:
+    """(error, error allowed) of every output and gradient: twice that of eager torch plus 1e-6, against float64."""
+    passes: list[Callable[[Call, Inputs, Sequence[Tensor]], list[Tensor]]] = [lambda f, x, _: outputs(f(*x))]
+    if upstream:
+        passes.append(run_both)
+    for one_pass in passes:
+        gold = one_pass(operation.gold or operation.eager, widen(inputs), [up.double() for up in upstream])
+        eager = one_pass(operation.eager, inputs, upstream)
+        ours = one_pass(call, inputs, upstream)  # last: an operation in place changes its inputs
+        for value, plain, exact in zip(ours, eager, gold, strict=True):
+            yield relative_error(value, exact), 2 * relative_error(plain, exact) + 1e-6
+
+
+def _features(shape: Shape, dtype: torch.dtype, device: torch.device, spare: int = 0) -> Tensor:
+    """Features with a mean and a spread of their own in every channel, [B, N, C]; cut behind `spare` other tokens."""
+    images, tokens, channels = shape
+    spread = torch.rand(channels, device=device) + 0.5
+    x = torch.randn(images, tokens + spare, channels, device=device) * spread + torch.randn(channels, device=device)
+    return x.to(dtype)[:, spare:]
+
+
+def _vector(channels: int, device: torch.device, around: float = 0.0) -> Tensor:
+    return (around + 0.2 * torch.randn(channels, device=device)).requires_grad_()
+
+
+def _moments(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    return (_features(shape, dtype, device, spare=1),)
+
+
+def _var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    rows = (x if x.dtype == torch.float64 else x.float()).flatten(0, -2)
+    var, mean = torch.var_mean(rows, 0, correction=0)
+    return mean, var * len(rows)
+
+
+def _distill_loss(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    student, teacher = (_features(shape, dtype, device, spare=1) for _ in range(2))
+    mean, m2 = moments_reference(teacher)
+    inv_std = (m2 / max(1, teacher[..., 0].numel() - 1)).sqrt().clamp_min(1e-3).reciprocal()
+    return student.detach().requires_grad_(), teacher, mean, inv_std
+
+
+def _teacher_drop(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    images = torch.arange(shape[0], device=device)
+    return torch.rand(3, shape[0], device=device), images, None, None, 1000, 0, 0.5
+
+
+def _layer_norm(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    x = _features(shape, dtype, device).requires_grad_()
+    return x, _vector(shape[2], device, 1.0), _vector(shape[2], device)
+
+
+def _residual(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    x, weight, bias = _layer_norm(shape, dtype, device)
+    return x, _features(shape, dtype, device).requires_grad_(), _vector(shape[2], device), weight, bias
+
+
+def _frozen(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    return tuple(x.detach() for x in _layer_norm(shape, dtype, device))
+
+
+def _gelu(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    wide = (*shape[:2], 4 * shape[2])
+    return _features(wide, dtype, device).requires_grad_(), _vector(wide[2], device)
+
+
+def _rope(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    images, tokens, channels = shape
+    cos, sin = rope2d_angles(grid_positions(1, tokens, device), 64)
+    return _features((images, tokens, 3 * channels), dtype, device).view(images, tokens, 3, -1, 64), cos, sin
+
+
+def _rope_trained(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    qkv, cos, sin = _rope(shape, dtype, device)
+    return qkv.requires_grad_(), cos, sin
+
+
+def _liger_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    return LigerLayerNormFunction.apply(x, weight, bias, EPS)
+
+
+def _drop_ours(losses: Tensor, positions: Tensor, own: None, groups: None, step: int, seed: int, p: float) -> Tensor:
+    return teacher_drop(losses, positions, step, seed, p)
+
+
+OPERATIONS = (
+    Operation(
+        "moments", "moments", _moments,
+        moments, _var_mean, bytes=(1, 0), flops=(4, 0),
+    ),
+    Operation(
+        "distill_loss", "distill_loss", _distill_loss,
+        distill_loss, distill_loss_reference, bytes=(2, 3), flops=(14, 14),
+    ),
+    Operation(
+        "teacher_drop", "teacher_drop", _teacher_drop,
+        _drop_ours, teacher_drop_reference, bytes=(0, 0), flops=(0, 0),
+    ),
+    Operation(
+        "layer_norm", "layer_norm", _layer_norm,
+        lambda *x: layer_norm(*x, EPS), lambda *x: layer_norm_reference(*x, EPS), bytes=(2, 3), flops=(7, 11),
+        liger=_liger_layer_norm,
+    ),
+    Operation(
+        "residual_layer_norm", "layer_norm", _residual,
+        lambda *x: residual_layer_norm(*x, EPS), lambda *x: residual_layer_norm_reference(*x, EPS),
+        bytes=(4, 6), flops=(9, 15),
+    ),
+    Operation(
+        "bias_gelu", "gelu", _gelu,
+        bias_gelu, lambda x, bias: F.gelu(x + bias.to(x.dtype)), bytes=(8, 12), flops=(4 * 12, 4 * 20),
+    ),
+    Operation(
+        "rope2d", "rope2d", _rope_trained,
+        rope2d, rope2d_reference, bytes=(6, 6), flops=(6, 6),
+    ),
+    Operation(
+        "rope2d_", "rope2d", _rope,
+        rope2d_, rope2d_reference, bytes=(4, 0), flops=(6, 0),
+    ),
+    Operation(
+        "quantize_rows", "fp8", lambda *x: _frozen(*x)[:1],
+        quantize_rows, lambda x: FP8Rows(*quantize_rows_reference(x)),
+        bytes=(1, 0), fixed_bytes=1, flops=(3, 0), gold=lambda x: x,
+    ),
+    Operation(
+        "layer_norm_fp8", "fp8", _frozen,
+        lambda *x: layer_norm_fp8(*x, EPS), lambda *x: FP8Rows(*quantize_rows_reference(layer_norm_reference(*x, EPS))),
+        bytes=(1, 0), fixed_bytes=1, flops=(10, 0), gold=lambda *x: layer_norm_reference(*x, EPS),
+    ),
+)  # fmt: skip
+
+
+def select(only: str | None) -> list[Operation]:
+    """The operations of one name or file; all if `only` is None; ValueError if there is none."""
+    chosen = [operation for operation in OPERATIONS if only in (None, operation.name, operation.file)]
+    if not chosen:
+        raise ValueError(f"no operation named {only!r}; choose one of {', '.join(op.name for op in OPERATIONS)}")
+    return chosen

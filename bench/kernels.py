@@ -1,0 +1,246 @@
+"""Measures every kernel against eager torch, torch.compile and the bandwidth of a copy: `python -m bench.kernels`.
+
+Times are of the device: the queue is held by a spinning kernel while the host enqueues the call, so that neither Python
+nor launch latency counts (a training step hides both). Before every call the L2 cache is overwritten, and inputs rotate
+among several sets. Medians and the 20th and 80th percentiles of CUDA events. An implementation that fails its check
+against float64 is not timed, and the status is 1.
+
+`--aot sm_80,sm_90,sm_100` compiles everything without a GPU instead and prints registers, spills and shared memory;
+the status is 1 if anything spills or does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.aot import TARGETS, Resources, compile_all
+from bench.kernel_cases import SHAPES, Operation, check, counted_flops, draw_upstream, moved_bytes, run_both, select
+from bench.kernel_results import Row, plot_roofline, write_rows
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+REPETITIONS = 60
+WARM_UP = 3
+
+
+class Stopwatch:
+    """Times calls on the current CUDA device, with a cold L2 cache and without the host's share."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(self.device)
+        self.device_name = properties.name
+        self.l2_bytes = max(properties.L2_cache_size, 32 << 20)
+        self.flush = torch.empty(2 * self.l2_bytes, dtype=torch.uint8, device=self.device)
+
+    def time(self, calls: Sequence[Callable[[], object]], repetitions: int = REPETITIONS) -> tuple[float, float, float]:
+        """(median, 20th, 80th percentile) in microseconds of one call, the calls taking turns."""
+        enqueue = 0.0
+        for _ in range(WARM_UP):
+            for call in calls:
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                call()
+                enqueue = time.perf_counter() - start
+        # the spin outlasts the host's work twice over, at clocks up to 2 GHz
+        spin = int(2e9 * (2 * enqueue + 2e-4))
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
+        for i, (start, end) in enumerate(events):
+            self.flush.zero_()
+            torch.cuda._sleep(spin)
+            start.record()
+            calls[i % len(calls)]()
+            end.record()
+        torch.cuda.synchronize()
+        times = torch.tensor([start.elapsed_time(end) * 1e3 for start, end in events])
+        low, median, high = times.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        return median, low, high
+
+    def copy_bandwidth(self) -> float:
+        """GB/s of a copy of 1 GiB, bytes read and written."""
+        source = torch.randint(255, (1 << 30,), dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        median, _, _ = self.time([lambda: target.copy_(source)])
+        return 2 * source.nbytes / median / 1e3
+
+
+def measure(
+    operation: Operation,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    stopwatch: Stopwatch,
+    copy_gb_s: float,
+    skip: Sequence[str],
+    report: Callable[[str], None],
+) -> tuple[list[Row], bool]:
+    """Checks, then times every implementation of one operation; (rows, whether all were right)."""
+    label = f"{operation.name} {str(dtype)[6:]} {'x'.join(map(str, shape))}"
+    rows, correct = [], True
+    size = moved_bytes(operation, shape, dtype, backward=False)
+    copies = min(8, max(2, -(-4 * stopwatch.l2_bytes // max(size, 1 << 20))))
+    for name, call in operation.implementations(skip).items():
+        torch.manual_seed(0)
+        sets = [operation.make(shape, dtype, stopwatch.device) for _ in range(copies)]
+        upstream = draw_upstream(operation, sets[0])
+        try:
+            errors = list(check(operation, call, sets[0], upstream))
+        except Exception as error:  # the others are still worth measuring
+            report(f"{label} {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            correct = correct and name != "ours"
+            continue
+        wrong = [f"{error:.1e} of {allowed:.1e}" for error, allowed in errors if not error <= allowed]
+        if wrong:
+            report(f"{label} {name}: error {', '.join(wrong)}")
+            correct = correct and name != "ours"
+            continue
+        for backward in (False, True) if upstream else (False,):
+            calls = [(lambda x=x: run_both(call, x, upstream)) if backward else (lambda x=x: call(*x)) for x in sets]  # noqa: B023
+            row = Row(
+                operation.name,
+                "forward+backward" if backward else "forward",
+                str(dtype)[6:],
+                "x".join(map(str, shape)),
+                name,
+                *stopwatch.time(calls),
+                moved_bytes(operation, shape, dtype, backward),
+                counted_flops(operation, shape, backward),
+                copy_gb_s,
+                stopwatch.device_name,
+                versions(),
+            )
+            report(
+                f"{label} {row.passes:16} {name:8} {row.median_us:9.1f} us ({row.p20_us:.1f} to {row.p80_us:.1f})  "
+                f"{row.gb_s:6.0f} GB/s  {row.percent_of_copy:5.1f} % of a copy"
+            )
+            rows.append(row)
+    return rows, correct
+
+
+def versions() -> str:
+    """Of what the numbers depend on."""
+    from kernels.library import triton
+
+    toolkit = torch.version.cuda or torch.version.hip
+    return f"torch {torch.__version__}, triton {triton and triton.__version__}, CUDA {toolkit}, {platform.system()}"
+
+
+def folder_name(device: str) -> str:
+    """ "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def bench(args: argparse.Namespace, console: Console) -> int:
+    """The measurements; returns the exit status."""
+    operations = select(args.only)
+    if not torch.cuda.is_available():
+        console.print(
+            "bench.kernels measures on a GPU and found none; `python -m bench.kernels --aot sm_90` compiles the "
+            "kernels without one."
+        )
+        return 2
+    stopwatch = Stopwatch()
+    copy_gb_s = stopwatch.copy_bandwidth()
+    console.print(f"{stopwatch.device_name}, {versions()}: a copy reaches {copy_gb_s:.0f} GB/s")
+    rows, correct = [], True
+    folder = args.output / folder_name(stopwatch.device_name)
+    for operation in operations:
+        for dtype in args.dtype:
+            for shape in args.shape:
+                new, right = measure(operation, shape, dtype, stopwatch, copy_gb_s, args.skip, console.print)
+                rows, correct = rows + new, correct and right
+                torch.cuda.empty_cache()
+    everything = write_rows(folder / "kernels.csv", rows)
+    if any(row.bytes for row in everything):
+        plot_roofline(folder / "kernels.png", everything)
+    console.print(f"written to {folder}")
+    return 0 if correct else 1
+
+
+def aot_table(lines: Sequence[Resources]) -> Table:
+    """One line a kernel and target: the most of everything over its cases, and the cases that fail."""
+    table = Table("kernel", "target", "cases", "registers", "spilled", "shared", "threads", box=None)
+    groups: dict[tuple[str, str, str], list[Resources]] = {}
+    for line in lines:
+        groups.setdefault((line.module, line.kernel, line.target), []).append(line)
+    columns = ("registers", "spilled", "shared", "threads")
+    for (module, kernel, target), group in sorted(groups.items()):
+        most = [str(max(getattr(line, name) for line in group)) for name in columns]
+        table.add_row(f"{module}.{kernel}", target, str(len(group)), *most)
+    return table
+
+
+def aot(args: argparse.Namespace, console: Console) -> int:
+    """Compiles ahead of time; returns the exit status."""
+    start = time.perf_counter()
+    lines = compile_all(args.aot.split(","), args.only, args.quick)
+    if args.verbose:
+        for line in lines:
+            console.print(
+                f"{line.module}.{line.kernel:28} {line.case:36} {line.target:7} {line.registers:4} registers "
+                f"{line.spilled:4} B spilled {line.shared:7} B shared {line.threads:5} threads"
+            )
+    console.print(aot_table(lines))
+    bad = [line for line in lines if not line.ok]
+    for line in bad:
+        reason = line.error or f"{line.spilled} bytes spilled"
+        console.print(f"{line.module}.{line.kernel}, {line.case}, {line.target}: {reason}")
+    seconds = time.perf_counter() - start
+    console.print(f"{len(lines)} kernels compiled in {seconds:.0f} s, {len(bad)} spill or do not compile")
+    return 1 if bad else 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--aot", metavar="TARGETS", help=f"compile for these instead, of {','.join(TARGETS)}")
+    parser.add_argument("--quick", action="store_true", help="with --aot: the first case of each file alone")
+    parser.add_argument("--verbose", action="store_true", help="with --aot: a line for every case")
+    parser.add_argument("--only", metavar="NAME", help="one operation, or all of one file of kernels/")
+    parser.add_argument("--dtype", type=_dtypes, default=_dtypes("bfloat16,float32"), help="comma-separated")
+    parser.add_argument("--shape", type=_shape, action="append", help="IMAGES,TOKENS,CHANNELS; may be repeated")
+    parser.add_argument(
+        "--skip", type=lambda text: text.split(","), default=[], help="implementations to leave out: compile,liger"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="results go to a folder of the device in here")
+    args = parser.parse_args(argv)
+    args.shape = args.shape or list(SHAPES)
+    return args
+
+
+def _dtypes(text: str) -> list[torch.dtype]:
+    unknown = [name for name in text.split(",") if name not in DTYPES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}; choose from {', '.join(DTYPES)}")
+    return [DTYPES[name] for name in text.split(",")]
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    numbers = tuple(int(part) for part in text.split(","))
+    if len(numbers) != 3 or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not IMAGES,TOKENS,CHANNELS")
+    return numbers
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = parse(argv)
+    console = Console(highlight=False, width=160, soft_wrap=True)
+    try:
+        return aot(args, console) if args.aot else bench(args, console)
+    except ValueError as error:
+        console.print(str(error))
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

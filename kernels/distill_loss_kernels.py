@@ -1,0 +1,207 @@
+"""The Triton kernels of `distill_loss`, which see its formula for what they compute and save.
+
+    token kernel      s, t [tokens, C] -> sums [tokens, 4] = s.y, |s|^2, |y|^2, smooth-L1
+    image kernel      sums -> total, cosine, smooth_l1 [B] and saved [tokens, 2] = cos / |s|^2, 1 / (|s| |y|)
+    gradient kernel   s, t, saved, upstream [B] -> ds [tokens, C]
+
+The first and the last move all the bytes. Their programs hold whole tokens in registers and take every num_programs-th
+tile of them; mean and inv_std they load once. Roots and quotients are left to the image kernel, once a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.launching import Launch, choose, launch, processors
+from kernels.library import as_rows, jit, row_offsets, tl
+
+EPS = 1e-8
+MAX_CHANNELS = 4096
+"""Of one token in registers."""
+
+
+@jit
+def _standardizer(mean, inv_std, channel, CHANNELS: tl.constexpr, STANDARDIZE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """mean and inv_std, float32 [C], loaded once a program; 0 and 1 where features come standardized."""
+    if STANDARDIZE:
+        inside = channel < CHANNELS
+        shift = tl.load(mean + channel, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(inv_std + channel, mask=inside, other=0.0).to(tl.float32)
+    else:
+        shift = tl.zeros([BLOCK_C], tl.float32)
+        scale = tl.full([BLOCK_C], 1.0, tl.float32)
+    return shift, scale
+
+
+@jit
+def _load_tokens(x, token, channel, valid, PERIOD: tl.constexpr, outer_stride, inner_stride):
+    """float32 [R, C], 0 where there is none."""
+    at = row_offsets(token, PERIOD, outer_stride, inner_stride)[:, None] + channel[None, :]
+    return tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
+
+
+@jit(do_not_specialize=["tokens"])
+def _token_kernel(
+    student, teacher, mean, inv_std, sums, tokens, s_outer, s_inner, t_outer, t_inner, beta, half_inverse_beta,
+    S_PERIOD: tl.constexpr, T_PERIOD: tl.constexpr, STANDARDIZE: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """sums [tokens, 4] = s.y, |s|^2, |y|^2, smooth-L1; a program takes every num_programs-th tile of tokens."""
+    channel = tl.arange(0, BLOCK_C)
+    shift, scale = _standardizer(mean, inv_std, channel, CHANNELS, STANDARDIZE, BLOCK_C)
+    for first in range(tl.program_id(0) * BLOCK_R, tokens, tl.num_programs(0) * BLOCK_R):
+        token = first + tl.arange(0, BLOCK_R)
+        valid = (token < tokens)[:, None] & (channel < CHANNELS)[None, :]
+        s = _load_tokens(student, token, channel, valid, S_PERIOD, s_outer, s_inner)
+        t = _load_tokens(teacher, token, channel, valid, T_PERIOD, t_outer, t_inner)
+        y = (t - shift[None, :]) * scale[None, :]
+        size = tl.abs(s - y)
+        l1 = tl.where(size < beta, size * size * half_inverse_beta, size - 0.5 * beta)
+        # joined, the four sums cost the barriers of one
+        four = tl.sum(tl.join(tl.join(s * y, y * y), tl.join(s * s, l1)), 1)  # [R, 2, 2]
+        at = sums + token[:, None] * 4 + tl.arange(0, 4)[None, :]
+        tl.store(at, tl.reshape(four, [BLOCK_R, 4]), mask=(token < tokens)[:, None])
+
+
+@jit
+def _image_kernel(
+    sums, saved, total, cosine, smooth_l1, cosine_weight, smooth_l1_weight,
+    EPS: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Means over the patches of one image a program, and what the backward needs of each."""
+    image = tl.program_id(0)
+    cosines = tl.zeros([BLOCK_P], tl.float32)
+    l1s = tl.zeros([BLOCK_P], tl.float32)
+    for first in range(0, PATCHES, BLOCK_P):
+        patch = first + tl.arange(0, BLOCK_P)
+        inside = patch < PATCHES
+        token = image * PATCHES + patch
+        dot = tl.load(sums + token * 4, mask=inside, other=0.0)
+        s_square = tl.load(sums + token * 4 + 1, mask=inside, other=0.0)
+        y_square = tl.load(sums + token * 4 + 2, mask=inside, other=0.0)
+        l1s += tl.load(sums + token * 4 + 3, mask=inside, other=0.0) / CHANNELS
+        # rounded, not approximated: where s and y agree, 1 - cos is the small difference of two large numbers
+        length = tl.sqrt_rn(s_square)
+        s_norm = tl.maximum(length, EPS)
+        y_norm = tl.maximum(tl.sqrt_rn(y_square), EPS)
+        overflow = (s_square == float("inf")) | (y_square == float("inf"))  # then cos is 0: s or y over infinity
+        cos = tl.div_rn(tl.div_rn(tl.where(overflow, 0.0, dot), s_norm), y_norm)
+        cosines += tl.where(inside, 1.0 - cos, 0.0)
+        # |s|^2 as torch differentiates it: the bounded norm times the true one, and nothing for an all-zero token
+        of_s = tl.div_rn(tl.div_rn(cos, s_norm), tl.where(length == 0, 1.0, length))
+        tl.store(saved + token * 2, of_s, mask=inside)
+        tl.store(saved + token * 2 + 1, tl.div_rn(tl.div_rn(1.0, s_norm), y_norm), mask=inside)
+    cos = tl.sum(cosines, 0) / PATCHES
+    l1 = tl.sum(l1s, 0) / PATCHES
+    tl.store(total + image, cosine_weight * cos + smooth_l1_weight * l1)
+    tl.store(cosine + image, cos)
+    tl.store(smooth_l1 + image, l1)
+
+
+@jit(do_not_specialize=["tokens"])
+def _gradient_kernel(
+    student, teacher, mean, inv_std, saved, upstream, gradient, tokens, s_outer, s_inner, t_outer, t_inner,
+    cosine_weight, smooth_l1_weight, beta, inverse_beta,
+    S_PERIOD: tl.constexpr, T_PERIOD: tl.constexpr, STANDARDIZE: tl.constexpr,
+    PATCHES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """gradient [tokens, C] of the student; a program takes every num_programs-th tile of tokens."""
+    channel = tl.arange(0, BLOCK_C)
+    shift, scale = _standardizer(mean, inv_std, channel, CHANNELS, STANDARDIZE, BLOCK_C)
+    for first in range(tl.program_id(0) * BLOCK_R, tokens, tl.num_programs(0) * BLOCK_R):
+        token = first + tl.arange(0, BLOCK_R)
+        inside = token < tokens
+        valid = inside[:, None] & (channel < CHANNELS)[None, :]
+        s = _load_tokens(student, token, channel, valid, S_PERIOD, s_outer, s_inner)
+        t = _load_tokens(teacher, token, channel, valid, T_PERIOD, t_outer, t_inner)
+
+        g = tl.load(upstream + token // PATCHES, mask=inside, other=0.0).to(tl.float32) / PATCHES
+        of_s = cosine_weight * g * tl.load(saved + token * 2, mask=inside, other=0.0)
+        of_y = cosine_weight * g * tl.load(saved + token * 2 + 1, mask=inside, other=0.0)
+        of_l1 = smooth_l1_weight * g / CHANNELS
+
+        y = (t - shift[None, :]) * scale[None, :]
+        d = s - y
+        sign = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0))
+        slope = tl.where(tl.abs(d) < beta, d * inverse_beta, sign)
+        out = of_s[:, None] * s - of_y[:, None] * y + of_l1[:, None] * slope
+        at = token.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+        tl.store(gradient + at, out.to(gradient.dtype.element_ty), mask=valid)
+
+
+_REASON = (
+    "not yet measured: reasoned for sm_90 from 16 values of each operand a thread (8 at 2048 channels, where 16 spill "
+    "on sm_80), two 16-byte loads of each in bf16, and as many programs a multiprocessor as their registers allow "
+    "(56 at 1024 channels), so that some load while others reduce"
+)
+_TABLE = {
+    "default": [
+        Launch(64, {"BLOCK_R": 32, "BLOCK_C": 64, "PROGRAMS": 8, "num_warps": 4}, _REASON),
+        Launch(256, {"BLOCK_R": 8, "BLOCK_C": 256, "PROGRAMS": 8, "num_warps": 4}, _REASON),
+        Launch(512, {"BLOCK_R": 4, "BLOCK_C": 512, "PROGRAMS": 8, "num_warps": 4}, _REASON),
+        Launch(1024, {"BLOCK_R": 2, "BLOCK_C": 1024, "PROGRAMS": 8, "num_warps": 4}, _REASON),
+        Launch(2048, {"BLOCK_R": 1, "BLOCK_C": 2048, "PROGRAMS": 5, "num_warps": 8}, _REASON),
+        Launch(MAX_CHANNELS, {"BLOCK_R": 1, "BLOCK_C": 4096, "PROGRAMS": 3, "num_warps": 8}, _REASON),
+    ]
+}
+
+
+def _prepare(
+    student: Tensor, teacher: Tensor, mean: Tensor | None, inv_std: Tensor | None
+) -> tuple[tuple[Tensor | None, ...], int, int, dict[str, Any]]:
+    """What both passes share: the operands with adjacent channels, tokens, programs, strides and constants."""
+    s, t, channels = as_rows(student), as_rows(teacher), student.shape[-1]
+    options = choose(_TABLE, student.device, channels)
+    programs = min(-(-s.count // options["BLOCK_R"]), options.pop("PROGRAMS") * processors(student.device))
+    options |= {
+        "s_outer": s.outer_stride,
+        "s_inner": s.inner_stride,
+        "t_outer": t.outer_stride,
+        "t_inner": t.inner_stride,
+        "S_PERIOD": s.period,
+        "T_PERIOD": t.period,
+        "STANDARDIZE": mean is not None,
+        "CHANNELS": channels,
+    }
+    statistics = (x if x is None else x.contiguous() for x in (mean, inv_std))
+    return (s.x, t.x, *statistics), s.count, programs, options
+
+
+def forward_triton(
+    student: Tensor, teacher: Tensor, mean: Tensor | None, inv_std: Tensor | None, *terms: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """total, cosine and smooth_l1 [B], and saved [tokens, 2], float32; terms are those of `distill_loss`."""
+    operands, tokens, programs, options = _prepare(student, teacher, mean, inv_std)
+    total, cosine, smooth_l1 = (student.new_empty(len(student), dtype=torch.float32) for _ in range(3))
+    sums, saved = (student.new_empty(tokens, n, dtype=torch.float32) for n in (4, 2))
+    *weights, beta = terms
+    half = 0.5 / beta if beta > 0 else 0.0
+    launch(
+        _token_kernel, (programs,), *operands, sums, tokens, beta=beta, half_inverse_beta=half, **options
+    )  # fmt: skip
+    patches = tokens // len(student)
+    block = min(1024, 1 << (patches - 1).bit_length())
+    launch(
+        _image_kernel, (len(student),), sums, saved, total, cosine, smooth_l1, *weights,
+        EPS=EPS, PATCHES=patches, CHANNELS=student.shape[-1], BLOCK_P=block, num_warps=4,
+    )  # fmt: skip
+    return total, cosine, smooth_l1, saved
+
+
+def backward_triton(
+    student: Tensor, teacher: Tensor, mean: Tensor | None, inv_std: Tensor | None, saved: Tensor, upstream: Tensor,
+    cosine_weight: float, smooth_l1_weight: float, beta: float,
+) -> Tensor:  # fmt: skip
+    """Gradient of the student, of its shape and dtype, contiguous; upstream [B] is that of total."""
+    operands, tokens, programs, options = _prepare(student, teacher, mean, inv_std)
+    gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    launch(
+        _gradient_kernel, (programs,), *operands, saved, upstream.contiguous(), gradient, tokens,
+        cosine_weight=cosine_weight, smooth_l1_weight=smooth_l1_weight,
+        beta=beta, inverse_beta=1.0 / beta if beta > 0 else 0.0,
+        PATCHES=tokens // len(student), **options,
+    )  # fmt: skip
+    return gradient

@@ -1,0 +1,299 @@
+"""Row-wise scaled float8 (e4m3) for frozen models: quantization, fused with what precedes it, and the linear layer.
+
+    amax[r] = max(max_c |x[r, c]|, 1e-12),   scale[r] = amax[r] / 448,   q[r, c] = e4m3(x[r, c] * (448 / amax[r]))
+    linear[r, n] = (q_x q_w^T)[r, n] * scale_x[r] * scale_w[n] + bias[n]        on `torch._scaled_mm`
+
+448 is the largest e4m3 number; a row of zeros gets a tiny scale and stays zero. A value is off by at most 2^-4 of
+itself (2^-10 of the scale, if it is near zero): 2.6 % of the norm of normal numbers, 3.7 % of that of the product of
+two such matrices.
+
+Minimal bytes moved for each element of a bf16 model: `quantize_rows` 2 + 1; fused into LayerNorm 2 + 1 (with the
+residual x 2 + y 2 + x' 2 + 1), into bias and GELU 2 + 1. Apart, each also writes h in bf16 and reads it back, 4 more.
+Scales are 4 bytes a row.
+
+No gradient passes through: this is for teachers. On a GPU it needs NVIDIA's compute capability 8.9 or newer; the CPU's
+products serve tests.
+
+Shapes: x [..., C] -> values float8_e4m3fn [..., C], scale float32 [..., 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kernels.gelu import bias_gelu_reference, gelu, guard_bias_gelu
+from kernels.launching import VIT_CHANNELS, Launch, architecture, choose, launch
+from kernels.layer_norm import flat_rows, guard_layer_norm, layer_norm_reference
+from kernels.layer_norm_kernels import normalize_rows, residual_rows
+from kernels.library import guard, guard_device, jit, register, tl, triton, use_triton
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0
+SMALLEST_AMAX = 1e-12
+
+
+class FP8Rows(NamedTuple):
+    """A quantized tensor, values * scale."""
+
+    values: Tensor
+    """float8_e4m3fn [..., C]."""
+    scale: Tensor
+    """float32 [..., 1]."""
+
+
+# ---------------------------------------------------------------- reference
+
+
+def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(values, scale) of `quantize_rows` in plain torch."""
+    x = x.float().contiguous()
+    amax = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_AMAX)
+    return (x * (LARGEST / amax)).clamp(-LARGEST, LARGEST).to(E4M3), amax / LARGEST
+
+
+def _layer_norm_reference(x, y, gamma, weight, bias, eps):
+    out = x.new_empty(0)
+    if y is not None:
+        branch = y.float() if gamma is None else y.float() * gamma.float()
+        x = out = (x.float() + branch).to(x.dtype).contiguous()
+    return out, *quantize_rows_reference(layer_norm_reference(x, weight, bias, eps, torch.float32))
+
+
+def _bias_gelu_reference(x, bias):
+    return quantize_rows_reference(bias_gelu_reference(x.float(), bias))
+
+
+# ---------------------------------------------------------------- kernels
+
+
+@jit
+def _store_quantized(x, values, scale, row, col, rows, C: tl.constexpr):
+    """Quantizes and stores float32 [ROWS, BLOCK_C]; channels past C must be 0."""
+    amax = tl.maximum(tl.max(tl.abs(x), 1), 1e-12)
+    # the product may round past the largest number; a NaN must not be clamped to a number
+    scaled = tl.clamp(x * (448.0 / amax)[:, None], -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    inside = (row < rows)[:, None] & (col < C)[None, :]
+    tl.store(values + row[:, None] * C + col[None, :], scaled.to(tl.float8e4nv), mask=inside)
+    tl.store(scale + row, amax / 448.0, mask=row < rows)
+
+
+@jit
+def _layer_norm_kernel(
+    x, y, gamma, weight, bias, out, values, scale, rows, stride_x, stride_y, eps,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK_C)
+    inside = (row < rows)[:, None] & (col < C)[None, :]
+    value = residual_rows(x, y, gamma, row, col, inside, stride_x, stride_y, C)
+    if y is not None:
+        stored = value.to(out.dtype.element_ty)
+        tl.store(out + row[:, None] * C + col[None, :], stored, mask=inside)
+        value = stored.to(tl.float32)
+    h, _, _ = normalize_rows(value, weight, bias, col, eps, C)
+    _store_quantized(h, values, scale, row, col, rows, C)
+
+
+@jit
+def _quantize_kernel(
+    x, bias, values, scale, rows, stride_x, C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Quantizes x, or gelu(x + bias) where there is a bias."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK_C)
+    inside = (row < rows)[:, None] & (col < C)[None, :]
+    value = tl.load(x + row[:, None] * stride_x + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        value = gelu(value + tl.load(bias + col, mask=col < C, other=0.0).to(tl.float32)[None, :])
+    _store_quantized(value, values, scale, row, col, rows, C)
+
+
+_EVIDENCE = "not yet measured: 16 elements a thread, a whole row in the registers of one program for its amax"
+
+TABLE = {
+    "default": [
+        Launch(256, {"ROWS": 8, "num_warps": 4}, _EVIDENCE),
+        Launch(512, {"ROWS": 4, "num_warps": 4}, _EVIDENCE),
+        Launch(1024, {"ROWS": 2, "num_warps": 4}, _EVIDENCE),
+        Launch(2048, {"ROWS": 1, "num_warps": 4}, _EVIDENCE),
+        Launch(4096, {"ROWS": 1, "num_warps": 8}, _EVIDENCE),
+        Launch(16384, {"ROWS": 1, "num_warps": 16}, _EVIDENCE),
+    ]
+}
+"""By channels; ROWS a program."""
+
+# ---------------------------------------------------------------- implementation
+
+
+def _options(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """(grid, constants) for rows x [rows, C]."""
+    if x.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 9)):
+        name = architecture(x.device)
+        raise ValueError(f"float8 needs an NVIDIA GPU of compute capability 8.9 or newer, {x.device} is {name}")
+    rows, channels = x.shape
+    options = choose(TABLE, x.device, channels) | {"C": channels, "BLOCK_C": triton.next_power_of_2(channels)}
+    return (triton.cdiv(rows, options["ROWS"]),), options
+
+
+def _layer_norm_fused(x, y, gamma, weight, bias, eps):
+    out, values, scale = _layer_norm_fake(x, y, gamma, weight, bias, eps)
+    x, y = flat_rows(x), None if y is None else flat_rows(y)
+    grid, options = _options(x)
+    gamma, weight, bias = (None if p is None else p.contiguous() for p in (gamma, weight, bias))
+    launch(
+        _layer_norm_kernel, grid, x, y, gamma, weight, bias, out, values, scale,
+        x.shape[0], x.stride(0), 0 if y is None else y.stride(0), eps, **options,
+    )  # fmt: skip
+    return out, values, scale
+
+
+def _bias_gelu_fused(x, bias):
+    values, scale = _quantize_fake(x)
+    x = flat_rows(x)
+    grid, options = _options(x)
+    bias = None if bias is None else bias.contiguous()
+    launch(_quantize_kernel, grid, x, bias, values, scale, x.shape[0], x.stride(0), **options)
+    return values, scale
+
+
+def _quantize_fused(x):
+    return _bias_gelu_fused(x, None)
+
+
+def _quantize_fake(x, bias=None):
+    return x.new_empty(x.shape, dtype=E4M3), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
+def _layer_norm_fake(x, y, gamma, weight, bias, eps):
+    return x.new_empty(0 if y is None else x.shape), *_quantize_fake(x)
+
+
+quantize_rows_op = register(
+    "quantize_rows(Tensor x) -> (Tensor, Tensor)", _quantize_fused, quantize_rows_reference, _quantize_fake
+)
+layer_norm_fp8_op = register(
+    "layer_norm_fp8(Tensor x, Tensor? y, Tensor? gamma, Tensor? weight, Tensor? bias, float eps) "
+    "-> (Tensor, Tensor, Tensor)",
+    _layer_norm_fused, _layer_norm_reference, _layer_norm_fake,
+)  # fmt: skip
+bias_gelu_fp8_op = register(
+    "bias_gelu_fp8(Tensor x, Tensor bias) -> (Tensor, Tensor)", _bias_gelu_fused, _bias_gelu_reference, _quantize_fake
+)
+
+# ---------------------------------------------------------------- public
+
+
+def _guard_frozen(operation: str, *tensors: Tensor | None) -> None:
+    followed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    guard(not followed, f"{operation} has no gradient: call it under torch.no_grad(), on a frozen model", x=tensors[0])
+
+
+def quantize_rows(x: Tensor) -> FP8Rows:
+    """Quantizes every row of x [..., C] (any floating type and strides) to e4m3 with a scale of its own.
+
+    NaN stays NaN and an infinity makes its row NaN (values * scale): neither turns into a number.
+
+    Raises:
+        ValueError: x is not floating-point, has no channels, or needs a gradient.
+    """
+    rule = "quantize_rows takes floating-point x [..., C]"
+    guard(x.ndim >= 1 and x.shape[-1] > 0 and x.is_floating_point(), rule, x=x)
+    _guard_frozen("quantize_rows", x)
+    return FP8Rows(*(quantize_rows_op(x) if use_triton(x) else quantize_rows_reference(x)))
+
+
+def layer_norm_fp8(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> FP8Rows:
+    """`quantize_rows(layer_norm(x, weight, bias, eps))` in one pass. Arguments and errors: see there."""
+    guard_layer_norm("layer_norm_fp8", x, weight=weight, bias=bias)
+    _guard_frozen("layer_norm_fp8", x, weight, bias)
+    fused = layer_norm_fp8_op if use_triton(x, weight, bias) else _layer_norm_reference
+    return FP8Rows(*fused(x, None, None, weight, bias, eps)[1:])
+
+
+def residual_layer_norm_fp8(
+    x: Tensor, y: Tensor, gamma: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, FP8Rows]:
+    """(x', quantize_rows(h)) of x', h = residual_layer_norm(...), in one pass. Arguments and errors: see there."""
+    guard_layer_norm("residual_layer_norm_fp8", x, y, gamma=gamma, weight=weight, bias=bias)
+    _guard_frozen("residual_layer_norm_fp8", x, y, gamma, weight, bias)
+    fused = layer_norm_fp8_op if use_triton(x, y, gamma, weight, bias) else _layer_norm_reference
+    out, *h = fused(x, y, gamma, weight, bias, eps)
+    return out, FP8Rows(*h)
+
+
+def bias_gelu_fp8(x: Tensor, bias: Tensor) -> FP8Rows:
+    """`quantize_rows(bias_gelu(x, bias))` in one pass, F up to 16384. Arguments and errors: see there."""
+    guard_bias_gelu("bias_gelu_fp8", x, bias)
+    _guard_frozen("bias_gelu_fp8", x, bias)
+    return FP8Rows(*(bias_gelu_fp8_op(x, bias) if use_triton(x, bias) else _bias_gelu_reference(x, bias)))
+
+
+class FP8Linear(nn.Module):
+    """A frozen linear layer with e4m3 weights, one scale for each of its outputs.
+
+    Args:
+        linear: whose weights are quantized, once; it is not kept.
+        out_dtype: of the result, bf16 or fp16.
+
+    Raises:
+        ValueError: features that are no multiple of 16, which the matrix product needs, or another type of result.
+    """
+
+    def __init__(self, linear: nn.Linear, out_dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.out_dtype = linear.in_features, linear.out_features, out_dtype
+        if self.in_features % 16 or self.out_features % 16:
+            sizes = f"{self.in_features} -> {self.out_features}"
+            raise ValueError(f"FP8Linear takes features that are multiples of 16, got {sizes}")
+        if out_dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"FP8Linear returns bfloat16 or float16, not {out_dtype}")
+        weight, scale = quantize_rows(linear.weight.detach())
+        self.register_buffer("weight", weight)  # [N, C]
+        self.register_buffer("weight_scale", scale.t().contiguous())  # [1, N]
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(out_dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FP8Linear:
+        """Moves between devices but keeps the types: a model's `.to(torch.bfloat16)` must not undo the quantization."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    def forward(self, x: Tensor | FP8Rows, add_bias: bool = True) -> Tensor:
+        """x [..., C], quantized here unless it is, -> [..., N]; `add_bias=False` leaves the bias to `bias_gelu_fp8`."""
+        values, scale = x if isinstance(x, FP8Rows) else quantize_rows(x)
+        guard(values.shape[-1] == self.in_features, f"this FP8Linear takes [..., {self.in_features}]", x=values)
+        guard_device("FP8Linear", x=values, weight=self.weight)
+        if values.numel() == 0:  # which not every version of the product takes
+            return values.new_empty(*values.shape[:-1], self.out_features, dtype=self.out_dtype)
+        out = torch._scaled_mm(
+            values.reshape(-1, self.in_features), self.weight.t(), scale.reshape(-1, 1), self.weight_scale,
+            bias=self.bias if add_bias else None, out_dtype=self.out_dtype, use_fast_accum=True,
+        )  # fmt: skip
+        return out.view(*values.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def aot_calls(device: torch.device) -> Iterator[tuple[str, Callable]]:
+    """What to compile ahead of time: frozen bf16 teachers, ViT-Ti to L; nothing for sm_80, which has no float8."""
+
+    def unless_old(call: Callable) -> Callable:
+        return lambda: None if architecture(device) == "sm_80" else call()
+
+    for channels in VIT_CHANNELS:
+        x = torch.empty(128 * 577, channels, dtype=torch.bfloat16, device=device)
+        wide = torch.empty(128 * 577, 4 * channels, dtype=torch.bfloat16, device=device)
+        p = x[0]
+        yield f"quantize_rows {channels}", unless_old(partial(_quantize_fused, x))
+        yield f"layer_norm_fp8 {channels}", unless_old(partial(_layer_norm_fused, x, None, None, p, p, 1e-6))
+        yield f"residual_layer_norm_fp8 {channels}", unless_old(partial(_layer_norm_fused, x, x, p, p, p, 1e-6))
+        yield f"bias_gelu_fp8 {4 * channels}", unless_old(partial(_bias_gelu_fused, wide, wide[0]))

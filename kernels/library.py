@@ -1,0 +1,147 @@
+"""What every operation's file shares: triton if there is one, registration with torch, guards, the layout of rows.
+
+An operation is registered under `torch.ops.dune_fast` with a Triton implementation for CUDA (ROCm answers to the same
+name), a plain reference for the CPU and a fake for tracing; its `autograd.Function` calls the registered forward and
+backward from outside. So torch.compile keeps a call whole, checkpointing, autocast and CUDA graphs work, and no tracer
+looks into Triton. A file follows this order: formula, reference, `@jit` kernels, launch table, implementation (checks
+layouts, allocates, calls `launch`), registration, public function, `aot_calls`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows: the references serve every call
+    triton = tl = None
+
+NAMESPACE = "dune_fast"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the Triton kernels read; any other type takes the reference."""
+INTERPRETER = triton is not None and triton.knobs.runtime.interpret
+"""Whether TRITON_INTERPRET=1 was set before triton was imported, so that kernels run on a CPU, in Python."""
+
+_interpreted = False
+
+
+def jit(fn: Callable | None = None, **options: Any) -> Any:
+    """`triton.jit`, or nothing where there is no triton."""
+    if fn is None:
+        return functools.partial(jit, **options)
+    return fn if triton is None else triton.jit(fn, **options)
+
+
+def register(schema: str, fused: Callable, reference: Callable, fake: Callable) -> Any:
+    """Registers an operation and returns it, callable.
+
+    Args:
+        schema: "name(Tensor x, float eps) -> (Tensor, Tensor)": a tensor first, no default values, `SymInt` for an
+            integer that changes from call to call.
+        fused: the Triton implementation, for CUDA; outputs never alias inputs unless the schema says so.
+        reference: the same in plain torch, for the CPU.
+        fake: shapes, dtypes and strides of the outputs.
+    """
+    name, brace, rest = schema.partition("(")
+    qualified = f"{NAMESPACE}::{name}"
+
+    def on_cuda(device_arg: Tensor, *args: Any) -> Any:
+        if triton is None:
+            return reference(device_arg, *args)
+        with torch.cuda.device(device_arg.device):  # triton launches on the current one
+            return fused(device_arg, *args)
+
+    torch.library.define(qualified, brace + rest)
+    torch.library.impl(qualified, "CUDA", on_cuda)
+    torch.library.impl(qualified, "CPU", lambda *args: (fused if _interpreted else reference)(*args))
+    torch.library.register_fake(qualified, fake)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def use_triton(*tensors: Tensor | None) -> bool:
+    """Whether a kernel serves these tensors: all on CUDA, or in `interpreted()`, and of a type in DTYPES or integers.
+
+    None is skipped.
+    """
+    if triton is None or (INTERPRETER and not _interpreted):
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    return all((t.is_cuda or _interpreted) and (t.dtype in DTYPES or not t.is_floating_point()) for t in given)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """For tests: inside, CPU tensors go through the Triton kernels in the interpreter, which is exact and slow."""
+    global _interpreted
+    if not INTERPRETER:
+        raise ValueError("interpreted() needs TRITON_INTERPRET=1 in the environment before triton is imported")
+    before, _interpreted = _interpreted, True
+    try:
+        yield
+    finally:
+        _interpreted = before
+
+
+def describe(**tensors: Tensor | None) -> str:
+    """ "student bfloat16 [2, 3] on cuda:0, ..." for error messages."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return ", ".join(f"{name} {str(t.dtype)[6:]} {list(t.shape)} on {t.device}" for name, t in given.items())
+
+
+def guard(condition: bool, rule: str, **tensors: Tensor | None) -> None:
+    """Raises a ValueError that states the rule and what was given, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{rule}; got {describe(**tensors)}")
+
+
+def guard_device(operation: str, **tensors: Tensor | None) -> None:
+    """Raises a ValueError unless all tensors lie on one device."""
+    devices = {tensor.device for tensor in tensors.values() if tensor is not None}
+    guard(len(devices) < 2, f"{operation} takes tensors of one device", **tensors)
+
+
+class Rows(NamedTuple):
+    """[..., C] seen as rows: row r begins (r // inner) * outer_stride + (r % inner) * inner_stride elements into x."""
+
+    x: Tensor
+    count: int
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+    @property
+    def period(self) -> int:
+        """`inner`, or 0 where one stride describes all rows; a constant of kernels, which then never really divide."""
+        return 0 if self.inner == self.count else self.inner
+
+
+@jit
+def row_offsets(row, PERIOD: tl.constexpr, outer_stride, inner_stride):
+    """Where rows of `Rows` begin, in elements, 64 bits."""
+    if PERIOD == 0:
+        return row.to(tl.int64) * inner_stride
+    return (row // PERIOD).to(tl.int64) * outer_stride + (row % PERIOD).to(tl.int64) * inner_stride
+
+
+def as_rows(x: Tensor) -> Rows:
+    """Rows of x [..., C] with adjacent channels: no copy where two strides describe them, else of a contiguous copy.
+
+    Dimensions of size 1 and those that merge do not count, so [B, N, C], tokens[:, 1:] and tokens[:, 0] are all free.
+    """
+    merged: list[tuple[int, int]] = []  # (size, stride), outermost first
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if merged and size != 1 and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        elif size != 1:
+            merged.append((size, stride))
+    if len(merged) > 2 or (x.stride(-1) != 1 and x.shape[-1] != 1):
+        return as_rows(x.contiguous())
+    (outer, outer_stride), (inner, inner_stride) = ([(1, 0), (1, 0)] + merged)[-2:]
+    return Rows(x, outer * inner, inner, outer_stride, inner_stride)

@@ -1,0 +1,220 @@
+"""The kernels' benchmark as far as a CPU goes: ahead-of-time compilation, cases, bytes, checks, CSV, plot, messages."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import kernels as bench
+from bench.aot import Resources, discover, resource_usage, specialize
+from bench.kernel_cases import OPERATIONS, check, counted_flops, draw_upstream, moved_bytes, select
+from bench.kernel_results import Row, plot_roofline, read_rows, write_rows
+from kernels.launching import Recorded, recording
+from kernels.library import INTERPRETER, interpreted
+from tests.kernels.conftest import rounding_to_nearest  # noqa: F401  # the interpreter's float8 loses carries
+
+CPU = torch.device("cpu")
+ROW = Row(
+    "moments", "forward", "bfloat16", "2x3x4", "ours", 10.0, 9.5, 11.0, 30_000, 120_000, 3000.0, "A GPU", "torch 2"
+)
+
+
+def run_bench(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.kernels", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_kernels_compile_ahead_of_time_without_spills():
+    """The first case of every file; the slow test takes all of them."""
+    result = run_bench("--aot", "sm_90", "--quick")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert all(f"{name}._" in result.stdout for name in ("moments", "distill_loss", "teacher_drop"))
+    assert "0 spill or do not compile" in result.stdout
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_target_without_spills():
+    result = run_bench("--aot", "sm_80,sm_90,sm_100")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    result = run_bench()
+    assert result.returncode == 2
+    assert "found none" in result.stdout and "--aot" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--aot", "sm_70"], "'sm_70' is unknown; choose from sm_80"),
+        (["--aot", "sm_90", "--only", "nothing"], "choose one of .*moments"),
+        (["--only", "nothing"], "choose one of moments"),
+    ],
+)
+def test_messages(arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr("kernels.library.INTERPRETER", False)
+    assert bench.main(arguments) == 2
+    assert re.search(words, capsys.readouterr().out.replace("\n", " "))
+
+
+@pytest.mark.skipif(not INTERPRETER, reason="the interpreter is off")
+def test_ahead_of_time_needs_the_compiler(capsys):
+    assert bench.main(["--aot", "sm_90"]) == 2
+    assert "TRITON_INTERPRET not set" in capsys.readouterr().out
+
+
+def test_discovers_the_files_with_kernels():
+    assert {"moments", "distill_loss", "teacher_drop"} <= set(discover())
+    assert "philox" not in discover()
+    with pytest.raises(ValueError, match="no kernels named"):
+        discover("philox")
+
+
+def test_specialization_is_tritons():
+    class Parameter:
+        def __init__(self, num, name, is_constexpr=False, do_not_specialize=False):
+            self.num, self.name, self.is_constexpr, self.default = num, name, is_constexpr, None
+            self.do_not_specialize = do_not_specialize
+
+    class Kernel:
+        __name__ = "kernel"
+        params = [
+            Parameter(0, "x"),
+            Parameter(1, "none"),
+            Parameter(2, "one"),
+            Parameter(3, "sixteen"),
+            Parameter(4, "count", do_not_specialize=True),
+            Parameter(5, "large"),
+            Parameter(6, "scale"),
+            Parameter(7, "BLOCK", is_constexpr=True),
+            Parameter(8, "misaligned"),
+        ]
+
+    x = torch.empty(64, dtype=torch.bfloat16, device="meta")
+    source = specialize(
+        Recorded(Kernel, (x, None, 1, 48, 16, 2**40 + 1, 1.0), {"BLOCK": 8, "misaligned": x[1:], "num_warps": 4})
+    )
+    assert source.signature == {
+        "x": "*bf16", "none": "constexpr", "one": "constexpr", "sixteen": "i32", "count": "i32", "large": "i64",
+        "scale": "fp32", "BLOCK": "constexpr", "misaligned": "*bf16",
+    }  # fmt: skip
+    assert source.constants == {"none": None, "one": 1, "BLOCK": 8}
+    assert set(source.attributes) == {(0,), (3,)}
+    assert source.options == {"num_warps": 4}
+
+
+def test_recorded_launches_are_those_of_a_run():
+    from kernels import moments
+
+    with recording("sm_90") as launches:
+        moments._moments_triton(torch.empty(128, 577, 1024, device="meta", dtype=torch.bfloat16)[:, 1:])
+        first, second = launches
+    assert first.args[2] == 128 * 576 and first.options["CHANNELS"] == 1024 and first.options["PERIOD"] == 576
+    assert second.args[4] <= 132 * 8
+
+
+def test_resources_that_fail():
+    good = Resources("a", "b", "c", "sm_90", 40, 0, 0, 128)
+    assert good.ok and not good._replace(spilled=8).ok and not good._replace(error="no").ok
+    table = bench.aot_table([good, good._replace(registers=60)])
+    assert table.row_count == 1 and list(table.columns[3].cells) == ["60"]
+
+
+def test_bytes_and_operations():
+    shape = (128, 577, 1024)
+    numel = 128 * 577 * 1024
+    (loss,) = select("distill_loss")
+    assert moved_bytes(loss, shape, torch.bfloat16, backward=False) == 4 * numel
+    assert moved_bytes(loss, shape, torch.bfloat16, backward=True) == 10 * numel
+    (moments,) = select("moments")
+    assert moved_bytes(moments, shape, torch.float32, backward=False) == 4 * numel
+    assert counted_flops(moments, shape, backward=False) == 4 * numel
+    fp8 = select("fp8")
+    assert len(fp8) > 1 and moved_bytes(fp8[0], shape, torch.bfloat16, backward=False) == 3 * numel
+
+
+@pytest.mark.skipif(not INTERPRETER, reason="the interpreter is off")
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_every_case_checks_its_kernel(operation):
+    torch.manual_seed(0)
+    inputs = operation.make((2, 5, 64), torch.float32, CPU)
+    with interpreted():
+        upstream = draw_upstream(operation, inputs)
+        errors = list(check(operation, operation.ours, inputs, upstream))
+    assert errors and all(error <= allowed for error, allowed in errors)
+    assert bool(upstream) == bool(operation.bytes[1])
+
+
+class FakeStopwatch:
+    """Calls everything once and takes as long as it is told."""
+
+    device, device_name, l2_bytes = CPU, "A GPU", 1 << 20
+
+    def time(self, calls):
+        for call in calls:
+            call()
+        return 20.0, 19.0, 21.0
+
+
+@pytest.mark.skipif(not INTERPRETER, reason="the interpreter is off")
+def test_measures_both_passes_and_refuses_a_wrong_kernel():
+    (operation,) = select("distill_loss")
+    lines: list[str] = []
+    with interpreted():
+        arguments = ((2, 3, 32), torch.float32, FakeStopwatch(), 3000.0, ["compile", "liger"], lines.append)
+        rows, correct = bench.measure(operation, *arguments)
+        assert correct and [(row.implementation, row.passes) for row in rows] == [
+            (name, passes) for name in ("ours", "eager") for passes in ("forward", "forward+backward")
+        ]
+        assert rows[0].gb_s == pytest.approx(rows[0].bytes / 20e-6 / 1e9)
+        wrong = replace(operation, ours=lambda *x: operation.ours(*x[:-1], x[-1] * 1.01))
+        rows, correct = bench.measure(wrong, *arguments)
+        assert not correct and {row.implementation for row in rows} == {"eager"}
+        assert any("ours: error" in line for line in lines)
+        broken = replace(operation, ours=lambda *x: 1 / 0)
+        assert not bench.measure(broken, *arguments)[1]
+
+
+def test_newer_rows_replace_older_ones(tmp_path):
+    path = tmp_path / "device" / "kernels.csv"
+    other = replace(ROW, implementation="eager", median_us=80.0)
+    write_rows(path, [ROW, other])
+    newer = replace(ROW, median_us=8.0)
+    assert write_rows(path, [newer]) == read_rows(path) == [other, newer]
+    text = path.read_text().splitlines()
+    assert text[0].endswith("gb_s,percent_of_copy") and text[2].endswith("3.8,0.1")
+
+
+def test_plot(tmp_path):
+    rows = [replace(ROW, implementation=name, median_us=time) for name, time in (("ours", 10.0), ("eager", 80.0))]
+    rows += [replace(ROW, operation="distill_loss", passes=p, flops=400_000) for p in ("forward", "forward+backward")]
+    plot_roofline(tmp_path / "plots" / "kernels.png", [*rows, replace(ROW, operation="teacher_drop", bytes=0)])
+    assert (tmp_path / "plots" / "kernels.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot_roofline(tmp_path / "none.png", [replace(ROW, bytes=0)])
+
+
+def test_folder_is_named_for_the_device():
+    assert bench.folder_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+def test_command_line():
+    args = bench.parse(["--dtype", "float16", "--shape", "1,2,3", "--shape", "4,5,6", "--skip", "compile,liger"])
+    assert args.dtype == [torch.float16] and args.shape == [(1, 2, 3), (4, 5, 6)] and args.skip == ["compile", "liger"]
+    for wrong in (["--dtype", "int8"], ["--shape", "1,2"]):
+        with pytest.raises(SystemExit):
+            bench.parse(wrong)
+
+
+def test_resource_usage_needs_a_cubin():
+    with pytest.raises(subprocess.CalledProcessError):
+        resource_usage(b"not one")

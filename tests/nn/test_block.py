@@ -1,0 +1,162 @@
+"""The block on the fused kernels: equal to its formula, compiled, checkpointed and under autocast; float8 blocks."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dune_fast.nn.block import Block, LayerNorm, run_blocks
+from dune_fast.nn.vit import VisionTransformer, ViTConfig
+from kernels import library
+from kernels.attention import attention
+from kernels.fp8 import FP8Linear
+from kernels.rope2d import grid_positions, rope2d_angles, rope2d_reference
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+fused = library.interpreted if library.INTERPRETER else contextlib.nullcontext
+
+
+def plain_block(block: Block, x: Tensor, rope=None) -> Tensor:
+    """The block as its formula says, operation by operation."""
+
+    def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, layer.eps)
+
+    qkv = block.attn.qkv(norm(x, block.norm1)).unflatten(-1, (3, block.attn.num_heads, -1))
+    qkv = qkv if rope is None else rope2d_reference(qkv, *rope)
+    x = x + block.ls1(block.attn.proj(attention(qkv).flatten(2)))
+    return x + block.ls2(block.mlp.fc2(F.gelu(block.mlp.fc1(norm(x, block.norm2)))))
+
+
+def blocks_and_tokens(layer_scale: float | None = 0.3, depth: int = 2, dim: int = 32, tokens: int = 6):
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(Block(dim, 2, layer_scale=layer_scale) for _ in range(depth))
+    for p in blocks.parameters():
+        nn.init.normal_(p, std=0.2)
+    return blocks.to(DEVICE), torch.randn(1, tokens, dim, device=DEVICE, requires_grad=True)
+
+
+def loss_and_gradients(outputs: list[Tensor], blocks: nn.Module, x: Tensor) -> list[Tensor]:
+    loss = sum((i + 1) * y.float().square().mean() for i, y in enumerate(outputs))
+    return [loss.detach(), *torch.autograd.grad(loss, [x, *blocks.parameters()])]
+
+
+@pytest.mark.parametrize("layer_scale", [0.3, None])
+@pytest.mark.parametrize("with_rope", [False, True])
+def test_fused_chain_is_the_formula(layer_scale, with_rope):
+    blocks, x = blocks_and_tokens(layer_scale)
+    rope = tuple(t.to(DEVICE) for t in rope2d_angles(grid_positions(2, 3), 16)) if with_rope else None
+    expected, y = [], x
+    for block in blocks:
+        expected.append(y := plain_block(block, y, rope))
+    with fused():
+        found = list(run_blocks(blocks, x, rope))
+        gradients = loss_and_gradients(found, blocks, x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients, loss_and_gradients(expected, blocks, x), rtol=1e-4, atol=1e-5)
+    with torch.no_grad(), fused():  # RoPE in place
+        torch.testing.assert_close(list(run_blocks(blocks, x, rope)), [t.detach() for t in found])
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the plain path is the CPU's")
+def test_plain_chain_is_the_formula_bit_for_bit():
+    blocks, x = blocks_and_tokens(depth=3)
+    expected = x
+    for block in blocks:
+        expected = plain_block(block, expected)
+    *_, found = run_blocks(blocks, x)
+    assert torch.equal(found, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        *_, found = run_blocks(blocks, x)
+        expected = x
+        for block in blocks:
+            expected = plain_block(block, expected)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+def test_autocast_keeps_the_stream_in_float32():
+    blocks, x = blocks_and_tokens()
+    exact = loss_and_gradients(list(run_blocks(blocks, x)), blocks, x)
+    seen = []
+    handle = blocks[1].attn.qkv.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    with fused():
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            outputs = list(run_blocks(blocks, x))
+        found = loss_and_gradients(outputs, blocks, x)
+    handle.remove()
+    assert seen == [torch.bfloat16] and all(y.dtype == torch.float32 for y in outputs)
+    assert all(g.dtype == torch.float32 for g in found)
+    for ours, truth in zip(found, exact, strict=True):
+        assert (ours - truth).norm() <= 0.05 * truth.norm() + 1e-3
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant):
+    blocks, x = blocks_and_tokens(depth=1)
+    with fused():
+        expected = loss_and_gradients([blocks[0](x)], blocks, x)
+        found = checkpoint(blocks[0], x, use_reentrant=use_reentrant)
+        blocks.zero_grad()
+        found.square().mean().backward()
+    torch.testing.assert_close([x.grad, *(p.grad for p in blocks.parameters())], expected[1:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_whole(backend):
+    """torch.compile(fullgraph=True) of two blocks with RoPE: forward, backward, and in place without gradients."""
+    torch._dynamo.reset()
+    blocks, x = blocks_and_tokens()
+    rope = tuple(t.to(DEVICE) for t in rope2d_angles(grid_positions(2, 3), 16))
+
+    def chain(x: Tensor) -> list[Tensor]:
+        return list(run_blocks(blocks, x, rope))
+
+    compiled = torch.compile(chain, fullgraph=True, backend=backend)
+    with fused():
+        expected = loss_and_gradients(chain(x), blocks, x)
+        found = loss_and_gradients(compiled(x), blocks, x)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), chain(x), rtol=1e-4, atol=1e-5)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            torch.testing.assert_close(compiled(x)[-1], chain(x)[-1], rtol=3e-2, atol=3e-2)
+
+
+def test_a_model_keeps_its_keys_and_hooks():
+    """Blocks and norms are called as modules, so that hooks (sharded parameters, profilers) fire."""
+    vit = VisionTransformer(ViTConfig(28, 14, 32, 2, 2))
+    assert {k.removeprefix("blocks.1.") for k in vit.state_dict() if k.startswith("blocks.1.")} == {
+        "norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",
+        "norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias",
+        "ls1.gamma", "ls2.gamma",
+    }  # fmt: skip
+    called = []
+    for name, module in vit.named_modules():
+        if isinstance(module, (Block, LayerNorm)):
+            module.register_forward_hook(lambda *_, name=name: called.append(name))
+    vit(torch.randn(1, 3, 28, 28))
+    assert called == [
+        "blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.0", "blocks.1.norm2", "blocks.1", "norm"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("triton", [False, True])
+@torch.no_grad()
+def test_float8_blocks_stay_close(triton):
+    if DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8")
+    blocks, x = blocks_and_tokens(dim=64)
+    exact = list(run_blocks(blocks, x))
+    for block in blocks:
+        block.quantize()
+    assert all(isinstance(m, FP8Linear) for b in blocks for m in (b.attn.qkv, b.attn.proj, b.mlp.fc1, b.mlp.fc2))
+    with fused() if triton else contextlib.nullcontext():
+        found = list(run_blocks(blocks, x))
+    for ours, truth in zip(found, exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - truth).norm() < 0.1 * truth.norm()
