@@ -13,9 +13,9 @@ With x in [0, 1], gray(x) = 0.2989 r + 0.587 g + 0.114 b and m the image's mean 
 which is torchvision v2's on float images. Parameters, not random numbers: whoever draws them decides where the
 randomness comes from.
 
-Minimal bytes moved: read the image twice (contrast needs the mean of the whole image; the second read comes from the L2
-cache) and write it once; 3 bytes a pixel in, 12 out. Shapes: images uint8 [B, H, W, 3] or float [B, 3, H, W] -> float32
-[B, 3, H, W].
+Minimal bytes moved: 3 a pixel in from uint8 and 12 out in float32 (6 in bf16); the image is read twice where contrast
+needs the mean of the whole of it. Shapes: images uint8 [B, H, W, 3] or float [B, 3, H, W] -> [B, 3, H, W]. The Triton
+kernels, and the bytes that they move, are in kernels/augment_kernels.py.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.augment_kernels import augment_colour_triton
+from kernels.library import DTYPES, guard, guard_device, register, use_triton
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -68,69 +71,107 @@ class ColourParams:
     def __len__(self) -> int:
         return self.order.shape[0]
 
+    def tensors(self) -> list[Tensor]:
+        """The fields in their order."""
+        return [getattr(self, f.name) for f in fields(self)]
+
     def pack(self) -> Tensor:
         """All parameters in one float32 [B, 12]: the order's four, then the other fields in their order."""
-        return torch.cat(
-            [self.order.float(), torch.stack([getattr(self, f.name).float() for f in fields(self)[1:]], 1)], dim=1
-        )
+        order, *others = self.tensors()
+        return torch.cat([order.float(), torch.stack([x.float() for x in others], 1)], dim=1)
 
     @classmethod
     def unpack(cls, packed: Tensor) -> ColourParams:
         """The inverse of `pack`, exact."""
         if packed.ndim != 2 or packed.shape[1] != 12:
             raise ValueError(f"packed colour parameters are float32 [B, 12], got {list(packed.shape)}")
+        order = packed[:, :4].to(torch.int64, memory_format=torch.contiguous_format)
         brightness, contrast, saturation, hue, grayscale, blur, sigma, solarize = packed[:, 4:].unbind(1)
-        return cls(
-            packed[:, :4].long(), brightness, contrast, saturation, hue, grayscale != 0, blur != 0, sigma, solarize != 0
-        )
+        return cls(order, brightness, contrast, saturation, hue, grayscale != 0, blur != 0, sigma, solarize != 0)
 
     def to(self, device: torch.device) -> ColourParams:
         """A copy on another device: one transfer from pinned memory, which the host does not wait for."""
         if self.order.device == device:
             return self
-        packed = self.pack()
+        columns = self.pack().t().contiguous()  # parameters of one kind adjacent, as the kernels read them
         if device.type == "cuda":
-            packed = packed.pin_memory()
-        return self.unpack(packed.to(device, non_blocking=True))
+            columns = columns.pin_memory()
+        return self.unpack(columns.to(device, non_blocking=True).t())
 
 
 def augment_colour(images: Tensor, params: ColourParams | None, dtype: torch.dtype = torch.float32) -> Tensor:
     """Colour jitter, grayscale, blur, solarize and ImageNet normalisation of a batch; no host synchronisation.
 
     Args:
-        images: uint8 [B, H, W, 3] (decoders' layout), or float [B, 3, H, W] in [0, 1]. H and W at least 5 (the blur
-            reflects four pixels).
+        images: uint8 [B, H, W, 3] (decoders' layout), or float [B, 3, H, W] in [0, 1]; any strides. H and W at least 5
+            (the blur reflects four pixels), and less than 2^30 pixels.
         params: one entry an image, on the images' device; None normalises alone.
         dtype: of the result; computed in float32 (float64 for float64 images).
 
     Returns:
-        [B, 3, H, W], contiguous.
+        [B, 3, H, W], contiguous. A gradient flows if float images ask for one, through the plain reference.
 
     Raises:
-        ValueError: another type or shape of images, another number of parameters, or images too small to blur.
+        ValueError: another type or shape of images, other shapes of parameters or another device, or images too small
+            to blur.
     """
-    if images.dtype == torch.uint8 and images.ndim == 4 and images.shape[-1] == 3:
-        x = images.permute(0, 3, 1, 2).contiguous().float() / 255
-    elif images.is_floating_point() and images.ndim == 4 and images.shape[1] == 3:
-        x = images if images.dtype == torch.float64 else images.float()
-    else:
+    decoded = images.dtype == torch.uint8
+    if images.ndim != 4 or images.shape[3 if decoded else 1] != 3 or not (decoded or images.is_floating_point()):
         raise ValueError(
             "augment_colour takes uint8 [B, H, W, 3] or floating-point [B, 3, H, W] images, "
             f"got {images.dtype} {list(images.shape)}"
         )
+    guard(dtype.is_floating_point, f"augment_colour gives a floating-point type, not {dtype}", images=images)
+    batch = images.shape[0]
+    height, width = images.shape[1:3] if decoded else images.shape[2:]
+    guard(0 < height * width < 2**30, "augment_colour takes images of 1 to 2^30 - 1 pixels", images=images)
     if params is not None:
-        if len(params) != x.shape[0]:
-            raise ValueError(f"augment_colour got parameters of {len(params)} images for {x.shape[0]} images")
-        if min(x.shape[-2:]) <= BLUR_TAPS // 2:
-            raise ValueError(
-                f"images of {x.shape[-2]} x {x.shape[-1]} pixels are too small to blur, at least 5 x 5 is needed"
-            )
+        given = {f.name: getattr(params, f.name) for f in fields(params)}
+        guard_device("augment_colour", images=images, **given)
+        if len(params) != batch:
+            raise ValueError(f"augment_colour got parameters of {len(params)} images for {batch} images")
+        fits = all(x.shape == ((batch, 4) if name == "order" else (batch,)) for name, x in given.items())
+        guard(fits, "augment_colour takes parameters [B], order [B, 4]", images=images, **given)
+        if min(height, width) <= BLUR_TAPS // 2:
+            raise ValueError(f"images of {height} x {width} pixels are too small to blur, at least 5 x 5 is needed")
+    tensors = [] if params is None else params.tensors()
+    followed = torch.is_grad_enabled() and images.requires_grad
+    if dtype in DTYPES and not followed and use_triton(images, *tensors):
+        return _augment_colour(images, tensors, dtype)
+    return _reference(images, tensors, dtype)
+
+
+def _reference(images: Tensor, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """`augment_colour` in plain torch, of what it has checked; `tensors` are the parameters' fields, or none."""
+    if not len(images):  # a grouped convolution wants a group
+        return _fake(images, tensors, dtype)
+    if images.dtype == torch.uint8:
+        x = images.permute(0, 3, 1, 2).contiguous().float() / 255
+    else:
+        x = images if images.dtype == torch.float64 else images.float()
+    if tensors:
+        params = ColourParams(*tensors)
         x = jitter(x, params)
         x = torch.where(_per_image(params.grayscale), gray(x), x)
         x = torch.where(_per_image(params.blur), gaussian_blur(x, params.sigma), x)
         x = torch.where(_per_image(params.solarize) & (x >= SOLARIZE_THRESHOLD), 1 - x, x)
     mean, std = (_channels(values, x) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((x - mean) / std).to(dtype)
+    return ((x - mean) / std).to(dtype, memory_format=torch.contiguous_format)
+
+
+def _fake(images: Tensor, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    batch, height, width, channels = images.shape
+    if images.dtype != torch.uint8:
+        channels, height, width = images.shape[1:]
+    return images.new_empty((batch, channels, height, width), dtype=dtype)
+
+
+_augment_colour = register(
+    "augment_colour(Tensor images, Tensor[] params, ScalarType dtype) -> Tensor",
+    augment_colour_triton,
+    _reference,
+    _fake,
+)
 
 
 def jitter(x: Tensor, params: ColourParams) -> Tensor:
