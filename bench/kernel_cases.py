@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.augment import ColourParams, augment_colour, augment_colour_reference
 from kernels.distill_loss import distill_loss, distill_loss_reference
 from kernels.fp8 import FP8Rows, layer_norm_fp8, quantize_rows, quantize_rows_reference
 from kernels.gelu import bias_gelu
 from kernels.layer_norm import layer_norm, layer_norm_reference, residual_layer_norm, residual_layer_norm_reference
 from kernels.moments import moments, moments_reference
+from kernels.resize import resize_normalize, resize_normalize_reference
 from kernels.rope2d import grid_positions, rope2d, rope2d_, rope2d_angles, rope2d_reference
 from kernels.teacher_drop import teacher_drop, teacher_drop_reference
 
@@ -35,6 +37,8 @@ SHAPES: tuple[Shape, ...] = (
     (128, 1, 1024),
 )
 """(images, tokens, channels): ViT-B and L at 336 and 448 pixels, a small batch of ViT-S, cls tokens."""
+IMAGE_SHAPES: tuple[Shape, ...] = ((128, 3, 336), (128, 3, 448), (8, 3, 112))
+"""(images, channels, side in pixels) of operations on images."""
 EPS = 1e-6
 
 
@@ -57,6 +61,12 @@ class Operation:
     """What inputs in float64 should give, where that is not `eager` of them."""
     fixed_bytes: float = 0.0
     """More bytes a value of the forward pass, whatever the dtype."""
+    on_images: bool = False
+    """Whether it takes images [B, 3, side, side], of IMAGE_SHAPES, and not features."""
+
+    def values(self, shape: Shape) -> int:
+        """How many values the bytes and operations are counted by."""
+        return torch.Size(shape).numel() * (shape[2] if self.on_images else 1)
 
     def implementations(self, skip: Sequence[str] = ()) -> dict[str, Call]:
         """ "ours", "eager", "compile" (of eager) and, where installed, "liger"; without those in `skip`."""
@@ -72,13 +82,13 @@ class Operation:
 def moved_bytes(operation: Operation, shape: Shape, dtype: torch.dtype, backward: bool) -> int:
     """Minimal bytes of a forward pass, or of a forward and a backward pass."""
     forward, back = operation.bytes
-    return round(((forward + back * backward) * dtype.itemsize + operation.fixed_bytes) * torch.Size(shape).numel())
+    return round(((forward + back * backward) * dtype.itemsize + operation.fixed_bytes) * operation.values(shape))
 
 
 def counted_flops(operation: Operation, shape: Shape, backward: bool) -> int:
     """Floating-point operations of a forward pass, or of both."""
     forward, back = operation.flops
-    return round((forward + back * backward) * torch.Size(shape).numel())
+    return round((forward + back * backward) * operation.values(shape))
 
 
 def outputs(result: Any) -> list[Tensor]:
@@ -207,6 +217,45 @@ def _drop_ours(losses: Tensor, positions: Tensor, own: None, groups: None, step:
     return teacher_drop(losses, positions, step, seed, p)
 
 
+def _photographs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """uint8 [B, S, S, 3] and parameters with DUNE's probabilities: 0.8 jitter, 0.2 gray, blur and solarize."""
+    count, _, side = shape
+    images = torch.randint(256, (count, side, side, 3), dtype=torch.uint8, device=device)
+
+    def draw(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, device=device)
+
+    jitter, *others = (draw(0, 1) < p for p in (0.8, 0.2, 0.2, 0.2))
+    identity = ColourParams.identity(count, device)
+    factors = [
+        torch.where(jitter, draw(low, high), none)
+        for (low, high), none in (
+            ((0.6, 1.4), identity.brightness),
+            ((0.6, 1.4), identity.contrast),
+            ((0.8, 1.2), identity.saturation),
+            ((-0.1, 0.1), identity.hue),
+        )
+    ]
+    order = torch.rand(count, 4, device=device).argsort(1)
+    return images, ColourParams(order, *factors, others[0], others[1], draw(0.1, 5.0), others[2]), dtype
+
+
+def _augment_gold(images: Tensor, params: ColourParams, dtype: torch.dtype) -> Tensor:
+    return augment_colour_reference(images.permute(0, 3, 1, 2).double() / 255, params, torch.float64)
+
+
+def _resized(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Images for MASt3R: 16 / 14 of the side, its own normalisation."""
+    count, channels, side = shape
+    scale, shift = torch.rand(2, 3, device=device) + 0.5
+    images = torch.randn(count, channels, side, side, device=device).to(dtype)
+    return images, (side // 14 * 16, side // 14 * 16), scale, shift, dtype
+
+
+def _resize_gold(images: Tensor, size: tuple[int, int], scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    return resize_normalize_reference(images, size, scale, shift, torch.float64)
+
+
 OPERATIONS = (
     Operation(
         "moments", "moments", _moments,
@@ -251,6 +300,16 @@ OPERATIONS = (
         "layer_norm_fp8", "fp8", _frozen,
         lambda *x: layer_norm_fp8(*x, EPS), lambda *x: FP8Rows(*quantize_rows_reference(layer_norm_reference(*x, EPS))),
         bytes=(1, 0), fixed_bytes=1, flops=(10, 0), gold=lambda *x: layer_norm_reference(*x, EPS),
+    ),
+    Operation(
+        "augment_colour", "augment", _photographs,
+        augment_colour, augment_colour_reference,
+        bytes=(1, 0), fixed_bytes=1, flops=(60, 0), gold=_augment_gold, on_images=True,
+    ),
+    Operation(
+        "resize_normalize", "resize", _resized,
+        resize_normalize, resize_normalize_reference,
+        bytes=(1 + (16 / 14) ** 2, 0), flops=(45, 0), gold=_resize_gold, on_images=True,
     ),
 )  # fmt: skip
 

@@ -24,7 +24,17 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.aot import TARGETS, Resources, compile_all
-from bench.kernel_cases import SHAPES, Operation, check, counted_flops, draw_upstream, moved_bytes, run_both, select
+from bench.kernel_cases import (
+    IMAGE_SHAPES,
+    SHAPES,
+    Operation,
+    check,
+    counted_flops,
+    draw_upstream,
+    moved_bytes,
+    run_both,
+    select,
+)
 from bench.kernel_results import Row, plot_roofline, write_rows
 
 RESULTS = Path(__file__).parent / "results"
@@ -155,7 +165,7 @@ def bench(args: argparse.Namespace, console: Console) -> int:
     folder = args.output / folder_name(stopwatch.device_name)
     for operation in operations:
         for dtype in args.dtype:
-            for shape in args.shape:
+            for shape in args.shape or (IMAGE_SHAPES if operation.on_images else SHAPES):
                 new, right = measure(operation, shape, dtype, stopwatch, copy_gb_s, args.skip, console.print)
                 rows, correct = rows + new, correct and right
                 torch.cuda.empty_cache()
@@ -207,14 +217,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--verbose", action="store_true", help="with --aot: a line for every case")
     parser.add_argument("--only", metavar="NAME", help="one operation, or all of one file of kernels/")
     parser.add_argument("--dtype", type=_dtypes, default=_dtypes("bfloat16,float32"), help="comma-separated")
-    parser.add_argument("--shape", type=_shape, action="append", help="IMAGES,TOKENS,CHANNELS; may be repeated")
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        help="IMAGES,TOKENS,CHANNELS, or IMAGES,3,SIDE; repeatable",
+    )
     parser.add_argument(
         "--skip", type=lambda text: text.split(","), default=[], help="implementations to leave out: compile,liger"
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="results go to a folder of the device in here")
-    args = parser.parse_args(argv)
-    args.shape = args.shape or list(SHAPES)
-    return args
+    return parser.parse_args(argv)
 
 
 def _dtypes(text: str) -> list[torch.dtype]:

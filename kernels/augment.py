@@ -141,6 +141,11 @@ def augment_colour(images: Tensor, params: ColourParams | None, dtype: torch.dty
     return _reference(images, tensors, dtype)
 
 
+def augment_colour_reference(images: Tensor, params: ColourParams | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`augment_colour` in plain torch, differentiated by autograd; float64 images are computed in float64."""
+    return _reference(images, params.tensors() if params is not None else [], dtype)
+
+
 def _reference(images: Tensor, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     """`augment_colour` in plain torch, of what it has checked; `tensors` are the parameters' fields, or none."""
     if not len(images):  # a grouped convolution wants a group

@@ -140,13 +140,17 @@ def test_bytes_and_operations():
     assert counted_flops(moments, shape, backward=False) == 4 * numel
     fp8 = select("fp8")
     assert len(fp8) > 1 and moved_bytes(fp8[0], shape, torch.bfloat16, backward=False) == 3 * numel
+    pixels = 8 * 3 * 112 * 112
+    (augment,), (resize,) = select("augment"), select("resize")
+    assert moved_bytes(augment, (8, 3, 112), torch.bfloat16, backward=False) == 3 * pixels
+    assert moved_bytes(resize, (8, 3, 112), torch.float32, backward=False) == 4 * (pixels + 8 * 3 * 128 * 128)
 
 
 @pytest.mark.skipif(not INTERPRETER, reason="the interpreter is off")
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 def test_every_case_checks_its_kernel(operation):
     torch.manual_seed(0)
-    inputs = operation.make((2, 5, 64), torch.float32, CPU)
+    inputs = operation.make((2, 3, 28) if operation.on_images else (2, 5, 64), torch.float32, CPU)
     with interpreted():
         upstream = draw_upstream(operation, inputs)
         errors = list(check(operation, operation.ours, inputs, upstream))
