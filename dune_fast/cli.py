@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+from dune_fast import teachers_cli
 
 TRAIN_SCRIPT = Path(__file__).with_name("train.py")
 
 
 def distill(args: argparse.Namespace) -> int:
     """Launches the training on this machine's accelerators, through DeepSpeed's launcher."""
+    import torch
+
     from dune_fast.engine.config import compose_config
     from dune_fast.engine.deepspeed_engine import free_port
 
@@ -21,17 +26,14 @@ def distill(args: argparse.Namespace) -> int:
         "-m",
         "deepspeed.launcher.runner",
         "--num_accelerators",
-        str(args.processes or _processes()),
+        str(args.processes or max(1, torch.cuda.device_count())),
     ]
     command += ["--master_port", str(args.port or free_port())]
     command += [str(TRAIN_SCRIPT), *(["--debug"] if args.debug else []), *args.overrides]
-    return subprocess.run(command, check=False).returncode
-
-
-def _processes() -> int:
-    import torch
-
-    return max(1, torch.cuda.device_count())
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # the launcher would warn that it found no other
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -89,6 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("fetch", help="fetch the demo's assets", description=fetch.__doc__)
     sub.add_argument("names", nargs="*", metavar="NAME", help="assets (default: all)")
     sub.set_defaults(run_command=fetch)
+
+    teachers_cli.add_parser(commands)
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,16 +41,17 @@ def load_released(path: Path) -> tuple[Student, TeacherStatistics]:
     if not is_state(content.get("model")):
         raise TeacherWeightsError(f"{path} has no weights under 'model': it is not a DUNE checkpoint")
     check_storage(content["model"], path)
-    options = vars(content["args"]) if "args" in content else {}
+    args = content.get("args")
+    options = vars(args) if isinstance(args, argparse.Namespace) else {}
     if _published_flags(options.get("dune_args"), path).get("last_enc_norm", False):
         raise TeacherWeightsError(f"{path} feeds normalised tokens to its projectors, which no published result does")
     state = encoder_keys(strip_wrappers(content["model"]))
     statistics_state = below(state, "teacher_norms.")
     teachers: dict[str, tuple[int, list[str]]] = {}
     for key, value in sorted(statistics_state.items()):  # <teacher>.normalizers.<token>.mean: cls before patch
-        name, _, token, what = key.split(".")
-        if what == "mean":
-            teachers.setdefault(name, (value.numel(), []))[1].append(token)
+        match key.split("."):
+            case [name, _, token, "mean"]:
+                teachers.setdefault(name, (value.numel(), []))[1].append(token)
     names = options.get("teachers") or list(teachers)
     if missing := [name for name in names if name not in teachers] or (not teachers and ["every teacher"]):
         raise TeacherWeightsError(f"{path} has no statistics (teacher_norms.*) of {', '.join(missing)}")

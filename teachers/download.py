@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["DownloadError", "download", "file_sha256", "locate_wheel"]
+__all__ = ["DownloadError", "download", "file_sha256", "locate_wheel", "remote_size"]
 
 _CHUNK = 1 << 18
 _ATTEMPTS = 4  # in a row without a single new byte
@@ -80,18 +80,23 @@ def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
         raise DownloadError(f"pip did not answer ({error.__class__.__name__})") from error
 
 
-def download(url: str, target: Path, part: Path, size: int, sha256: str, title: str) -> None:
+def download(url: str, target: Path, part: Path, size: int | None, sha256: str, title: str) -> None:
     """Download `url` to `target`, through `part`, which a later call resumes from.
 
-    `target` appears only when its `size` (bytes) and `sha256` are right.
+    `target` appears only when its `size` (bytes) and `sha256` are right. Where the size is None, the server is asked
+    for it; where the hash is empty, the size alone decides.
 
     Raises:
         DownloadError: no connection, or a file that is not the one asked for (the partial file is then deleted).
     """
     if urllib.parse.urlsplit(url).scheme not in ("http", "https", "file"):
         raise DownloadError(f"the address has an unknown scheme: {url}")
+    size = remote_size(url) if size is None else size
     resumed = part.exists()
     _complete(url, part, size, title)
+    if not sha256:
+        part.replace(target)
+        return
     found = file_sha256(part)
     if found != sha256 and resumed:
         # the start may be a leftover of another version: try once from nothing before giving up
@@ -103,6 +108,22 @@ def download(url: str, target: Path, part: Path, size: int, sha256: str, title: 
         part.unlink()
         raise DownloadError(f"the file at {url} has SHA-256 {found}, expected {sha256}, so it was deleted")
     part.replace(target)
+
+
+def remote_size(url: str) -> int:
+    """Bytes of the file at `url`, as its server says; DownloadError if it does not."""
+    request = urllib.request.Request(url, headers={"Accept-Encoding": "identity", "User-Agent": "dune_fast"})
+    try:
+        with urllib.request.urlopen(request, timeout=_STALL_SECONDS) as response:
+            length = response.headers.get("Content-Length") or ""
+    except urllib.error.HTTPError as error:
+        raise DownloadError(f"the server answered {error.code} {error.reason} for {url}") from error
+    except (*_NETWORK_ERRORS, OSError) as error:
+        reason = str(getattr(error, "reason", error)) or error.__class__.__name__
+        raise DownloadError(f"no answer from {url} ({reason})") from error
+    if not length.isdecimal():
+        raise DownloadError(f"the server does not say how large {url} is")
+    return int(length)
 
 
 def _complete(url: str, part: Path, size: int, title: str) -> None:

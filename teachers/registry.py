@@ -12,6 +12,15 @@ from teachers.protocol import Teacher, Trunk
 # One line a family. A module is imported when its family is asked for, so a package that only one teacher needs is
 # not needed by the others.
 _MODULES = {
+    "dinov2": "teachers.dinov2",
+    "mast3r": "teachers.mast3r",
+    "multihmr": "teachers.multihmr",
+    "dino": "teachers.unic",
+    "ibot": "teachers.unic",
+    "deit3": "teachers.unic",
+    "dbotft": "teachers.unic",
+    "timm": "teachers.timm_model",
+    "module": "teachers.module_path",
     "onnx_vit": "teachers.onnx_vit",
     "xfeat": "teachers.xfeat",
     "conv_patchify": "teachers.toy",
@@ -55,9 +64,14 @@ def build_teacher(name: str, cfg: TeacherConfig, trunks: MutableMapping[Hashable
         TeacherWeightsError: the weights are missing, damaged or of another model.
     """
     check_family(name, cfg.family)
-    if cfg.family not in _FAMILIES:
-        importlib.import_module(_MODULES[cfg.family])
-    return _FAMILIES[cfg.family](name, cfg, trunks)
+    return family_class(cfg.family)(name, cfg, trunks)
+
+
+def family_class(family: str) -> type[Teacher]:
+    """The class of a family that exists, its module imported."""
+    if family not in _FAMILIES:
+        importlib.import_module(_MODULES[family])
+    return _FAMILIES[family]
 
 
 def check_family(name: str, family: str) -> None:

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.protocol import Teacher, Trunk
+from teachers.containers import read_safetensors
+from teachers.protocol import Teacher, Trunk, map_tokens
 from teachers.registry import register
-from teachers.weights import TeacherWeightsError, build_loaded, read_safetensors, weights_path
+from teachers.weights import build_loaded, random_seed, weights_path
 
-_RANDOM = "random:"
 _HIDDEN_DIM = 64  # of a teacher made from a seed
 
 
@@ -34,7 +34,7 @@ class ConvPatchify(Trunk):
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = F.gelu(self.proj(images))  # [B, hidden, H/p, W/p]
-        return self.lin(hidden.flatten(2).transpose(1, 2))
+        return self.lin(map_tokens(hidden))
 
 
 def random_state(patch_size: int, num_features: int, seed: int) -> dict[str, Tensor]:
@@ -59,13 +59,11 @@ class ConvPatchifyTeacher(Teacher):
 
     def build_trunk(self) -> Trunk:
         cfg = self.config
-        if cfg.weights.startswith(_RANDOM):
-            seed = cfg.weights.removeprefix(_RANDOM)
-            if not seed.isdecimal():
-                raise TeacherWeightsError(f"teachers.{self.name}.weights is {cfg.weights!r}; write random:NUMBER")
-            state = random_state(cfg.patch_size, cfg.num_features, int(seed))
-        else:
+        seed = random_seed(self.name, cfg.weights)
+        if seed is None:
             state = read_safetensors(weights_path(cfg.weights))
+        else:
+            state = random_state(cfg.patch_size, cfg.num_features, seed)
         hidden_dim = state["proj.bias"].numel() if "proj.bias" in state else _HIDDEN_DIM
         return build_loaded(lambda: ConvPatchify(cfg.patch_size, hidden_dim, cfg.num_features), state, cfg.weights)
 

@@ -1,26 +1,22 @@
-"""Teachers' weight files: found, read without running anything in them, loaded strictly.
+"""Teachers' weight files: found, compared with the module that wants them, loaded strictly.
 
-Every way in which a file can be wrong ends in a `TeacherWeightsError` that names the file and the cure.
+How a file is read without running anything in it: `teachers.containers`.
 """
 
 from __future__ import annotations
 
-import pickle
-import re
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from teachers.assets import asset_path
+from teachers.containers import CURE, TeacherWeightsError
 
-_CURE = "get the file again, or correct the teacher's `weights` and `family`"
-
-
-class TeacherWeightsError(ValueError):
-    """A teacher's weights are missing, damaged, or those of another model."""
+RANDOM = "random:"
+"""Weights called "random:SEED" are drawn, not read: for tests and benchmarks of the full size."""
 
 
 def weights_path(weights: str) -> Path:
@@ -38,39 +34,66 @@ def weights_path(weights: str) -> Path:
     return path
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """A bare state dict saved by `torch.save`; a file that needs code to load is refused."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
-            raise TeacherWeightsError(
-                f"{path} asks for the type {wanted[1]} and is not loaded, since that could run code; "
-                "save its tensors alone"
-            ) from error
-        raise damaged(path, error) from error
-    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
-        raise damaged(path, error) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise TeacherWeightsError(f"{path} is not a bare state dict (names to tensors); {_CURE}")
-    return dict(state)
+def random_seed(name: str, weights: str) -> int | None:
+    """The seed of weights called "random:SEED", None for others; ValueError if it is not a number."""
+    if not weights.startswith(RANDOM):
+        return None
+    seed = weights.removeprefix(RANDOM)
+    if not seed.isdecimal():
+        raise TeacherWeightsError(f"teachers.{name}.weights is {weights!r}; write random:NUMBER")
+    return int(seed)
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+@dataclass
+class Fit:
+    """How a state dict compares with the module that wants it."""
 
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise damaged(path, error) from error
+    missing: list[str] = field(default_factory=list)
+    """Names that the module has and the state dict has not."""
+    surplus: list[str] = field(default_factory=list)
+    """Names that the module has no place for."""
+    misshapen: list[str] = field(default_factory=list)
+    """Sentences: "a.weight has shape [3, 5] instead of [3, 2]"."""
+    unsound: list[str] = field(default_factory=list)
+    """Sentences on values no module can use: NaN, infinities, another kind of number."""
+
+    @property
+    def faults(self) -> list[str]:
+        """Sentences on everything that is wrong."""
+        named = [f"{key} is missing" for key in self.missing] + [f"{key} is not known" for key in self.surplus]
+        return named + self.misshapen + self.unsound
 
 
-def damaged(path: Path, error: Exception) -> TeacherWeightsError:
-    """The error for a file that its format's reader rejects."""
-    reason = next(iter(str(error).splitlines()), "") or error.__class__.__name__
-    return TeacherWeightsError(f"{path} cannot be read: truncated, damaged or of another format ({reason}); {_CURE}")
+def compare(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], unused: Sequence[str] = ()) -> Fit:
+    """Compares a state dict with the one that a module has.
+
+    Args:
+        wanted: the module's own, shapes and types matter only.
+        state: what a file holds.
+        unused: prefixes of names that are not counted as surplus.
+    """
+    fit = Fit(
+        missing=[key for key in wanted if key not in state],
+        surplus=[key for key in state if key not in wanted and not key.startswith(tuple(unused))],
+    )
+    for key, value in wanted.items():
+        if key not in state:
+            continue
+        given = state[key]
+        if given.shape != value.shape:
+            fit.misshapen.append(f"{key} has shape {list(given.shape)} instead of {list(value.shape)}")
+        elif given.layout != torch.strided or given.is_floating_point() != value.is_floating_point():
+            fit.unsound.append(f"{key} has the type {given.dtype} ({given.layout}) instead of {value.dtype}")
+        elif not bool(torch.isfinite(given.float() if given.element_size() == 1 else given).all()):
+            fit.unsound.append(f"{key} has values that are not finite (NaN or infinite)")
+    return fit
+
+
+def check_fit(fit: Fit, module: str, path: Path | str) -> None:
+    """TeacherWeightsError with the first faults, if there is one."""
+    if faults := fit.faults:
+        shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
+        raise TeacherWeightsError(f"{path} does not fit {module}: {shown}. To mend it, {CURE}")
 
 
 def build_loaded(
@@ -88,24 +111,14 @@ def build_loaded(
         unused: prefixes of names in `state` that the module has no place for; any other surplus name is an error.
 
     Raises:
-        TeacherWeightsError: missing or surplus names, or wrong shapes.
+        TeacherWeightsError: missing or surplus names, wrong shapes, values that are not finite.
     """
     with torch.device("meta"):
         module = build()
     wanted = module.state_dict()
-    state = {key: value for key, value in state.items() if key in wanted or not key.startswith(tuple(unused))}
-    faults = [f"{key} is missing" for key in wanted if key not in state]
-    faults += [f"{key} is not known" for key in state if key not in wanted]
-    faults += [
-        f"{key} has shape {list(state[key].shape)} instead of {list(value.shape)}"
-        for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if faults:
-        shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
-        raise TeacherWeightsError(f"{path} does not fit {module.__class__.__name__}: {shown}. To mend it, {_CURE}")
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    module.load_state_dict(state, strict=True, assign=True)
+    check_fit(compare(wanted, state, unused), module.__class__.__name__, path)
+    loaded = {key: state[key].float() if value.is_floating_point() else state[key] for key, value in wanted.items()}
+    module.load_state_dict(loaded, strict=True, assign=True)
     left = [key for key, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
     assert not left, f"never loaded: {left}"
     return module.eval().requires_grad_(False)

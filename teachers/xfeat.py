@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from teachers.protocol import Teacher, Trunk
+from teachers.containers import read_pickle
+from teachers.protocol import Teacher, Trunk, map_tokens
 from teachers.registry import register
-from teachers.weights import build_loaded, read_pickle, weights_path
+from teachers.weights import build_loaded, weights_path
 
 _UNUSED = ("heatmap_head.", "keypoint_head.", "fine_matcher.")
 
@@ -85,4 +86,4 @@ class XFeatTeacher(Teacher):
         return trunk
 
     def tokens(self, features: Tensor) -> dict[str, Tensor]:
-        return {"patch": features.flatten(2).transpose(1, 2)}
+        return {"patch": map_tokens(features)}

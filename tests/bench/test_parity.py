@@ -14,7 +14,9 @@ from bench.parity import main
 from bench.train_case import run_train
 
 CASES = (
-    "checkpoint/official_ddp",
+    "checkpoint/dinov2_reg_tiny", "checkpoint/mast3r_tiny", "checkpoint/multihmr_tiny", "checkpoint/official_ddp",
+    "checkpoint/unic_dbotft_tiny", "checkpoint/unic_deit3_tiny", "checkpoint/unic_dino_tiny",
+    "checkpoint/unic_ibot_tiny",
     "encoder/noreg_noscale", "encoder/reg4_antialias", "encoder/reg4_layerscale",
     "loss/degenerate_rows", "loss/drop_all_but_hardest", "loss/large_values", "loss/none_bf16", "loss/none_fp32",
     "loss/none_fp32_dim1024", "loss/odd_shapes", "loss/own_and_generic_data", "loss/own_data",

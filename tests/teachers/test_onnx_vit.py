@@ -124,7 +124,7 @@ def test_layer_counts_blocks_from_one(small):
 def test_second_start_needs_no_conversion(small, monkeypatch):
     vit, path = small
     first = onnx_vit.converted_state(path)
-    monkeypatch.setattr(onnx_vit, "convert", lambda path: pytest.fail("converted again"))
+    monkeypatch.setattr(onnx_vit, "encoder_of", lambda path: pytest.fail("converted again"))
     second = onnx_vit.converted_state(path)
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
@@ -154,7 +154,7 @@ def test_export_without_a_weight_is_refused(small, name):
     vit, path = small
     path.write_bytes(imitation(vit, leave_out=name))
     with pytest.raises(TeacherWeightsError, match=f"small.onnx is not an export of the expected ViT: .*'{name}'"):
-        onnx_vit.convert(path)
+        onnx_vit.encoder_of(path)
 
 
 def test_damaged_file_is_refused(small):
@@ -163,4 +163,4 @@ def test_damaged_file_is_refused(small):
     for content in (b"", b"no protobuf", whole[: len(whole) // 2], whole[:-1]):
         path.write_bytes(content)
         with pytest.raises(TeacherWeightsError, match="small.onnx"):
-            onnx_vit.convert(path)
+            onnx_vit.encoder_of(path)

@@ -9,19 +9,35 @@ import torch
 from omegaconf import OmegaConf
 
 import teachers
-from teachers.config import TeacherConfig
-from teachers.registry import UnknownTeacherError, build_teacher, families, register
+from dune_fast.nn.vit import VisionTransformer
+from teachers.config import TeacherConfig, check_config
+from teachers.registry import UnknownTeacherError, build_teacher, families, family_class, register
+from teachers.vit import ViTTeacher
 
 CONFIGS = sorted((Path(teachers.__file__).parents[1] / "configs" / "teachers").glob("*.yaml"))
 
 
+PARAMETERS = {384: 22, 768: 86, 1024: 304}  # millions, as published for ViT-S, B and L
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_configuration_file_has_the_typed_fields_and_all_of_them(path):
+def test_configuration_file_has_typed_fields_and_all_that_matter(path):
     loaded = OmegaConf.load(path)
     cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TeacherConfig), loaded))
     assert isinstance(cfg, TeacherConfig)
     assert cfg.family in families()
-    assert set(loaded) == set(TeacherConfig.__dataclass_fields__)
+    assert set(loaded) <= set(TeacherConfig.__dataclass_fields__)
+    needed = {"family", "weights", "patch_size", "num_features", "token_types", "mean", "std", "groups"}
+    assert needed <= set(loaded)
+    check_config(path.stem, cfg)
+    assert set(cfg.token_types) <= set(family_class(cfg.family).token_types)
+    if issubclass(family_class(cfg.family), ViTTeacher) and not cfg.weights.startswith("asset:"):
+        assert (tuple(cfg.mean), tuple(cfg.std)) == family_class(cfg.family).statistics
+        assert cfg.url.startswith("https://") and cfg.image_size is not None and cfg.num_registers is not None
+        parameters = PARAMETERS[cfg.num_features]
+        with torch.device("meta"):
+            vit = VisionTransformer(family_class(cfg.family).architecture(cfg))
+        assert abs(sum(p.numel() for p in vit.parameters()) / 1e6 - parameters) < 0.02 * parameters
 
 
 def test_unknown_family_is_answered_with_the_close_ones(toy_config):
@@ -65,3 +81,14 @@ def test_seed_decides_the_weights(toy_config):
     a, b, c = (build_teacher("t", toy_config(weights=f"random:{seed}")).trunk.state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not any(torch.equal(a[key], c[key]) for key in a)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_teacher_can_be_put_into_a_run(path):
+    from dune_fast.engine.config import compose_config
+
+    cfg = compose_config(
+        ["experiment=demo", f"+teachers@teachers.extra={path.stem}", "teachers.extra.interpolate_offset=0.0"]
+    )
+    extra = cfg.teachers["extra"]
+    assert isinstance(extra, TeacherConfig) and extra.interpolate_offset == 0.0 and "$" not in extra.weights

@@ -1,0 +1,202 @@
+"""`dune-fast teachers list | show NAME | fetch NAME | verify FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+
+from teachers.config import TeacherConfig
+
+_SHOWN = 12  # names of tensors, per kind of fault
+
+
+def config_names() -> list[str]:
+    """Teachers that have a file in `configs/teachers`."""
+    from dune_fast.engine.config import config_dir
+
+    return sorted(path.stem for path in (config_dir() / "teachers").glob("*.yaml"))
+
+
+def load_teacher_config(name: str) -> TeacherConfig:
+    """One teacher's file, typed and resolved; ValueError if there is none or it is wrong."""
+    from dune_fast.engine.config import config_dir
+
+    if name not in config_names():
+        close = difflib.get_close_matches(name, config_names(), n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise ValueError(f"there is no teacher {name!r}: {hint}known are {', '.join(config_names())}")
+    path = config_dir() / "teachers" / f"{name}.yaml"
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(TeacherConfig), OmegaConf.load(path))
+        cfg = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path} is not a teacher's configuration: {str(error).splitlines()[0]}") from error
+    assert isinstance(cfg, TeacherConfig)
+    return cfg
+
+
+def presence(cfg: TeacherConfig) -> str:
+    """Whether the weights are here, without fetching anything."""
+    from teachers.assets import cache_dir
+    from teachers.weights import RANDOM
+
+    if cfg.weights.startswith(RANDOM):
+        return "drawn"
+    if cfg.weights.startswith("asset:"):
+        name = cfg.weights.removeprefix("asset:").partition("/")[0]
+        return "yes" if (cache_dir() / name).is_dir() else "no, fetch"
+    if Path(cfg.weights).expanduser().is_file():
+        return "yes"
+    return "no, fetch" if cfg.url else "no"
+
+
+def list_teachers(args: argparse.Namespace) -> int:
+    """A table of all configured teachers."""
+    table = Table("name", "family", "patch", "channels", "tokens", "weights here?", box=None, pad_edge=False)
+    for name in config_names():
+        cfg = load_teacher_config(name)
+        tokens = ", ".join(cfg.token_types)
+        table.add_row(name, cfg.family, str(cfg.patch_size), str(cfg.num_features), tokens, presence(cfg))
+    Console(highlight=False, soft_wrap=True).print(table)
+    return 0
+
+
+def show(args: argparse.Namespace) -> int:
+    """A teacher's resolved configuration and its network's architecture."""
+    from teachers.registry import family_class
+    from teachers.vit import ViTTeacher
+    from teachers.weights import weights_path
+
+    cfg = load_teacher_config(args.name)
+    text = OmegaConf.to_yaml(OmegaConf.structured(cfg), resolve=True)
+    family = family_class(cfg.family)
+    text += f"\n# weights here: {presence(cfg)}\n# {family.__name__}: {(family.__doc__ or '').strip()}\n"
+    if issubclass(family, ViTTeacher):
+        try:
+            here = presence(cfg) == "yes"
+            architecture = family.read_file(weights_path(cfg.weights), cfg)[0] if here else family.architecture(cfg)
+            text += OmegaConf.to_yaml(OmegaConf.create({"architecture": asdict(architecture)}))
+        except ValueError as error:
+            text += f"# architecture not known: {error}\n"
+    elif cfg.model:
+        text += f"# the architecture is {cfg.model}'s, with the arguments {cfg.model_args}\n"
+    sys.stdout.write(text)
+    return 0
+
+
+def fetch(args: argparse.Namespace) -> int:
+    """Gets a teacher's weights: resumed after an interruption, checked for their size and hash."""
+    from teachers.assets import asset_path, cache_dir, locked
+    from teachers.containers import check_archive, read_safetensors
+    from teachers.download import DownloadError, download, file_sha256
+    from teachers.weights import RANDOM
+
+    cfg = load_teacher_config(args.name)
+    if cfg.weights.startswith("asset:"):
+        sys.stdout.write(f"{asset_path(cfg.weights)}\n")
+        return 0
+    if cfg.weights.startswith(RANDOM):
+        raise ValueError(f"{args.name} needs no file: its weights are drawn ({cfg.weights})")
+    target = Path(cfg.weights).expanduser()
+    if target.is_file():
+        sys.stdout.write(f"{target} is there already; `dune-fast teachers verify {target}` says what it is\n")
+        return 0
+    if not cfg.url:
+        raise ValueError(
+            f"{args.name} has no address that may be fetched from; get the file from its publisher (see the comment in "
+            f"configs/teachers/{args.name}.yaml) and put it at {target}"
+        )
+    part = target.with_name(f"{target.name}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(cache_dir() / "locks" / f"{target.name}.lock", args.name):
+            if not target.is_file():  # another process may have done it while this one waited
+                download(cfg.url, target, part, cfg.bytes, cfg.sha256, args.name)
+    except DownloadError as error:
+        raise ValueError(
+            f"{args.name} could not be fetched: {error}. Without a connection, get {cfg.url} elsewhere and put it at "
+            f"{target}; what has arrived so far is kept for the next try"
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"{args.name}: cannot write {target}: {error}; free some space, or set DUNE_FAST_WEIGHTS to another folder"
+        ) from error
+    try:
+        read_safetensors(target) if target.suffix == ".safetensors" else check_archive(target)
+    except ValueError:
+        target.unlink()
+        raise
+    sys.stdout.write(f"{target}\nsha256: {file_sha256(target)}\n")
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Says what a file is, which tensors are missing, surplus or of the wrong shape, and what it computes."""
+    from teachers.verify import inspect_file
+
+    report = inspect_file(args.file, args.num_heads)
+    write = sys.stdout.write
+    write(f"{report.path}: {report.container}, {report.tensors} tensors, {report.values:,} values\n")
+    if report.family is None:
+        return _verify_other(args.file)
+    write(f"family: {report.family}\n")
+    if report.architecture is None:
+        write(f"not usable: {report.problem}\n")
+        return 1
+    for key, value in asdict(report.architecture).items():
+        write(f"  {key}: {value}\n")
+    fit = report.fit
+    assert fit is not None
+    kinds = ("missing", fit.missing), ("wrong shape", fit.misshapen), ("unsound", fit.unsound), ("ignored", fit.surplus)
+    for kind, names in kinds:
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        write(f"{kind}: {len(names)}{': ' if names else ''}{', '.join(names[:_SHOWN])}{more}\n")
+    for token, numbers in report.fingerprint.items():
+        write(f"fingerprint {token}: " + ", ".join(f"{k} {v:+.5f}" for k, v in numbers.items()) + "\n")
+    return 0 if report.sound else 1
+
+
+def _verify_other(path: Path) -> int:
+    """A file that is no teacher of the families told apart by name: a DUNE release, or unknown."""
+    from dune_fast.released import load_released
+
+    try:
+        student, statistics = load_released(path)
+    except ValueError as error:
+        sys.stdout.write(f"of no known family: no teacher by its tensors' names, and not a release of DUNE: {error}\n")
+        return 1
+    names = sorted({name for name, _, _ in statistics.items()})
+    sys.stdout.write(f"a release of DUNE, distilled from {', '.join(names)}\n")
+    for key, value in asdict(student.encoder.cfg).items():
+        sys.stdout.write(f"  {key}: {value}\n")
+    return 0
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """The command `teachers` and its own commands."""
+    parser = commands.add_parser("teachers", help="list, show, fetch and verify teachers", description=__doc__)
+    own = parser.add_subparsers(dest="teachers_command", required=True, metavar="COMMAND")
+
+    sub = own.add_parser("list", help="all configured teachers", description=list_teachers.__doc__)
+    sub.set_defaults(run_command=list_teachers)
+
+    sub = own.add_parser("show", help="configuration and architecture", description=show.__doc__)
+    sub.add_argument("name", metavar="NAME", help="a file in configs/teachers, e.g. dinov2_vitl14_reg")
+    sub.set_defaults(run_command=show)
+
+    sub = own.add_parser("fetch", help="get the weights", description=fetch.__doc__)
+    sub.add_argument("name", metavar="NAME", help="a file in configs/teachers")
+    sub.set_defaults(run_command=fetch)
+
+    sub = own.add_parser("verify", help="say what a weights file is", description=verify.__doc__)
+    sub.add_argument("file", type=Path, metavar="FILE", help="a .pth, .pt or .safetensors file")
+    sub.add_argument("--num-heads", type=int, default=None, help="attention heads, where they are not channels / 64")
+    sub.set_defaults(run_command=verify)

@@ -1,0 +1,99 @@
+"""The architecture of a ViT read off its tensors' shapes, and random tensors for an architecture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dune_fast.nn.vit import VisionTransformer, ViTConfig
+from teachers.containers import TeacherWeightsError
+
+HEAD_DIM = 64
+"""Channels of an attention head in every published encoder; the tensors do not show it."""
+
+
+def registers_of(state: Mapping[str, Tensor]) -> int:
+    """Register tokens of an encoder."""
+    return state["register_tokens"].shape[1] if "register_tokens" in state else 0
+
+
+def infer_vit(
+    state: Mapping[str, Tensor],
+    path: Path | str,
+    num_heads: int | None = None,
+    interpolate_offset: float = 0.1,
+    interpolate_antialias: bool = False,
+    pos_embed: str = "learned",
+    layer_scale: bool | None = None,
+) -> ViTConfig:
+    """The architecture that an encoder's tensors (names of `dune_fast.nn.vit`) belong to.
+
+    Args:
+        state: the encoder's tensors.
+        path: the source, for error messages.
+        num_heads: attention heads; None for channels / 64.
+        interpolate_offset: see `ViTConfig`, as `interpolate_antialias`; tensors do not show them.
+        pos_embed: "learned", with a cls token, or "rope2d", without one.
+        layer_scale: whether blocks have LayerScale; None for whatever the first one has.
+
+    Raises:
+        TeacherWeightsError: a tensor that says the sizes is missing or impossible, or the network is another.
+    """
+    if any(".mlp.w12." in key or ".mlp.w1." in key for key in state):
+        raise TeacherWeightsError(
+            f"{path} has SwiGLU instead of MLP blocks, as DINOv2's ViT-g; only blocks with two linear layers and GELU "
+            "are supported: choose the sizes S, B or L"
+        )
+    try:
+        dim, colours, patch, width = state["patch_embed.proj.weight"].shape
+        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+        count = state["pos_embed"].shape[1] - 1 if pos_embed == "learned" else 0
+        gain = "blocks.0.ls1.gamma" in state if layer_scale is None else layer_scale
+        registers = registers_of(state)
+        depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    except KeyError as error:
+        raise TeacherWeightsError(f"{path} lacks the encoder's tensor {error}: it is not the expected ViT") from error
+    except (ValueError, IndexError) as error:
+        raise TeacherWeightsError(f"{path} has tensors of shapes that no ViT has: {error}") from error
+    side = math.isqrt(count)
+    if side**2 != count or colours != 3 or patch != width:
+        raise TeacherWeightsError(
+            f"{path} has {count} patch positions and patches of {colours}x{patch}x{width}; "
+            "a square grid of square RGB patches is expected"
+        )
+    if num_heads is None and dim % HEAD_DIM:
+        raise TeacherWeightsError(
+            f"{path} has {dim} channels, which is no multiple of an attention head's {HEAD_DIM}; give num_heads"
+        )
+    if depth > sum(key.endswith(".norm1.weight") for key in state):
+        raise TeacherWeightsError(f"{path} has a block {depth - 1} but lacks some tensor norm1.weight before it")
+    return ViTConfig(
+        image_size=side * patch if count else patch,
+        patch_size=patch,
+        embed_dim=dim,
+        depth=depth,
+        num_heads=num_heads or dim // HEAD_DIM,
+        mlp_ratio=hidden / dim,
+        num_registers=registers,
+        layer_scale=1e-4 if gain else None,
+        cls_token=pos_embed == "learned",
+        pos_embed=pos_embed,
+        interpolate_offset=interpolate_offset,
+        interpolate_antialias=interpolate_antialias,
+    )
+
+
+def random_vit_state(cfg: ViTConfig, seed: int) -> dict[str, Tensor]:
+    """Weights from a generator of their own, scaled so that every block matters: for tests and benchmarks."""
+    with torch.device("meta"):
+        wanted = VisionTransformer(cfg).state_dict()
+    draw = torch.Generator().manual_seed(seed)
+    state = {}
+    for key, value in wanted.items():
+        offset = 1.0 if "norm" in key and key.endswith("weight") else 0.3 if key.endswith("gamma") else 0.0
+        state[key] = torch.randn(value.shape, generator=draw).mul_(0.02).add_(offset)
+    return state

@@ -1,0 +1,28 @@
+"""DINOv2's ViT-S, B and L, with and without registers.
+
+Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024; registers: Darcet et al.,
+"Vision Transformers Need Registers", ICLR 2024. The release is a bare state dict whose names are those of
+`dune_fast.nn.vit`. ViT-g has SwiGLU blocks, which that network has not: its files are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from teachers.registry import register
+from teachers.vit import ViTTeacher
+
+
+@register("dinov2")
+class DINOv2Teacher(ViTTeacher):
+    """cls and patch tokens after the final norm; registers are computed and left out."""
+
+    layer_scale = True
+
+    @classmethod
+    def recognizes(cls, keys: Collection[str]) -> bool:
+        return "blocks.0.ls1.gamma" in keys and "pos_embed" in keys
+
+    @classmethod
+    def published_interpolation(cls, registers: int) -> tuple[float, bool]:
+        return (0.0, True) if registers else (0.1, False)

@@ -1,0 +1,132 @@
+"""Any model of timm: CLIP, SigLIP, SAM, DINOv3, RADIO, ConvNeXt, ... with weights out of a local file.
+
+The model is built without its classifier. A ViT's output is read as tokens, anything else's as a map. Nothing is
+downloaded: `weights` is a file in timm's own names, as its published `model.safetensors` have, or "random:SEED".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Hashable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teachers.containers import container_state, read_container
+from teachers.protocol import Teacher, Trunk, map_tokens
+from teachers.registry import register
+from teachers.weights import check_fit, compare, random_seed, weights_path
+
+_CLASSIFIERS = ("head.", "fc.", "classifier.", "head_dist.", "pre_logits.")
+
+
+class TimmTrunk(Trunk):
+    """Images [B, 3, H, W] -> tokens by type: {"patch": [B, N, C]} and, where the model has such a token, "cls"."""
+
+    def __init__(self, model: nn.Module, patch_size: int) -> None:
+        super().__init__()
+        self.model = model
+        self.patch_size = patch_size
+        self.num_features = model.num_features
+        self.num_prefix_tokens = int(getattr(model, "num_prefix_tokens", 0))
+        self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        owners = (model, getattr(model, "embeds", None))  # flexible ViTs keep it beside their patch embedding
+        self.has_cls = any(getattr(owner, "cls_token", None) is not None for owner in owners)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.model.forward_features(images)
+        if isinstance(features, dict):  # packed inputs of flexible ViTs come back with their masks
+            features = features["patches"]
+        if features.ndim == 4:
+            return {"patch": map_tokens(features, self.channels_last)}
+        tokens = {"patch": features[:, self.num_prefix_tokens :]}
+        return {"cls": features[:, 0], **tokens} if self.has_cls else tokens
+
+
+@register("timm")
+class TimmTeacher(Teacher):
+    """`model` is the name in timm, `model_args` go to its factory; `mean` and `std` are the model's own."""
+
+    trunk: TimmTrunk
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if "cls" in self.config.token_types and not self.trunk.has_cls:
+            raise ValueError(
+                f"teachers.{self.name}.token_types asks for cls, but {self.config.model} has no cls token; give [patch]"
+            )
+
+    @property
+    def trunk_key(self) -> Hashable:
+        options = repr(sorted(self.config.model_args.items()))
+        return (*super().trunk_key, self.config.model, options, self.config.image_size, self.config.patch_size)
+
+    def build_trunk(self) -> Trunk:
+        cfg = self.config
+        seed = random_seed(self.name, cfg.weights)
+        path = None if seed is not None else weights_path(cfg.weights)  # before a large model is built in vain
+        options = dict(cfg.model_args)
+        if cfg.image_size is not None:
+            options.setdefault("img_size", cfg.image_size)
+        with torch.random.fork_rng(devices=[]):  # the student's initial weights do not depend on its teachers
+            torch.manual_seed(seed or 0)
+            model = create(self.name, cfg.model, options)
+        if path is not None:
+            state = container_state(read_container(path), path)
+            # buffers that timm does not save are computed when the model is built: not on the meta device
+            check_fit(compare(model.state_dict(), state, unused=_CLASSIFIERS), cfg.model, path)
+            model.load_state_dict({k: state[k].to(v.dtype) for k, v in model.state_dict().items()}, strict=True)
+        return TimmTrunk(model.eval().requires_grad_(False), patch_size(model, cfg.patch_size))
+
+    def tokens(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return features
+
+
+def import_timm() -> ModuleType:
+    """timm, which imports torchvision: built for CUDA, that one looks for two operators a CPU torch has not."""
+    try:
+        return importlib.import_module("timm")
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        for operator in ("nms", "qnms"):
+            signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            with contextlib.suppress(RuntimeError):  # defined before
+                torch.library.define(f"torchvision::{operator}", signature)
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise ValueError(f"teachers of the family timm need the package timm ({error}); pip install timm") from error
+
+
+def create(name: str, model: str, options: dict[str, Any]) -> nn.Module:
+    """timm's model without classifier and without weights, for any image size where the architecture allows it.
+
+    Raises:
+        ValueError: no such model, or arguments that it does not take.
+    """
+    timm = import_timm()
+    if not model or not timm.is_model(model):
+        close = timm.list_models(f"*{model.partition('.')[0]}*")[:5] if model else []
+        hint = f"; do you mean {', '.join(close)}?" if close else "; timm.list_models() has the names"
+        raise ValueError(f"teachers.{name}.model is {model!r}, which timm does not know{hint}")
+    # "img_size" fixes positions to one size unless the model resizes them itself; CNNs take neither
+    attempts = [{"dynamic_img_size": True, **options}, options, {k: v for k, v in options.items() if k != "img_size"}]
+    for attempt in attempts:
+        try:
+            return timm.create_model(model, pretrained=False, num_classes=0, **attempt)
+        except TypeError as error:
+            refused = error
+    raise ValueError(f"teachers.{name}.model_args {options} do not suit {model}: {refused}") from refused
+
+
+def patch_size(model: nn.Module, configured: int) -> int:
+    """Pixels a token stands for, as the model says; the configuration's where it does not."""
+    embed = getattr(model, "patch_embed", None)
+    info = getattr(model, "feature_info", None)
+    if info and not hasattr(model, "num_prefix_tokens"):  # hierarchical: the last map's stride
+        return int(info[-1]["reduction"])
+    size = getattr(embed, "patch_size", None)
+    return int(size[0]) if size is not None else configured

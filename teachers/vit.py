@@ -1,0 +1,156 @@
+"""What all ViT teachers have in common: trunk, architecture read off the tensors, readings of the tokens.
+
+A family is a key map on top: `teachers/dinov2.py`, `mast3r.py`, `multihmr.py`, `unic.py`, `onnx_vit.py`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Hashable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dune_fast.nn.block import LAYER_NORM_EPS
+from dune_fast.nn.vit import VisionTransformer, ViTConfig
+from teachers.architecture import HEAD_DIM, infer_vit, random_vit_state, registers_of
+from teachers.config import TeacherConfig
+from teachers.containers import container_state, read_container
+from teachers.protocol import Teacher, Trunk
+from teachers.weights import RANDOM, TeacherWeightsError, build_loaded, random_seed, weights_path
+
+PUBLISHED_DEPTH = {192: 12, 384: 12, 768: 12, 1024: 24}
+"""Channels of a token -> blocks, in the published sizes ViT-Ti, S, B and L."""
+
+
+class ViTTrunk(Trunk):
+    """Images [B, 3, H, W] -> un-normalised tokens after each block that a teacher reads: index -> [B, P + N, C]."""
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.vit = vit
+        self.patch_size = vit.cfg.patch_size
+        self.num_features = vit.cfg.embed_dim
+        self.blocks: set[int] = set()
+
+    def forward(self, images: Tensor) -> dict[int, Tensor]:
+        return self.vit.block_outputs(images, sorted(self.blocks))
+
+
+class ViTTeacher(Teacher):
+    """A teacher whose network is `dune_fast.nn.vit`; `layer` says where its tokens are read."""
+
+    trunk: ViTTrunk
+    layer_scale: ClassVar[bool] = False
+    """Whether the family's blocks have LayerScale."""
+    pos_embed: ClassVar[str] = "learned"
+    """See `ViTConfig.pos_embed`."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        depth, layer = len(self.trunk.vit.blocks), self.config.layer
+        if layer is not None and layer > depth:
+            raise ValueError(f"teachers.{self.name}.layer is {layer}; {self.config.weights} has {depth} blocks")
+        self.block = (depth if layer is None else layer) - 1
+        self.trunk.blocks.add(self.block)  # one pass to the deepest block serves every teacher of this trunk
+
+    @property
+    def trunk_key(self) -> Hashable:
+        cfg = self.config
+        asked = (cfg.num_heads, cfg.num_registers, cfg.interpolate_offset, cfg.interpolate_antialias)
+        drawn = (cfg.patch_size, cfg.num_features, cfg.image_size) if cfg.weights.startswith(RANDOM) else ()
+        return (*super().trunk_key, *asked, *drawn)
+
+    @classmethod
+    @abstractmethod
+    def recognizes(cls, keys: Collection[str]) -> bool:
+        """Whether a file with these names, wrappers stripped, is one of the family."""
+
+    @classmethod
+    def convert(cls, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+        """The encoder's tensors under the names of `dune_fast.nn.vit`; names it has no place for may stay."""
+        return dict(state)
+
+    @classmethod
+    def heads(cls, content: Mapping[str, Any], path: Path) -> int | None:
+        """Attention heads as the container says them, None where it does not."""
+        return None
+
+    @classmethod
+    def published_interpolation(cls, registers: int) -> tuple[float, bool]:
+        """(offset, antialias) of the position table's resizing in the family's own release."""
+        return 0.1, False
+
+    @classmethod
+    def interpolation(cls, cfg: TeacherConfig, registers: int) -> tuple[float, bool]:
+        """(offset, antialias): the configuration's, where it says nothing the release's."""
+        offset, antialias = cls.published_interpolation(registers)
+        return (
+            offset if cfg.interpolate_offset is None else cfg.interpolate_offset,
+            antialias if cfg.interpolate_antialias is None else cfg.interpolate_antialias,
+        )
+
+    @classmethod
+    def architecture(cls, cfg: TeacherConfig) -> ViTConfig:
+        """What the configuration alone says of the network, with the published depth for its width.
+
+        Raises:
+            ValueError: a width that no published size has, or no image size.
+        """
+        if cfg.num_features not in PUBLISHED_DEPTH or (cfg.image_size is None and cls.pos_embed == "learned"):
+            raise ValueError(
+                f"without a weights file, num_features must be one of {', '.join(map(str, PUBLISHED_DEPTH))} and "
+                f"image_size be given; they are {cfg.num_features} and {cfg.image_size}"
+            )
+        learned = cls.pos_embed == "learned"
+        registers = cfg.num_registers or 0
+        offset, antialias = cls.interpolation(cfg, registers)
+        return ViTConfig(
+            image_size=cfg.image_size if learned else cfg.patch_size, patch_size=cfg.patch_size,
+            embed_dim=cfg.num_features, depth=PUBLISHED_DEPTH[cfg.num_features],
+            num_heads=cfg.num_heads or cfg.num_features // HEAD_DIM, num_registers=registers,
+            layer_scale=1e-4 if cls.layer_scale else None, cls_token=learned, pos_embed=cls.pos_embed,
+            interpolate_offset=offset, interpolate_antialias=antialias,
+        )  # fmt: skip
+
+    @classmethod
+    def read_file(cls, path: Path, cfg: TeacherConfig) -> tuple[ViTConfig, dict[str, Tensor]]:
+        """A published file's architecture and tensors, renamed.
+
+        Raises:
+            TeacherWeightsError: damaged, unsafe, or of another model.
+        """
+        content = read_container(path)
+        state = cls.convert(container_state(content, path), path)
+        heads = cfg.num_heads or cls.heads(content, path)
+        resizing = cls.interpolation(cfg, registers_of(state))
+        return infer_vit(state, path, heads, *resizing, cls.pos_embed, cls.layer_scale), state
+
+    def build_trunk(self) -> Trunk:
+        seed = random_seed(self.name, self.config.weights)
+        if seed is None:
+            path = weights_path(self.config.weights)
+            architecture, state = self.read_file(path, self.config)
+        else:
+            path, architecture = self.config.weights, self.architecture(self.config)
+            state = random_vit_state(architecture, seed)
+        wanted = self.config.num_registers
+        if wanted is not None and wanted != architecture.num_registers:
+            raise TeacherWeightsError(
+                f"teachers.{self.name}.num_registers is {wanted}, but {path} has {architecture.num_registers}"
+            )
+        # releases carry more than the encoder; what is missing is an error, what is too much is not
+        return ViTTrunk(build_loaded(lambda: VisionTransformer(architecture), state, path, unused=("",)))
+
+    def tokens(self, features: dict[int, Tensor]) -> dict[str, Tensor]:
+        x = features[self.block]  # [B, P + N, C]
+        x = self.trunk.vit.norm(x) if self.config.layer is None else plain_norm(x)
+        cls, _, patches = self.trunk.vit.split(x)
+        return {"patch": patches} if cls is None else {"cls": cls, "patch": patches}
+
+
+def plain_norm(x: Tensor) -> Tensor:
+    """LayerNorm without weights over the channels, for tokens of a block that no norm was trained for."""
+    return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
