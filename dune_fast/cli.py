@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dune_fast import teachers_cli
+from dune_fast import export_cli, teachers_cli
 
 TRAIN_SCRIPT = Path(__file__).with_name("train.py")
 
@@ -93,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.set_defaults(run_command=fetch)
 
     teachers_cli.add_parser(commands)
+    export_cli.add_parser(commands)
     return parser
 
 

@@ -43,14 +43,12 @@ def infer_vit(
     Raises:
         TeacherWeightsError: a tensor that says the sizes is missing or impossible, or the network is another.
     """
-    if any(".mlp.w12." in key or ".mlp.w1." in key for key in state):
-        raise TeacherWeightsError(
-            f"{path} has SwiGLU instead of MLP blocks, as DINOv2's ViT-g; only blocks with two linear layers and GELU "
-            "are supported: choose the sizes S, B or L"
-        )
+    swiglu = "blocks.0.mlp.w12.weight" in state
     try:
         dim, colours, patch, width = state["patch_embed.proj.weight"].shape
-        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+        hidden = state["blocks.0.mlp.w12.weight" if swiglu else "blocks.0.mlp.fc1.weight"].shape[0]
+        if swiglu:  # the layer makes gate and value, each with two thirds of the ratio's channels
+            hidden *= 3 / 4
         count = state["pos_embed"].shape[1] - 1 if pos_embed == "learned" else 0
         gain = "blocks.0.ls1.gamma" in state if layer_scale is None else layer_scale
         registers = registers_of(state)
@@ -84,6 +82,7 @@ def infer_vit(
         pos_embed=pos_embed,
         interpolate_offset=interpolate_offset,
         interpolate_antialias=interpolate_antialias,
+        mlp="swiglu" if swiglu else "gelu",
     )
 
 

@@ -1,8 +1,8 @@
-"""DINOv2's ViT-S, B and L, with and without registers.
+"""DINOv2's ViT-S, B, L and g, with and without registers.
 
 Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024; registers: Darcet et al.,
 "Vision Transformers Need Registers", ICLR 2024. The release is a bare state dict whose names are those of
-`dune_fast.nn.vit`. ViT-g has SwiGLU blocks, which that network has not: its files are refused.
+`dune_fast.nn.vit`; ViT-g's blocks have SwiGLU.
 """
 
 from __future__ import annotations

@@ -21,8 +21,10 @@ from teachers.containers import container_state, read_container
 from teachers.protocol import Teacher, Trunk
 from teachers.weights import RANDOM, TeacherWeightsError, build_loaded, random_seed, weights_path
 
-PUBLISHED_DEPTH = {192: 12, 384: 12, 768: 12, 1024: 24}
-"""Channels of a token -> blocks, in the published sizes ViT-Ti, S, B and L."""
+PUBLISHED_DEPTH = {192: 12, 384: 12, 768: 12, 1024: 24, 1536: 40}
+"""Channels of a token -> blocks, in the published sizes ViT-Ti, S, B, L and g."""
+PUBLISHED_SWIGLU = 1536
+"""Channels of the one published size with SwiGLU blocks, ViT-g."""
 
 
 class ViTTrunk(Trunk):
@@ -113,6 +115,7 @@ class ViTTeacher(Teacher):
             num_heads=cfg.num_heads or cfg.num_features // HEAD_DIM, num_registers=registers,
             layer_scale=1e-4 if cls.layer_scale else None, cls_token=learned, pos_embed=cls.pos_embed,
             interpolate_offset=offset, interpolate_antialias=antialias,
+            mlp="swiglu" if cfg.num_features == PUBLISHED_SWIGLU else "gelu",
         )  # fmt: skip
 
     @classmethod

@@ -16,7 +16,9 @@ ALLOWED = {
     "teachers": {"kernels", "dune_fast.nn"},
     "dali_pipelines": {"kernels", "teachers"},
     "dune_fast/distill": {"kernels", "dune_fast.nn"},
-    "dune_fast/engine": {"kernels", "teachers", "dali_pipelines", "dune_fast.nn", "dune_fast.distill"},
+    "dune_fast/engine": {
+        "kernels", "teachers", "dali_pipelines", "dune_fast.nn", "dune_fast.distill", "dune_fast.released",
+    },
     "dune_fast/evaluate": {
         "kernels", "teachers", "dali_pipelines", "dune_fast.nn", "dune_fast.distill", "dune_fast.engine",
     },

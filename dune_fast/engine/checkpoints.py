@@ -6,7 +6,6 @@ import logging
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -103,9 +102,3 @@ def load_run(run: Path) -> tuple[RunConfig, Student, TeacherStatistics]:
             f"{path} is damaged or of another configuration: {str(error).splitlines()[0]}"
         ) from error
     return cfg, student.eval(), statistics
-
-
-def load_encoder(run: Path, device: torch.device | str = "cpu") -> nn.Module:
-    """The trained encoder of a finished run, frozen: images [B, 3, H, W] -> `x_norm_clstoken`, ..."""
-    _, student, _ = load_run(run)
-    return student.encoder.requires_grad_(False).to(device)

@@ -110,6 +110,9 @@ class RunConfig:
     image_size: int = 336
     """Side of the student's training images, in pixels."""
     student: ViTConfig = field(default_factory=ViTConfig)
+    student_weights: str = ""
+    """What the student starts from: the folder of a finished run, a published checkpoint, any encoder of the same
+    architecture; positions are resized to `image_size`. Empty for initial weights by `train.seed`."""
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)

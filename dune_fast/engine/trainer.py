@@ -19,6 +19,7 @@ from dune_fast.engine.config import RunConfig, dump_config
 from dune_fast.engine.deepspeed_engine import Engine, init_distributed, sum_over_ranks
 from dune_fast.engine.metrics import MetricsLog
 from dune_fast.engine.schedules import ema_momenta, learning_rates, scaled_learning_rate
+from dune_fast.engine.warm_start import initial_student
 from dune_fast.nn.student import build_student
 from teachers.ensemble import TeacherEnsemble
 
@@ -67,7 +68,10 @@ class Trainer:
             self.device,
         )
         self.teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype).to(self.device)
-        student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
+        if self._steps_to_resume():  # the checkpoint's weights follow: the source of a warm start may be gone
+            student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
+        else:
+            student = initial_student(cfg)
         student.autocast_dtype = dtype
         micro_batch = cfg.train.global_batch // self.world_size
         self.engine = Engine(student, cfg.optimizer, micro_batch, cfg.deepspeed.zero_stage, cfg.deepspeed.options)
@@ -103,10 +107,14 @@ class Trainer:
             dump_config(self.cfg, self.run_dir / "config.yaml")
         dist.barrier()
 
+    def _steps_to_resume(self) -> list[int]:
+        """Steps with a complete checkpoint that the run may go on from."""
+        return [] if self.cfg.train.overwrite else checkpoints.complete_steps(self.run_dir)
+
     def _resume(self) -> int:
         """Loads the newest complete checkpoint; returns the steps that it has behind it."""
-        steps = checkpoints.complete_steps(self.run_dir)
-        if not steps or self.cfg.train.overwrite:
+        steps = self._steps_to_resume()
+        if not steps:
             return 0
         state = self.engine.load(self.run_dir / "checkpoints", checkpoints.tag(steps[-1]))
         self.statistics.load_state_dict(state["statistics"])

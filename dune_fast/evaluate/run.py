@@ -13,9 +13,10 @@ from dali_pipelines.loader import ValLoader
 from dune_fast.engine.checkpoints import load_run
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.trainer import autocast_dtype
+from dune_fast.engine.warm_start import initial_student
 from dune_fast.evaluate.figures import loss_figure, pca_figure
 from dune_fast.evaluate.held_out import cosine_table, held_out_cosines
-from dune_fast.nn.student import Student, build_student
+from dune_fast.nn.student import Student
 from teachers.ensemble import TeacherEnsemble
 
 logger = logging.getLogger(__name__)
@@ -42,8 +43,7 @@ def evaluate_run(run: Path, figures: bool, device: torch.device | None = None) -
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg, trained, statistics = load_run(run)
-    untrained = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed).eval()
-    students: dict[str, Student] = {"before": untrained.to(device), "after": trained.to(device)}
+    students: dict[str, Student] = {"before": initial_student(cfg).eval().to(device), "after": trained.to(device)}
     dtype = autocast_dtype(cfg.train.precision, device)
     for student in students.values():
         student.autocast_dtype = dtype

@@ -22,6 +22,7 @@ from kernels.library import use_triton
 from kernels.rope2d import rope2d, rope2d_
 
 LAYER_NORM_EPS = 1e-6
+MLP_KINDS = ("gelu", "swiglu")
 
 
 class LayerNorm(nn.LayerNorm):
@@ -86,16 +87,53 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class SwiGLU(nn.Module):
+    """Linear, SiLU of the first half times the second, Linear (Shazeer, "GLU Variants Improve Transformer", 2020).
+
+    Names and packing are those of DINOv2's ViT-g. x: [..., D].
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(dim, 2 * hidden_dim)
+        self.w3 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor | FP8Rows) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+def swiglu_hidden_dim(dim: int, mlp_ratio: float) -> int:
+    """Hidden channels of a SwiGLU with about as many weights as the MLP of this ratio: 2/3, up to a multiple of 8."""
+    return (int(int(dim * mlp_ratio) * 2 / 3) + 7) // 8 * 8
+
+
+def build_mlp(kind: str, dim: int, mlp_ratio: float) -> MLP | SwiGLU:
+    """A block's MLP of one of `MLP_KINDS`; ValueError for another kind."""
+    if kind not in MLP_KINDS:
+        raise ValueError(f"mlp is {kind!r}; choose one of {', '.join(MLP_KINDS)}")
+    if kind == "swiglu":
+        return SwiGLU(dim, swiglu_hidden_dim(dim, mlp_ratio))
+    return MLP(dim, int(dim * mlp_ratio))
+
+
 class Block(nn.Module):
     """One pre-norm transformer block. x: [B, N, D] -> [B, N, D]."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = 1e-4) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        layer_scale: float | None = 1e-4,
+        mlp: str = "gelu",
+    ) -> None:
         super().__init__()
         self.norm1 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = SelfAttention(dim, num_heads)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.mlp = build_mlp(mlp, dim, mlp_ratio)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(
@@ -124,7 +162,8 @@ class Block(nn.Module):
 
     def quantize(self) -> None:
         """Makes the four linear layers float8 with row-wise scales, for good; for frozen models, see `kernels.fp8`."""
-        for parent, names in ((self.attn, ("qkv", "proj")), (self.mlp, ("fc1", "fc2"))):
+        linears = ("w12", "w3") if isinstance(self.mlp, SwiGLU) else ("fc1", "fc2")
+        for parent, names in ((self.attn, ("qkv", "proj")), (self.mlp, linears)):
             for name in names:
                 linear = getattr(parent, name)
                 half = linear.weight.dtype if linear.weight.dtype == torch.float16 else torch.bfloat16

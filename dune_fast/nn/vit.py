@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dune_fast.nn.block import LAYER_NORM_EPS, Block, LayerNorm, init_linear, run_blocks
+from dune_fast.nn.block import LAYER_NORM_EPS, MLP_KINDS, Block, LayerNorm, init_linear, run_blocks
 from kernels.rope2d import grid_positions, rope2d_angles
 
 
@@ -36,7 +36,7 @@ class ViTConfig:
     num_heads: int = 12
     """Attention heads of a block."""
     mlp_ratio: float = 4.0
-    """Hidden channels of the MLP over `embed_dim`."""
+    """Hidden channels of the MLP over `embed_dim`; SwiGLU has two thirds of them, rounded up to a multiple of 8."""
     num_registers: int = 4
     """Register tokens between cls and patches."""
     layer_scale: float | None = 1e-4
@@ -51,8 +51,12 @@ class ViTConfig:
     """Antialiased interpolation of the table, as the register models of DINOv2's release."""
     final_norm: bool = True
     """Whether there is a LayerNorm after the last block."""
+    mlp: str = "gelu"
+    """"gelu" (two linear layers) or "swiglu" (gated, as DINOv2's ViT-g)."""
 
     def __post_init__(self) -> None:
+        if self.mlp not in MLP_KINDS:
+            raise ValueError(f"mlp is {self.mlp!r}; choose one of {', '.join(MLP_KINDS)}")
         if self.pos_embed not in ("learned", "rope2d"):
             raise ValueError(f"pos_embed is {self.pos_embed!r}; choose 'learned' or 'rope2d'")
         if self.image_size % self.patch_size:
@@ -68,6 +72,35 @@ def nearest_multiples(size: int, step: int) -> str:
     """The multiples of `step` on both sides of `size`, for error messages: "98 and 112"."""
     below = size // step * step
     return f"{below} and {below + step}" if below else str(step)
+
+
+def resize_positions(
+    table: Tensor, height: int, width: int, prefix: int = 1, offset: float = 0.1, antialias: bool = False
+) -> Tensor:
+    """A position table for another grid, bicubic; the table itself where it is for this one.
+
+    Args:
+        table: [1, prefix + M * M, D].
+        height, width: rows and columns of the grid.
+        prefix: leading entries that stand for no patch.
+        offset, antialias: see `ViTConfig.interpolate_offset` and `interpolate_antialias`.
+
+    Returns:
+        [1, prefix + height * width, D].
+    """
+    count = table.shape[1] - prefix
+    if count == height * width and height == width:
+        return table
+    side = math.isqrt(count)
+    # The published student divides (n + 0.1) by M and hands the factor on: the sampling points differ slightly from
+    # those of interpolation to a size, and trained tables are tied to them.
+    target = (
+        {"scale_factor": ((height + offset) / side, (width + offset) / side)} if offset else {"size": (height, width)}
+    )
+    patches = table[:, prefix:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, mode="bicubic", antialias=antialias, **target)
+    assert patches.shape[-2:] == (height, width), (patches.shape, height, width)
+    return torch.cat([table[:, :prefix], patches.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
 class PatchEmbed(nn.Module):
@@ -101,7 +134,7 @@ class VisionTransformer(nn.Module):
         if cfg.num_registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, cfg.num_registers, dim))
         self.blocks = nn.ModuleList(
-            Block(dim, cfg.num_heads, cfg.mlp_ratio, cfg.layer_scale) for _ in range(cfg.depth)
+            Block(dim, cfg.num_heads, cfg.mlp_ratio, cfg.layer_scale, cfg.mlp) for _ in range(cfg.depth)
         )
         self.norm = LayerNorm(dim, eps=LAYER_NORM_EPS) if cfg.final_norm else nn.Identity()
 
@@ -143,24 +176,10 @@ class VisionTransformer(nn.Module):
 
     def positions(self, height: int, width: int) -> Tensor:
         """The position table for a grid of height x width patches, [1, cls + height * width, D]."""
-        table = self.pos_embed
-        prefix = int(self.cfg.cls_token)
-        count = table.shape[1] - prefix
-        if count == height * width and height == width:
-            return table
-        side = math.isqrt(count)
-        offset = self.cfg.interpolate_offset
-        # The published student divides (n + 0.1) by M and hands the factor on: the sampling points differ slightly from
-        # those of interpolation to a size, and trained tables are tied to them.
-        target = (
-            {"scale_factor": ((height + offset) / side, (width + offset) / side)}
-            if offset
-            else {"size": (height, width)}
+        cfg = self.cfg
+        return resize_positions(
+            self.pos_embed, height, width, int(cfg.cls_token), cfg.interpolate_offset, cfg.interpolate_antialias
         )
-        patches = table[:, prefix:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        patches = F.interpolate(patches, mode="bicubic", antialias=self.cfg.interpolate_antialias, **target)
-        assert patches.shape[-2:] == (height, width), (patches.shape, height, width)
-        return torch.cat([table[:, :prefix], patches.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] to the tokens before the first block, [B, P + N, D]."""

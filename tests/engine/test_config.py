@@ -20,7 +20,8 @@ def test_every_experiment_composes(name):
 @pytest.mark.parametrize("group", ["student", "projector", "deepspeed"])
 def test_every_choice_of_a_group_composes(group):
     for path in (config_dir() / group).glob("*.yaml"):
-        compose_config([DEMO, f"{group}={path.stem}"])
+        patch = yaml.safe_load(path.read_text()).get("patch_size", 14)
+        compose_config([DEMO, f"{group}={path.stem}", f"image_size={8 * patch}"])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from teachers.vit import ViTTeacher
 CONFIGS = sorted((Path(teachers.__file__).parents[1] / "configs" / "teachers").glob("*.yaml"))
 
 
-PARAMETERS = {384: 22, 768: 86, 1024: 304}  # millions, as published for ViT-S, B and L
+PARAMETERS = {384: 22, 768: 86, 1024: 304, 1536: 1136}  # millions, as published for ViT-S, B, L and g
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

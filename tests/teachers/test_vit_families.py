@@ -174,12 +174,45 @@ def test_what_the_architecture_is_read_from_may_not_be_missing(key, tmp_path):
         build_teacher("a", cfg)
 
 
-def test_swiglu_of_vit_g_is_refused_by_name(tmp_path):
-    state, cfg = saved(tmp_path, embed_dim=64, num_heads=1, num_registers=0)
-    state = {k.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): v for k, v in state.items()}
-    torch.save(state, cfg.weights)
-    with pytest.raises(TeacherWeightsError, match="SwiGLU .* ViT-g; .* choose the sizes S, B or L"):
-        build_teacher("a", cfg)
+@pytest.mark.parametrize("registers", [0, 4])
+def test_swiglu_of_vit_g_computes_what_timm_computes(registers, images, tmp_path):
+    import timm
+
+    state, cfg = saved(tmp_path, embed_dim=64, num_heads=1, num_registers=registers, mlp="swiglu")
+    assert state["blocks.0.mlp.w12.weight"].shape == (352, 64)  # 2 x 176: 170.7 rounded up
+    cfg.interpolate_offset, cfg.interpolate_antialias = 0.0, True
+    name = f"vit_giant_patch14_{'reg4_' if registers else ''}dinov2"
+    model = timm.create_model(
+        name, num_classes=0, depth=3, embed_dim=64, num_heads=1, mlp_ratio=5.5, dynamic_img_size=True
+    )
+    state = {k.replace("mlp.w12", "mlp.fc1").replace("mlp.w3", "mlp.fc2"): v for k, v in state.items()}
+    if registers:
+        state["reg_token"] = state.pop("register_tokens")
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    model.load_state_dict(state)
+    ours = TeacherEnsemble({"a": cfg}, 14)(images)["a"]
+    with torch.no_grad():
+        theirs = model.eval().forward_features(images)
+    assert relative(ours["cls"], theirs[:, 0]) < TOLERANCE
+    assert relative(ours["patch"], theirs[:, 1 + registers :]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["dinov2_vitg14", "dinov2_vitg14_reg"])
+def test_vit_g_has_the_published_sizes(name):
+    from dune_fast.nn.vit import VisionTransformer
+    from dune_fast.teachers_cli import load_teacher_config
+    from teachers.architecture import infer_vit
+    from teachers.dinov2 import DINOv2Teacher
+
+    architecture = DINOv2Teacher.architecture(load_teacher_config(name))
+    assert (architecture.depth, architecture.num_heads, architecture.mlp) == (40, 24, "swiglu")
+    with torch.device("meta"):
+        vit = VisionTransformer(architecture)
+    assert vit.blocks[0].mlp.w12.weight.shape == (8192, 1536) and vit.blocks[0].mlp.w3.weight.shape == (1536, 4096)
+    assert round(sum(p.numel() for p in vit.parameters()) / 1e6) in (1136, 1137)
+    resizing = architecture.interpolate_offset, architecture.interpolate_antialias
+    assert infer_vit(vit.state_dict(), name, None, *resizing) == architecture
 
 
 def test_heads_that_no_one_tells_are_asked_for(tmp_path):

@@ -1,0 +1,103 @@
+"""A student's initial weights out of an earlier model: a run, a published checkpoint, a plain encoder.
+
+The second stage of a recipe goes on from the first one's weights at a higher resolution. Its position table is the
+first one's, resized bicubically by the convention that the student itself has for other sizes, so that it starts as
+exactly the function that the first student is there.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dune_fast.engine.config import RunConfig
+from dune_fast.nn.student import Student, build_student
+from dune_fast.nn.vit import VisionTransformer, resize_positions
+from dune_fast.released import encoder_keys
+from teachers.containers import below, container_state, read_container
+from teachers.weights import compare
+
+logger = logging.getLogger(__name__)
+
+_RUN_FILES = ("student.safetensors", "encoder.safetensors")  # the first has the projectors too
+
+
+class WarmStartError(ValueError):
+    """`student_weights` names nothing that the student can start from."""
+
+
+def initial_student(cfg: RunConfig) -> Student:
+    """The student that a run starts from: weights by its seed, then `student_weights` where it names some.
+
+    Raises:
+        WarmStartError, TeacherWeightsError: as `warm_start`.
+    """
+    student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
+    if cfg.student_weights:
+        warm_start(student, cfg.student_weights)
+    return student
+
+
+def warm_start(student: Student, source: str) -> list[str]:
+    """Overwrites the encoder's weights, and those of every projector that the source has in the same shape.
+
+    Args:
+        student: with its initial weights.
+        source: the folder of a finished run, one of its safetensors files, a published checkpoint (DUNE's, or any with
+            an encoder under DINOv2's names), or a bare state dict of an encoder.
+
+    Returns:
+        The teachers whose projectors were taken over.
+
+    Raises:
+        WarmStartError: a folder without weights, or an encoder of another architecture.
+        teachers.containers.TeacherWeightsError: the file is missing, damaged or unsafe.
+    """
+    path = _weights_file(Path(source).expanduser())
+    state = encoder_keys(container_state(read_container(path), path))
+    encoder = below(state, "encoder.") or state
+    if "pos_embed" in encoder:
+        encoder["pos_embed"] = _fitting_positions(encoder["pos_embed"], student.encoder)
+    wanted = student.encoder.state_dict()
+    if faults := compare(wanted, encoder, unused=("",)).faults:
+        shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
+        raise WarmStartError(
+            f"student_weights={source} is not an encoder of the student's architecture: {shown}. Choose the student "
+            f"that {path.name} was made with, or other weights"
+        )
+    student.encoder.load_state_dict({key: encoder[key] for key in wanted})
+    taken = []
+    for name, projector in student.projectors.items():
+        theirs = below(state, f"projectors.{name}.")
+        if not compare(projector.state_dict(), theirs).faults:
+            projector.load_state_dict(theirs)
+            taken.append(name)
+    logger.info("warm start from %s: the encoder, projectors of %s", path, ", ".join(taken) or "no teacher")
+    return taken
+
+
+def _weights_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in _RUN_FILES:
+        if (path / name).is_file():
+            return path / name
+    raise WarmStartError(
+        f"student_weights={path} is a folder without {' or '.join(_RUN_FILES)}: that run has not ended, or it is not "
+        "the folder of a run"
+    )
+
+
+@torch.no_grad()
+def _fitting_positions(table: Tensor, encoder: VisionTransformer) -> Tensor:
+    """The source's position table on the student's grid; one that is no table of a square grid stays as it is."""
+    cfg = encoder.cfg
+    side, prefix = cfg.image_size // cfg.patch_size, int(cfg.cls_token)
+    count = table.shape[1] - prefix if table.ndim == 3 else 0
+    if count < 1 or math.isqrt(count) ** 2 != count:
+        return table  # the comparison says what is wrong with it
+    return resize_positions(table, side, side, prefix, cfg.interpolate_offset, cfg.interpolate_antialias)

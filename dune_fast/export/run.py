@@ -1,0 +1,127 @@
+"""One export: write, read back with the library it is for, compare, and only then keep."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from dune_fast.engine.config import load_config
+from dune_fast.export import TARGETS, foreign, onnx_graph, published
+from dune_fast.export.check import ExportError, Reader, compare, encoder_outputs, sizes
+from dune_fast.load import architecture_metadata, load_encoder, load_model, locate
+from dune_fast.nn.vit import VisionTransformer
+
+_SAFETENSORS = "encoder.safetensors"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished export."""
+
+    target: str
+    """Key of TARGETS."""
+    files: tuple[Path, ...]
+    """What was written."""
+    difference: float
+    """Largest difference between the independent reader's output and ours, over the output's largest value."""
+    every_size: bool
+    """Whether other image sizes than the model's own agree too."""
+
+
+def export(source: str | os.PathLike, target: str, output: Path | None = None) -> Exported:
+    """Writes a trained model in another format and proves it.
+
+    Args:
+        source: a run's folder, a file or a published name, as `dune_fast.load_encoder` takes.
+        target: one of TARGETS.
+        output: folder for the files; `export/TARGET` in the run's folder or beside the file, by default. Files of an
+            earlier export are replaced once the new ones have passed.
+
+    Raises:
+        ExportError: the target cannot express the model, a package is missing, or what the independent library reads
+            back differs by more than LIMIT; nothing is left behind then.
+        ValueError: the source cannot be loaded.
+    """
+    if target not in TARGETS:
+        raise ExportError(f"there is no export target {target!r}; choose one of {', '.join(TARGETS)}")
+    path = locate(source)
+    base = path if path.is_dir() else path.parent
+    output = base / "export" / target if output is None else Path(output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise ExportError(f"{output} is a file; --output names the folder that the export goes to")
+    existing = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
+    try:
+        part = Path(tempfile.mkdtemp(prefix=".export-", dir=existing))
+    except OSError as error:
+        raise ExportError(f"cannot write to {existing} ({error}); choose another folder with --output") from error
+    try:
+        difference, every_size = _write_and_compare(path, target, part)
+        output.mkdir(parents=True, exist_ok=True)
+        files = []
+        for written in sorted(part.iterdir()):
+            files.append(written.replace(output / written.name))
+    except OSError as error:
+        raise ExportError(f"the export to {output} failed: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Exported(target, tuple(files), difference, every_size)
+
+
+def _write_and_compare(path: Path, target: str, part: Path) -> tuple[float, bool]:
+    """(largest relative difference, whether all sizes were compared)."""
+    if target == "dune":
+        model = load_model(path)
+        step = load_config(path / "config.yaml").steps if path.is_dir() else 0
+        published.write_dune(model, part, step)
+        encoder, reference = model.encoder, published.dune_outputs(model)
+    else:
+        encoder = load_encoder(path)
+        write = {
+            "timm": foreign.write_timm,
+            "hf": foreign.write_hf,
+            "onnx": onnx_graph.write_onnx,
+            "safetensors": write_safetensors,
+        }
+        write[target](encoder, part)
+        reference = _reference(encoder)
+    every_size = target not in ("timm", "hf") or foreign.resizes_alike(encoder.cfg)
+    reader = _read_back(target, part)
+    return compare(reader, reference, sizes(encoder, native_only=not every_size), target), every_size
+
+
+def _reference(encoder: VisionTransformer) -> Reader:
+    return lambda images: encoder_outputs(encoder, images)
+
+
+def _read_back(target: str, part: Path) -> Reader:
+    """The independent library's reader; whatever it refuses is an ExportError."""
+    read = {
+        "timm": foreign.read_timm,
+        "hf": foreign.read_hf,
+        "onnx": onnx_graph.read_onnx,
+        "safetensors": read_safetensors_export,
+        "dune": published.read_dune,
+    }
+    try:
+        return read[target](part)
+    except ExportError:
+        raise
+    except Exception as error:  # every library has its own ways to refuse a file
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ExportError(f"the {target} export cannot be read back and was removed: {reason}") from error
+
+
+def write_safetensors(encoder: VisionTransformer, folder: Path) -> None:
+    """Writes `encoder.safetensors`, with the architecture in its metadata."""
+    state = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
+    save_file(state, folder / _SAFETENSORS, metadata=architecture_metadata(encoder.cfg))
+
+
+def read_safetensors_export(folder: Path) -> Reader:
+    """The encoder, built from the file alone."""
+    return _reference(load_encoder(folder / _SAFETENSORS))

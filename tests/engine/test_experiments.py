@@ -1,0 +1,187 @@
+"""The published recipes: every number that the papers name, students of the papers' sizes, without weights or data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dune_fast.distill.objective import ownership
+from dune_fast.engine.config import compose_config
+from dune_fast.engine.schedules import learning_rates, scaled_learning_rate
+from dune_fast.nn.student import Student
+
+DUNE_TEACHERS = {
+    "dino2reg_vitlarge_14": (1024, ("cls", "patch")),
+    "mast3r_vitlarge_16": (1024, ("patch",)),
+    "multihmr_vitlarge_14_672": (1024, ("patch",)),
+}
+UNIC_TEACHERS = dict.fromkeys(
+    ("dbotft_vitbase_16", "deit3_vitbase_16", "dino_vitbase_16", "ibot_vitbase_16"), (768, ("cls", "patch"))
+)
+DUNE = ("dune_336", "dune_448", "dune_sp", "dune_lp", "dune_no_sharing", "dune_generic_sharing", "am_radio_sp")
+EPOCH = 1_281_167  # images of ImageNet-1K, the unit of both papers
+
+
+@pytest.fixture(autouse=True)
+def neither_weights_nor_data(monkeypatch, tmp_path):
+    monkeypatch.delenv("DUNE_FAST_DATA", raising=False)
+    monkeypatch.delenv("DUNE_FAST_WEIGHTS", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def experiment(name: str, *more: str):
+    return compose_config([f"experiment={name}", *more])
+
+
+def on_meta(cfg) -> Student:
+    with torch.device("meta"):
+        return Student(cfg.student, cfg.projector, cfg.teacher_features)
+
+
+def millions(module: torch.nn.Module) -> float:
+    return sum(p.numel() for p in module.parameters()) / 1e6
+
+
+def vit_parameters(size: int, patch: int, registers: int, dim: int = 768, depth: int = 12) -> int:
+    """A ViT's parameters by hand: patches, cls, positions, registers, blocks with LayerScale, final norm."""
+    tokens = dim * (1 + 1 + (size // patch) ** 2 + registers)
+    block = 2 * 2 * dim + (dim * 3 * dim + 3 * dim) + (dim * dim + dim) + (8 * dim * dim + 4 * dim + dim) + 2 * dim
+    return 3 * patch * patch * dim + dim + tokens + depth * block + 2 * dim
+
+
+@pytest.mark.parametrize(("name", "size", "patch", "registers"), [
+    *((name, 448 if name == "dune_448" else 336, 14, 4) for name in DUNE), ("unic", 224, 16, 0),
+])  # fmt: skip
+def test_students_have_the_papers_size(name, size, patch, registers):
+    cfg = experiment(name)
+    student = on_meta(cfg)
+    assert (cfg.image_size, cfg.student.patch_size, cfg.student.num_registers) == (size, patch, registers)
+    assert (cfg.student.embed_dim, cfg.student.depth, cfg.student.num_heads) == (768, 12, 12)
+    assert student.encoder.pos_embed.shape == (1, 1 + (size // patch) ** 2, 768)
+    assert round(millions(student.encoder)) == 86
+    assert sum(p.numel() for p in student.encoder.parameters()) == vit_parameters(size, patch, registers)
+
+
+@pytest.mark.parametrize("name", DUNE)
+def test_dune_distils_three_teachers_as_published(name):
+    cfg = experiment(name)
+    assert cfg.name == name
+    assert cfg.teacher_features == DUNE_TEACHERS
+    dinov2, mast3r, multihmr = (cfg.teachers[teacher] for teacher in DUNE_TEACHERS)
+    assert [t.family for t in (dinov2, mast3r, multihmr)] == ["dinov2", "mast3r", "multihmr"]
+    assert [t.patch_size for t in (dinov2, mast3r, multihmr)] == [14, 16, 14]
+    assert [t.groups for t in (dinov2, mast3r, multihmr)] == [["generic"], ["3d"], ["human"]]
+    assert (dinov2.num_registers, dinov2.interpolate_offset, dinov2.interpolate_antialias) == (4, 0.1, False)
+    assert mast3r.mean == mast3r.std == [0.5, 0.5, 0.5]
+    assert len(cfg.data.datasets) == 19 and not cfg.data.group_weights and cfg.data.crop_scale == [0.4, 1.0]
+    assert cfg.standardization.convention == "dune" and cfg.standardization.eps is None
+    assert (cfg.standardization.ema_start, cfg.standardization.ema_end) == (1.0, 0.001)
+    optimizer = cfg.optimizer
+    assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ([0.9, 0.99], 1e-15, 0.03)
+    assert (optimizer.min_lr, optimizer.clip_per_parameter) == (1e-6, 1.0)
+    assert cfg.student.layer_scale == 1e-4 and cfg.objective.beta == 1.0
+
+
+@pytest.mark.parametrize("name", DUNE)
+def test_length_and_learning_rate_of_dune(name):
+    cfg = experiment(name)
+    second = name == "dune_448"
+    assert cfg.train.images == (50 if second else 100) * EPOCH
+    assert cfg.train.global_batch == 1024
+    assert cfg.steps == (62_558 if second else 125_114)  # 62557.96 and 125113.96, rounded up, both even
+    peak = scaled_learning_rate(cfg.optimizer.lr_per_256, cfg.train.global_batch)
+    assert peak == pytest.approx(2e-4 if second else 1.2e-3)
+    rates = learning_rates(cfg.steps, peak, cfg.optimizer.min_lr, cfg.optimizer.warmup_fraction)
+    assert rates.max() == peak and rates.argmax() == int(0.2 * cfg.steps) - 1 and rates[0] == 0
+    assert cfg.student_weights == ("runs/dune_336" if second else "")
+
+
+@pytest.mark.parametrize(
+    ("name", "sharing", "owns"),
+    [
+        ("dune_336", "full", [[1, 1, 1], [1, 1, 1], [1, 1, 1]]),
+        ("dune_448", "full", [[1, 1, 1], [1, 1, 1], [1, 1, 1]]),
+        ("dune_no_sharing", "none", [[1, 0, 0], [0, 1, 0], [0, 0, 1]]),
+        ("dune_generic_sharing", "generic", [[1, 0, 0], [1, 1, 0], [1, 0, 1]]),
+    ],
+)
+def test_data_sharing_and_dropping(name, sharing, owns):
+    cfg = experiment(name)
+    assert (cfg.objective.sharing, cfg.objective.drop_probability) == (sharing, 0.5)
+    groups = {teacher: t.groups for teacher, t in cfg.teachers.items()}
+    own = ownership(groups, ["generic", "3d", "human"], cfg.objective, torch.device("cpu"))
+    assert own.int().tolist() == owns
+    for weights in (cfg.objective.cls, cfg.objective.patch):
+        assert (weights.cosine, weights.smooth_l1) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("name", ["dune_336", "dune_448", "dune_no_sharing", "dune_generic_sharing"])
+def test_transformer_projectors(name):
+    cfg = experiment(name)
+    assert (cfg.projector.kind, cfg.projector.num_blocks, cfg.projector.mlp_ratio) == ("tp", 1, 4.0)
+    student = on_meta(cfg)
+    assert student.projectors.blocks == [11]
+    for projector in student.projectors.values():
+        assert projector.blocks[0].attn.num_heads == 12 and projector.blocks[0].ls1.gamma.shape == (768,)
+        assert projector.linear.weight.shape == (1024, 768)
+    assert millions(student.projectors) == pytest.approx(3 * 7.877, abs=0.01)
+
+
+def test_ladder_of_dune_is_on_every_third_block():
+    cfg = experiment("dune_lp")
+    assert (cfg.projector.kind, cfg.projector.which_blocks) == ("lp", [2, 5, 8, 11])
+    projectors = on_meta(cfg).projectors
+    patch = projectors["mast3r_vitlarge_16"].patch
+    assert list(patch) == ["2", "5", "8", "11"]
+    assert [rung.layers[0].out_features for rung in patch.values()] == [768, 768, 768, 3072]
+    assert not hasattr(projectors["mast3r_vitlarge_16"], "cls")  # that teacher has none
+
+
+@pytest.mark.parametrize("name", ["dune_sp", "am_radio_sp"])
+def test_simple_projectors(name):
+    cfg = experiment(name)
+    assert (cfg.projector.kind, cfg.projector.version) == ("sp", 2)
+    projectors = on_meta(cfg).projectors
+    assert all(p.layers[-1].out_features == 1024 for p in projectors.values()) and projectors.blocks == [11]
+    assert cfg.objective.sharing == "full"
+
+
+def test_am_radio_weighs_its_terms():
+    objective = experiment("am_radio_sp").objective
+    assert (objective.cls.cosine, objective.cls.smooth_l1) == (1.0, 0.0)
+    assert (objective.patch.cosine, objective.patch.smooth_l1) == (0.9, 0.1)
+    assert objective.drop_probability == 0.0
+
+
+def test_unic():
+    cfg = experiment("unic")
+    assert cfg.teacher_features == UNIC_TEACHERS
+    assert sorted(t.family for t in cfg.teachers.values()) == ["dbotft", "deit3", "dino", "ibot"]
+    assert {(t.patch_size, t.image_size) for t in cfg.teachers.values()} == {(16, 224)}
+    assert list(cfg.data.datasets) == ["in1k"] and cfg.data.crop_scale == [0.08, 1.0]
+    assert cfg.standardization.convention == "unic" and cfg.standardization.eps is None
+    assert (cfg.optimizer.eps, cfg.optimizer.clip_per_parameter) == (1e-8, 0.0)
+    assert (cfg.objective.sharing, cfg.objective.drop_probability) == ("full", 0.5)
+    assert cfg.train.images == 200 * EPOCH
+    assert cfg.optimizer.warmup_fraction * cfg.train.images == pytest.approx(10 * EPOCH)
+    projectors = on_meta(cfg).projectors
+    assert projectors.blocks == list(range(12))
+    for projector in projectors.values():
+        for token in ("cls", "patch"):
+            rungs = getattr(projector, token)
+            assert [rung.layers[0].out_features for rung in rungs.values()] == [768] * 11 + [3072]
+            assert all(rung.layers[-1].out_features == 768 for rung in rungs.values())
+
+
+def test_a_variant_can_be_changed_from_the_command_line():
+    cfg = experiment("dune_448", "student=vit_small14", "train.global_batch=256", "student_weights=other")
+    assert (cfg.student.embed_dim, cfg.student.image_size, cfg.student_weights) == (384, 448, "other")
+    assert cfg.steps == 250_228
+
+
+def test_the_command_prints_an_experiment(capsys):
+    from dune_fast.cli import main
+
+    assert main(["config", "experiment=dune_336"]) == 0
+    printed = capsys.readouterr().out
+    assert "dino2reg_vitlarge_14" in printed and "data/gldv2/train" in printed

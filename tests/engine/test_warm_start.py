@@ -1,0 +1,119 @@
+"""A student that starts from another's weights: same function, other resolution; and only at a run's fresh start."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dune_fast.engine.config import compose_config
+from dune_fast.engine.trainer import Trainer
+from dune_fast.engine.warm_start import WarmStartError, warm_start
+from dune_fast.nn.projectors import ProjectorConfig
+from dune_fast.nn.student import Student, build_student
+from dune_fast.nn.vit import ViTConfig
+from teachers.containers import TeacherWeightsError
+
+ENCODER = ViTConfig(image_size=56, embed_dim=48, depth=2, num_heads=3)
+TEACHERS = {"a": (24, ("cls", "patch")), "b": (32, ("patch",))}
+
+
+def student(seed: int, teachers=TEACHERS, **changes) -> Student:
+    return build_student(dataclasses.replace(ENCODER, **changes), ProjectorConfig(), teachers, seed).eval()
+
+
+def equal(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_another_resolution_starts_as_the_same_function(tmp_path):
+    first, second = student(1), student(2, image_size=84)
+    save_file(first.state_dict(), tmp_path / "student.safetensors")
+    assert warm_start(second, str(tmp_path)) == ["a", "b"]
+    assert second.encoder.pos_embed.shape == (1, 37, 48)
+    images = torch.randn(2, 3, 84, 84)
+    with torch.no_grad():
+        torch.testing.assert_close(second(images), first(images), rtol=0, atol=0)
+    assert second.encoder.pos_embed.requires_grad and not second.encoder.norm.weight.requires_grad
+
+
+def test_projectors_of_other_teachers_keep_their_initial_weights(tmp_path):
+    first = student(1)
+    second = student(2, {"a": (24, ("cls", "patch")), "b": (40, ("patch",)), "c": (8, ("patch",))})
+    initial = student(2, {"a": (24, ("cls", "patch")), "b": (40, ("patch",)), "c": (8, ("patch",))})
+    save_file(first.state_dict(), tmp_path / "student.safetensors")
+    assert warm_start(second, str(tmp_path / "student.safetensors")) == ["a"]
+    assert equal(second.encoder, first.encoder) and equal(second.projectors["a"], first.projectors["a"])
+    assert equal(second.projectors["b"], initial.projectors["b"])
+    assert equal(second.projectors["c"], initial.projectors["c"])
+
+
+@pytest.mark.parametrize("kind", ["encoder.safetensors", "bare.pth", "published.pth"])
+def test_every_container_of_an_encoder(kind, tmp_path):
+    first, second = student(1), student(2)
+    encoder = first.encoder.state_dict()
+    if kind == "encoder.safetensors":
+        save_file(encoder, tmp_path / kind)
+    elif kind == "bare.pth":
+        torch.save(encoder | {"mask_token": torch.zeros(1, 48)}, tmp_path / kind)
+    else:  # as released: a chunk index before the block index, wrapped
+        chunked = {key.replace("blocks.", "blocks.0.", 1): value for key, value in encoder.items()}
+        torch.save({"model": {f"module.encoder.{k}": v for k, v in chunked.items()}, "iter": 3}, tmp_path / kind)
+    assert warm_start(second, str(tmp_path / kind)) == []
+    assert equal(second.encoder, first.encoder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_registers": 0}, "register_tokens is missing"),
+        ({"depth": 1}, "blocks.1.norm1.weight is missing"),
+        ({"embed_dim": 24}, "has shape"),
+        ({"patch_size": 28}, r"patch_embed.proj.weight has shape \[48, 3, 28, 28\] instead of \[48, 3, 14, 14\]"),
+    ],
+)
+def test_another_architecture_is_named_and_nothing_changes(changes, words, tmp_path):
+    save_file(student(1, **changes).encoder.state_dict(), tmp_path / "encoder.safetensors")
+    second = student(2)
+    with pytest.raises(WarmStartError, match=words):
+        warm_start(second, str(tmp_path))
+    assert equal(second, student(2))
+
+
+def test_a_source_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(WarmStartError, match="that run has not ended"):
+        warm_start(student(1), str(tmp_path))
+    with pytest.raises(TeacherWeightsError, match="there is no checkpoint"):
+        warm_start(student(1), str(tmp_path / "nothing.pth"))
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    first = student(1)
+    first.encoder.cls_token.data[0, 0, 0] = torch.nan
+    save_file(first.encoder.state_dict(), tmp_path / "encoder.safetensors")
+    with pytest.raises(WarmStartError, match="cls_token has values that are not finite"):
+        warm_start(student(2), str(tmp_path))
+
+
+def test_a_run_starts_warm_and_goes_on_without_the_source(overrides, tmp_path):
+    """A resumed run takes its own checkpoint, not the source again, which may be gone by then."""
+    first = student(1, {"one": (24, ("cls", "patch")), "two": (32, ("patch",))})
+    source = tmp_path / "first.safetensors"
+    save_file(first.state_dict(), source)
+    cfg = compose_config([*overrides, "image_size=84", f"student_weights={source}", "train.seed=5"])
+    trainer = Trainer(cfg)
+    ours, theirs = trainer.engine.module.state_dict(), first.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs if key != "encoder.pos_embed")
+    batches = trainer.loader.batches(0)
+    trainer.train_step(next(batches))
+    trainer.train_step(next(batches))
+    trainer._save()
+    trainer.loader.close()
+    source.unlink()
+    again = Trainer(cfg)
+    assert again.step == 2
+    assert all(torch.equal(v, ours[k]) for k, v in again.engine.module.state_dict().items())
+    again.loader.close()

@@ -1,0 +1,250 @@
+"""Exports: every target round-trips through the library it is for, a wrong one fails and leaves nothing behind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dune_fast import cli
+from dune_fast.distill.standardization import TeacherStatistics
+from dune_fast.engine import checkpoints
+from dune_fast.engine.config import RunConfig
+from dune_fast.export import TARGETS, foreign, onnx_graph, published
+from dune_fast.export.check import LIMIT, ExportError, compare, encoder_outputs, random_images, sizes
+from dune_fast.export.run import export
+from dune_fast.load import load_encoder, load_model
+from dune_fast.nn.projectors import ProjectorConfig
+from dune_fast.nn.student import build_student
+from dune_fast.nn.vit import VisionTransformer, ViTConfig
+from teachers.architecture import random_vit_state
+from teachers.config import TeacherConfig
+
+TINY = ViTConfig(image_size=56, embed_dim=192, depth=12, num_heads=3)
+SMALL = replace(TINY, embed_dim=128, depth=2, num_heads=2)
+
+
+def write_run(folder: Path, encoder: ViTConfig, **projector) -> Path:
+    """A finished run with random weights of which every one matters (LayerScale near 0.3)."""
+    teachers = {
+        "one": TeacherConfig("conv_patchify", "random:1", num_features=24),
+        "two": TeacherConfig("conv_patchify", "random:2", num_features=40, token_types=["patch"]),
+    }
+    cfg = RunConfig(image_size=encoder.image_size, student=encoder, teachers=teachers)
+    cfg.projector = ProjectorConfig(**projector)
+    cfg.train.steps = 34
+    student = build_student(cfg.student, cfg.projector, cfg.teacher_features)
+    student.encoder.load_state_dict(random_vit_state(encoder, seed=3))
+    statistics = TeacherStatistics(cfg.teacher_features)
+    for _, _, normalizer in statistics.items():
+        torch.nn.init.normal_(normalizer.mean)
+        torch.nn.init.uniform_(normalizer.std, 0.5, 2.0)
+    folder.mkdir()
+    checkpoints.export(folder, cfg, student, statistics)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are computed faster by one thread, many times so beside other processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    """Two blocks."""
+    return write_run(tmp_path_factory.mktemp("runs") / "small", SMALL)
+
+
+@pytest.fixture(scope="session")
+def published_run(tmp_path_factory) -> Path:
+    """As the published container knows it: ViT-Ti/14 with four registers."""
+    return write_run(tmp_path_factory.mktemp("runs") / "tiny", TINY)
+
+
+def build(**changes) -> VisionTransformer:
+    cfg = replace(SMALL, **changes)
+    model = VisionTransformer(cfg)
+    model.load_state_dict(random_vit_state(cfg, seed=5))
+    return model.eval()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_round_trips(run, published_run, target, tmp_path):
+    if target == "hf":
+        pytest.importorskip("transformers")
+    done = export(published_run if target == "dune" else run, target, tmp_path / "out")
+    assert done.difference <= LIMIT / 10  # a correct mapping is far below the limit
+    assert {path.name for path in done.files} == {path.name for path in (tmp_path / "out").iterdir()}
+    assert done.every_size == (target in ("onnx", "safetensors", "dune"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing temporary is left
+
+
+def test_timm_loads_the_folder_by_name(run, tmp_path):
+    import timm
+
+    export(run, "timm", tmp_path)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = random_images(1, 56, 56)
+    with torch.no_grad():
+        ours = encoder_outputs(load_encoder(run), images)["tokens"]
+        torch.testing.assert_close(model.forward_features(images), ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_registers": 0}, {"num_registers": 1, "mlp_ratio": 3.0}, {"patch_size": 8, "layer_scale": None}]
+)
+@pytest.mark.parametrize("target", ["timm", "hf"])
+def test_other_architectures(target, changes, tmp_path):
+    if target == "hf":
+        pytest.importorskip("transformers")
+        changes = {**changes, "layer_scale": 0.1}
+    encoder = build(**changes)
+    getattr(foreign, f"write_{target}")(encoder, tmp_path)
+    reader = getattr(foreign, f"read_{target}")(tmp_path)
+    compare(reader, lambda images: encoder_outputs(encoder, images), sizes(encoder, native_only=True), target)
+
+
+def test_timm_agrees_at_every_size_where_positions_are_resized_alike(tmp_path):
+    encoder = build(interpolate_offset=0.0, interpolate_antialias=True)
+    assert foreign.resizes_alike(encoder.cfg) and not foreign.resizes_alike(build().cfg)
+    foreign.write_timm(encoder, tmp_path)
+    reference = lambda images: encoder_outputs(encoder, images)  # noqa: E731
+    compare(foreign.read_timm(tmp_path), reference, sizes(encoder, native_only=False), "timm")
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+def test_onnx_resizes_positions_as_we_do(offset, antialias, tmp_path):
+    encoder = build(interpolate_offset=offset, interpolate_antialias=antialias, num_registers=2 if offset else 0)
+    onnx_graph.write_onnx(encoder, tmp_path)
+    shapes = [(1, 56, 56), (4, 28, 98), (2, 14, 14), (1, 112, 56), (3, 70, 70)]
+    reference = lambda images: encoder_outputs(encoder, images)  # noqa: E731
+    assert compare(onnx_graph.read_onnx(tmp_path), reference, shapes, "onnx") < LIMIT / 10
+
+
+def test_onnx_without_layer_scale(tmp_path):
+    encoder = build(layer_scale=None)
+    onnx_graph.write_onnx(encoder, tmp_path)
+    reference = lambda images: encoder_outputs(encoder, images)  # noqa: E731
+    compare(onnx_graph.read_onnx(tmp_path), reference, sizes(encoder, native_only=False), "onnx")
+
+
+def test_the_published_container_has_the_published_names(published_run, tmp_path):
+    export(published_run, "dune", tmp_path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(tmp_path / "dune.pth", weights_only=True)
+    state = content["model"]
+    assert content["iter"] == 34 and content["args"].teachers == ["one", "two"]
+    assert content["args"].enc_args == {"arch": "vit_tiny"} and content["args"].image_size == 56
+    assert "encoder.blocks.0.11.attn.qkv.weight" in state and not state["encoder.mask_token"].any()
+    assert "projectors.two.blocks.0.norm1.weight" in state and "teacher_norms.one.normalizers.cls.std" in state
+    back = load_model(tmp_path / "dune.pth")
+    for key, value in load_model(published_run).state_dict().items():
+        assert torch.equal(value, back.state_dict()[key]), key
+
+
+def swapped(state: dict[str, torch.Tensor], one: str, other: str) -> dict[str, torch.Tensor]:
+    """Two tensors of equal shape under each other's name: it loads strictly and computes something else."""
+    return {**state, one: state[other], other: state[one]}
+
+
+@pytest.mark.parametrize(
+    ("target", "owner", "function", "pair"),
+    [
+        ("timm", foreign, "timm_state", ("blocks.1.norm1.weight", "blocks.1.norm1.bias")),
+        (
+            "hf",
+            foreign,
+            "hf_state",
+            ("encoder.layer.1.attention.attention.query.weight", "encoder.layer.1.attention.attention.value.weight"),
+        ),
+        (
+            "dune",
+            published,
+            "published_state",
+            ("teacher_norms.one.normalizers.cls.mean", "teacher_norms.one.normalizers.cls.std"),
+        ),
+    ],
+)
+def test_a_wrong_mapping_fails_and_removes_what_it_wrote(
+    run, published_run, target, owner, function, pair, tmp_path, monkeypatch
+):
+    if target == "hf":
+        pytest.importorskip("transformers")
+    right = getattr(owner, function)
+    monkeypatch.setattr(owner, function, lambda model: swapped(right(model), *pair))
+    with pytest.raises(ExportError, match=f"the {target} export is wrong and was removed: .* differs by"):
+        export(published_run if target == "dune" else run, target, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_graph_fails(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_graph, "_CUBIC", -0.5)  # right at the native size, wrong at every other
+    with pytest.raises(ExportError, match="the onnx export is wrong"):
+        export(run, "onnx", tmp_path / "out")
+
+
+def test_a_missing_tensor_is_named_and_an_earlier_export_stays(run, tmp_path, monkeypatch):
+    export(run, "timm", tmp_path)
+    before = (tmp_path / foreign.WEIGHTS).read_bytes()
+    right = foreign.timm_state
+    monkeypatch.setattr(foreign, "timm_state", lambda e: {k: v for k, v in right(e).items() if k != "norm.bias"})
+    with pytest.raises(ExportError, match="timm does not take[\\s\\S]*norm.bias"):
+        export(run, "timm", tmp_path)
+    assert (tmp_path / foreign.WEIGHTS).read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "words"),
+    [
+        ("hf", {"layer_scale": None}, "always has LayerScale"),
+        ("timm", {"mlp": "swiglu"}, "gated MLPs"),
+        ("onnx", {"mlp": "swiglu"}, "GELU's MLP alone"),
+        ("hf", {"pos_embed": "rope2d", "cls_token": False, "num_registers": 0}, "rotary"),
+        ("timm", {"final_norm": False}, "final norm"),
+    ],
+)
+def test_what_a_target_cannot_express_is_refused(target, changes, words, tmp_path):
+    write = onnx_graph.write_onnx if target == "onnx" else getattr(foreign, f"write_{target}")
+    with pytest.raises(ExportError, match=words):
+        write(build(**changes), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "projector", "words"),
+    [
+        (SMALL, {}, "one of the encoders vit_tiny"),
+        (TINY, {"kind": "sp", "hidden_dim": 32}, "transformer projectors"),
+        (replace(TINY, interpolate_offset=0.0), {}, "offset 0.1"),
+    ],
+)
+def test_the_published_container_refuses_other_models(encoder, projector, words, tmp_path):
+    with pytest.raises(ExportError, match=words):
+        export(write_run(tmp_path / "run", encoder, **projector), "dune")
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_command_line(run, tmp_path, caplog):
+    assert cli.main(["export", str(run), "--to", "safetensors", "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "encoder.safetensors").is_file()
+    assert cli.main(["export", str(run), "--to", "tflite"]) == 2
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match="is a file"):
+        export(run, "timm", tmp_path / "file")
+    with pytest.raises(ExportError, match="timm, hf, onnx, safetensors, dune"):
+        export(run, "tflite")
+
+
+def test_timm_configuration_says_how_images_are_normalised(tmp_path):
+    foreign.write_timm(build(), tmp_path)
+    config = json.loads((tmp_path / foreign.CONFIG).read_text())
+    assert config["pretrained_cfg"]["mean"] == [0.485, 0.456, 0.406]
+    assert config["architecture"] == "vit_small_patch14_reg4_dinov2"
