@@ -15,6 +15,7 @@ import queue
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +71,7 @@ class Plan:
     colour: ColourParams | None
 
 
-class ImageLoader:
+class ImageLoader(ABC):
     """What training and validation share: planning a step is the subclass's part, `_plan`.
 
     Args:
@@ -135,9 +136,9 @@ class ImageLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @abstractmethod
     def _plan(self, step: int) -> Plan | None:
         """The plan of one step, None after the last one. A pure function of the step and of which images are broken."""
-        raise NotImplementedError
 
     def _iterate(self, start: int) -> Iterator[Batch]:
         stream = self._consume(start)
