@@ -3,10 +3,12 @@
     mean_c = sum_r x[r, c] / R,   m2_c = sum_r (x[r, c] - mean_c)^2
 
 One pass over x, two launches. A program takes one split of the rows, for some channels, and sums d and d^2 with
-d = x - shift, shift being the mean of the split's first tile of rows. So a channel whose mean is far from zero keeps
-its variance: d is as small as the spread. And outliers in the first tile cost little: r rows that are off by e put
-r e^2 into m2 themselves, which bounds what cancels in sum d^2 - (sum d)^2 / n to n / r times m2. The second launch
-merges the splits (Chan, Golub and LeVeque, 1979) in the order of their index: no atomics, the same bits every time.
+d = x - shift, shift being the mean of the split's first tile of rows, or 0 if that lies within the tile's spread. So a
+channel whose mean is far from zero keeps its variance: d is as small as the spread. And outliers in the first tile cost
+little: r rows that are off by e put r e^2 into m2 themselves, which bounds what cancels in sum d^2 - (sum d)^2 / n to
+n / r times m2. What a split has summed is added up in float64, and so are the splits by the second launch (Chan, Golub
+and LeVeque, 1979), in the order of their index: a mean near zero, the small rest of large sums, stays right, and there
+are no atomics, so the same bits come out every time.
 
 Minimal bytes moved: read x once, R * C elements. Shapes: x [..., C] -> mean, m2 float32 [C].
 Teachers are not batched into one launch: their pointers, types and widths differ, which would cost the aligned 16-byte
@@ -53,7 +55,7 @@ def _split_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """partial [splits, 3, C]: shift, mean of d and m2 of each split."""
+    """partial float64 [splits, 2, C]: mean and m2 of each split."""
     split = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     first = split * split_rows
@@ -61,7 +63,10 @@ def _split_kernel(
     rows = first + tl.arange(0, BLOCK_R)
 
     value, valid = _load_tile(x, rows, columns, end, CHANNELS, PERIOD, outer_stride, inner_stride)
-    shift = tl.sum(value, 0) / tl.minimum(end - first, BLOCK_R).to(tl.float32)
+    tile = tl.minimum(end - first, BLOCK_R).to(tl.float32)
+    shift = tl.sum(value, 0) / tile
+    # a mean within the spread costs squares about zero one bit, but a shift would round every x - shift
+    shift = tl.where(tl.sum(value * value, 0) > 2 * tile * shift * shift, 0.0, shift)
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     square = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for offset in range(0, split_rows, BLOCK_R):  # reads the first tile once more, from a cache
@@ -70,23 +75,14 @@ def _split_kernel(
         total += d
         square += d * d
 
-    n = (end - first).to(tl.float32)
-    delta = tl.sum(total, 0) / n
-    m2 = tl.maximum(tl.sum(square, 0) - n * delta * delta, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    out = partial + split * 3 * CHANNELS + columns
-    tl.store(out, shift, mask=columns < CHANNELS)
-    tl.store(out + CHANNELS, delta, mask=columns < CHANNELS)
-    tl.store(out + 2 * CHANNELS, m2, mask=columns < CHANNELS)
-
-
-@jit
-def _load_splits(partial, origin, split, columns, count, splits, split_rows, CHANNELS: tl.constexpr):
-    """Rows n of some splits, their means about the origin and their m2; 0 where there is no split."""
-    valid = (split < splits)[:, None] & (columns < CHANNELS)[None, :]
-    at = partial + split[:, None] * 3 * CHANNELS + columns[None, :]
-    mean = tl.load(at, mask=valid, other=0.0) - origin[None, :] + tl.load(at + CHANNELS, mask=valid, other=0.0)
-    n = tl.where(valid, tl.minimum(count - split * split_rows, split_rows).to(tl.float32)[:, None], 0.0)
-    return n, mean, tl.load(at + 2 * CHANNELS, mask=valid, other=0.0)
+    # float64 from here on, a few operations for each value that a thread has summed in its loop
+    n = (end - first).to(tl.float64)
+    delta = tl.sum(total.to(tl.float64), 0) / n
+    m2 = tl.sum(square.to(tl.float64), 0) - n * delta * delta
+    out = partial + split * 2 * CHANNELS + columns
+    tl.store(out, shift.to(tl.float64) + delta, mask=columns < CHANNELS)
+    m2 = tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out + CHANNELS, m2, mask=columns < CHANNELS)
 
 
 @jit(do_not_specialize=["count", "splits"])
@@ -101,37 +97,34 @@ def _merge_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """mean and m2 [C] of all rows; the splits in the order of their index, BLOCK_S at a time."""
+    """mean and m2 [C] of all rows; the splits in the order of their index, BLOCK_S at a time, about the first's mean."""
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     origin = tl.load(partial + columns, mask=columns < CHANNELS, other=0.0)
-    total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    total = tl.zeros([BLOCK_S, BLOCK_C], tl.float64)
+    square = tl.zeros([BLOCK_S, BLOCK_C], tl.float64)
     for first in range(0, splits, BLOCK_S):
         split = first + tl.arange(0, BLOCK_S)
-        n, split_mean, split_m2 = _load_splits(partial, origin, split, columns, count, splits, split_rows, CHANNELS)
-        total += n * split_mean
-    delta = tl.sum(total, 0) / count.to(tl.float32)
-    rest = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-    square = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-    for first in range(0, splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        n, split_mean, split_m2 = _load_splits(partial, origin, split, columns, count, splits, split_rows, CHANNELS)
-        away = split_mean - delta[None, :]
-        rest += n * away
-        square += split_m2 + n * away * away
-    # a mean near zero is the small difference of origin and delta: what delta lost in rounding counts there
-    exact = origin + delta + tl.sum(rest, 0) / count.to(tl.float32)
-    tl.store(mean + columns, exact, mask=columns < CHANNELS)
-    tl.store(m2 + columns, tl.sum(square, 0), mask=columns < CHANNELS)
+        valid = (split < splits)[:, None] & (columns < CHANNELS)[None, :]
+        at = partial + split[:, None] * 2 * CHANNELS + columns[None, :]
+        n = tl.minimum(count - split * split_rows, split_rows).to(tl.float64)[:, None]
+        away = tl.where(valid, tl.load(at, mask=valid, other=0.0) - origin[None, :], 0.0)
+        total += n * away
+        square += tl.load(at + CHANNELS, mask=valid, other=0.0) + n * away * away
+    n = count.to(tl.float64)
+    delta = tl.sum(total, 0) / n
+    rest = tl.maximum(tl.sum(square, 0) - n * delta * delta, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(mean + columns, (origin + delta).to(tl.float32), mask=columns < CHANNELS)
+    tl.store(m2 + columns, rest.to(tl.float32), mask=columns < CHANNELS)
 
 
 _REASON = (
     "not yet measured: reasoned for sm_90 from 16 values a thread (two 16-byte loads in flight, 32 accumulators) and "
-    "the 8 programs a multiprocessor that 64 registers allow, which keep 32 KiB in flight where 18 would do"
+    "the 6 programs a multiprocessor that 80 registers allow, which keep 24 KiB in flight where 18 would do"
 )
 _TABLE = {
     "default": [
-        Launch(192, {"BLOCK_R": 32, "BLOCK_C": 64, "PROGRAMS": 8, "num_warps": 4}, _REASON),
-        Launch(1 << 30, {"BLOCK_R": 16, "BLOCK_C": 128, "PROGRAMS": 8, "num_warps": 4}, _REASON),
+        Launch(192, {"BLOCK_R": 32, "BLOCK_C": 64, "PROGRAMS": 6, "num_warps": 4, "maxnreg": 80}, _REASON),
+        Launch(1 << 30, {"BLOCK_R": 16, "BLOCK_C": 128, "PROGRAMS": 6, "num_warps": 4, "maxnreg": 80}, _REASON),
     ]
 }
 
@@ -145,7 +138,7 @@ def _moments_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     split_rows = -(-rows.count // (splits * block_rows)) * block_rows
     splits = -(-rows.count // split_rows)
 
-    partial = torch.empty(splits, 3, channels, dtype=torch.float32, device=x.device)
+    partial = torch.empty(splits, 2, channels, dtype=torch.float64, device=x.device)
     mean, m2 = _moments_fake(x)
     launch(
         _split_kernel,
@@ -170,7 +163,7 @@ def _moments_triton(x: Tensor) -> tuple[Tensor, Tensor]:
         splits,
         split_rows,
         CHANNELS=channels,
-        BLOCK_S=64,
+        BLOCK_S=32,
         BLOCK_C=32,
         num_warps=4,
     )

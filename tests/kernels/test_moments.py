@@ -39,18 +39,14 @@ def assert_right(x: Tensor, fused, no_worse) -> None:
 @pytest.mark.parametrize("shape", [(3, 7), (1, 5), (2, 33, 192), (300, 1), (70, 70), (4, 1, 9)])
 def test_shapes(shape, dtype, device, fused, no_worse):
     torch.manual_seed(0)
-    # about 0.3: the mean of one channel about 0 cancels to little, and rounding is relative to the spread
-    assert_right((torch.randn(shape, device=device) + 0.3).to(dtype), fused, no_worse)
+    assert_right(torch.randn(shape, device=device).to(dtype), fused, no_worse)
 
 
-@pytest.mark.parametrize("seed", [33, 34, 35])
-def test_a_channel_about_zero_is_exact_to_its_spread(seed, device, fused):
-    """Known limit: with seed 34 the mean is 0.007, and its relative error 1.9e-6 is above what `no_worse` allows."""
+@pytest.mark.parametrize("seed", range(30, 40))
+def test_a_mean_about_zero_is_exact(seed, device, fused, no_worse):
+    """Sums of 300 numbers that cancel to 0.007 (seed 34) lost too much when float32 added them up."""
     torch.manual_seed(seed)
-    x = torch.randn(300, 1, device=device)
-    with fused():
-        mean, _ = moments(x)
-    assert (mean.double() - x.double().mean(0)).abs() <= 3e-8 * x.double().std(0)
+    assert_right(torch.randn(300, 1, device=device), fused, no_worse)
 
 
 @pytest.mark.parametrize("kind", KINDS)
