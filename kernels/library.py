@@ -89,6 +89,17 @@ def interpreted() -> Iterator[None]:
         _interpreted = before
 
 
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+    """For counting operations: inside, fake CPU tensors, which have no data, take the paths of a GPU."""
+    global _interpreted
+    before, _interpreted = _interpreted, True
+    try:
+        yield
+    finally:
+        _interpreted = before
+
+
 def describe(**tensors: Tensor | None) -> str:
     """ "student bfloat16 [2, 3] on cuda:0, ..." for error messages."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}

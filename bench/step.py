@@ -1,0 +1,230 @@
+"""Measures the whole training step as a user runs it against plain PyTorch: `python -m bench.step`.
+
+Random weights, synthetic images that are on the device already. All variants are built in one process and take turns,
+a few steps each, so that clocks and neighbours hit them alike; medians over the steps of all rounds. Then each runs
+once under the profiler (launches, gaps, longest kernels), once under CUDA's sync debug mode and once for its peak
+memory. The matrix rate that the step's arithmetic is compared with is measured in the same run.
+
+`--count` counts operations, host reads and bytes without a GPU: see `bench.step_count`. `--curve STEPS` trains every
+variant on the same images and compares its losses with the eager one's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.kernels import RESULTS, folder_name, versions
+from bench.step_count import count_step
+from bench.step_meter import PartTimer, host_syncs, matrix_rate, peak_memory, profile
+from bench.step_results import Measured, merge_results, plot_parts
+from bench.step_variants import VARIANTS, Step, SyntheticImages, Variant, build, synthetic_config
+from dune_fast.engine.config import RunConfig, compose_config
+from dune_fast.engine.deepspeed_engine import init_distributed
+from dune_fast.engine.devices import autocast_dtype, device_name
+from dune_fast.engine.flops import run_flops
+from kernels.fp8 import E4M3
+
+TURN = 5
+"""Steps that a variant runs before it is the next one's turn."""
+CURVE_LIMITS = {"ours": 0.005, "ours+fp8": 0.02}
+"""Mean relative difference of the losses from the eager step's; routing trains on other losses and has none."""
+
+
+def chosen(names: Sequence[str]) -> list[Variant]:
+    """Variants by name, all if none is given; ValueError for others."""
+    known = {variant.name: variant for variant in VARIANTS}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"there is no variant {', '.join(unknown)}; choose from {', '.join(known)}")
+    return [known[name] for name in names] if names else list(VARIANTS)
+
+
+class Bench:
+    """One experiment on one device: variants, images, meters."""
+
+    def __init__(self, cfg: RunConfig, batch: int, device: torch.device, steps: int, console: Console) -> None:
+        self.cfg, self.batch, self.steps = synthetic_config(cfg), batch, steps
+        self.device, self.console = device, console
+        self.dtype = autocast_dtype(cfg.train.precision, device)
+        self.flops = run_flops(self.cfg)
+        self.images = SyntheticImages(batch, cfg.image_size, device)
+        self.on_gpu = device.type == "cuda"
+
+    def build(self, variant: Variant, timer: PartTimer | None = None) -> Step:
+        """A variant's step, with this bench's sizes."""
+        surround = timer or (lambda part: nullcontext())
+        return build(self.cfg, variant, self.batch, self.steps, self.device, self.dtype, surround)
+
+    def measure(self, variants: Sequence[Variant], warm_up: int) -> list[Measured]:
+        """Times the variants in turns, then looks at each on its own."""
+        timer = PartTimer(self.device)
+        running: dict[str, tuple[Step, int]] = {}
+        for variant in variants:
+            before = torch.cuda.memory_allocated() if self.on_gpu else 0
+            step = self.build(variant, timer)
+            self.console.print(f"{variant.name}: {variant.about}")
+            for i in range(warm_up):
+                step(self.images[i], i)
+            held = (torch.cuda.memory_allocated() if self.on_gpu else 0) - before
+            running[variant.name] = step, held
+            timer.collect()
+        spans: dict[str, list[list[tuple[str, float]]]] = {variant.name: [] for variant in variants}
+        for first in range(warm_up, self.steps - TURN + 1, TURN):
+            for name, (step, _) in running.items():
+                for i in range(first, first + TURN):
+                    with timer("step"):
+                        step(self.images[i], i)
+                spans[name] += split_steps(timer.collect())
+        rate = matrix_rate(self.device, self.dtype or torch.float32, 8192 if self.on_gpu else 1024)
+        rate_fp8 = matrix_rate(self.device, E4M3) if self.on_gpu and "ours+fp8" in spans else None
+        results = []
+        for variant in variants:
+            step, held = running[variant.name]
+            result = Measured.from_spans(variant.name, self.batch, spans[variant.name], self.flops, rate, rate_fp8)
+            if self.on_gpu:
+
+                def once(step: Step = step) -> None:
+                    step(self.images[self.steps - 1], self.steps - 1)
+
+                result.peak_bytes = peak_memory(once, held)
+                result.host_syncs = host_syncs(once)
+                result.add_profile(profile(once))
+            results.append(result)
+        return results
+
+    def curve(self, variants: Sequence[Variant]) -> dict[str, list[float]]:
+        """variant -> the loss of every step, each trained on its own from the same start."""
+        losses = {}
+        for variant in variants:
+            step = self.build(variant)
+            values = [step(self.images[i], i) for i in range(self.steps)]
+            losses[variant.name] = torch.stack([value.float().cpu() for value in values]).tolist()
+            self.console.print(f"{variant.name}: loss {losses[variant.name][0]:.5f} -> {losses[variant.name][-1]:.5f}")
+            del step
+            if self.on_gpu:
+                torch.cuda.empty_cache()
+        return losses
+
+
+def split_steps(spans: Sequence[tuple[str, float]]) -> list[list[tuple[str, float]]]:
+    """The spans of several steps, in order: a span called "step" ends each."""
+    steps: list[list[tuple[str, float]]] = [[]]
+    for span in spans:
+        steps[-1].append(span)
+        if span[0] == "step":
+            steps.append([])
+    assert not steps.pop(), "spans after the last step"
+    return steps
+
+
+def relative_difference(losses: Sequence[float], reference: Sequence[float]) -> float:
+    """Mean over steps of |a - b| / b."""
+    return sum(abs(a - b) / b for a, b in zip(losses, reference, strict=True)) / len(reference)
+
+
+def compare_curves(losses: dict[str, list[float]], console: Console) -> int:
+    """Prints how far each variant's losses are from the eager ones; 1 if one is beyond its limit."""
+    status = 0
+    for name, limit in CURVE_LIMITS.items():
+        if name in losses:
+            difference = relative_difference(losses[name], losses["eager"])
+            good = difference < limit
+            status |= not good
+            console.print(
+                f"{name}: mean relative difference of {len(losses[name])} losses from eager {difference:.2%} "
+                f"(limit {limit:.1%}) {'ok' if good else 'FAIL'}"
+            )
+    return status
+
+
+def table(results: Sequence[Measured]) -> Table:
+    """One line a variant."""
+    columns = ("variant", "ms a step", "images/s", "TFLOP/s", "of matrix rate", "peak GiB", "syncs", "launches", "gaps")
+    lines = Table(*columns, box=None)
+    for r in results:
+        lines.add_row(
+            r.variant, f"{r.median_ms:.1f} ({r.p20_ms:.1f} to {r.p80_ms:.1f})", f"{r.images_per_second:.1f}",
+            _shown(r.tflops, ".0f"), _shown(r.share_of_matrix_rate, ".1%"),
+            _shown(r.peak_bytes and r.peak_bytes / 2**30, ".1f"), _shown(r.host_syncs, "d"), _shown(r.launches, "d"),
+            _shown(r.gap_share, ".1%"),
+        )  # fmt: skip
+    return lines
+
+
+def _shown(value: float | int | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def count(cfg: RunConfig, batch: int, variants: Sequence[Variant], console: Console) -> int:
+    """Prints what a step of every variant would launch, read and hold; the exit status."""
+    lines = Table("variant", "operations", "host reads", "held GiB", "peak GiB", "operations by part", box=None)
+    for variant in variants:
+        if variant.compile:
+            continue  # what a compiler makes of it is not known before it has run
+        result = count_step(synthetic_config(cfg), variant, batch, torch.bfloat16)
+        parts = ", ".join(f"{part} {number}" for part, number in result.operations.most_common())
+        total = sum(result.operations.values())
+        held, peak = (f"{value / 2**30:.1f}" for value in (result.held_bytes, result.peak_bytes))
+        lines.add_row(variant.name, str(total), str(result.host_reads), held, peak, parts)
+    console.print(lines)
+    return 0
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Returns the exit status."""
+    variants = chosen(args.only)
+    device = init_distributed()
+    cfg = compose_config([f"experiment={args.experiment}", *args.overrides])
+    if args.count:
+        return count(cfg, args.batch, variants, console)
+    if args.curve:
+        needed = [v for v in variants if v.name in ("eager", *CURVE_LIMITS)]
+        return compare_curves(Bench(cfg, args.batch, device, args.curve, console).curve(needed), console)
+    steps = args.warm_up + -(-args.steps // TURN) * TURN
+    results = Bench(cfg, args.batch, device, steps, console).measure(variants, args.warm_up)
+    console.print(table(results))
+    name = device_name(device)
+    folder = args.output / folder_name(name)
+    everything = merge_results(folder / "step.json", args.experiment, name, versions(), results)
+    plot_parts(folder / f"step_{args.experiment}.png", args.experiment, everything)
+    console.print(f"written to {folder}")
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.split("\n\n")[0])
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="Hydra overrides, for all variants")
+    parser.add_argument("--experiment", default="dune_336", help="recipe in configs/experiment (default: dune_336)")
+    parser.add_argument("--batch", type=int, default=128, help="images a step (default: 128)")
+    parser.add_argument("--steps", type=int, default=30, help="measured steps of each variant (default: 30)")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps before (default: 5)")
+    names = ", ".join(variant.name for variant in VARIANTS)
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), default=[], help=f"comma-separated variants, of {names}"
+    )
+    parser.add_argument("--curve", type=int, metavar="STEPS", help="compare the losses of this many steps instead")
+    parser.add_argument("--count", action="store_true", help="count operations, host reads and bytes, without a GPU")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="results go to a folder of the device in here")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    console = Console(highlight=False, width=160, soft_wrap=True)
+    try:
+        return run(parse(argv), console)
+    except ValueError as error:
+        console.print(str(error))
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Results of `python -m bench.step`: one JSON file a device, and a bar of parts for every variant."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+
+from bench.step_meter import Profile
+from dune_fast.engine.flops import Flops
+
+EVERYTHING_ELSE = "everything else"
+
+
+@dataclass
+class Measured:
+    """One variant of the step of one experiment."""
+
+    variant: str
+    batch: int
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    parts_ms: dict[str, float]
+    """Median of every part; they add up to about the step."""
+    images_per_second: float
+    tflops: float | None = None
+    """Arithmetic of the whole step, every teacher on every image, over its time; None if a teacher's is unknown."""
+    matrix_tflops: float | None = None
+    """What a large matrix product in the type of the student's reached in the same run."""
+    matrix_tflops_fp8: float | None = None
+    peak_bytes: int | None = None
+    host_syncs: int | None = None
+    kernels: int | None = None
+    launches: int | None = None
+    gap_share: float | None = None
+    top_kernels: list[tuple[str, int, float]] = field(default_factory=list)
+    """(name, calls, milliseconds)."""
+
+    @classmethod
+    def from_spans(
+        cls, variant: str, batch: int, spans: Sequence[Sequence[tuple[str, float]]], flops: Flops,
+        matrix_tflops: float, matrix_tflops_fp8: float | None = None,
+    ) -> Measured:  # fmt: skip
+        """From the (part, milliseconds) of every step; the part "step" is the whole."""
+        steps = [dict_of_sums(step) for step in spans]
+        times = [step["step"] for step in steps]
+        middle = median(times)
+        names = dict.fromkeys(name for step in steps for name in step if name not in ("step", "forward"))
+        parts = {name: median(step.get(name, 0.0) for step in steps) for name in names}
+        if any("forward" in step for step in steps):  # what of it no part claims is standardization, loss and dropping
+            inner = sum(value for name, value in parts.items() if name.startswith(("teacher", "student")))
+            parts["loss"] = max(0.0, median(step["forward"] for step in steps) - inner)
+        parts[EVERYTHING_ELSE] = max(0.0, middle - sum(parts.values()))
+        cuts = quantiles(times, n=5) if len(times) > 1 else [middle] * 4
+        rate = None if flops.training is None else flops.training * batch / middle / 1e9
+        return cls(
+            variant, batch, middle, cuts[0], cuts[-1], parts, batch / middle * 1e3, rate, matrix_tflops,
+            matrix_tflops_fp8,
+        )  # fmt: skip
+
+    @property
+    def share_of_matrix_rate(self) -> float | None:
+        """Arithmetic rate over what a matrix product reached in the same run."""
+        return self.tflops / self.matrix_tflops if self.tflops is not None and self.matrix_tflops else None
+
+    def add_profile(self, profile: Profile) -> None:
+        """Takes over what the profiler saw."""
+        self.kernels, self.launches = profile.kernels, profile.launches
+        self.gap_share, self.top_kernels = profile.gap_share, profile.top
+
+
+def dict_of_sums(spans: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Parts that occur several times in a step, added up."""
+    sums: dict[str, float] = {}
+    for name, milliseconds in spans:
+        sums[name] = sums.get(name, 0.0) + milliseconds
+    return sums
+
+
+def read_results(path: Path) -> dict:
+    """{"device", "versions", "experiments": {name: {variant: fields of `Measured`}}}; empty if there is no file."""
+    return json.loads(path.read_text()) if path.exists() else {"experiments": {}}
+
+
+def merge_results(
+    path: Path, experiment: str, device: str, versions: str, results: Sequence[Measured]
+) -> list[Measured]:
+    """Writes results in the place of older ones of the same experiment and variant; returns the experiment's."""
+    content = read_results(path) | {"device": device}
+    lines = content["experiments"].setdefault(experiment, {})
+    for result in results:
+        lines[result.variant] = asdict(result) | {"versions": versions}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return [Measured(**{k: v for k, v in line.items() if k != "versions"}) for line in lines.values()]
+
+
+def plot_parts(path: Path, experiment: str, results: Sequence[Measured]) -> None:
+    """Stacked bars: milliseconds of every part, a bar a variant."""
+    from matplotlib.figure import Figure
+
+    names = dict.fromkeys(name for result in results for name in result.parts_ms)
+    figure = Figure(figsize=(11, 1.6 + 0.6 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    at = [0.0] * len(results)
+    for name in names:
+        widths = [result.parts_ms.get(name, 0.0) for result in results]
+        axes.barh(range(len(results)), widths, left=at, label=name)
+        at = [left + width for left, width in zip(at, widths, strict=True)]
+    for i, result in enumerate(results):
+        axes.text(at[i], i, f" {result.images_per_second:.0f} images/s", va="center")
+    axes.set_yticks(range(len(results)), [result.variant for result in results])
+    axes.invert_yaxis()
+    title = f"{experiment}, {results[0].batch} images a step"
+    axes.set(xlabel="milliseconds a step", title=title, xlim=(0, 1.15 * max(at)))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=4, frameon=False)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,171 @@
+"""bench.step on a CPU: the eager baseline computes what ours computes, and the measurement adds up."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bench import step as module
+from bench.step import Bench, chosen, relative_difference, split_steps
+from bench.step_count import Meter, count_step
+from bench.step_meter import PartTimer, matrix_rate, merged_length
+from bench.step_results import EVERYTHING_ELSE, Measured, merge_results
+from bench.step_variants import VARIANTS, SyntheticImages
+from dune_fast.engine.config import RunConfig, TrainConfig
+from dune_fast.engine.deepspeed_engine import init_distributed
+from dune_fast.engine.flops import Flops
+from dune_fast.nn.vit import ViTConfig
+from teachers.config import TeacherConfig
+
+CPU = torch.device("cpu")
+HALF = [0.5, 0.5, 0.5]
+
+
+def config() -> RunConfig:
+    """Three ViT teachers of the published families, as small as published sizes are."""
+    return RunConfig(
+        image_size=56,
+        student=ViTConfig(image_size=56, embed_dim=48, depth=2, num_heads=3),
+        teachers={
+            "dinov2": TeacherConfig("dinov2", "random:1", 14, 192, image_size=56, num_registers=4),
+            "mast3r": TeacherConfig("mast3r", "random:2", 16, 192, ["patch"], mean=HALF, std=HALF, groups=["3d"]),
+            "multihmr": TeacherConfig("multihmr", "random:3", 14, 192, ["patch"], image_size=56, groups=["human"]),
+        },
+        train=TrainConfig(precision="fp32"),
+    )
+
+
+class Quiet:
+    def print(self, *lines: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def curves() -> dict[str, list[float]]:
+    """Losses of a few steps of the eager step, ours, and ours with FP8 teachers."""
+    device = init_distributed()
+    bench = Bench(config(), 6, device, 8, Quiet())
+    return bench.curve(chosen(["eager", "ours", "ours+fp8"]))
+
+
+def test_eager_and_ours_train_alike(curves):
+    """The same losses step by step, in float32: kernels, fused chain and device-side dropping change nothing."""
+    assert relative_difference(curves["ours"], curves["eager"]) < 1e-4
+    assert curves["ours"][-1] != curves["ours"][0]
+
+
+def test_fp8_teachers_stay_within_the_limit(curves):
+    difference = relative_difference(curves["ours+fp8"], curves["eager"])
+    assert 1e-6 < difference < module.CURVE_LIMITS["ours+fp8"]
+
+
+def test_measures_parts_that_add_up(tmp_path):
+    device = init_distributed()
+    results = Bench(config(), 3, device, 6, Quiet()).measure(chosen(["eager", "ours"]), warm_up=1)
+    for result in results:
+        assert {"student forward", "backward", "optimizer", "loss", "teacher dinov2"} <= set(result.parts_ms)
+        assert sum(result.parts_ms.values()) == pytest.approx(result.median_ms, rel=0.2)
+        assert result.images_per_second == pytest.approx(3e3 / result.median_ms)
+        assert 0 < result.share_of_matrix_rate < 1.5
+    path = tmp_path / "step.json"
+    merge_results(path, "small", "cpu", "torch", results)
+    merged = merge_results(path, "small", "cpu", "torch", results[1:])
+    assert [result.variant for result in merged] == ["eager", "ours"] and merged[0] == results[0]
+    assert json.loads(path.read_text())["experiments"]["small"]["ours"]["versions"] == "torch"
+    module.plot_parts(tmp_path / "step.png", "small", merged)
+    assert (tmp_path / "step.png").stat().st_size > 10_000
+
+
+def test_every_variant_runs_on_images_that_differ():
+    images = SyntheticImages(3, 56, CPU)
+    first, groups, positions = images[1]
+    assert groups.tolist() == [0, 1, 2] and positions.tolist() == [3, 4, 5]
+    assert first.isfinite().all() and not torch.equal(first, images[2][0])
+    assert 0.5 < first.std() < 2
+
+
+def test_the_routing_variant_trains():
+    device = init_distributed()
+    losses = Bench(config(), 3, device, 2, Quiet()).curve(chosen(["ours+routing"]))["ours+routing"]
+    assert all(0 < loss < 10 for loss in losses)
+
+
+def test_parts_of_a_step_are_told_apart():
+    spans = [("teacher a", 2.0), ("forward", 5.0), ("step", 9.0), ("teacher a", 4.0), ("forward", 7.0), ("step", 11.0)]
+    steps = split_steps(spans)
+    assert [len(step) for step in steps] == [3, 3]
+    result = Measured.from_spans("ours", 10, steps, Flops(10**9, 10**9, {"a": 4 * 10**9}), 100.0)
+    assert result.parts_ms == {"teacher a": 3.0, "loss": 3.0, EVERYTHING_ELSE: 4.0}
+    assert result.tflops == pytest.approx(10 * 10e9 / 10e-3 / 1e12)
+
+
+def test_gaps_are_what_no_kernel_covers():
+    assert merged_length([(0, 2), (1, 3), (5, 6), (5.5, 5.7)]) == 4
+    assert merged_length([]) == 0
+
+
+def test_the_matrix_rate_is_of_this_device():
+    assert 1e-3 < matrix_rate(CPU, torch.float32, 256, 3) < 100
+
+
+def test_timer_forgets_what_it_has_told():
+    timer = PartTimer(CPU)
+    with timer("a"), timer("b"):
+        pass
+    assert [part for part, _ in timer.collect()] == ["b", "a"] and timer.collect() == []
+
+
+def test_bad_requests(capsys):
+    assert module.main(["--only", "fastest"]) == 2
+    assert "choose from eager" in capsys.readouterr().out
+    assert len(chosen([])) == len(VARIANTS)
+
+
+def test_the_baseline_says_what_it_cannot_run():
+    cfg = config()
+    cfg.teachers["xfeat"] = TeacherConfig("conv_patchify", "random:1", 14, 24)
+    with pytest.raises(ValueError, match="xfeat is of another family"):
+        Bench(cfg, 2, init_distributed(), 2, Quiet()).build(VARIANTS[0])
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_gpu():
+    from bench.step_meter import host_syncs
+
+    device = init_distributed()
+    bench = Bench(config(), 6, device, 4, Quiet())
+    step = bench.build(chosen(["ours"])[0])
+    step(bench.images[0], 0)
+    assert host_syncs(lambda: step(bench.images[1], 1)) == 0
+    eager = bench.build(chosen(["eager"])[0])
+    eager(bench.images[0], 0)
+    assert host_syncs(lambda: eager(bench.images[1], 1)) > 20
+
+
+def test_counts_without_running():
+    """Fused paths launch far less, and our step reads nothing where the published one reads every value."""
+    cfg, batch = config(), 6
+    eager, ours = (count_step(cfg, variant, batch, torch.bfloat16) for variant in chosen(["eager", "ours"]))
+    trained = 2 * 14 + 5 + 3 * (14 + 2)  # tensors of the blocks, of embedding and positions, of the projectors
+    values, metrics = batch * len(cfg.teachers) + 1, 3 * 4 + 1
+    assert (eager.host_reads, ours.host_reads) == (values + metrics + trained, 0)
+    assert sum(eager.operations.values()) > 2 * sum(ours.operations.values())
+    # 12 blocks: four products, attention, two norms, bias and GELU each; and what goes before and after them
+    assert 12 * 8 <= ours.operations["teacher multihmr"] <= 12 * 8 + 12
+    assert ours.held_bytes < eager.held_bytes and ours.peak_bytes < eager.peak_bytes
+
+
+def test_the_count_knows_how_much_is_alive():
+    meter = Meter("none")
+    with FakeTensorMode(), meter:
+        kept = torch.zeros(1000)
+        meter.start()
+        for _ in range(3):
+            dropped = kept + 1
+            view = dropped[:10]
+            del dropped, view
+    assert meter.count.held_bytes == 4000 and meter.count.peak_bytes == 8000
+    assert sum(meter.count.operations.values()) == 3
