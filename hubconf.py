@@ -5,6 +5,7 @@
 Without `weights`, `<name>.pth` is taken from the folder $DUNE_FAST_WEIGHTS (`weights` by default); where it is missing,
 the error says where to put it. `dune_*` are whole students (`model.projections(images)`), `dune_*_encoder` the encoders
 alone; `model(images)` gives the features of both. The spelling `dune_vitbase_14_448` of the published hub works too.
+UNIC has no entry point there: `dune_fast.load_encoder("unic")`.
 """
 
 from __future__ import annotations

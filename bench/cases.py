@@ -17,9 +17,10 @@ from dune_fast.distill.objective import coefficients, combine, teacher_losses
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.nn.projectors import LadderProjector, TransformerProjector
 from dune_fast.nn.vit import VisionTransformer, ViTConfig
-from dune_fast.released import encoder_keys, load_released
+from dune_fast.released import load_released
 from kernels.distill_loss import standardize
 from kernels.rope2d import rope2d_angles, rotate
+from teachers.dune import flat_blocks
 
 
 def run_encoder(case: Case) -> list[Check]:
@@ -32,7 +33,7 @@ def run_encoder(case: Case) -> list[Check]:
             interpolate_antialias=info["interpolate_antialias"],
         )
     )  # fmt: skip
-    encoder.load_state_dict(encoder_keys(case.under("state")))
+    encoder.load_state_dict(flat_blocks(case.under("state")))
     checks = []
     with torch.no_grad():
         for size in info["sizes"]:

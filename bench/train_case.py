@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,8 +19,8 @@ from dune_fast.engine.schedules import ema_momenta, learning_rates
 from dune_fast.nn.projectors import ProjectorConfig
 from dune_fast.nn.student import Student
 from dune_fast.nn.vit import ViTConfig
-from dune_fast.released import encoder_keys
 from teachers.config import TeacherConfig
+from teachers.dune import flat_blocks
 from teachers.ensemble import TeacherEnsemble
 
 
@@ -39,7 +40,7 @@ def train_case_student(case: Case) -> tuple[Student, TeacherStatistics]:
 
 def load_train_state(case: Case, moment: str, student: Student, statistics: TeacherStatistics) -> None:
     """Loads the weights and statistics of `moment`, "init" or "final"."""
-    state = encoder_keys(case.under(moment))
+    state = flat_blocks(case.under(moment))
     norms = {k.removeprefix("teacher_norms."): v for k, v in state.items() if k.startswith("teacher_norms.")}
     student.load_state_dict({k: v for k, v in state.items() if not k.startswith("teacher_norms.")})
     if norms:
@@ -59,46 +60,61 @@ def train_case_teachers(case: Case, folder: Path) -> TeacherEnsemble:
     return TeacherEnsemble(configs, case.info["student"]["patch_size"])
 
 
-def train_trajectory(
-    case: Case, zero_stage: int = 0, rank: int = 0, world_size: int = 1
-) -> tuple[dict[str, Tensor], Student, TeacherStatistics]:
+class Trajectory:
     """Trains as the case did, under DeepSpeed, each rank on its contiguous share of every batch.
 
-    Returns:
-        Per-step `loss`, `teacher_loss/<name>` (this rank's), `grad_norm_max`, `lr`, `ema_momentum`; the student; the
-        statistics.
+    Args:
+        case: of kind "train".
+        zero_stage: 0 to 3.
+        rank, world_size: of this process.
+        options: further arguments of `Engine`.
     """
-    info = case.info
-    init_distributed()
-    student, statistics = train_case_student(case)
-    objective = objective_of(info)
-    own, groups = batch_groups(info, objective)
-    batch = case["images"].shape[1]
-    share = slice(rank * batch // world_size, (rank + 1) * batch // world_size)
-    optimizer = OptimizerConfig(
-        betas=list(info["betas"]), eps=info["eps"], weight_decay=info["weight_decay"],
-        clip_per_parameter=info["clip_per_parameter_norm"],
-    )  # fmt: skip
-    engine = Engine(student, optimizer, batch // world_size, zero_stage)
-    lr = learning_rates(info["steps"], info["base_lr"], info["min_lr"], info["warmup_fraction"])
-    momenta = ema_momenta(info["steps"], info["ema_start"], info["ema_end"])
-    with tempfile.TemporaryDirectory() as folder:
-        teachers = train_case_teachers(case, Path(folder))
-    all_reduce = sum_over_ranks if world_size > 1 else None
-    step = DistillationStep(engine, teachers, statistics, own, objective, all_reduce=all_reduce)
-    series: dict[str, list[Tensor]] = {}
-    for i, images in enumerate(case["images"]):
-        positions = torch.arange(i * batch, (i + 1) * batch)[share]
-        loss, metrics = step(images[share], groups[share], positions, i, float(momenta[i]))
-        engine.backward(loss)
-        norms = engine.step(float(lr[i]))
-        series.setdefault("loss", []).append(loss.detach())
-        series.setdefault("grad_norm_max", []).append(norms.max())
-        for name in info["teachers"]:
-            series.setdefault(f"teacher_loss/{name}", []).append(metrics[f"loss/{name}"])
-    history = {name: torch.stack(values) for name, values in series.items()}
-    history |= {"lr": torch.from_numpy(lr), "ema_momentum": torch.from_numpy(momenta)}
-    return history, student, statistics
+
+    def __init__(self, case: Case, zero_stage: int = 0, rank: int = 0, world_size: int = 1, **options: Any) -> None:
+        info = case.info
+        init_distributed()
+        self.case = case
+        student, self.statistics = train_case_student(case)
+        objective = objective_of(info)
+        own, self.groups = batch_groups(info, objective)
+        self.batch = case["images"].shape[1]
+        self.share = slice(rank * self.batch // world_size, (rank + 1) * self.batch // world_size)
+        # the mean over ranks is that over images, also where the batch does not divide
+        self.weight = (self.share.stop - self.share.start) * world_size / self.batch
+        optimizer = OptimizerConfig(
+            betas=list(info["betas"]), eps=info["eps"], weight_decay=info["weight_decay"],
+            clip_per_parameter=info["clip_per_parameter_norm"],
+        )  # fmt: skip
+        self.engine = Engine(student, optimizer, self.batch // world_size, zero_stage, **options)
+        self.lr = learning_rates(info["steps"], info["base_lr"], info["min_lr"], info["warmup_fraction"])
+        self.momenta = ema_momenta(info["steps"], info["ema_start"], info["ema_end"])
+        with tempfile.TemporaryDirectory() as folder:
+            teachers = train_case_teachers(case, Path(folder))
+        all_reduce = sum_over_ranks if world_size > 1 else None
+        self.distill = DistillationStep(self.engine, teachers, self.statistics, own, objective, all_reduce=all_reduce)
+
+    def step(self, i: int) -> dict[str, Tensor]:
+        """Step i; returns this rank's `loss` and `teacher_loss/<name>`, and `grad_norm_max`."""
+        positions = torch.arange(i * self.batch, (i + 1) * self.batch)[self.share]
+        images, groups = self.case["images"][i][self.share], self.groups[self.share]
+        loss, metrics, _ = self.distill(images, groups, positions, i, float(self.momenta[i]))
+        self.engine.backward(loss * self.weight)
+        norms = self.engine.step(float(self.lr[i]), loss)
+        losses = {f"teacher_loss/{name}": metrics[f"loss/{name}"] for name in self.case.info["teachers"]}
+        return {"loss": loss.detach(), "grad_norm_max": norms.max(), **losses}
+
+    def run(self, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
+        """Steps start .. stop (the end); returns what `step` does, per step, and `lr` and `ema_momentum` of all."""
+        steps = [self.step(i) for i in range(start, stop or len(self.case["images"]))]
+        history = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+        return history | {"lr": torch.from_numpy(self.lr), "ema_momentum": torch.from_numpy(self.momenta)}
+
+    def student(self) -> Student:
+        """A copy of the student, whole under every stage."""
+        copy, _ = train_case_student(self.case)
+        with self.engine.whole_weights() as module:
+            copy.load_state_dict(module.state_dict())
+        return copy
 
 
 def comparable_weights(student: Student) -> Tensor:
@@ -120,7 +136,8 @@ def comparable_weights(student: Student) -> Tensor:
 
 def run_train(case: Case, zero_stage: int = 0) -> list[Check]:
     """Losses within 1e-4 at every step, the weights' change within 1e-2, the trained students' outputs within 1e-4."""
-    history, student, statistics = train_trajectory(case, zero_stage)
+    trajectory = Trajectory(case, zero_stage)
+    history, student, statistics = trajectory.run(), trajectory.student(), trajectory.statistics
     checks = []
     for name, ours in history.items():
         if name in case:

@@ -8,9 +8,7 @@ no file can run code.
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,11 @@ from dune_fast.engine.checkpoints import load_run
 from dune_fast.engine.config import load_config
 from dune_fast.nn.projectors import Projection
 from dune_fast.nn.student import Student
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
-from dune_fast.released import encoder_keys, load_released
-from teachers.architecture import infer_vit
-from teachers.containers import below, container_state, damaged, read_container, read_safetensors
+from dune_fast.nn.vit import VisionTransformer
+from dune_fast.released import load_released
+from teachers.architecture import infer_vit, stored_architecture
+from teachers.containers import container_state, read_container
+from teachers.dune import encoder_state
 from teachers.weights import build_loaded
 
 PUBLISHED = (
@@ -35,13 +34,12 @@ PUBLISHED = (
     "dune_vitsmall14_336",
     "dune_vitsmall14_448",
 )
-"""Checkpoints that DUNE's authors have published, by the stems of their files."""
+"""Checkpoints that DUNE's authors have published, by the stems of their files: whole students."""
 
-ARCHITECTURE = "vit_config"
-"""Entry of a safetensors file's metadata that holds the encoder's `ViTConfig` as JSON."""
+PUBLISHED_ENCODERS = ("unic", "unic_l")
+"""Checkpoints that UNIC's authors have published, by the stems of their files: the encoder is read, nothing else."""
 
 _ARCHIVES = (".pth", ".pt")
-_MAX_DEPTH, _MAX_SIZE = 1000, 100_000
 
 
 class ModelNotFoundError(ValueError):
@@ -84,7 +82,7 @@ class DistilledModel(nn.Module):
 
         Args:
             images: [B, 3, H, W].
-            standardized: per channel, as the losses compare them; False gives the teachers' own scale.
+            standardized: as the losses compare them; False gives the teachers' own scale and basis.
 
         Returns:
             teacher -> token type -> [B, C] or [B, N, C].
@@ -92,11 +90,7 @@ class DistilledModel(nn.Module):
         projected = self.student(images)
         if standardized:
             return projected
-        running = self.statistics.running()
-        return {
-            name: {token: x / running[name][token].inv_std + running[name][token].mean for token, x in tokens.items()}
-            for name, tokens in projected.items()
-        }
+        return self.statistics.restored(projected)
 
 
 def load_encoder(path_or_name: str | os.PathLike, device: torch.device | str = "cpu") -> VisionTransformer:
@@ -121,17 +115,14 @@ def load_encoder(path_or_name: str | os.PathLike, device: torch.device | str = "
         path = path / "encoder.safetensors"
         if not path.is_file():
             raise ModelNotFoundError(f"{path} does not exist: the run has not ended; go on with it first")
+    state = encoder_state(container_state(read_container(path), path), path)
     if path.suffix == ".safetensors":
-        state = read_safetensors(path)
-        architecture = _stored_architecture(path) or load_config(path.parent / "config.yaml").student
-        state = below(state, "encoder.") or state
-        built = build_loaded(lambda: VisionTransformer(architecture), state, path)
+        architecture = stored_architecture(path) or load_config(path.parent / "config.yaml").student
+        unused: tuple[str, ...] = ()
     else:
-        state = encoder_keys(container_state(read_container(path), path))
-        state = below(state, "encoder.") or state
         architecture = infer_vit(state, path)
-        # published files may hold more than the model; what is missing is an error
-        built = build_loaded(lambda: VisionTransformer(architecture), state, path, unused=("",))
+        unused = ("",)  # published files may hold more than the model; what is missing is an error
+    built = build_loaded(lambda: VisionTransformer(architecture), state, path, unused)
     assert isinstance(built, VisionTransformer)
     return built.to(device)
 
@@ -174,51 +165,18 @@ def locate(path_or_name: str | os.PathLike) -> Path:
         raise ModelNotFoundError(f"{path} is neither a .safetensors nor a .pth file, nor the folder of a run")
     name = str(path_or_name)
     folder = weights_folder()
-    if name in PUBLISHED:
+    published = (*PUBLISHED, *PUBLISHED_ENCODERS)
+    if name in published:
         for suffix in _ARCHIVES:
             if (folder / f"{name}{suffix}").is_file():
                 return folder / f"{name}{suffix}"
         raise ModelNotFoundError(
-            f"the weights of {name} are not here: get {name}.pth from DUNE's publishers and put it at "
+            f"the weights of {name} are not here: get {name}.pth from its publishers and put it at "
             f"{folder / name}.pth (set DUNE_FAST_WEIGHTS for another folder), or give the file's path"
         )
-    here = [known for known in PUBLISHED if (folder / f"{known}.pth").is_file()]
+    here = [known for known in published if (folder / f"{known}.pth").is_file()]
     runs = sorted(str(found.parent) for found in Path("runs").glob("*/encoder.safetensors"))
     raise ModelNotFoundError(
         f"there is no model {name!r}: give a run's folder ({', '.join(runs) or 'none in runs/'}), a .safetensors or "
-        f".pth file, or one of the published names {', '.join(PUBLISHED)} (in {folder}: {', '.join(here) or 'none'})"
+        f".pth file, or one of the published names {', '.join(published)} (in {folder}: {', '.join(here) or 'none'})"
     )
-
-
-def architecture_metadata(cfg: ViTConfig) -> dict[str, str]:
-    """Metadata of a safetensors file from which `load_encoder` builds the encoder without `config.yaml`."""
-    return {"format": "pt", ARCHITECTURE: json.dumps(asdict(cfg))}
-
-
-def _stored_architecture(path: Path) -> ViTConfig | None:
-    """The architecture in a file's metadata, None if there is none; TeacherWeightsError if it is senseless."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as handle:
-        text = (handle.metadata() or {}).get(ARCHITECTURE)
-    if text is None:
-        return None
-    try:
-        cfg = ViTConfig(**json.loads(text))
-        _check_sizes(cfg)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise damaged(path, f"its architecture is senseless: {error}") from error
-    return cfg
-
-
-def _check_sizes(cfg: ViTConfig) -> None:
-    """ValueError for values that no encoder has; nothing else checks a file's metadata before it is used."""
-    for name, default in asdict(ViTConfig()).items():
-        value = getattr(cfg, name)
-        if name == "layer_scale" and value is None:
-            continue
-        kinds = (int, float) if isinstance(default, float) else type(default)
-        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-            raise ValueError(f"{name} is {value!r}")
-        if isinstance(value, int | float) and not 0 <= value <= (_MAX_DEPTH if name == "depth" else _MAX_SIZE):
-            raise ValueError(f"{name} is {value!r}")

@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.nn.projectors import ProjectorConfig
 from dune_fast.nn.student import Student
 from teachers.architecture import infer_vit
 from teachers.containers import TeacherWeightsError, below, check_storage, is_state, read_container, strip_wrappers
+from teachers.dune import flat_blocks
 from teachers.weights import build_loaded
-
-
-def encoder_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published names to ours: the chunk index before the block index goes (`blocks.0.N.`), so does the mask token."""
-    renamed = {}
-    for key, value in state.items():
-        head, found, tail = key.partition("encoder.blocks." if "encoder." in key else "blocks.")
-        parts = tail.split(".")
-        if found and len(parts) > 2 and parts[0].isdigit() and parts[1].isdigit():
-            key = head + found + ".".join(parts[1:])
-        if not key.endswith("mask_token"):
-            renamed[key] = value
-    return renamed
 
 
 def load_released(path: Path) -> tuple[Student, TeacherStatistics]:
@@ -45,7 +30,7 @@ def load_released(path: Path) -> tuple[Student, TeacherStatistics]:
     options = vars(args) if isinstance(args, argparse.Namespace) else {}
     if _published_flags(options.get("dune_args"), path).get("last_enc_norm", False):
         raise TeacherWeightsError(f"{path} feeds normalised tokens to its projectors, which no published result does")
-    state = encoder_keys(strip_wrappers(content["model"]))
+    state = flat_blocks(strip_wrappers(content["model"]))
     statistics_state = below(state, "teacher_norms.")
     teachers: dict[str, tuple[int, list[str]]] = {}
     for key, value in sorted(statistics_state.items()):  # <teacher>.normalizers.<token>.mean: cls before patch
@@ -55,6 +40,11 @@ def load_released(path: Path) -> tuple[Student, TeacherStatistics]:
     names = options.get("teachers") or list(teachers)
     if missing := [name for name in names if name not in teachers] or (not teachers and ["every teacher"]):
         raise TeacherWeightsError(f"{path} has no statistics (teacher_norms.*) of {', '.join(missing)}")
+    if lacking := [name for name in names if f"projectors.{name}.linear.weight" not in state]:
+        raise TeacherWeightsError(
+            f"{path} has no transformer projectors (projectors.*.linear) for {', '.join(lacking)}; "
+            "dune_fast.load_encoder reads its encoder alone"
+        )
     encoder = infer_vit(below(state, "encoder."), path)
     projector = ProjectorConfig(num_heads=(options.get("proj_args") or {}).get("num_heads"))
     widths = {name: teachers[name] for name in names}

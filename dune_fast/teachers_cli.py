@@ -1,17 +1,19 @@
-"""`dune-fast teachers list | show NAME | fetch NAME | verify FILE`."""
+"""`dune-fast teachers list | show NAME | fetch NAME | verify FILE | drift [OVERRIDES]`."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import sys
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from teachers.config import TeacherConfig
 
@@ -60,8 +62,10 @@ def presence(cfg: TeacherConfig) -> str:
 
 def list_teachers(args: argparse.Namespace) -> int:
     """A table of all configured teachers."""
-    table = Table("name", "family", "patch", "channels", "tokens", "weights here?", box=None, pad_edge=False)
-    for name in config_names():
+    names = config_names()
+    name_column = Column("name", min_width=max(map(len, names)))  # a name cut short is of no use
+    table = Table(name_column, "family", "patch", "channels", "tokens", "weights here?", box=None, pad_edge=False)
+    for name in names:
         cfg = load_teacher_config(name)
         tokens = ", ".join(cfg.token_types)
         table.add_row(name, cfg.family, str(cfg.patch_size), str(cfg.num_features), tokens, presence(cfg))
@@ -78,7 +82,8 @@ def show(args: argparse.Namespace) -> int:
     cfg = load_teacher_config(args.name)
     text = OmegaConf.to_yaml(OmegaConf.structured(cfg), resolve=True)
     family = family_class(cfg.family)
-    text += f"\n# weights here: {presence(cfg)}\n# {family.__name__}: {(family.__doc__ or '').strip()}\n"
+    about = f"weights here: {presence(cfg)}\n{family.__name__}: {inspect.cleandoc(family.__doc__ or '')}"
+    text += "\n" + textwrap.indent(about, "# ", lambda _: True) + "\n"
     if issubclass(family, ViTTeacher):
         try:
             here = presence(cfg) == "yes"
@@ -146,7 +151,8 @@ def verify(args: argparse.Namespace) -> int:
     write = sys.stdout.write
     write(f"{report.path}: {report.container}, {report.tensors} tensors, {report.values:,} values\n")
     if report.family is None:
-        return _verify_other(args.file)
+        write("of no known family: no teacher by its tensors' names\n")
+        return 1
     write(f"family: {report.family}\n")
     if report.architecture is None:
         write(f"not usable: {report.problem}\n")
@@ -159,30 +165,50 @@ def verify(args: argparse.Namespace) -> int:
     for kind, names in kinds:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         write(f"{kind}: {len(names)}{': ' if names else ''}{', '.join(names[:_SHOWN])}{more}\n")
+    if projected := sorted({key.split(".")[1] for key in fit.surplus if key.startswith("projectors.")}):
+        write(f"with projectors: a student distilled from {', '.join(projected)}\n")
     for token, numbers in report.fingerprint.items():
         write(f"fingerprint {token}: " + ", ".join(f"{k} {v:+.5f}" for k, v in numbers.items()) + "\n")
     return 0 if report.sound else 1
 
 
-def _verify_other(path: Path) -> int:
-    """A file that is no teacher of the families told apart by name: a DUNE release, or unknown."""
-    from dune_fast.released import load_released
+def drift(args: argparse.Namespace) -> int:
+    """Compares a run's teachers, as they would train, with float32, on images of its training data.
 
-    try:
-        student, statistics = load_released(path)
-    except ValueError as error:
-        sys.stdout.write(f"of no known family: no teacher by its tensors' names, and not a release of DUNE: {error}\n")
-        return 1
-    names = sorted({name for name, _, _ in statistics.items()})
-    sys.stdout.write(f"a release of DUNE, distilled from {', '.join(names)}\n")
-    for key, value in asdict(student.encoder.cfg).items():
-        sys.stdout.write(f"  {key}: {value}\n")
+    The status is 2 if one of them differs by more than is allowed.
+    """
+    import torch
+
+    from dali_pipelines.loader import TrainLoader
+    from dune_fast.engine.config import compose_config
+    from dune_fast.engine.trainer import autocast_dtype
+    from teachers.drift import MIN_IMAGES, check_drift, drift_rows, measure_drift
+    from teachers.ensemble import TeacherEnsemble
+
+    if args.images < MIN_IMAGES:
+        raise ValueError(f"--images is {args.images}; at least {MIN_IMAGES} are needed")
+    cfg = compose_config(args.overrides)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = autocast_dtype(cfg.train.precision, device)
+    teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype, device)
+    with TrainLoader(cfg.data, cfg.image_size, args.images, 0, 1, cfg.train.seed, device) as loader:
+        found = measure_drift(teachers, next(loader.batches(0)).images)
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table("teacher", "tokens", "precision", "drift", "worst token", "limit", "", box=None, pad_edge=False)
+    for row in drift_rows(found):
+        table.add_row(*row)
+    if found:
+        console.print(table)
+    exact = [name for name, teacher in teachers.teachers.items() if teacher.config.precision == "fp32"]
+    if exact:
+        console.print(f"in float32, so nothing to compare: {', '.join(exact)}")
+    check_drift(found)
     return 0
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """The command `teachers` and its own commands."""
-    parser = commands.add_parser("teachers", help="list, show, fetch and verify teachers", description=__doc__)
+    parser = commands.add_parser("teachers", help="list, show, fetch, verify and compare teachers", description=__doc__)
     own = parser.add_subparsers(dest="teachers_command", required=True, metavar="COMMAND")
 
     sub = own.add_parser("list", help="all configured teachers", description=list_teachers.__doc__)
@@ -200,3 +226,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("file", type=Path, metavar="FILE", help="a .pth, .pt or .safetensors file")
     sub.add_argument("--num-heads", type=int, default=None, help="attention heads, where they are not channels / 64")
     sub.set_defaults(run_command=verify)
+
+    sub = own.add_parser("drift", help="compare low precision with float32", description=drift.__doc__)
+    sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="Hydra overrides, as of `dune-fast distill`")
+    sub.add_argument("--images", type=int, default=8, help="how many to compare on (default: 8)")
+    sub.set_defaults(run_command=drift)

@@ -1,19 +1,26 @@
-"""The architecture of a ViT read off its tensors' shapes, and random tensors for an architecture."""
+"""The architecture of a ViT: read off its tensors' shapes or a file's own word; random tensors for an architecture."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dune_fast.nn.vit import VisionTransformer, ViTConfig
-from teachers.containers import TeacherWeightsError
+from teachers.containers import TeacherWeightsError, damaged
 
 HEAD_DIM = 64
 """Channels of an attention head in every published encoder; the tensors do not show it."""
+
+ARCHITECTURE = "vit_config"
+"""Entry of a safetensors file's metadata that holds the encoder's `ViTConfig` as JSON."""
+
+_MAX_DEPTH, _MAX_SIZE = 1000, 100_000
 
 
 def registers_of(state: Mapping[str, Tensor]) -> int:
@@ -96,3 +103,43 @@ def random_vit_state(cfg: ViTConfig, seed: int) -> dict[str, Tensor]:
         offset = 1.0 if "norm" in key and key.endswith("weight") else 0.3 if key.endswith("gamma") else 0.0
         state[key] = torch.randn(value.shape, generator=draw).mul_(0.02).add_(offset)
     return state
+
+
+def architecture_metadata(cfg: ViTConfig) -> dict[str, str]:
+    """Metadata of a safetensors file from which the encoder can be built without a configuration."""
+    return {"format": "pt", ARCHITECTURE: json.dumps(asdict(cfg))}
+
+
+def stored_architecture(path: Path) -> ViTConfig | None:
+    """The architecture in a sound safetensors file's metadata, None if there is none or the file is of another format.
+
+    Raises:
+        TeacherWeightsError: it is senseless.
+    """
+    if path.suffix != ".safetensors":
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as handle:
+        text = (handle.metadata() or {}).get(ARCHITECTURE)
+    if text is None:
+        return None
+    try:
+        cfg = ViTConfig(**json.loads(text))
+        _check_sizes(cfg)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise damaged(path, f"its architecture is senseless: {error}") from error
+    return cfg
+
+
+def _check_sizes(cfg: ViTConfig) -> None:
+    """ValueError for values that no encoder has; nothing else checks a file's metadata before it is used."""
+    for name, default in asdict(ViTConfig()).items():
+        value = getattr(cfg, name)
+        if name == "layer_scale" and value is None:
+            continue
+        kinds = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+            raise ValueError(f"{name} is {value!r}")
+        if isinstance(value, int | float) and not 0 <= value <= (_MAX_DEPTH if name == "depth" else _MAX_SIZE):
+            raise ValueError(f"{name} is {value!r}")

@@ -11,11 +11,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 """Channel deviations that belong to `IMAGENET_MEAN`."""
 
 TOKEN_TYPES = ("cls", "patch")
+PRECISIONS = ("auto", "bf16", "fp8", "fp32")
 
 
 @dataclass
 class TeacherConfig:
-    """One teacher. Two that name the same family and weights share one forward pass."""
+    """One teacher. Two that name the same family, weights and way of computing share one forward pass."""
 
     family: str = "???"
     """Name in the registry, see `teachers.registry.families`: "dinov2", "mast3r", "timm", "module", ..."""
@@ -38,8 +39,20 @@ class TeacherConfig:
     """Rows and columns of the patch grid must be multiples of this."""
     layer: int | None = None
     """ViT: read the tokens after this many blocks through a LayerNorm without weights; null reads the final norm."""
-    autocast: bool = True
-    """Whether the teacher bears the ensemble's low precision; false keeps it in float32."""
+    norm: bool = True
+    """ViT: whether the tokens pass the norm that `layer` names; false gives them as the blocks leave them."""
+    precision: str = "auto"
+    """See `teachers.precision`: "fp32" (weights too), "bf16", "fp8" (ViT alone, compute capability 8.9 or newer), or
+    "auto": as the run's own matrix products."""
+    force_precision: bool = False
+    """Train with this precision even if it changes the features by more than `teachers.drift` allows."""
+    attention: str = "auto"
+    """ViT: backend of self-attention, one of `kernels.attention.BACKENDS`."""
+    compile: bool = False
+    """Compile the network with torch.compile, once for every shape of a batch it meets."""
+    cuda_graph: bool = False
+    """Replay the network as a CUDA graph, one for every shape; worth it where launches cost more than the products:
+    few images a GPU. Costs the memory of one forward pass a shape."""
     image_size: int | None = None
     """Side in pixels of the square images its weights were made for. Other sizes are allowed: positions adapt."""
     num_heads: int | None = None
@@ -84,5 +97,7 @@ def check_config(name: str, cfg: TeacherConfig) -> None:
             refuse(key, value, "it must be at least 1, or null")
     if cfg.interpolate_offset is not None and not 0 <= cfg.interpolate_offset < 1:
         refuse("interpolate_offset", cfg.interpolate_offset, "give 0 (by size) up to below 1, e.g. 0.1, or null")
+    if cfg.precision not in PRECISIONS:
+        refuse("precision", cfg.precision, f"choose one of {', '.join(PRECISIONS)}")
     if cfg.layer is not None and cfg.layer < 1:
         refuse("layer", cfg.layer, "count blocks from 1, or give null for the final norm")

@@ -25,7 +25,7 @@ _NUMPY_DTYPES = [type(np.dtype(name)) for name in ("float64", "float32", "int64"
 ALLOWED = [argparse.Namespace, np.ndarray, np.dtype, *_NUMPY_DTYPES]
 """Types besides torch's own: the published `args` hold a Namespace with numpy arrays (the schedules)."""
 
-STATE_ENTRIES = ("model", "model_state_dict", "state_dict")
+STATE_ENTRIES = ("model", "model_state_dict", "state_dict", "teacher", "student", "encoder")
 """Entries that a container keeps its state dict under, in the order in which they are looked for."""
 
 CURE = "get the file again, or correct the teacher's `weights` and `family`"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dune_fast.nn.routing import Route, Routes, union, within
 from kernels.resize import resize_normalize
+from teachers.acceleration import GraphedTrunk
 from teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
+from teachers.precision import autocast, prepare, resolve_precision
 from teachers.protocol import Teacher, Trunk
 from teachers.registry import build_teacher
 
@@ -21,14 +25,18 @@ class TeacherEnsemble(nn.Module):
     bicubic, corners aligned, no antialias. Then it is normalised as the teacher wants it. Inputs and trunks that
     teachers have in common are computed once. Nothing here waits for the device.
 
+    A teacher computes as its configuration says: see `teachers.precision` and `teachers.acceleration`. An autocast
+    around the call has no influence. The host holds the weights of one file at a time in float32, the device none that
+    run in less.
+
     Args:
         configs: teacher name -> configuration.
         student_patch_size: q, in pixels.
-        autocast_dtype: type of the teachers' matrix products and convolutions (torch.bfloat16); their weights are kept
-            in it rather than cast at every step. None: float32. An autocast around the call has no influence.
+        autocast_dtype: what `precision: auto` means, torch.bfloat16, or None for float32.
+        device: where the teachers run, the CPU by default. Moved later, they record their CUDA graphs anew.
 
     Raises:
-        ValueError: no teacher, or a wrong configuration (see `build_teacher`).
+        ValueError: no teacher, or a wrong configuration (see `build_teacher` and `resolve_precision`).
     """
 
     def __init__(
@@ -36,23 +44,21 @@ class TeacherEnsemble(nn.Module):
         configs: Mapping[str, TeacherConfig],
         student_patch_size: int,
         autocast_dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         if not configs:
             raise ValueError("there is no teacher; name at least one under `teachers`")
+        device = torch.device("cpu") if device is None else device
         self.student_patch_size = student_patch_size
-        self.autocast_dtype = autocast_dtype
-        trunks: dict[Hashable, Trunk] = {}
-        self.teachers: dict[str, Teacher] = {name: build_teacher(name, cfg, trunks) for name, cfg in configs.items()}
-        self.trunks = nn.ModuleList(trunks.values())
-        readers = {key: [t for t in self.teachers.values() if t.trunk_key == key] for key in trunks}
-        self._low_precision = {
-            key: autocast_dtype is not None and all(t.config.autocast for t in teachers)
-            for key, teachers in readers.items()
-        }
-        for key, trunk in trunks.items():
-            if self._low_precision[key]:
-                _cast_matrices(trunk, autocast_dtype)
+        configs = {name: resolve_precision(name, cfg, autocast_dtype, device) for name, cfg in configs.items()}
+        self.teachers: dict[str, Teacher] = _build(configs, device)
+        self.trunks = nn.ModuleList(dict.fromkeys(teacher.trunk for teacher in self.teachers.values()))
+        self._runs: dict[tuple[Hashable, Hashable], list[Teacher]] = {}
+        """(trunk, input) -> who reads what this trunk makes of this input."""
+        for teacher in self.teachers.values():
+            self._runs.setdefault((teacher.trunk_key, _input_key(teacher.config)), []).append(teacher)
+        self._graphs: dict[tuple[Hashable, Hashable], GraphedTrunk] = {}
         self._grid_multiples = {
             name: math.lcm(teacher.config.grid_multiple, teacher.trunk.grid_multiple)
             for name, teacher in self.teachers.items()
@@ -64,42 +70,61 @@ class TeacherEnsemble(nn.Module):
             self._register_affine(teacher.config)
         self.requires_grad_(False)
         self.train(False)
+        self.to(device)
 
     def train(self, mode: bool = True) -> TeacherEnsemble:
         """Stays in evaluation mode: the teachers are frozen."""
         return super().train(False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TeacherEnsemble:
+        self._graphs.clear()  # they hold the weights' old addresses
+        return super()._apply(fn, recurse)
+
     @torch.no_grad()
-    def forward(self, images: Tensor) -> dict[str, dict[str, Tensor]]:
+    def forward(self, images: Tensor, routes: Routes | None = None) -> dict[str, dict[str, Tensor]]:
         """Tokens of every teacher.
 
         Args:
             images: [B, 3, H, W], ImageNet-normalised, at the student's resolution.
+            routes: which n of these images each teacher gets; all of them by default. A trunk that several teachers
+                read runs once on the images that any of them gets: never more than all their images together. One
+                without any does not run.
 
         Returns:
-            teacher name -> {"cls": [B, C], "patch": [B, N, C]}, the token types that its configuration asks for, in
-            float32 or `autocast_dtype`.
+            teacher name -> {"cls": [n, C], "patch": [n, N, C]}, the token types that its configuration asks for, in
+            float32 or bfloat16. With `cuda_graph` they are good until the next call.
 
         Raises:
             ValueError: an image size that some teacher cannot take, or tokens that do not cover the student's grid.
         """
         rows, columns = self.grid(images)
         inputs: dict[Hashable, Tensor] = {}
-        features: dict[Hashable, object] = {}
-        outputs: dict[str, dict[str, Tensor]] = {}
-        for name, teacher in self.teachers.items():
-            cfg, key = teacher.config, teacher.trunk_key
-            wanted = (cfg.patch_size, *_statistics(cfg))
-            with torch.autocast(images.device.type, enabled=False):
-                if wanted not in inputs:
-                    size = (rows * cfg.patch_size, columns * cfg.patch_size)
-                    inputs[wanted] = self._input(images.float(), size, cfg)
-            with torch.autocast(images.device.type, self.autocast_dtype, enabled=self._low_precision[key]):
-                if (key, wanted) not in features:
-                    features[key, wanted] = teacher.trunk(inputs[wanted])
-                outputs[name] = teacher.read(features[key, wanted])
-            self._check(name, outputs[name], rows, columns)
+        outputs: dict[str, dict[str, Tensor]] = dict.fromkeys(self.teachers, {})
+        for run, readers in self._runs.items():
+            cfg = readers[0].config
+            chosen = None if routes is None else union([routes[teacher.name] for teacher in readers])
+            if chosen is not None and not len(chosen):
+                outputs |= {teacher.name: _no_tokens(teacher.config, rows * columns, images) for teacher in readers}
+                continue
+            key = (_input_key(cfg), None if chosen is None else chosen.host.tobytes())
+            if key not in inputs:
+                size = (rows * cfg.patch_size, columns * cfg.patch_size)
+                inputs[key] = self._input(images if chosen is None else chosen.take(images), size, cfg)
+            with autocast(cfg.precision, images.device):
+                features = self._features(run, inputs[key])
+                tokens = {teacher.name: teacher.read(features) for teacher in readers}
+            for name, read in tokens.items():
+                self._check(name, read, rows, columns)
+                outputs[name] = read if chosen is None else _share(read, routes[name], chosen)
         return outputs
+
+    def _features(self, run: tuple[Hashable, Hashable], images: Tensor) -> Any:
+        """What the run's trunk makes of its input."""
+        teacher = self._runs[run][0]
+        if not teacher.config.cuda_graph:
+            return teacher.trunk(images)
+        # a trunk with two kinds of input has features of both alive at once: a graph for each
+        return self._graphs.setdefault(run, GraphedTrunk(teacher.trunk))(images)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of the student's patches; ValueError if the image's size does not suit every teacher."""
@@ -120,7 +145,8 @@ class TeacherEnsemble(nn.Module):
         """Student's images to a teacher's: resized first, then re-normalised."""
         name = self._affine_names.get(_statistics(cfg))
         scale, shift = (None, None) if name is None else getattr(self, name)
-        return resize_normalize(images, size, scale, shift)
+        with torch.autocast(images.device.type, enabled=False):
+            return resize_normalize(images.float(), size, scale, shift)
 
     def _register_affine(self, cfg: TeacherConfig) -> None:
         """A buffer [2, 3] that undoes ImageNet's normalisation and applies the teacher's; none if equal."""
@@ -145,15 +171,43 @@ class TeacherEnsemble(nn.Module):
             assert x.shape[-1] == cfg.num_features, (name, kind, x.shape)
 
 
+def _build(configs: Mapping[str, TeacherConfig], device: torch.device) -> dict[str, Teacher]:
+    """The teachers, in the order of `configs`; file by file, each made ready before the next is read."""
+    sources: dict[tuple[str, str], dict[str, TeacherConfig]] = {}
+    for name, cfg in configs.items():
+        sources.setdefault((cfg.family, cfg.weights), {})[name] = cfg
+    teachers: dict[str, Teacher] = {}
+    for members in sources.values():
+        trunks: dict[Hashable, Trunk] = {}
+        built = [build_teacher(name, cfg, trunks) for name, cfg in members.items()]
+        for teacher in {t.trunk_key: t for t in built}.values():
+            prepare(teacher.name, teacher.config, teacher.trunk, device)
+            if teacher.config.compile:
+                teacher.trunk.compile(dynamic=False)
+        teachers |= {teacher.name: teacher for teacher in built}
+    return {name: teachers[name] for name in configs}
+
+
+def _share(tokens: Mapping[str, Tensor], route: Route, whole: Route) -> dict[str, Tensor]:
+    """One teacher's rows of the tokens of all images that its trunk has seen."""
+    if len(route) == len(whole):
+        return dict(tokens)
+    own = within(route, whole)
+    return {kind: own.take(x) for kind, x in tokens.items()}
+
+
+def _no_tokens(cfg: TeacherConfig, patches: int, images: Tensor) -> dict[str, Tensor]:
+    shapes = {"cls": (0, cfg.num_features), "patch": (0, patches, cfg.num_features)}
+    return {kind: images.new_empty(shapes[kind]) for kind in cfg.token_types}
+
+
+def _input_key(cfg: TeacherConfig) -> Hashable:
+    """What makes the inputs of two teachers the same."""
+    return (cfg.patch_size, *_statistics(cfg))
+
+
 def _statistics(cfg: TeacherConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(cfg.mean), tuple(cfg.std)
-
-
-def _cast_matrices(trunk: Trunk, dtype: torch.dtype) -> None:
-    """Cast what autocast would cast at every call; norms, positions and gains stay in float32."""
-    for module in trunk.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            module.to(dtype)
 
 
 def _neighbours(size: int, step: int) -> str:

@@ -68,8 +68,9 @@ class Teacher(ABC):
 
     @property
     def trunk_key(self) -> Hashable:
-        """What makes two teachers' trunks the same network."""
-        return (self.config.family, self.config.weights)
+        """What makes two teachers' trunks the same network, computed in the same way."""
+        cfg = self.config
+        return (cfg.family, cfg.weights, cfg.precision, cfg.attention, cfg.compile, cfg.cuda_graph)
 
     @abstractmethod
     def build_trunk(self) -> Trunk:

@@ -19,6 +19,8 @@ _MODULES = {
     "ibot": "teachers.unic",
     "deit3": "teachers.unic",
     "dbotft": "teachers.unic",
+    "dune": "teachers.dune",
+    "unic": "teachers.dune",
     "timm": "teachers.timm_model",
     "module": "teachers.module_path",
     "onnx_vit": "teachers.onnx_vit",

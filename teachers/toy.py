@@ -19,7 +19,8 @@ from teachers.protocol import Teacher, Trunk, map_tokens
 from teachers.registry import register
 from teachers.weights import build_loaded, random_seed, weights_path
 
-_HIDDEN_DIM = 64  # of a teacher made from a seed
+HIDDEN_DIM = 64
+"""Hidden channels of a teacher made from a seed."""
 
 
 class ConvPatchify(Trunk):
@@ -42,9 +43,9 @@ def random_state(patch_size: int, num_features: int, seed: int) -> dict[str, Ten
     draw = torch.Generator().manual_seed(seed)
     fan_in = 3 * patch_size**2
     return {
-        "proj.weight": torch.randn(_HIDDEN_DIM, 3, patch_size, patch_size, generator=draw) / math.sqrt(fan_in),
-        "proj.bias": torch.randn(_HIDDEN_DIM, generator=draw) * 0.1,
-        "lin.weight": torch.randn(num_features, _HIDDEN_DIM, generator=draw) / math.sqrt(_HIDDEN_DIM),
+        "proj.weight": torch.randn(HIDDEN_DIM, 3, patch_size, patch_size, generator=draw) / math.sqrt(fan_in),
+        "proj.bias": torch.randn(HIDDEN_DIM, generator=draw) * 0.1,
+        "lin.weight": torch.randn(num_features, HIDDEN_DIM, generator=draw) / math.sqrt(HIDDEN_DIM),
         "lin.bias": torch.randn(num_features, generator=draw) * 0.1,
     }
 
@@ -64,7 +65,7 @@ class ConvPatchifyTeacher(Teacher):
             state = read_safetensors(weights_path(cfg.weights))
         else:
             state = random_state(cfg.patch_size, cfg.num_features, seed)
-        hidden_dim = state["proj.bias"].numel() if "proj.bias" in state else _HIDDEN_DIM
+        hidden_dim = state["proj.bias"].numel() if "proj.bias" in state else HIDDEN_DIM
         return build_loaded(lambda: ConvPatchify(cfg.patch_size, hidden_dim, cfg.num_features), state, cfg.weights)
 
     def tokens(self, features: Tensor) -> dict[str, Tensor]:

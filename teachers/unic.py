@@ -1,4 +1,4 @@
-"""The four teachers of UNIC, ViT-B/16 trained on ImageNet-1K: DINO, iBOT, DeiT-III, dBOT-ft.
+"""The four teachers of UNIC, ViT-B/16 trained on ImageNet-1K: DINO, iBOT, DeiT-III, dBOT-ft. UNIC itself: `dune.py`.
 
 Sariyildiz et al., "UNIC: Universal Classification Models via Multi-teacher Distillation", ECCV 2024.
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from teachers.registry import register
-from teachers.vit import ViTTeacher, plain_norm
+from teachers.vit import ViTTeacher
 
 
 @register("dino")
@@ -77,6 +77,5 @@ class DBOTFineTunedTeacher(ViTTeacher):
     def tokens(self, features: dict[int, Tensor]) -> dict[str, Tensor]:
         _, _, patches = self.trunk.vit.split(features[self.block])
         if self.config.layer is not None:
-            patches = plain_norm(patches)
-            return {"cls": plain_norm(patches.mean(dim=1)), "patch": patches}
-        return {"cls": self.trunk.vit.norm(patches.mean(dim=1)), "patch": patches}
+            patches = self.normed(patches)
+        return {"cls": self.normed(patches.mean(dim=1)), "patch": patches}

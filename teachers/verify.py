@@ -16,8 +16,8 @@ from teachers.registry import family_class
 from teachers.vit import ViTTeacher
 from teachers.weights import Fit, compare
 
-VIT_FAMILIES = ("mast3r", "multihmr", "deit3", "dbotft", "dinov2", "dino")
-"""Families told apart by their names of tensors, the most peculiar first; iBOT's are DINO's."""
+VIT_FAMILIES = ("mast3r", "multihmr", "dune", "deit3", "dbotft", "dinov2", "dino")
+"""Families told apart by their names of tensors, the most peculiar first; iBOT's are DINO's, UNIC's DUNE's."""
 _GRID = 8  # patches a side of the fingerprint's image
 
 
@@ -75,8 +75,8 @@ def inspect_file(path: Path, num_heads: int | None = None) -> Report:
     with torch.device("meta"):
         wanted = VisionTransformer(report.architecture).state_dict()
     report.fit = compare(wanted, converted)
-    used = set(wanted)
-    report.fit.surplus = [key for key in state if not used & set(family.convert({key: state[key]}, path))]
+    used = {id(value) for key, value in family.convert(state, path).items() if key in wanted}
+    report.fit.surplus = [key for key, value in state.items() if key not in wanted and id(value) not in used]
     if report.sound:
         report.fingerprint = fingerprint(report.family, path, report.architecture)
     return report

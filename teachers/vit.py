@@ -1,21 +1,22 @@
 """What all ViT teachers have in common: trunk, architecture read off the tensors, readings of the tokens.
 
-A family is a key map on top: `teachers/dinov2.py`, `mast3r.py`, `multihmr.py`, `unic.py`, `onnx_vit.py`.
+A family is a key map on top: `teachers/dinov2.py`, `mast3r.py`, `multihmr.py`, `unic.py`, `dune.py`, `onnx_vit.py`.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Hashable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from dune_fast.nn.block import LAYER_NORM_EPS
+from dune_fast.nn.block import LAYER_NORM_EPS, product_dtype
 from dune_fast.nn.vit import VisionTransformer, ViTConfig
-from teachers.architecture import HEAD_DIM, infer_vit, random_vit_state, registers_of
+from kernels.layer_norm import layer_norm
+from teachers.architecture import HEAD_DIM, infer_vit, random_vit_state, registers_of, stored_architecture
 from teachers.config import TeacherConfig
 from teachers.containers import container_state, read_container
 from teachers.protocol import Teacher, Trunk
@@ -36,6 +37,11 @@ class ViTTrunk(Trunk):
         self.patch_size = vit.cfg.patch_size
         self.num_features = vit.cfg.embed_dim
         self.blocks: set[int] = set()
+        """Indices of the blocks whose tokens are read."""
+
+    def drop_unread(self) -> None:
+        """Frees the blocks beyond the deepest that is read, which never run; for when every reader is known."""
+        self.vit.blocks = self.vit.blocks[: max(self.blocks) + 1]
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
         return self.vit.block_outputs(images, sorted(self.blocks))
@@ -45,8 +51,8 @@ class ViTTeacher(Teacher):
     """A teacher whose network is `dune_fast.nn.vit`; `layer` says where its tokens are read."""
 
     trunk: ViTTrunk
-    layer_scale: ClassVar[bool] = False
-    """Whether the family's blocks have LayerScale."""
+    layer_scale: ClassVar[bool | None] = False
+    """Whether the family's blocks have LayerScale; None for whatever a file has, drawn weights have it."""
     pos_embed: ClassVar[str] = "learned"
     """See `ViTConfig.pos_embed`."""
 
@@ -113,7 +119,7 @@ class ViTTeacher(Teacher):
             image_size=cfg.image_size if learned else cfg.patch_size, patch_size=cfg.patch_size,
             embed_dim=cfg.num_features, depth=PUBLISHED_DEPTH[cfg.num_features],
             num_heads=cfg.num_heads or cfg.num_features // HEAD_DIM, num_registers=registers,
-            layer_scale=1e-4 if cls.layer_scale else None, cls_token=learned, pos_embed=cls.pos_embed,
+            layer_scale=None if cls.layer_scale is False else 1e-4, cls_token=learned, pos_embed=cls.pos_embed,
             interpolate_offset=offset, interpolate_antialias=antialias,
             mlp="swiglu" if cfg.num_features == PUBLISHED_SWIGLU else "gelu",
         )  # fmt: skip
@@ -127,6 +133,9 @@ class ViTTeacher(Teacher):
         """
         content = read_container(path)
         state = cls.convert(container_state(content, path), path)
+        if (stored := stored_architecture(path)) is not None:
+            asked = {key: getattr(cfg, key) for key in ("num_heads", "interpolate_offset", "interpolate_antialias")}
+            return replace(stored, **{key: value for key, value in asked.items() if value is not None}), state
         heads = cfg.num_heads or cls.heads(content, path)
         resizing = cls.interpolation(cfg, registers_of(state))
         return infer_vit(state, path, heads, *resizing, cls.pos_embed, cls.layer_scale), state
@@ -148,12 +157,19 @@ class ViTTeacher(Teacher):
         return ViTTrunk(build_loaded(lambda: VisionTransformer(architecture), state, path, unused=("",)))
 
     def tokens(self, features: dict[int, Tensor]) -> dict[str, Tensor]:
-        x = features[self.block]  # [B, P + N, C]
-        x = self.trunk.vit.norm(x) if self.config.layer is None else plain_norm(x)
-        cls, _, patches = self.trunk.vit.split(x)
+        cls, _, patches = self.trunk.vit.split(self.normed(features[self.block]))  # of [B, P + N, C]
         return {"patch": patches} if cls is None else {"cls": cls, "patch": patches}
+
+    def normed(self, x: Tensor) -> Tensor:
+        """Tokens after the final norm, after one without weights where they are an earlier block's, or as they are."""
+        if not self.config.norm:
+            return x
+        return self.trunk.vit.norm(x, out_dtype=product_dtype(x)) if self.config.layer is None else plain_norm(x)
 
 
 def plain_norm(x: Tensor) -> Tensor:
-    """LayerNorm without weights over the channels, for tokens of a block that no norm was trained for."""
-    return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+    """LayerNorm without weights over the channels, for tokens of a block that no norm was trained for.
+
+    It gives autocast's type, as the final norm does here: losses and statistics then read half the bytes.
+    """
+    return layer_norm(x, None, None, LAYER_NORM_EPS, product_dtype(x))

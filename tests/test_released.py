@@ -8,8 +8,9 @@ import os
 import pytest
 import torch
 
-from dune_fast.released import encoder_keys, load_released
+from dune_fast.released import load_released
 from teachers.containers import read_container
+from teachers.dune import flat_blocks
 from teachers.weights import TeacherWeightsError
 
 
@@ -25,7 +26,7 @@ def test_chunk_index_and_mask_token_go():
         "projectors.a.blocks.0.norm1.weight": 3,
         "blocks.1.attn.qkv.bias": 4,
     }
-    assert encoder_keys(state) == {
+    assert flat_blocks(state) == {
         "encoder.blocks.11.norm1.weight": 1,
         "projectors.a.blocks.0.norm1.weight": 3,
         "blocks.1.attn.qkv.bias": 4,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dune_fast.distill.standardization import Features, Standardizer
+from dune_fast.nn.routing import Routes
 from kernels.distill_loss import distill_loss
 from kernels.teacher_drop import teacher_drop
 
@@ -47,12 +48,21 @@ class ObjectiveConfig:
     """With sharing "full": every teacher but the hardest of an image is dropped with this probability."""
     generic_group: str = "generic"
     """The dataset group that sharing "generic" opens to every teacher."""
+    route_by_dataset: bool = False
+    """With sharing "none" or "generic": a teacher, and the student's projector for it, run on the images that count for
+    it alone, a third of a balanced batch. Losses are the same for the same statistics; the statistics of a batch differ
+    from the published method's, being taken over what the teacher saw."""
 
     def __post_init__(self) -> None:
         if self.sharing not in SHARING:
             raise ValueError(f"objective.sharing is {self.sharing!r}; choose one of {', '.join(SHARING)}")
         if not 0.0 <= self.drop_probability <= 1.0:
             raise ValueError(f"objective.drop_probability is {self.drop_probability}; it must lie in [0, 1]")
+        if self.route_by_dataset and self.sharing == "full":
+            raise ValueError(
+                "objective.route_by_dataset is true, but with objective.sharing=full every teacher counts on every "
+                "image: set it to false, or the sharing to none or generic"
+            )
 
 
 def ownership(
@@ -85,16 +95,18 @@ def teacher_losses(
     features: Features,
     standardizers: Mapping[str, Mapping[str, Standardizer]] | None,
     cfg: ObjectiveConfig,
+    routes: Routes | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of every teacher on every image, and its parts.
 
     Args:
         projections: the student's, teacher -> token type -> [B, C] or [B, N, C].
         features: the teachers', raw; already standardized where `standardizers` is None.
+        routes: the n images that `projections` and `features` of each teacher are of, where it is not all B.
 
     Returns:
-        L float32 [T, B] in the order of `features`, and parts `<teacher>/<token>/{cosine,smooth_l1,total}` -> [B],
-        detached.
+        L float32 [T, B] in the order of `features`, 0 on images that a teacher did not get, and parts
+        `<teacher>/<token>/{cosine,smooth_l1,total}` -> [B] or [n], detached.
     """
     losses, parts = [], {}
     for name, tokens in features.items():
@@ -109,7 +121,8 @@ def teacher_losses(
             parts[f"{name}/{token}/cosine"] = result.cosine
             parts[f"{name}/{token}/smooth_l1"] = result.smooth_l1
             parts[f"{name}/{token}/total"] = result.total.detach()
-        losses.append(torch.stack(per_token).mean(0))
+        mean_loss = torch.stack(per_token).mean(0)
+        losses.append(mean_loss if routes is None else routes[name].spread(mean_loss))
     return torch.stack(losses), parts
 
 

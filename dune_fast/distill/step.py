@@ -6,17 +6,41 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from dune_fast.distill.objective import ObjectiveConfig, coefficients, combine, teacher_losses
 from dune_fast.distill.standardization import AllReduce, Features, TeacherStatistics
+from dune_fast.nn.routing import Routes, make_routes
+
+
+class PerImage(NamedTuple):
+    """What a step knows of every teacher on every image, [T, B] on the device."""
+
+    losses: Tensor
+    """Before dropping, detached, float32; 0 on images that the teacher did not get."""
+    finite: Tensor
+    """Whether all of the teacher's features are finite, bool; true on images that it did not get. One image whose
+    features are not spoils the statistics, and with them the losses of all."""
 
 
 class StepOutput(NamedTuple):
-    """Loss of this rank's batch, a scalar with gradient, and metrics, detached scalars on the device."""
+    """Loss of this rank's batch, a scalar with gradient; detached scalars, and values per image, on the device."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
+    images: PerImage
+
+
+def finite_images(features: Features, routes: Routes | None) -> Tensor:
+    """`PerImage.finite` of features, and of the routes where a teacher has not got all images."""
+    rows = []
+    for name, tokens in features.items():
+        # a sum is finite unless one of its terms is not (none comes near float32's limit), and one pass without copies
+        sums = torch.stack([x.flatten(1).sum(1, dtype=torch.float32) for x in tokens.values()]).sum(0)
+        rows.append(sums if routes is None else routes[name].spread(sums))
+    return torch.stack(rows).isfinite()
 
 
 @dataclass
@@ -26,10 +50,10 @@ class DistillationStep:
     No I/O, nothing read by the host, no logic of ranks but the one all-reduce that is passed in.
     """
 
-    student: Callable[[Tensor], Features]
-    """The student, wrapped or not: images -> teacher -> token type -> projection."""
-    teachers: Callable[[Tensor], Features]
-    """The frozen teachers: images -> teacher -> token type -> raw features."""
+    student: Callable[..., Features]
+    """The student, wrapped or not: images and, where there are any, routes -> teacher -> token type -> projection."""
+    teachers: Callable[..., Features]
+    """The frozen teachers: images and, where there are any, routes -> teacher -> token type -> raw features."""
     statistics: TeacherStatistics
     """Updated in place by every step."""
     own: Tensor
@@ -38,7 +62,19 @@ class DistillationStep:
     seed: int = 0
     all_reduce: AllReduce | None = None
 
-    def __call__(self, images: Tensor, groups: Tensor, positions: Tensor, step: int, momentum: float) -> StepOutput:
+    def __post_init__(self) -> None:
+        # read once: which images a teacher gets is decided on the host
+        self._own_on_host: np.ndarray | None = self.own.cpu().numpy() if self.objective.route_by_dataset else None
+
+    def __call__(
+        self,
+        images: Tensor,
+        groups: Tensor,
+        positions: Tensor,
+        step: int,
+        momentum: float,
+        groups_on_host: np.ndarray | None = None,
+    ) -> StepOutput:
         """One forward pass.
 
         Args:
@@ -47,24 +83,43 @@ class DistillationStep:
             positions: int64 [B], global index of each image in the run.
             step: of the run.
             momentum: of the teachers' running statistics.
+            groups_on_host: `groups` where the host can look at them; needed with `objective.route_by_dataset`.
         """
-        projections = self.student(images)  # teacher -> token type -> [B, C] or [B, N, C]
-        features = self.teachers(images)  # the same shapes, frozen
+        routes = self.routes(images, groups_on_host)
+        inputs = (images,) if routes is None else (images, routes)
+        projections = self.student(*inputs)  # teacher -> token type -> [B, C] or [B, N, C]; its images alone if routed
+        features = self.statistics.rotated(self.teachers(*inputs))  # the same shapes, frozen
         standardizers = self.statistics.update(features, momentum, self.all_reduce)
-        losses, parts = teacher_losses(projections, features, standardizers, self.objective)  # [T, B]
+        losses, parts = teacher_losses(projections, features, standardizers, self.objective, routes)  # [T, B]
         c = coefficients(losses, self.own, groups, positions, step, self.seed, self.objective)  # [T, B]
         loss = combine(losses, c)
-        return StepOutput(loss, self.metrics(loss, losses, c, parts, list(features)))
+        seen = [len(images) if routes is None else len(routes[name]) for name in features]
+        metrics = self.metrics(loss, losses, c, parts, dict(zip(features, seen, strict=True)))
+        return StepOutput(loss, metrics, PerImage(losses.detach(), finite_images(features, routes)))
+
+    def routes(self, images: Tensor, groups_on_host: np.ndarray | None) -> Routes | None:
+        """The images that count for each teacher; None where all teachers get all images."""
+        if self._own_on_host is None:
+            return None
+        assert groups_on_host is not None, "objective.route_by_dataset needs the groups on the host"
+        names = (name for name, _ in self.statistics.named_children())  # in the order of `own`'s rows
+        indices = {
+            name: np.flatnonzero(own[groups_on_host]) for name, own in zip(names, self._own_on_host, strict=True)
+        }
+        return make_routes(indices, len(images), images.device)
 
     @staticmethod
     def metrics(
-        loss: Tensor, losses: Tensor, c: Tensor, parts: dict[str, Tensor], names: list[str]
+        loss: Tensor, losses: Tensor, c: Tensor, parts: dict[str, Tensor], seen: dict[str, int]
     ) -> dict[str, Tensor]:
-        """Means over this rank's batch: the loss, each teacher's before dropping, its share of the kept, its parts."""
+        """Means over this rank's batch: the loss and, for every teacher, its loss before dropping over the images that
+        it has `seen`, its share of the kept pairs (`share`), the images that it was kept on as a share of all (`kept`),
+        and its parts. A teacher that has seen none has losses of 0."""
         metrics = {"loss": loss.detach()}
-        means, shares = losses.detach().mean(1), c.sum(1) / c.sum().clamp_min(1.0)
-        for i, name in enumerate(names):
-            metrics[f"loss/{name}"] = means[i]
+        sums, shares, kept = losses.detach().sum(1), c.sum(1) / c.sum().clamp_min(1.0), c.mean(1)
+        for i, (name, images) in enumerate(seen.items()):
+            metrics[f"loss/{name}"] = sums[i] / max(images, 1)
             metrics[f"share/{name}"] = shares[i]
-        metrics.update({f"loss/{key}": value.mean() for key, value in parts.items()})
+            metrics[f"kept/{name}"] = kept[i]
+        metrics.update({f"loss/{key}": value.sum() / max(len(value), 1) for key, value in parts.items()})
         return metrics

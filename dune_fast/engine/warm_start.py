@@ -17,8 +17,8 @@ from torch import Tensor
 from dune_fast.engine.config import RunConfig
 from dune_fast.nn.student import Student, build_student
 from dune_fast.nn.vit import VisionTransformer, resize_positions
-from dune_fast.released import encoder_keys
 from teachers.containers import below, container_state, read_container
+from teachers.dune import encoder_state
 from teachers.weights import compare
 
 logger = logging.getLogger(__name__)
@@ -47,8 +47,8 @@ def warm_start(student: Student, source: str) -> list[str]:
 
     Args:
         student: with its initial weights.
-        source: the folder of a finished run, one of its safetensors files, a published checkpoint (DUNE's, or any with
-            an encoder under DINOv2's names), or a bare state dict of an encoder.
+        source: the folder of a finished run, one of its safetensors files, a published checkpoint (DUNE's, UNIC's, or
+            any with an encoder under DINOv2's names), or a bare state dict of an encoder.
 
     Returns:
         The teachers whose projectors were taken over.
@@ -58,8 +58,8 @@ def warm_start(student: Student, source: str) -> list[str]:
         teachers.containers.TeacherWeightsError: the file is missing, damaged or unsafe.
     """
     path = _weights_file(Path(source).expanduser())
-    state = encoder_keys(container_state(read_container(path), path))
-    encoder = below(state, "encoder.") or state
+    state = container_state(read_container(path), path)
+    encoder = encoder_state(state, path)
     if "pos_embed" in encoder:
         encoder["pos_embed"] = _fitting_positions(encoder["pos_embed"], student.encoder)
     wanted = student.encoder.state_dict()

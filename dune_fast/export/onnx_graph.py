@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from dune_fast.export.check import ExportError, Reader
-from dune_fast.load import ARCHITECTURE
 from dune_fast.nn.block import LAYER_NORM_EPS, Block
 from dune_fast.nn.vit import VisionTransformer
+from teachers.architecture import ARCHITECTURE
 
 FILE = "encoder.onnx"
 OPSET = 20  # the first with Gelu; onnxruntime has it since 1.17

@@ -41,6 +41,8 @@ def _architecture(model: DistilledModel) -> tuple[str, int]:
     cfg = model.encoder.cfg
     sizes = cfg.embed_dim, cfg.depth, cfg.num_heads
     demands = {
+        "features standardized per channel (standardization.convention=dune or unic)": model.statistics.convention
+        != "phi_s",
         f"one of the encoders {', '.join(ARCHITECTURES.values())} (this one has {cfg.embed_dim} channels, {cfg.depth} "
         f"blocks, {cfg.num_heads} heads)": sizes in ARCHITECTURES,
         "GELU's MLP of ratio 4": cfg.mlp_ratio == 4

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from dune_fast.engine.config import load_config
 from dune_fast.export import TARGETS, foreign, onnx_graph, published
 from dune_fast.export.check import ExportError, Reader, compare, encoder_outputs, sizes
-from dune_fast.load import architecture_metadata, load_encoder, load_model, locate
+from dune_fast.load import load_encoder, load_model, locate
 from dune_fast.nn.vit import VisionTransformer
+from teachers.architecture import architecture_metadata
 
 _SAFETENSORS = "encoder.safetensors"
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
 from kernels.fp8 import E4M3, FP8Linear, FP8Rows, bias_gelu_fp8, layer_norm_fp8, residual_layer_norm_fp8
@@ -142,6 +143,7 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor] | None = None,
         normed: Tensor | FP8Rows | None = None,
         next_norm: LayerNorm | None = None,
+        next_dtype: torch.dtype | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | FP8Rows]:
         """The block's output x, or (x, next_norm(x)) where the norm that reads it is given.
 
@@ -150,15 +152,20 @@ class Block(nn.Module):
             rope: (cos, sin) of `rope2d_angles`, or None.
             normed: norm1(x), where the block before has made it.
             next_norm: the next block's `norm1`.
+            next_dtype: the next block's `input_dtype`; this one's by default.
         """
-        dtype = E4M3 if isinstance(self.attn.qkv, FP8Linear) else product_dtype(x)
+        dtype = self.input_dtype(x)
         if normed is None:
             normed = self.norm1(x, out_dtype=dtype)
         x, normed = self.norm2(x, self.attn(normed, rope), getattr(self.ls1, "gamma", None), dtype)
         branch = self.mlp(normed)
         if next_norm is None:
             return x + self.ls2(branch)
-        return next_norm(x, branch, getattr(self.ls2, "gamma", None), dtype)
+        return next_norm(x, branch, getattr(self.ls2, "gamma", None), next_dtype or dtype)
+
+    def input_dtype(self, x: Tensor) -> torch.dtype:
+        """The type in which this block's linear layers want their input, for a stream of tokens like x."""
+        return E4M3 if isinstance(self.attn.qkv, FP8Linear) else product_dtype(x)
 
     def quantize(self) -> None:
         """Makes the four linear layers float8 with row-wise scales, for good; for frozen models, see `kernels.fp8`."""
@@ -177,16 +184,25 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def run_blocks(
-    blocks: Sequence[Block] | nn.ModuleList, x: Tensor, rope: tuple[Tensor, Tensor] | None = None
+    blocks: Sequence[Block] | nn.ModuleList,
+    x: Tensor,
+    rope: tuple[Tensor, Tensor] | None = None,
+    recompute: bool = False,
 ) -> Iterator[Tensor]:
     """Un-normalised tokens [B, N, D] after each block in turn; x is what the first one takes.
 
-    Each block but the last hands the next its `norm1`, made in the pass that made x.
+    Each block but the last hands the next its `norm1`, made in the pass that made x. With `recompute` (activation
+    checkpointing) nothing but the tokens between blocks is kept for the backward pass, and every block makes its own.
     """
+    if recompute and torch.is_grad_enabled():
+        for block in blocks:
+            x = checkpoint(block, x, rope, use_reentrant=False, preserve_rng_state=False)  # nothing random in a block
+            yield x
+        return
     normed = None
     for i, block in enumerate(blocks):
         if i + 1 < len(blocks):
-            x, normed = block(x, rope, normed, blocks[i + 1].norm1)
+            x, normed = block(x, rope, normed, blocks[i + 1].norm1, blocks[i + 1].input_dtype(x))
         else:
             x = block(x, rope, normed)
         yield x

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dune_fast.nn.block import Block, init_linear, run_blocks
+from dune_fast.nn.routing import Routes
 
 Tokens = Mapping[int, Tensor]
 Projection = dict[str, Tensor]
@@ -186,13 +187,23 @@ class Projectors(nn.ModuleDict):
             else:
                 raise ValueError(f"projector kind {cfg.kind!r}; choose 'tp', 'lp' or 'sp'")
 
-    def forward(self, tokens: Tokens) -> dict[str, Projection]:
-        """{block: [B, 1 + N, D]} -> teacher -> token type -> [B, C] or [B, N, C]."""
+    def forward(self, tokens: Tokens, routes: Routes | None = None) -> dict[str, Projection]:
+        """{block: [B, 1 + N, D]} -> teacher -> token type -> [B, C] or [B, N, C], of the teacher's images if routed.
+
+        A projector without images runs on the batch's first one and gives none of its tokens: no operation has to take
+        an empty batch, and every parameter gets a gradient, of zeros.
+        """
         projections = {}
         for name, projector in self.items():
+            route = None if routes is None else routes[name]
+            nothing = route is not None and not len(route)
+            own = tokens
+            if route is not None:
+                own = {block: x[:1] if nothing else route.take(x) for block, x in tokens.items()}
             if self.kind == "lp":
-                projections[name] = projector(tokens)
+                projection = projector(own)
             else:
-                both = split_cls(projector(tokens[self.blocks[-1]]))
-                projections[name] = {token: both[token] for token in self.token_types[name]}
+                both = split_cls(projector(own[self.blocks[-1]]))
+                projection = {token: both[token] for token in self.token_types[name]}
+            projections[name] = {token: x[:0] for token, x in projection.items()} if nothing else projection
         return projections

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dune_fast.nn.block import Block
 from dune_fast.nn.projectors import Projection, ProjectorConfig, Projectors
+from dune_fast.nn.routing import Routes
 from dune_fast.nn.vit import VisionTransformer, ViTConfig
 
 
@@ -33,6 +36,16 @@ class Student(nn.Module):
         self.encoder.norm.requires_grad_(False)
         self.projectors = Projectors(projector, encoder.embed_dim, encoder.depth, encoder.num_heads, teachers)
 
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile of every transformer block on its own, in place: state and parameters keep their names.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.compile(**{"dynamic": False, **options})
+
     def tokens(self, images: Tensor) -> dict[int, Tensor]:
         """[cls, patches] after the blocks that the projectors read: block -> un-normalised [B, 1 + N, D]."""
         outputs = self.encoder.block_outputs(images, self.projectors.blocks)
@@ -41,9 +54,10 @@ class Student(nn.Module):
             return outputs
         return {i: torch.cat([x[:, :1], x[:, prefix:]], dim=1) for i, x in outputs.items()}
 
-    def forward(self, images: Tensor) -> dict[str, Projection]:
+    def forward(self, images: Tensor, routes: Routes | None = None) -> dict[str, Projection]:
+        """`routes`: which n of the images each teacher's projector gets, all of them by default."""
         with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return self.projectors(self.tokens(images))
+            return self.projectors(self.tokens(images), routes)
 
 
 def build_student(

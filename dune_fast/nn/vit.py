@@ -121,6 +121,9 @@ class VisionTransformer(nn.Module):
     like that. `forward` applies the final norm and returns the dictionary that users of DINOv2 know.
     """
 
+    activation_checkpointing = False
+    """Whether the backward pass computes each block again instead of keeping what is inside."""
+
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
         self.cfg = cfg
@@ -220,7 +223,7 @@ class VisionTransformer(nn.Module):
         x = self.embed(images)
         rope = self.rope(images)
         outputs = {-1: x} if -1 in blocks else {}
-        for i, tokens in enumerate(run_blocks(self.blocks[: max(blocks) + 1], x, rope)):
+        for i, tokens in enumerate(run_blocks(self.blocks[: max(blocks) + 1], x, rope, self.activation_checkpointing)):
             if i in blocks:
                 outputs[i] = tokens
         return outputs

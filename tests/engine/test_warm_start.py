@@ -103,7 +103,8 @@ def test_a_run_starts_warm_and_goes_on_without_the_source(overrides, tmp_path):
     first = student(1, {"one": (24, ("cls", "patch")), "two": (32, ("patch",))})
     source = tmp_path / "first.safetensors"
     save_file(first.state_dict(), source)
-    cfg = compose_config([*overrides, "image_size=84", f"student_weights={source}", "train.seed=5"])
+    more = ["image_size=84", f"student_weights={source}", "train.seed=5", "train.log_every=2"]
+    cfg = compose_config([*overrides, *more])
     trainer = Trainer(cfg)
     ours, theirs = trainer.engine.module.state_dict(), first.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs if key != "encoder.pos_embed")
@@ -111,6 +112,7 @@ def test_a_run_starts_warm_and_goes_on_without_the_source(overrides, tmp_path):
     trainer.train_step(next(batches))
     trainer.train_step(next(batches))
     trainer._save()
+    trainer._wait_for_save()
     trainer.loader.close()
     source.unlink()
     again = Trainer(cfg)

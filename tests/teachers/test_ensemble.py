@@ -143,7 +143,7 @@ def test_weights_kept_in_bfloat16_compute_what_autocast_computes(toy_config, ima
 def test_teacher_may_keep_float32(toy_config, images):
     full = TeacherEnsemble({"a": toy_config()}, PATCH)(images)
     mixed = TeacherEnsemble(
-        {"a": toy_config(autocast=False), "b": toy_config(weights="random:2")}, PATCH, autocast_dtype=torch.bfloat16
+        {"a": toy_config(precision="fp32"), "b": toy_config(weights="random:2")}, PATCH, autocast_dtype=torch.bfloat16
     )
     with torch.autocast("cpu", torch.bfloat16):  # the step's own autocast does not reach the teachers
         outputs = mixed(images)
