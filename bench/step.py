@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from bench.kernels import RESULTS, folder_name, versions
 from bench.step_count import count_step
 from bench.step_meter import PartTimer, host_syncs, matrix_rate, peak_memory, profile
 from bench.step_results import Measured, merge_results, plot_parts
-from bench.step_variants import VARIANTS, Step, SyntheticImages, Variant, build, synthetic_config
+from bench.step_variants import VARIANTS, Step, SyntheticLoader, Variant, build, configure, synthetic_config
 from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.engine.deepspeed_engine import init_distributed
 from dune_fast.engine.devices import autocast_dtype, device_name
@@ -50,28 +51,25 @@ class Bench:
     """One experiment on one device: variants, images, meters."""
 
     def __init__(self, cfg: RunConfig, batch: int, device: torch.device, steps: int, console: Console) -> None:
-        self.cfg, self.batch, self.steps = synthetic_config(cfg), batch, steps
+        self.cfg, self.batch, self.steps = synthetic_config(cfg, batch, steps), batch, steps
         self.device, self.console = device, console
-        self.dtype = autocast_dtype(cfg.train.precision, device)
-        self.flops = run_flops(self.cfg)
-        self.images = SyntheticImages(batch, cfg.image_size, device)
+        self.loader = SyntheticLoader(batch, cfg.image_size, device)
         self.on_gpu = device.type == "cuda"
 
     def build(self, variant: Variant, timer: PartTimer | None = None) -> Step:
         """A variant's step, with this bench's sizes."""
-        surround = timer or (lambda part: nullcontext())
-        return build(self.cfg, variant, self.batch, self.steps, self.device, self.dtype, surround)
+        return build(self.cfg, variant, self.loader, timer or (lambda part: nullcontext()))
 
     def measure(self, variants: Sequence[Variant], warm_up: int) -> list[Measured]:
         """Times the variants in turns, then looks at each on its own."""
         timer = PartTimer(self.device)
         running: dict[str, tuple[Step, int]] = {}
         for variant in variants:
+            self.console.print(f"{variant.name}: {variant.about}")
             before = torch.cuda.memory_allocated() if self.on_gpu else 0
             step = self.build(variant, timer)
-            self.console.print(f"{variant.name}: {variant.about}")
             for i in range(warm_up):
-                step(self.images[i], i)
+                step(i)
             held = (torch.cuda.memory_allocated() if self.on_gpu else 0) - before
             running[variant.name] = step, held
             timer.collect()
@@ -80,22 +78,21 @@ class Bench:
             for name, (step, _) in running.items():
                 for i in range(first, first + TURN):
                     with timer("step"):
-                        step(self.images[i], i)
+                        step(i)
                 spans[name] += split_steps(timer.collect())
-        rate = matrix_rate(self.device, self.dtype or torch.float32, 8192 if self.on_gpu else 1024)
+        dtype = autocast_dtype(self.cfg.train.precision, self.device) or torch.float32
+        rate = matrix_rate(self.device, dtype, 8192 if self.on_gpu else 1024)
         rate_fp8 = matrix_rate(self.device, E4M3) if self.on_gpu and "ours+fp8" in spans else None
         results = []
         for variant in variants:
             step, held = running[variant.name]
-            result = Measured.from_spans(variant.name, self.batch, spans[variant.name], self.flops, rate, rate_fp8)
+            flops = run_flops(configure(self.cfg, variant))
+            result = Measured.from_spans(variant.name, self.batch, spans[variant.name], flops, rate, rate_fp8)
             if self.on_gpu:
-
-                def once(step: Step = step) -> None:
-                    step(self.images[self.steps - 1], self.steps - 1)
-
-                result.peak_bytes = peak_memory(once, held)
-                result.host_syncs = host_syncs(once)
-                result.add_profile(profile(once))
+                last = partial(step, self.steps - 1)
+                result.peak_bytes = peak_memory(last, held)
+                result.host_syncs = host_syncs(last)
+                result.add_profile(profile(last))
             results.append(result)
         return results
 
@@ -104,7 +101,7 @@ class Bench:
         losses = {}
         for variant in variants:
             step = self.build(variant)
-            values = [step(self.images[i], i) for i in range(self.steps)]
+            values = [step(i) for i in range(self.steps)]
             losses[variant.name] = torch.stack([value.float().cpu() for value in values]).tolist()
             self.console.print(f"{variant.name}: loss {losses[variant.name][0]:.5f} -> {losses[variant.name][-1]:.5f}")
             del step
@@ -168,7 +165,7 @@ def count(cfg: RunConfig, batch: int, variants: Sequence[Variant], console: Cons
     for variant in variants:
         if variant.compile:
             continue  # what a compiler makes of it is not known before it has run
-        result = count_step(synthetic_config(cfg), variant, batch, torch.bfloat16)
+        result = count_step(synthetic_config(cfg, batch, 4), variant)
         parts = ", ".join(f"{part} {number}" for part, number in result.operations.most_common())
         total = sum(result.operations.values())
         held, peak = (f"{value / 2**30:.1f}" for value in (result.held_bytes, result.peak_bytes))

@@ -9,6 +9,7 @@ AdamW after this project's clipping, as in ZeRO stage 0.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,17 +17,25 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from bench.eager_step import EagerStep, Timer
 from bench.step_results import EVERYTHING_ELSE
-from bench.step_variants import Step, Variant, build
+from bench.step_variants import GROUPS, Variant, configure, time_parts
+from dali_pipelines.loader import Batch
+from dune_fast.distill.objective import ownership
+from dune_fast.distill.standardization import TeacherStatistics
+from dune_fast.distill.step import DistillationStep
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.optimizer import OptimizerConfig, build_optimizer, scale_gradients
+from dune_fast.nn.student import build_student
 from kernels.library import NAMESPACE, traced
+from teachers.ensemble import TeacherEnsemble
 
 _NAMESPACES = ("aten", NAMESPACE)
 _NO_WORK = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh",
@@ -62,7 +71,7 @@ class Meter(TorchDispatchMode):
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        before, self.part = self.part, "loss" if part == "forward" else part  # what no inner part claims is the loss
+        before, self.part = self.part, part
         yield
         self.part = before
 
@@ -145,12 +154,12 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
 class PlainEngine:
     """What `Engine` does with one process and ZeRO stage 0, without DeepSpeed."""
 
-    def __init__(self, module: nn.Module, optimizer: OptimizerConfig, *_: object) -> None:
+    def __init__(self, module: nn.Module, optimizer: OptimizerConfig) -> None:
         self.module, self.clipping = module, optimizer
         self.optimizer = build_optimizer(module, optimizer)
 
-    def __call__(self, images: Tensor) -> object:
-        return self.module(images)
+    def __call__(self, *inputs: object) -> object:
+        return self.module(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -164,28 +173,56 @@ class PlainEngine:
         return norms
 
 
-def count_step(cfg: RunConfig, variant: Variant, batch: int, dtype: torch.dtype | None) -> Count:
-    """Counts the second step of a variant (the first one makes the optimizer's state).
+def _plain_step(cfg: RunConfig, timer: Timer) -> Callable[[Batch, int], Tensor]:
+    """The trainer's step without DeepSpeed, guard and log."""
+    device, dtype = torch.device("cpu"), torch.bfloat16
+    student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
+    student.autocast_dtype = dtype
+    engine = PlainEngine(student, cfg.optimizer)
+    norms = TeacherStatistics(cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps)
+    teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype)
+    with unset_fake_temporarily():  # the host looks at who owns what
+        own = ownership({n: t.groups for n, t in cfg.teachers.items()}, GROUPS, cfg.objective, device)
+        distill = DistillationStep(engine, teachers, norms, own, cfg.objective, cfg.train.seed)
+    time_parts(distill, engine, timer)
+
+    def step(batch: Batch, i: int) -> Tensor:
+        with timer("loss"):  # what no inner part claims
+            output = distill(batch.images, batch.group, batch.positions, i, 0.5, batch.group_on_host)
+        engine.backward(output.loss)
+        engine.step(1e-3)
+        return output.metrics["loss"]
+
+    return step
+
+
+def _eager_step(cfg: RunConfig, timer: Timer) -> Callable[[Batch, int], object]:
+    student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
+    eager = EagerStep(cfg, student, torch.device("cpu"), torch.bfloat16, timer=timer)
+    return lambda batch, i: eager(batch.images, batch.positions, i, 1e-3, 0.5)
+
+
+def count_step(cfg: RunConfig, variant: Variant) -> Count:
+    """Counts the second step of a variant in bf16 (the first one makes the optimizer's state).
 
     Args:
         cfg: from `synthetic_config`.
-        variant: which.
-        batch: images a step.
-        dtype: autocast's, None for float32.
+        variant: which; not one that is compiled.
     """
-    device = torch.device("cpu")
-    meter = Meter(variant.name)
-    size = cfg.image_size
+    cfg = configure(copy.deepcopy(cfg), variant)
+    meter, size = Meter(variant.name), (cfg.train.global_batch, 3, cfg.image_size, cfg.image_size)
+    groups = np.arange(size[0]) % len(GROUPS)
     with ExitStack() as stack:
-        for context in (FakeTensorMode(), meter, meter.host_reads(), traced()):
+        for context in (FakeTensorMode(allow_non_fake_inputs=True), meter, meter.host_reads(), traced()):
             stack.enter_context(context)
-        stack.enter_context(mock.patch("bench.step_variants.Engine", PlainEngine))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
+        stack.enter_context(mock.patch("torch.from_numpy", torch.tensor))  # not a view of what has an address
         # it looks at what it has drawn
         stack.enter_context(mock.patch("torch.nn.init.trunc_normal_", lambda tensor, **_: tensor))
-        step: Step = build(cfg, variant, batch, 4, device, dtype, meter)
-        data = torch.empty(batch, 3, size, size), torch.zeros(batch, dtype=torch.long), torch.arange(batch)
-        step(data, 0)
+        step = (_eager_step if variant.eager else _plain_step)(cfg, meter)
+        index = torch.zeros(size[0], dtype=torch.long)
+        batch = Batch(torch.empty(size), index, index, index, [""] * size[0], 0, groups)
+        step(batch, 0)
         meter.start()
-        step(data, 1)
+        step(batch, 1)
     return meter.count

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.eager_step import EagerStep, Timer
-from dune_fast.distill.objective import ownership
-from dune_fast.distill.standardization import Features, TeacherStatistics
+from dali_pipelines.loader import Batch
 from dune_fast.distill.step import DistillationStep
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.deepspeed_engine import Engine
+from dune_fast.engine.devices import autocast_dtype
 from dune_fast.engine.schedules import ema_momenta, learning_rates, scaled_learning_rate
+from dune_fast.engine.trainer import Trainer
 from dune_fast.nn.student import build_student
 from kernels import philox
-from teachers.ensemble import TeacherEnsemble
 
 GROUPS = ("generic", "3d", "human")
 """Of a synthetic batch: a third of the images each, in turns."""
@@ -29,8 +30,8 @@ POOL = 4
 """Synthetic batches that take turns, so that no step finds its images in a cache."""
 
 
-class SyntheticImages:
-    """Batches of random images that stay on the device: smooth fields with noise on top, ImageNet-normalised in scale.
+class SyntheticLoader:
+    """Stands in for `TrainLoader`: batches of random images that stay on the device, smooth fields with noise on top.
 
     Args:
         batch: images a step.
@@ -38,8 +39,14 @@ class SyntheticImages:
         device: where they stay.
     """
 
+    groups = list(GROUPS)
+    dataset_names = ["synthetic"]
+    waited_s = 0.0
+
     def __init__(self, batch: int, size: int, device: torch.device) -> None:
-        self.batch, self.device = batch, device
+        self.num_images, self.device = batch * POOL, device
+        self.broken = {"synthetic": 0}
+        self._groups = np.arange(batch) % len(GROUPS)
         self._pool = []
         for i in range(POOL):
             generator = torch.Generator().manual_seed(i)
@@ -49,14 +56,21 @@ class SyntheticImages:
             noise = philox.uniform4(i, philox.ORDER, pixels, 0)[:, 0].view_as(images)
             self._pool.append(images + noise - 0.5)
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(images [B, 3, H, W], dataset group int64 [B], global position int64 [B]) of a step."""
-        slots = torch.arange(self.batch, device=self.device)
-        return self._pool[step % POOL], slots % len(GROUPS), step * self.batch + slots
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of a step."""
+        batch = len(self._groups)
+        group = torch.from_numpy(self._groups).to(self.device)
+        positions = step * batch + torch.arange(batch, device=self.device)
+        return Batch(
+            self._pool[step % POOL], positions, group, torch.zeros_like(group), [""] * batch, step, self._groups
+        )
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
-Step = Callable[[tuple[Tensor, Tensor, Tensor], int], Tensor]
-"""(a batch of `SyntheticImages`, step) -> the loss, on the device or read by the host."""
+Step = Callable[[int], Tensor]
+"""step -> the loss, on the device or read by the host."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +96,14 @@ VARIANTS = (
 )
 
 
-def synthetic_config(cfg: RunConfig) -> RunConfig:
-    """The configuration with random teachers, so that no weights file is needed."""
+def synthetic_config(cfg: RunConfig, batch: int, steps: int) -> RunConfig:
+    """The configuration with random teachers, so that no weights file is needed, for one process."""
     teachers = {
         name: dataclasses.replace(teacher, weights=f"random:{i + 1}")
         for i, (name, teacher) in enumerate(cfg.teachers.items())
     }
-    return dataclasses.replace(cfg, teachers=teachers)
+    train = dataclasses.replace(cfg.train, global_batch=batch, steps=steps, log_every=max(2, steps))
+    return dataclasses.replace(cfg, teachers=teachers, student_weights="", train=train)
 
 
 def configure(cfg: RunConfig, variant: Variant) -> RunConfig:
@@ -105,75 +120,72 @@ def configure(cfg: RunConfig, variant: Variant) -> RunConfig:
     return cfg
 
 
-class OurStep:
-    """This project's step: what `dune_fast.engine.trainer` does with a batch, and nothing that it does besides."""
-
-    def __init__(
-        self, distill: DistillationStep, engine: Engine, rates: np.ndarray, momenta: np.ndarray, timer: Timer
-    ) -> None:
-        self.distill, self.engine, self.rates, self.momenta, self.timer = distill, engine, rates, momenta, timer
-
-        def student(images: Tensor) -> Features:
-            with timer("student forward"):
-                return engine(images)
-
-        distill.student = student
-        for name, teacher in distill.teachers.teachers.items():
-            self._time_trunk(teacher.trunk, f"teacher {name}")
-
-    def __call__(self, data: tuple[Tensor, Tensor, Tensor], step: int) -> Tensor:
-        with self.timer("forward"):
-            loss, metrics, _ = self.distill(*data, step, float(self.momenta[step]))
-        with self.timer("backward"):
-            self.engine.backward(loss)
-        with self.timer("optimizer"):
-            self.engine.step(float(self.rates[step]))
-        return metrics["loss"]
-
-    def _time_trunk(self, trunk: nn.Module, part: str) -> None:
-        stack = ExitStack()
-        trunk.register_forward_pre_hook(lambda *_: stack.enter_context(self.timer(part)) and None)
-        trunk.register_forward_hook(lambda *_: stack.close())
-
-
-def build(
-    cfg: RunConfig,
-    variant: Variant,
-    batch: int,
-    steps: int,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    timer: Timer,
-) -> Step:
+def build(cfg: RunConfig, variant: Variant, loader: SyntheticLoader, timer: Timer) -> Step:
     """A step that can be called; weights are the same for every variant.
 
     Args:
         cfg: from `synthetic_config`.
         variant: what to build.
-        batch: images a step.
-        steps: length that the schedules are made for.
-        device, dtype: where, and autocast's type (None: float32).
+        loader: of its images.
         timer: surrounds the parts of a step.
     """
     cfg = configure(copy.deepcopy(cfg), variant)
+    return _eager(cfg, variant, loader, timer) if variant.eager else _ours(cfg, loader, timer)
+
+
+def schedules(cfg: RunConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Learning rate and momentum of the statistics at every step."""
+    optimizer, norms = cfg.optimizer, cfg.standardization
+    peak = scaled_learning_rate(optimizer.lr_per_256, cfg.train.global_batch)
+    rates = learning_rates(cfg.steps, peak, optimizer.min_lr, optimizer.warmup_fraction)
+    return rates, ema_momenta(cfg.steps, norms.ema_start, norms.ema_end)
+
+
+def _eager(cfg: RunConfig, variant: Variant, loader: SyntheticLoader, timer: Timer) -> Step:
     student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
-    peak = scaled_learning_rate(cfg.optimizer.lr_per_256, batch)
-    rates = learning_rates(steps, peak, cfg.optimizer.min_lr, cfg.optimizer.warmup_fraction)
-    momenta = ema_momenta(steps, cfg.standardization.ema_start, cfg.standardization.ema_end)
-    if variant.eager:
-        eager = EagerStep(cfg, student, device, dtype, variant.compile, timer)
+    dtype = autocast_dtype(cfg.train.precision, loader.device)
+    eager = EagerStep(cfg, student, loader.device, dtype, variant.compile, timer)
+    rates, momenta = schedules(cfg)
 
-        def run_eager(data: tuple[Tensor, Tensor, Tensor], step: int) -> Tensor:
-            images, _, positions = data
-            return torch.tensor(eager(images, positions, step, float(rates[step]), float(momenta[step])))
+    def step(i: int) -> Tensor:
+        batch = loader[i]
+        return torch.tensor(eager(batch.images, batch.positions, i, float(rates[i]), float(momenta[i])))
 
-        return run_eager
+    return step
 
-    student.autocast_dtype = dtype
-    engine = Engine(student.to(device), cfg.optimizer, batch, cfg.deepspeed.zero_stage, cfg.deepspeed.options)
-    teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype).to(device)
-    own = ownership({n: t.groups for n, t in cfg.teachers.items()}, GROUPS, cfg.objective, device)
-    convention = cfg.standardization
-    norms = TeacherStatistics(cfg.teacher_features, convention.convention, convention.eps).to(device)
-    distill = DistillationStep(engine, teachers, norms, own, cfg.objective, cfg.train.seed)
-    return OurStep(distill, engine, rates, momenta, timer)
+
+def _ours(cfg: RunConfig, loader: SyntheticLoader, timer: Timer) -> Step:
+    """The trainer's own step: what a user's run does between two batches."""
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = dataclasses.replace(cfg, output_dir=folder)
+        with mock.patch("dune_fast.engine.trainer.TrainLoader", lambda *_, **__: loader):
+            trainer = Trainer(cfg)
+    time_parts(trainer.distill, trainer.engine, timer)
+    trainer.distill = timed(trainer.distill, timer, "forward")
+
+    def step(i: int) -> Tensor:
+        trainer.step = i
+        return trainer.train_step(loader[i])["loss"]
+
+    return step
+
+
+def timed(function: Callable, timer: Timer, part: str | Callable[..., str]) -> Callable:
+    """The function within the timer's part, which may depend on the arguments."""
+
+    def call(*args: object, **kwargs: object) -> object:
+        with timer(part if isinstance(part, str) else part(*args)):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def time_parts(distill: DistillationStep, engine: Engine, timer: Timer) -> None:
+    """Surrounds student, each teacher, backward pass and update."""
+    teachers = distill.teachers
+    distill.student = timed(engine, timer, "student forward")
+    teachers._features = timed(
+        teachers._features, timer, lambda run, _: "teacher " + "+".join(t.name for t in teachers._runs[run])
+    )
+    engine.backward = timed(engine.backward, timer, "backward")
+    engine.step = timed(engine.step, timer, "optimizer")

@@ -13,7 +13,7 @@ from bench.step import Bench, chosen, relative_difference, split_steps
 from bench.step_count import Meter, count_step
 from bench.step_meter import PartTimer, matrix_rate, merged_length
 from bench.step_results import EVERYTHING_ELSE, Measured, merge_results
-from bench.step_variants import VARIANTS, SyntheticImages
+from bench.step_variants import VARIANTS, SyntheticLoader, synthetic_config
 from dune_fast.engine.config import RunConfig, TrainConfig
 from dune_fast.engine.deepspeed_engine import init_distributed
 from dune_fast.engine.flops import Flops
@@ -30,7 +30,7 @@ def config() -> RunConfig:
         image_size=56,
         student=ViTConfig(image_size=56, embed_dim=48, depth=2, num_heads=3),
         teachers={
-            "dinov2": TeacherConfig("dinov2", "random:1", 14, 192, image_size=56, num_registers=4),
+            "dinov2": TeacherConfig("dinov2", "random:1", 14, 192, image_size=56, num_registers=4, groups=["generic"]),
             "mast3r": TeacherConfig("mast3r", "random:2", 16, 192, ["patch"], mean=HALF, std=HALF, groups=["3d"]),
             "multihmr": TeacherConfig("multihmr", "random:3", 14, 192, ["patch"], image_size=56, groups=["human"]),
         },
@@ -80,11 +80,11 @@ def test_measures_parts_that_add_up(tmp_path):
 
 
 def test_every_variant_runs_on_images_that_differ():
-    images = SyntheticImages(3, 56, CPU)
-    first, groups, positions = images[1]
-    assert groups.tolist() == [0, 1, 2] and positions.tolist() == [3, 4, 5]
-    assert first.isfinite().all() and not torch.equal(first, images[2][0])
-    assert 0.5 < first.std() < 2
+    loader = SyntheticLoader(3, 56, CPU)
+    first = loader[1]
+    assert first.group.tolist() == first.group_on_host.tolist() == [0, 1, 2] and first.positions.tolist() == [3, 4, 5]
+    assert first.images.isfinite().all() and not torch.equal(first.images, loader[2].images)
+    assert 0.5 < first.images.std() < 2
 
 
 def test_the_routing_variant_trains():
@@ -138,17 +138,18 @@ def test_a_step_never_waits_for_the_gpu():
     device = init_distributed()
     bench = Bench(config(), 6, device, 4, Quiet())
     step = bench.build(chosen(["ours"])[0])
-    step(bench.images[0], 0)
-    assert host_syncs(lambda: step(bench.images[1], 1)) == 0
+    step(0)
+    assert host_syncs(lambda: step(1)) == 0
     eager = bench.build(chosen(["eager"])[0])
-    eager(bench.images[0], 0)
-    assert host_syncs(lambda: eager(bench.images[1], 1)) > 20
+    eager(0)
+    assert host_syncs(lambda: eager(1)) > 20
 
 
 def test_counts_without_running():
     """Fused paths launch far less, and our step reads nothing where the published one reads every value."""
     cfg, batch = config(), 6
-    eager, ours = (count_step(cfg, variant, batch, torch.bfloat16) for variant in chosen(["eager", "ours"]))
+    small = synthetic_config(cfg, batch, 4)
+    eager, ours, routed = (count_step(small, variant) for variant in chosen(["eager", "ours", "ours+routing"]))
     trained = 2 * 14 + 5 + 3 * (14 + 2)  # tensors of the blocks, of embedding and positions, of the projectors
     values, metrics = batch * len(cfg.teachers) + 1, 3 * 4 + 1
     assert (eager.host_reads, ours.host_reads) == (values + metrics + trained, 0)
@@ -156,6 +157,7 @@ def test_counts_without_running():
     # 12 blocks: four products, attention, two norms, bias and GELU each; and what goes before and after them
     assert 12 * 8 <= ours.operations["teacher multihmr"] <= 12 * 8 + 12
     assert ours.held_bytes < eager.held_bytes and ours.peak_bytes < eager.peak_bytes
+    assert routed.host_reads == 0 and routed.peak_bytes < ours.peak_bytes
 
 
 def test_the_count_knows_how_much_is_alive():
