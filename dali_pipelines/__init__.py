@@ -1,3 +1,4 @@
-"""Images for distillation: what they are (`datasets`), in which order they come (`order`), what is done to them
-(`augmentation`, `pipeline`) and how they reach the device (`loader`). Annotations are never read.
+"""Images for distillation: what they are (`datasets`), files (`listing`) or shards (`shards`, `foreign_shards`; made by
+`sharding`), in which order they come (`order`), what is done to them (`augmentation`, `pipeline`) and how they reach
+the device (`source`, `stream`, `loader`). Annotations are never read.
 """

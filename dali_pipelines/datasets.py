@@ -1,26 +1,28 @@
-"""Which images there are: a folder, an asset or a list becomes sorted paths, split into training and validation.
+"""Which images there are, and which of them are for validation: files in a folder or a list, or shards.
 
-Any folder, glob or list is accepted for any dataset; nothing but the file names is looked at here. Files that turn out
-broken are the loader's business.
+Any of them is accepted for any dataset; nothing but names is looked at here. Images that turn out broken are the
+loader's business.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
+import heapq
 import os
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-"""What counts as an image where no pattern is given, in either case."""
+from dali_pipelines.errors import DataError
+from dali_pipelines.foreign_shards import find_shards, open_foreign_shards
+from dali_pipelines.listing import PathList, imagefolder_splits, list_images
+from dali_pipelines.shards import ShardImages, is_manifest_folder, open_manifest_folder
+from dali_pipelines.storage import is_url
 
+__all__ = ["DataConfig", "DataError", "Dataset", "DatasetConfig", "Images", "index_dataset", "index_datasets"]
 
-class DataError(ValueError):
-    """The user's data or its configuration is wrong; the message says what was given and what to do."""
+Images = PathList | ShardImages
+"""The images of a split: a sequence of names, with `relative`, `locate`, `size` and `select`."""
 
 
 @dataclass
@@ -28,12 +30,20 @@ class DatasetConfig:
     """One dataset of images."""
 
     root: str = ""
-    """A folder; or "asset:NAME", photographs fetched from a package registry; or a text file with one path a line
-    (relative ones start at the file's folder; blank lines and lines that begin with # are skipped)."""
+    """Where the images are. One of:
+    a folder, searched with all folders below it;
+    a glob, such as "/data/*/images/*.jpg";
+    a text file with one path or address a line (relative paths start at the file's folder; blank lines and lines that
+    begin with # are skipped);
+    a folder that `dune-fast data shard` has filled, with its training and validation images;
+    tar files of other WebDataset tools, "/data/train-{0000..0146}.tar" or "/data/*.tar", or a folder of nothing else;
+    "imagefolder:FOLDER", the layout of Hugging Face's imagefolder, with its `train/` and `validation/` or `test/`;
+    "asset:NAME", photographs fetched from a package registry;
+    the folders and the tar files may also be addresses that fsspec knows, such as "s3://bucket/folder"."""
     pattern: str = ""
     """Globs below the folder, separated by "|", such as "train/**/*.png|test/**/*.png"; files and folders whose names
     begin with a dot are skipped. Empty: all images in the folder and below, by their suffix. Not used with a text
-    file."""
+    file. With tar files of other tools: globs on the members' names; empty: one image of each sample."""
     group: str = "generic"
     """Which teacher's kind of data it is: "generic", "3d", "human", or any other name. Each group has its share of
     every batch."""
@@ -43,13 +53,24 @@ class DatasetConfig:
     """How many images to keep out of training, for validation. Chosen by a hash of the path below the root, so the
     choice is the same everywhere and does not depend on the seed."""
     val_root: str = ""
-    """Instead of `holdout`: where the validation images are, as `root`."""
+    """Instead of `holdout`: where the validation images are, as `root`. It goes before validation images that the root
+    brings along."""
     rotate: str = ""
     """Glob on the path below the root: images that match are stored turned and are turned clockwise by 90 degrees
     (BEDLAM: "*closeup*")."""
     shrink: int = 0
     """Shorter side in pixels. Larger images are shrunk to it once, into the cache folder, so that decoding does not
     dominate; 0 uses the images as they are. See `dali_pipelines.shrink`."""
+    expected_train: int = 0
+    """How many training images there should be, for `dune-fast data check`; 0: not known."""
+    expected_val: int = 0
+    """How many validation images there should be; 0: not known, or none."""
+    layout: str = ""
+    """In words: which files below the root are meant."""
+    licence: str = ""
+    """Of the images, where it is certain."""
+    homepage: str = ""
+    """Where the images are described, and where to ask for access."""
 
 
 @dataclass
@@ -92,6 +113,11 @@ class DataConfig:
     """The run stops when more than this share of a dataset's images cannot be decoded..."""
     max_broken_spared: int = 4
     """...but never for this many or fewer, unless they are more than half of the dataset."""
+    read_ahead: int = 2
+    """Batches whose files are read before they are decoded: what the storage's latency hides behind. Each takes its
+    encoded bytes in memory, per process."""
+    read_patience: float = 30.0
+    """Seconds for which a read is tried again when the storage does not answer, before the run stops."""
 
     def validate(self) -> None:
         """Raises DataError for values that make no sense; which datasets exist is checked when they are indexed."""
@@ -105,7 +131,8 @@ class DataConfig:
             if len(values) != 2 or not low < values[0] <= values[1] <= high:
                 raise DataError(f"data.{name} is {values}: give [smallest, largest], above {low} and at most {high}")
         _check("max_broken_share", self.max_broken_share, 0, 1)
-        for name in ("num_threads", "prefetch"):
+        _check("read_patience", self.read_patience, 0, float("inf"))
+        for name in ("num_threads", "prefetch", "read_ahead"):
             if getattr(self, name) < 1:
                 raise DataError(f"data.{name} is {getattr(self, name)}: at least 1 is needed")
 
@@ -113,23 +140,6 @@ class DataConfig:
 def _check(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise DataError(f"data.{name} is {value}: allowed are values from {low} to {high}")
-
-
-class PathList(Sequence[str]):
-    """Paths in one block of bytes: 20 million of them as Python strings would cost every rank two gigabytes."""
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        encoded = [os.fsencode(path) for path in paths]
-        self._bytes = b"".join(encoded)
-        self._ends = np.cumsum([0] + [len(path) for path in encoded], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])
 
 
 @dataclass(frozen=True)
@@ -140,14 +150,10 @@ class Dataset:
     """Its name in the configuration."""
     config: DatasetConfig
     """Its configuration."""
-    root: str
-    """The folder of the training images (of the text file, where one is given)."""
-    train: PathList
-    """Paths, sorted."""
-    val_root: str
-    """The folder of the validation images."""
-    val: PathList
-    """Paths, sorted; may be empty."""
+    train: Images
+    """Sorted by path; shards in the order of their images."""
+    val: Images
+    """May be empty."""
 
 
 def index_dataset(name: str, config: DatasetConfig) -> Dataset:
@@ -164,20 +170,26 @@ def index_dataset(name: str, config: DatasetConfig) -> Dataset:
     """
     if config.repeat < 1 or config.holdout < 0 or config.shrink < 0:
         raise DataError(f"dataset {name!r}: repeat must be at least 1, holdout and shrink at least 0, got {config}")
-    root, relative = _list_images(name, config.root, config.pattern, "root")
+    train, val = _open(name, config, config.root, "root")
     if config.val_root:
         if config.holdout:
             raise DataError(f"dataset {name!r} has both val_root and holdout: keep one")
-        val_root, val = _list_images(name, config.val_root, config.pattern, "val_root")
-        return Dataset(name, config, root, _join(root, relative), val_root, _join(val_root, val))
-    if config.holdout >= len(relative):
-        raise DataError(
-            f"dataset {name!r}: a holdout of {config.holdout} leaves nothing to train on, "
-            f"it has {len(relative)} images; lower data.datasets.{name}.holdout"
-        )
-    held = set(sorted(relative, key=_hash)[: config.holdout]) if config.holdout else set()
-    train = _join(root, (path for path in relative if path not in held))
-    return Dataset(name, config, root, train, root, _join(root, sorted(held)))
+        others, val = _open(name, config, config.val_root, "val_root")
+        val = val or others
+    elif config.holdout:
+        if val:
+            raise DataError(f"dataset {name!r}: its root has {len(val)} validation images already, drop the holdout")
+        if config.holdout >= len(train):
+            raise DataError(
+                f"dataset {name!r}: a holdout of {config.holdout} leaves nothing to train on, "
+                f"it has {len(train)} images; lower data.datasets.{name}.holdout"
+            )
+        held = heapq.nsmallest(config.holdout, range(len(train)), key=lambda i: _hash(train.relative(i)))
+        kept = np.delete(np.arange(len(train)), held)
+        train, val = train.select(kept.tolist()), train.select(sorted(held))
+    if not train:
+        raise DataError(f"dataset {name!r}: {config.root} has no training images; correct data.datasets.{name}.root")
+    return Dataset(name, config, train, val)
 
 
 def index_datasets(config: DataConfig) -> list[Dataset]:
@@ -195,68 +207,37 @@ def _hash(path: str) -> tuple[bytes, str]:
     return hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).digest(), path
 
 
-def _join(root: str, relative: Iterable[str]) -> PathList:
-    return PathList(os.path.join(root, path) for path in relative)
-
-
-def _list_images(name: str, given: str, pattern: str, key: str) -> tuple[str, list[str]]:
-    """(folder, sorted paths relative to it) of a folder, an asset or a text file."""
-    where = f"data.datasets.{name}.{key}"
+def _open(name: str, config: DatasetConfig, given: str, key: str) -> tuple[Images, Images]:
+    """Training and validation images of a root; the second are empty where it has only one kind."""
+    where, none = f"data.datasets.{name}.{key}", PathList([])
     if not given or given == "???":
         raise DataError(
             f"dataset {name!r} has no {key}: set {where} to a folder, to a text file of paths, or to asset:NAME"
         )
+    if given.startswith("imagefolder:"):
+        train, val = imagefolder_splits(name, given.removeprefix("imagefolder:"))
+        held = list_images(name, val, config.pattern, key) if val else none
+        return list_images(name, train, config.pattern, key), held
     if given.startswith("asset:"):
         from teachers.assets import fetch  # only demos need it
 
-        folder = str(fetch(given.removeprefix("asset:")))
-    else:
-        folder = os.path.abspath(os.path.expanduser(given))
-    if os.path.isfile(folder):
-        return _read_list(name, folder)
-    if not os.path.isdir(folder):
-        raise DataError(f"dataset {name!r}: {given} is neither a folder nor a text file of paths; correct {where}")
-    relative = _glob(folder, pattern) if pattern else _walk(folder)
-    if not relative:
-        looked_for = f"no file matches {pattern!r}" if pattern else f"no file ends in {', '.join(SUFFIXES)}"
-        raise DataError(
-            f"dataset {name!r}: {looked_for} in {given} or below; correct {where} or data.datasets.{name}.pattern"
-        )
-    return folder, relative
-
-
-def _walk(folder: str) -> list[str]:
-    found, seen = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link to a folder above would never end
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        below = os.path.relpath(parent, folder)
-        images = (f for f in files if f.lower().endswith(SUFFIXES) and not f.startswith("."))
-        found.extend(f if below == "." else os.path.join(below, f) for f in images)
-    return sorted(found)
-
-
-def _glob(folder: str, pattern: str) -> list[str]:
-    found = {p for part in pattern.split("|") for p in glob.iglob(part.strip(), root_dir=folder, recursive=True)}
-    return sorted(p for p in found if os.path.isfile(os.path.join(folder, p)))
-
-
-def _read_list(name: str, file: str) -> tuple[str, list[str]]:
+        given = str(fetch(given.removeprefix("asset:")))
+    place = given if is_url(given) else os.path.abspath(os.path.expanduser(given))
     try:
-        lines = Path(file).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise DataError(f"dataset {name!r}: cannot read {file}: {error}") from error
-    folder = os.path.dirname(file)
-    paths = sorted({line.strip() for line in lines if line.strip() and not line.startswith("#")})
-    if not paths:
-        raise DataError(f"dataset {name!r}: {file} lists no path; it should hold one path a line")
-    if not any(os.path.isfile(os.path.join(folder, path)) for path in paths[:16]):
-        raise DataError(
-            f"dataset {name!r}: none of the first paths in {file} exists, such as {paths[0]!r}; "
-            f"paths that are not absolute start at {folder}"
-        )
-    return folder, paths
+        if not given.endswith(".tar") and is_manifest_folder(place):
+            _refuse(config, ("pattern", "rotate", "shrink"), "shards are read as `dune-fast data shard` has made them")
+            splits = open_manifest_folder(place)
+            return splits.get("train", none), splits.get("val", none)
+        if (shards := find_shards(given)) is not None:
+            _refuse(config, ("rotate", "shrink"), "with tar files that has to be done by `dune-fast data shard`")
+            return open_foreign_shards(shards, config.pattern), none
+        if is_url(given):
+            _refuse(config, ("shrink",), "copies are made of local files alone; shard the images with --shorter-side")
+    except DataError as error:
+        raise DataError(f"dataset {name!r}: {error}") from error
+    return list_images(name, given, config.pattern, key), none
+
+
+def _refuse(config: DatasetConfig, fields: tuple[str, ...], reason: str) -> None:
+    if given := [f"{field}={getattr(config, field)!r}" for field in fields if getattr(config, field)]:
+        raise DataError(f"{', '.join(given)} cannot be used here: {reason}")

@@ -7,6 +7,7 @@ device is `stream`'s part.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ class TrainLoader(ImageLoader):
         seed: of order and augmentation.
         device: where the batches are wanted.
         datasets: from `index_datasets(config)`, to index them once for several loaders.
+        folder: of the run, for the record of broken images (`quarantine`); None keeps it in memory.
 
     Raises:
         DataError: wrong configuration, no images, a batch that the ranks cannot share, or no DALI.
@@ -46,10 +48,11 @@ class TrainLoader(ImageLoader):
         seed: int,
         device: torch.device,
         datasets: Sequence[Dataset] | None = None,
+        folder: Path | None = None,
     ) -> None:
         datasets = index_datasets(config) if datasets is None else datasets
         self._slots = rank_slots(global_batch, rank, world_size)
-        source = ImageSource(datasets, "train", config)
+        source = ImageSource(datasets, "train", config, folder, rank)
         super().__init__(config, image_size, global_batch // world_size, device, datasets, source)
         self.seed = seed
         # a group's images are those of its datasets, one after the other, `repeat` times each
@@ -70,10 +73,11 @@ class TrainLoader(ImageLoader):
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches from any step on, without end.
 
-        They are decoded ahead while the caller works; `wait_seconds` says how long the last one was waited for.
+        They are read and decoded ahead while the caller works; `waited_s` says how long it has waited all the same.
 
         Raises:
             DataError: too many broken images, or a failure of DALI that no image explains.
+            StorageError (a DataError): the storage does not answer.
         """
         return self._iterate(start_step)
 
@@ -93,13 +97,14 @@ class TrainLoader(ImageLoader):
 
     def _resolve(self, group: np.ndarray, index: np.ndarray) -> list[tuple[int, int]]:
         """(dataset, index in it) from (group, index in it)."""
-        images = []
-        for g, i in zip(group.tolist(), index.tolist(), strict=True):
-            member = int(np.searchsorted(self._ends[g], i, side="right"))
-            dataset = int(self._members[g][member])
-            before = int(self._ends[g][member - 1]) if member else 0
-            images.append((dataset, (i - before) % int(self._sizes[dataset])))
-        return images
+        dataset, within = np.empty_like(index), np.empty_like(index)
+        for g in np.unique(group).tolist():
+            chosen = group == g
+            member = np.searchsorted(self._ends[g], index[chosen], side="right")
+            dataset[chosen] = self._members[g][member]
+            within[chosen] = index[chosen] - np.concatenate([[0], self._ends[g]])[member]
+        within %= self._sizes[dataset]  # repeats
+        return list(zip(dataset.tolist(), within.tolist(), strict=True))
 
     def _replacement(
         self, group: np.ndarray, draw: np.ndarray

@@ -15,6 +15,7 @@ from collections import deque
 
 import numpy as np
 import torch
+from PIL import Image
 
 from dali_pipelines.augmentation import Geometry, validation_geometry
 from dali_pipelines.datasets import DataError
@@ -215,9 +216,17 @@ def _reason(message: str) -> str:
     return next((line.strip() for line in lines if line.strip() and not line.startswith("Current pipeline")), message)
 
 
-def _good_image(image_size: int) -> tuple[list[np.ndarray], Geometry]:
-    from PIL import Image
+def explain(encoded: np.ndarray, reason: str) -> str:
+    """PIL's words for what is wrong with an image, DALI's where PIL can read it."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            image.load()
+            return f"DALI cannot decode this {image.format} of mode {image.mode}: {reason}"
+    except Exception as error:  # PIL raises all kinds for broken files
+        return str(error) or type(error).__name__
 
+
+def _good_image(image_size: int) -> tuple[list[np.ndarray], Geometry]:
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), (90, 120, 150)).save(buffer, "JPEG")
     sizes = np.array([[32, 32]])

@@ -1,72 +1,22 @@
-"""The files behind the samples: reading them, their sizes, and the record of those that are broken."""
+"""The encoded bytes behind the samples, wherever they are, and the sizes in their headers."""
 
 from __future__ import annotations
 
-import fnmatch
 import io
-import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dali_pipelines.datasets import DataConfig, DataError, Dataset
+from dali_pipelines.datasets import DataConfig, Dataset
+from dali_pipelines.errors import BrokenImage, StorageError
+from dali_pipelines.listing import is_turned
+from dali_pipelines.quarantine import Quarantine
+from dali_pipelines.storage import Reader, patiently
 
-logger = logging.getLogger(__name__)
-
-_PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # for broken files
-
-
-class BrokenImage(Exception):
-    """A file that is no usable image; the text says why."""
-
-
-class Quarantine:
-    """Which images are broken. Counts them per dataset and stops the run when they are too many; one per process.
-
-    Args:
-        names: of the datasets.
-        sizes: images of each dataset.
-        config: the limits.
-    """
-
-    def __init__(self, names: Sequence[str], sizes: Sequence[int], config: DataConfig) -> None:
-        self._names, self._sizes, self._config = names, sizes, config
-        self._broken: dict[tuple[int, int], str] = {}
-
-    def __contains__(self, image: tuple[int, int]) -> bool:
-        return image in self._broken
-
-    def add(self, dataset: int, index: int, path: str, reason: str) -> None:
-        """Records an image and names it in the log, once.
-
-        Raises:
-            DataError: the dataset has more broken images than the configuration allows.
-        """
-        if (dataset, index) in self._broken:
-            return
-        self._broken[dataset, index] = path
-        name, size = self._names[dataset], self._sizes[dataset]
-        count = self.counts()[name]
-        logger.warning("dataset %s: broken image %s skipped (%s); %d of %d so far", name, path, reason, count, size)
-        allowed = max(int(self._config.max_broken_share * size), min(self._config.max_broken_spared, size // 2))
-        if count > allowed:
-            raise DataError(
-                f"dataset {name!r}: {count} of {size} images are broken, {allowed} are tolerated; "
-                f"the last one is {path} ({reason}). "
-                "Repair or remove them (the log names each), or raise data.max_broken_share"
-            )
-
-    def counts(self) -> dict[str, int]:
-        """Broken images so far, by dataset."""
-        totals = dict.fromkeys(self._names, 0)
-        for dataset, _ in list(self._broken):  # a copy: the loader's thread may add one meanwhile
-            totals[self._names[dataset]] += 1
-        return totals
-
-    def paths(self) -> list[str]:
-        """Broken files so far, in the order in which they were met."""
-        return list(self._broken.values())
+PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+"""What PIL raises for broken files."""
 
 
 class ImageSource:
@@ -75,53 +25,66 @@ class ImageSource:
     Args:
         datasets: from `index_datasets`.
         split: "train" or "val".
-        config: for the limits on broken images.
+        config: for the limits on broken images, and for how long to wait for the storage.
+        folder: of the run, for the record of broken images; None keeps it in memory.
+        rank: of this process.
     """
 
-    def __init__(self, datasets: Sequence[Dataset], split: str, config: DataConfig) -> None:
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        split: str,
+        config: DataConfig,
+        folder: Path | None = None,
+        rank: int = 0,
+    ) -> None:
         self._configs = [dataset.config for dataset in datasets]
-        self._roots = [dataset.root if split == "train" else dataset.val_root for dataset in datasets]
-        self._paths = [getattr(dataset, split) for dataset in datasets]
-        sizes = [len(paths) for paths in self._paths]
-        self.quarantine = Quarantine([dataset.name for dataset in datasets], sizes, config)
+        self._images = [getattr(dataset, split) for dataset in datasets]
+        self._patience = config.read_patience
+        self._reader = Reader(config.read_patience)
+        self.quarantine = Quarantine([dataset.name for dataset in datasets], self._images, config, folder, rank)
         # width and height, 0 until the header was read; zeros cost no memory before they are written
-        self._sizes = [np.zeros((size, 2), np.int32) for size in sizes]
+        self._sizes = [np.zeros((len(images), 2), np.int32) for images in self._images]
 
     def path(self, dataset: int, index: int) -> str:
-        """The path of an image."""
-        return self._paths[dataset][index]
+        """The path of an image, or its name in a shard."""
+        return self._images[dataset][index]
 
     def is_turned(self, dataset: int, index: int) -> bool:
         """Whether an image is stored turned (see DatasetConfig.rotate)."""
-        pattern, root = self._configs[dataset].rotate, self._roots[dataset]
-        return bool(pattern) and fnmatch.fnmatchcase(self.path(dataset, index).removeprefix(root), pattern)
+        return is_turned(self._images[dataset], index, self._configs[dataset].rotate)
 
     def read(self, dataset: int, index: int) -> tuple[np.ndarray, tuple[int, int]]:
         """The encoded bytes, uint8 [length], and (width, height). Safe to call from several threads.
 
         Raises:
-            BrokenImage: the file is gone, empty, cut off or of no known format.
+            BrokenImage: the file is gone, empty, cut off, of no known format, or not what its checksum says.
+            StorageError: the storage does not answer.
         """
-        path, shrink = self.path(dataset, index), self._configs[dataset].shrink
+        images, shrink = self._images[dataset], self._configs[dataset].shrink
         try:
             if shrink:
                 from dali_pipelines.shrink import shrunk_bytes
                 from teachers.assets import cache_dir
 
-                data = np.frombuffer(shrunk_bytes(path, shrink, cache_dir() / "shrunk"), np.uint8)
+                path, cache = images[index], cache_dir() / "shrunk"
+                data = patiently(lambda: shrunk_bytes(path, shrink, cache), path, self._patience)
+                data = np.frombuffer(data, np.uint8)
             else:
-                data = np.fromfile(path, np.uint8)
-            if not len(data):
-                raise BrokenImage("the file is empty")
+                data = self._reader.read(images.locate(index))
             size = self._sizes[dataset][index]
             if not size[0]:
-                size[:] = read_size(data)
-        except _PIL_ERRORS as error:
-            raise BrokenImage(str(error) or type(error).__name__) from error
+                known = images.size(index)
+                size[:] = known if known[0] else read_size(data)
+        except StorageError:
+            raise
+        except PIL_ERRORS as error:
+            unread = isinstance(error, OSError) and error.errno is not None  # PIL's own have no number
+            raise BrokenImage(str(error) or type(error).__name__, lasting=not unread) from error
         return data, (int(size[0]), int(size[1]))
 
 
-def read_size(data: np.ndarray) -> tuple[int, int]:
+def read_size(data: np.ndarray | bytes) -> tuple[int, int]:
     """(width, height) from the header of an encoded image, uint8 [length], as it is stored (no EXIF orientation).
 
     Raises:
@@ -133,6 +96,6 @@ def read_size(data: np.ndarray) -> tuple[int, int]:
             size, kind = image.size, image.format
     except UnidentifiedImageError:
         raise BrokenImage("no known image format") from None
-    if kind == "JPEG" and data.tobytes().rfind(b"\xff\xd9") < 0:
+    if kind == "JPEG" and bytes(data).rfind(b"\xff\xd9") < 0:
         raise BrokenImage("the JPEG ends too early")
     return size

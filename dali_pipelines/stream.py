@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import io
 import queue
 import threading
 import time
@@ -23,13 +22,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dali_pipelines.augmentation import Geometry
-from dali_pipelines.datasets import DataConfig, DataError, Dataset
-from dali_pipelines.pipeline import DecodeError, Decoder, import_dali
-from dali_pipelines.source import BrokenImage, ImageSource
+from dali_pipelines.datasets import DataConfig, Dataset
+from dali_pipelines.errors import BrokenImage, DataError
+from dali_pipelines.pipeline import DecodeError, Decoder, explain, import_dali
+from dali_pipelines.source import ImageSource
 from kernels.augment import ColourParams, augment_colour
 
 _IN_FLIGHT = 2  # batches inside DALI: one is decoded while the next one's files are read
@@ -52,6 +51,8 @@ class Batch:
     """Where each image came from, for messages."""
     step: int
     """Which step of training it belongs to; in validation the number of the batch."""
+    group_on_host: np.ndarray | None = None
+    """`group` where the host can look at it without waiting for the device."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -102,8 +103,8 @@ class ImageLoader(ABC):
         self.datasets = datasets
         self.dataset_names = [dataset.name for dataset in datasets]
         self.groups = sorted({dataset.config.group for dataset in datasets})
-        self.wait_seconds = 0.0
-        """How long the last batch was waited for."""
+        self.waited_s = 0.0
+        """Seconds that the caller has waited for batches, since the start: what decoding ahead did not hide."""
         self._batch, self._source = batch, source
         self._group_of = np.array([self.groups.index(dataset.config.group) for dataset in datasets])
         self._pool = ThreadPoolExecutor(config.num_threads, thread_name_prefix="read-images")
@@ -115,7 +116,7 @@ class ImageLoader(ABC):
 
     @property
     def broken(self) -> dict[str, int]:
-        """Broken images that this process has met, by dataset."""
+        """Broken images so far, by dataset: of all ranks where the run has a folder, else of this process."""
         return self._source.quarantine.counts()
 
     @property
@@ -179,7 +180,7 @@ class ImageLoader(ABC):
             while True:
                 began = time.perf_counter()
                 item = ready.get()
-                self.wait_seconds = time.perf_counter() - began
+                self.waited_s += time.perf_counter() - began
                 if item is None:
                     return
                 if isinstance(item, BaseException):
@@ -192,15 +193,12 @@ class ImageLoader(ABC):
     def _decode(self, start: int) -> Iterator[tuple[Plan, Tensor, torch.cuda.Event | None]]:
         """Plans and decodes step after step, setting broken images aside as they turn up."""
         decoder = Decoder(self._batch, self.image_size, self.config.num_threads, self.device)
-        steps = iter(range(start, 1 << 62))
+        plans = self._plan_ahead(start)
         pending: deque[Plan] = deque()
         failure: DecodeError | None = None
 
         def plan_next() -> Plan | None:
-            while (plan := self._plan(next(steps))) is not None:
-                if plan.images:  # validation images may all be broken
-                    return plan
-            return None
+            return next(plans, None)
 
         def fill() -> None:
             while len(pending) < _IN_FLIGHT and (plan := plan_next()) is not None:
@@ -242,7 +240,26 @@ class ImageLoader(ABC):
                     submit(plan)
                 yield done, images, event
         finally:
+            plans.close()
             decoder.close()
+
+    def _plan_ahead(self, start: int) -> Iterator[Plan]:
+        """Plans step after step, the files of the next `read_ahead` ones being read meanwhile.
+
+        A plan that was made before an image turned out to be broken may still hold it: decoding fails again then, and
+        the plan is made anew.
+        """
+        with ThreadPoolExecutor(self.config.read_ahead, thread_name_prefix="plan-batches") as planners:
+            waiting = deque(planners.submit(self._plan, start + i) for i in range(self.config.read_ahead))
+            step = start + self.config.read_ahead
+            try:
+                while (plan := waiting.popleft().result()) is not None:
+                    waiting.append(planners.submit(self._plan, step))
+                    step += 1
+                    if plan.images:  # validation images may all be broken
+                        yield plan
+            finally:
+                planners.shutdown(wait=True, cancel_futures=True)
 
     def _set_broken_aside(self, decoder: Decoder, pending: Sequence[Plan], error: DecodeError) -> None:
         images = [image for plan in pending for image in plan.images]
@@ -253,7 +270,7 @@ class ImageLoader(ABC):
                 f"DALI failed, although every image in flight can be decoded on its own: {error}"
             ) from error
         for i, reason in broken.items():
-            self._source.quarantine.add(*images[i], self._source.path(*images[i]), _explain(encoded[i], reason))
+            self._source.quarantine.add(*images[i], explain(encoded[i], reason))
 
     def _read(self, image: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]] | BrokenImage:
         """The bytes and the size of an image, or why it is broken."""
@@ -269,7 +286,7 @@ class ImageLoader(ABC):
         found = dict(zip(good, self._pool.map(self._read, good), strict=True))
         for image, result in found.items():
             if isinstance(result, BrokenImage):
-                quarantine.add(*image, self._source.path(*image), str(result))
+                quarantine.add(*image, str(result), result.lasting)
         return [None if image in quarantine else found[image] for image in images]
 
     def _turned(self, images: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -290,19 +307,9 @@ class ImageLoader(ABC):
             images = torch.where(table[3].bool()[:, None, None, None], images.rot90(-1, (1, 2)), images)
         images = augment_colour(images, None if plan.colour is None else plan.colour.to(self.device))
         paths = [self._source.path(*image) for image in plan.images]
-        return Batch(images, table[0], table[1], table[2], paths, plan.step)
+        return Batch(images, table[0], table[1], table[2], paths, plan.step, plan.group)
 
 
 def _close(loader: weakref.ref[ImageLoader]) -> None:
     if (alive := loader()) is not None:
         alive.close()
-
-
-def _explain(encoded: np.ndarray, reason: str) -> str:
-    """PIL's words for what is wrong with an image, DALI's where PIL can read it."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            image.load()
-            return f"DALI cannot decode this {image.format} of mode {image.mode}: {reason}"
-    except Exception as error:  # PIL raises all kinds for broken files
-        return str(error) or type(error).__name__

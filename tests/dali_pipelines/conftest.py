@@ -1,5 +1,6 @@
 """Images to test with: synthetic photographs, and real ones where the registry or the cache has them."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,23 @@ def write_folder():
 def photos(tmp_path) -> Path:
     """A folder of 24 small JPEGs."""
     return write_photos(tmp_path / "photos", 24)
+
+
+@pytest.fixture(scope="session")
+def _sharded_once(tmp_path_factory) -> Path:
+    from dali_pipelines.datasets import DataConfig, DatasetConfig
+    from dali_pipelines.sharding import ShardSettings, shard_dataset
+
+    root = write_photos(tmp_path_factory.mktemp("sharded") / "photos", 24)
+    data = DataConfig(datasets={"d": DatasetConfig(root=str(root), holdout=4)})
+    shard_dataset("d", data, root.parent / "shards", ShardSettings(megabytes=0.03), 1)
+    return root.parent / "shards"
+
+
+@pytest.fixture
+def sharded(_sharded_once, tmp_path) -> Path:
+    """A folder of shards of 24 small JPEGs, 4 of them for validation; the test's own copy."""
+    return shutil.copytree(_sharded_once, tmp_path / "shards")
 
 
 @pytest.fixture(scope="session")

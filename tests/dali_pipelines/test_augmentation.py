@@ -72,6 +72,16 @@ def test_probabilities_and_identity_where_jitter_is_off():
     assert stats.kstest(params.sigma.numpy(), "uniform", (0.1, 4.9)).pvalue > 1e-3
 
 
+def test_blur_has_torchvisions_distribution():
+    config, count = DataConfig(), 3000
+    blur = transforms.GaussianBlur(9, tuple(config.blur_sigma))
+    torch.manual_seed(0)
+    theirs = np.array([blur.make_params([])["sigma"][0] for _ in range(count)])
+    ours = colour_params(draw_words(5, np.arange(count)), config).sigma.numpy()
+    assert stats.ks_2samp(ours, theirs).pvalue > 1e-3
+    assert (ours.mean(), ours.std()) == pytest.approx((theirs.mean(), theirs.std()), rel=0.05)
+
+
 def test_decisions_are_independent_of_each_other():
     params = colour_params(draw_words(0, np.arange(20_000)), DataConfig(jitter_probability=1.0))
     table = torch.stack([v.float() for k, v in vars(params).items() if k != "order"])

@@ -5,7 +5,8 @@ import os
 import pytest
 from omegaconf import OmegaConf
 
-from dali_pipelines.datasets import DataConfig, DataError, DatasetConfig, PathList, index_dataset, index_datasets
+from dali_pipelines.datasets import DataConfig, DataError, DatasetConfig, index_dataset, index_datasets
+from dali_pipelines.listing import PathList
 
 
 def names(paths) -> list[str]:
@@ -68,6 +69,44 @@ def test_val_root(photos, tmp_path):
         index_dataset("d", config)
 
 
+def test_glob_as_root(photos, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "photo_999.jpg").touch()
+    dataset = index_dataset("d", DatasetConfig(root=f"{tmp_path}/*/photo_*[09].jpg"))
+    assert names(dataset.train) == ["photo_999.jpg", "photo_000.jpg", "photo_009.jpg", "photo_010.jpg",
+                                    "photo_019.jpg", "photo_020.jpg"]  # fmt: skip
+    assert dataset.train.relative(0) == "other/photo_999.jpg"
+    with pytest.raises(DataError, match="is a glob and there is a pattern as well"):
+        index_dataset("d", DatasetConfig(root=f"{tmp_path}/*/*.jpg", pattern="*"))
+
+
+@pytest.mark.parametrize(
+    "folders, train, val",
+    [
+        (("train", "validation", "test"), "train", "validation"),
+        (("Train", "test"), "Train", "test"),
+        (("training", "dev", "notes"), "training", "dev"),
+        (("train",), "train", ""),
+        (("data/train", "data/val", "docs"), "data/train", "data/val"),
+    ],
+)
+def test_imagefolder_of_hugging_face(tmp_path, folders, train, val):
+    for folder in folders:
+        (tmp_path / folder / "a class").mkdir(parents=True)
+        (tmp_path / folder / "a class" / "1.jpg").touch()
+        (tmp_path / folder / "metadata.csv").touch()
+    dataset = index_dataset("d", DatasetConfig(root=f"imagefolder:{tmp_path}"))
+    assert list(dataset.train) == [str(tmp_path / train / "a class" / "1.jpg")]
+    assert list(dataset.val) == ([str(tmp_path / val / "a class" / "1.jpg")] if val else [])
+    # without the word it is any folder: all of it is for training
+    assert len(index_dataset("d", DatasetConfig(root=str(tmp_path))).train) == len(folders)
+
+
+def test_folder_that_is_no_imagefolder(photos):
+    with pytest.raises(DataError, match="no folder train/.*without `imagefolder:`"):
+        index_dataset("d", DatasetConfig(root=f"imagefolder:{photos}"))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -111,13 +150,13 @@ def test_path_list_keeps_names_that_are_not_utf8():
         kept[4]
 
 
-@pytest.mark.parametrize("name", ["demo", "folder", "dune"])
+@pytest.mark.parametrize("name", ["demo", "folder", "shards", "dune"])
 def test_shipped_configurations_fit_the_schema(name, monkeypatch):
     monkeypatch.setenv("DUNE_FAST_DATA", "/data")
     from importlib.resources import files
 
     shipped = OmegaConf.create((files("configs") / "data" / f"{name}.yaml").read_text())
-    if name == "folder":
+    if name in ("folder", "shards"):
         shipped.datasets.images.root = "/some/where"
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), shipped))
     config.validate()
@@ -125,3 +164,14 @@ def test_shipped_configurations_fit_the_schema(name, monkeypatch):
     if name == "dune":
         groups = [d.group for d in config.datasets.values()]
         assert (len(groups), groups.count("generic"), groups.count("3d"), groups.count("human")) == (19, 3, 12, 4)
+
+
+def test_shards_of_dune_keep_groups_and_drop_what_concerns_files(monkeypatch):
+    from dune_fast.engine.config import compose_config
+
+    monkeypatch.setenv("DUNE_FAST_SHARDS", "s3://bucket/dune")
+    files, shards = (compose_config([f"data={name}"], complete=False).data for name in ("dune", "dune_shards"))
+    assert list(files.datasets) == list(shards.datasets)
+    for name, dataset in shards.datasets.items():
+        assert dataset.root == f"s3://bucket/dune/{name}" and dataset.group == files.datasets[name].group
+        assert not (dataset.val_root or dataset.pattern or dataset.holdout or dataset.rotate or dataset.shrink)

@@ -1,9 +1,13 @@
 """The loader: ranks, restarts, broken images, validation."""
 
+import errno
+import itertools
 import logging
+import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +21,7 @@ from dali_pipelines.augmentation import colour_params, draw_words  # noqa: E402
 from dali_pipelines.datasets import DataConfig, DataError, DatasetConfig  # noqa: E402
 from dali_pipelines.loader import TrainLoader, ValLoader  # noqa: E402
 from dali_pipelines.pipeline import Decoder  # noqa: E402
+from dali_pipelines.storage import Reader  # noqa: E402
 from kernels.augment import augment_colour  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -129,6 +134,125 @@ def test_broken_image_is_replaced_and_named_and_changes_nothing_else(photos, how
     torch.testing.assert_close(resumed.images, found[1].images, atol=1e-6, rtol=0)
 
 
+def test_shards_give_the_same_batches_on_any_number_of_ranks_and_after_a_restart(sharded):
+    alone = take(config(sharded), 4)
+    assert all(".tar@" in path for batch in alone for path in batch.paths)
+    assert len({path for batch in alone[:2] for path in batch.paths}) == 16
+    ranks = [take(config(sharded), 2, start=2, rank=rank, world=2) for rank in range(2)]
+    for step, expected in enumerate(alone[2:]):
+        parts = [batches[step] for batches in ranks]
+        torch.testing.assert_close(torch.cat([part.images for part in parts]), expected.images, atol=1e-6, rtol=0)
+        assert sum((part.paths for part in parts), []) == expected.paths
+    with ValLoader(config(sharded), 32, 3, 0, 1, CPU) as loader:
+        assert loader.num_images == 4 and sum(len(batch) for batch in loader) == 4
+
+
+def test_image_in_a_shard_is_the_image_of_the_file(sharded, photos):
+    """The same bytes, decoded the same way, whatever they came from; without crops, since the places differ."""
+    still = {"crop_scale": [1.0, 1.0], "flip_probability": 0.0, "jitter_probability": 0.0, "blur_probability": 0.0}
+    still |= {"grayscale_probability": 0.0, "solarize_probability": 0.0, "crop_ratio": [1.0, 1.0]}
+    loose = {tuple(image.flatten().tolist()) for batch in take(config(photos, **still), 3) for image in batch.images}
+    shards = {tuple(image.flatten().tolist()) for batch in take(config(sharded, **still), 3) for image in batch.images}
+    assert len(shards) == 20 and shards < loose
+
+
+@pytest.mark.parametrize("how", ["a byte", "the end"])
+def test_damaged_shard_costs_its_images_alone(sharded, how):
+    """A flipped byte would decode to a slightly wrong picture: only the checksum tells."""
+    data = config(sharded, max_broken_share=0.9)
+    clean = take(data, 4)
+    with TrainLoader(data, 32, 8, 0, 1, 0, CPU) as loader:  # opened while all was well
+        victim = clean[1].paths[3]
+        shard, _, offset = victim.rpartition("@")
+        with open(shard, "r+b") as file:
+            if how == "a byte":
+                file.seek(int(offset) + 700)
+                byte = file.read(1)
+                file.seek(int(offset) + 700)
+                file.write(bytes([byte[0] ^ 1]))
+            else:
+                file.truncate(int(offset) + 700)
+        lost = {victim} if how == "a byte" else {
+            path for batch in clean for path in batch.paths
+            if path.startswith(shard) and int(path.rpartition("@")[2]) >= int(offset)
+        }  # fmt: skip
+        batches = loader.batches()
+        found = [next(batches) for _ in range(4)]
+        assert set(loader.broken_paths) == lost and loader.broken == {"d0": len(lost)}
+    for before, after in zip(clean, found, strict=True):
+        assert len(after) == 8 and not lost & set(after.paths)
+        for i, path in enumerate(before.paths):
+            if path not in lost:
+                assert after.paths[i] == path
+                torch.testing.assert_close(after.images[i], before.images[i], atol=1e-6, rtol=0)
+
+
+def test_vanished_shard_stops_the_run_with_a_sentence(sharded):
+    with TrainLoader(config(sharded), 32, 8, 0, 1, 0, CPU) as loader:
+        (sharded / "train-000001.tar").unlink()
+        with pytest.raises(DataError, match=r"shard .*train-000001\.tar cannot be opened any more.*put it back"):
+            list(itertools.islice(loader.batches(), 4))
+        assert loader.broken == {"d0": 0}
+
+
+def test_storage_that_fails_for_a_while_costs_nothing(sharded, monkeypatch):
+    expected, pread, failures = take(config(sharded), 3), os.pread, iter(range(5))
+
+    def stale(*arguments):
+        if next(failures, None) is not None:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return pread(*arguments)
+
+    monkeypatch.setattr(os, "pread", stale)
+    with TrainLoader(config(sharded), 32, 8, 0, 1, 0, CPU) as loader:
+        found = list(itertools.islice(loader.batches(), 3))
+        assert loader.broken == {"d0": 0}
+    assert next(failures, None) is None
+    assert [batch.paths for batch in found] == [batch.paths for batch in expected]
+
+
+def test_read_ahead_changes_nothing(photos):
+    damage(sorted(photos.iterdir())[3], "truncated with a thumbnail")
+    expected = take(config(photos, read_ahead=1), 5)
+    for batch, other in zip(take(config(photos, read_ahead=6), 5), expected, strict=True):
+        assert batch.paths == other.paths and torch.equal(batch.images, other.images)
+
+
+def test_read_ahead_is_bounded_and_overlaps_the_step(photos, monkeypatch):
+    """While the caller is busy, files are read until every place is taken; then its batches are there at once."""
+    read, seen = Reader(0).read, []
+    with TrainLoader(config(photos, read_ahead=5, prefetch=3), 32, 2, 0, 1, 0, CPU) as loader:
+        monkeypatch.setattr(loader._source._reader, "read", lambda location: seen.append(1) or read(location))
+        batches = loader.batches()
+        next(batches)
+        # one was taken, three are ready, one waits for a place, two are in DALI, five are read
+        expected, deadline = 2 * (1 + 3 + 1 + 2 + 5), time.monotonic() + 30
+        while len(seen) < expected and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        assert len(seen) == expected
+        before = loader.waited_s
+        assert before > 0
+        for _ in range(3):
+            next(batches)
+        assert loader.waited_s - before < 0.1
+
+
+def test_run_that_goes_on_knows_what_was_broken(photos, tmp_path, monkeypatch):
+    """On other ranks as well: the same batches, and DALI does not have to fail again."""
+    with TrainLoader(config(photos), 32, 8, 0, 1, 0, CPU, folder=tmp_path / "run") as loader:
+        for path in sorted(photos.iterdir())[:2]:
+            damage(path, "truncated with a thumbnail")
+        expected = list(itertools.islice(loader.batches(), 4))
+        assert loader.broken == {"d0": 2}
+    monkeypatch.setattr(Decoder, "find_broken", lambda *_: pytest.fail("a known image was decoded"))
+    for rank in range(2):
+        with TrainLoader(config(photos), 32, 8, rank, 2, 0, CPU, folder=tmp_path / "run") as again:
+            assert again.broken == {"d0": 2}
+            for batch, whole in zip(itertools.islice(again.batches(), 4), expected, strict=True):
+                assert batch.paths == whole.paths[4 * rank : 4 * rank + 4]
+
+
 def test_too_many_broken_images_stop_the_run_with_a_sentence(photos):
     for path in sorted(photos.iterdir())[:6]:
         damage(path, "empty")
@@ -213,7 +337,7 @@ def test_threads_end_with_the_iterator_and_with_close(photos):
     loader = TrainLoader(config(photos), 32, 4, 0, 1, 0, CPU)
     batches = loader.batches()
     next(batches)
-    assert loader.wait_seconds > 0
+    assert loader.waited_s > 0
     batches.close()
     assert not any(thread.name == "decode-images" for thread in threading.enumerate())
     unfinished = loader.batches()

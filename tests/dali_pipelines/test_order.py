@@ -1,5 +1,7 @@
 """The order of the samples: permutations, shares of the groups, independence of ranks and of where one starts."""
 
+import time
+import tracemalloc
 from collections import Counter
 from fractions import Fraction
 
@@ -29,6 +31,71 @@ def test_permutation_has_random_access_beyond_32_bits():
     values = permutation(index)
     assert ((values >= 0) & (values < n)).all()
     assert int(permutation(index[1:2])[0]) == values[1]
+
+
+def test_permutation_of_a_large_group_is_a_bijection():
+    n = 476_608  # DUNE's human group
+    assert np.bincount(Permutation(n, seed=1, group=2, pass_index=90)(np.arange(n)), minlength=n).tolist() == [1] * n
+
+
+def test_random_access_to_twenty_million_images_needs_no_memory_and_no_time():
+    """DUNE's groups, anywhere in the run: nothing may be as long as a dataset, nothing may be walked up to a step."""
+    sizes, batch = [18_492_301, 1_748_558, 476_608], 1024  # 20,717,467 images
+    tracemalloc.start()
+    began = time.perf_counter()
+    order = SampleOrder(sizes, [1, 1, 1], seed=0, batch=batch)
+    for step in (0, 125_000, 10**9):
+        group, draw = order.step(step)
+        index = order.image(group, draw)
+        assert (index >= 0).all() and (index < np.array(sizes)[group]).all()
+        assert order.locate(step * batch + 777) == (group[777], index[777])
+    seconds, (_, peak) = time.perf_counter() - began, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 << 20 and seconds < 10  # measured: 0.15 MiB, 0.2 s on a busy machine
+
+
+def random_order(seed: int) -> SampleOrder:
+    """Any number of groups of any size, with any weights and batch; some groups may be left out."""
+    rng = np.random.default_rng(seed)
+    groups = int(rng.integers(1, 8))
+    weights = np.where(rng.random(groups) < 0.2, 0, rng.choice([1, 2, 0.3, 1.7, 5], groups))
+    weights[rng.integers(groups)] = 1
+    return SampleOrder(rng.integers(1, 60, groups).tolist(), weights.tolist(), seed, int(rng.integers(1, 70)))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_for_any_groups_every_pass_holds_every_image_exactly_once(seed):
+    order = random_order(seed)
+    steps = -(-400 // order.batch)
+    group, draw = (np.concatenate(parts) for parts in zip(*(order.step(step) for step in range(steps)), strict=True))
+    image = order.image(group, draw)
+    before = order.shares.before(steps)
+    for g, size in enumerate(order.group_sizes.tolist()):
+        own = np.argsort(draw[group == g])
+        assert draw[group == g][own].tolist() == list(range(before[g])), "draws are counted without gaps"
+        images = image[group == g][own]
+        for start in range(0, len(images), size):
+            part = images[start : start + size].tolist()
+            assert len(set(part)) == len(part) and set(part) <= set(range(size))
+        passes = [tuple(images[start : start + size].tolist()) for start in range(0, len(images) - size + 1, size)]
+        if size > 8:
+            assert len(set(passes)) == len(passes), "each pass has a new order"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_for_any_groups_positions_do_not_depend_on_ranks_or_on_where_one_starts(seed):
+    order, rng = random_order(seed), np.random.default_rng(1000 + seed)
+    divisors = [d for d in range(1, order.batch + 1) if order.batch % d == 0]
+    for step in rng.integers(0, 10**6, 3).tolist():
+        whole = images_of_step(order, step)
+        fresh, world = random_order(seed), int(rng.choice(divisors))
+        joined = []
+        for rank in range(world):
+            group, draw = (values[rank_slots(order.batch, rank, world)] for values in fresh.step(step))
+            joined += zip(group.tolist(), fresh.image(group, draw).tolist(), strict=True)
+        assert joined == whole
+        slot = int(rng.integers(order.batch))
+        assert random_order(seed).locate(step * order.batch + slot) == whole[slot]
 
 
 @pytest.mark.parametrize("n", [5, 47, 300])

@@ -1,0 +1,200 @@
+"""What is there of each dataset, how much is missing, and whether it can be decoded: `dune-fast data check`.
+
+A dataset that is absent or broken never hides the state of the others: whatever is wrong becomes part of its report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from dali_pipelines.augmentation import validation_geometry
+from dali_pipelines.datasets import DataConfig, Dataset, DatasetConfig, index_dataset
+from dali_pipelines.errors import BrokenImage, DataError
+from dali_pipelines.order import Permutation
+from dali_pipelines.pipeline import DecodeError, Decoder, explain
+from dali_pipelines.progress import Progress
+from dali_pipelines.shards import is_manifest_folder, read_manifest, verify_shards
+from dali_pipelines.source import ImageSource
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+TOLERATED = 0.01
+"""Share of the expected images that may be missing without being a failure: lists differ by a few broken files."""
+_BATCH = 16
+_SIZE = 64  # pixels; the whole image is decoded, only the resize is cheap
+
+
+@dataclass
+class Report:
+    """What was found of one dataset."""
+
+    name: str
+    group: str
+    status: str = OK
+    """"ok", "warn" (usable, but not as expected) or "fail"."""
+    train: int = 0
+    """Training images found."""
+    val: int = 0
+    """Validation images found."""
+    sampled: int = 0
+    """Images that were read and decoded."""
+    broken: list[tuple[str, str]] = field(default_factory=list)
+    """(path, reason) of each sampled image that is broken."""
+    smallest: int = 0
+    """Pixels of the shortest side in the sample."""
+    median: tuple[int, int] = (0, 0)
+    """Median width and median height in the sample."""
+    notes: list[str] = field(default_factory=list)
+    """What is wrong, and what to do."""
+
+    def note(self, status: str, text: str) -> None:
+        """Adds a sentence and lowers the status."""
+        self.status = max(self.status, status, key=(OK, WARN, FAIL).index)
+        self.notes.append(text)
+
+
+def check_dataset(name: str, config: DataConfig, sample: int | None = 64, full: bool = False, seed: int = 0) -> Report:
+    """Counts a dataset's images, compares with what is expected, decodes some, and says what is wrong.
+
+    Args:
+        name: a key of `config.datasets`.
+        config: the images' configuration.
+        sample: images of each split to decode, drawn by `seed`; None decodes all.
+        full: of shards, read every byte and compare with the manifest's checksums.
+        seed: of the sample, which is the same whenever the dataset is.
+    """
+    own = config.datasets[name]
+    report = Report(name, own.group)
+    try:
+        dataset = index_dataset(name, own)
+    except (ValueError, OSError) as error:  # DataError, AssetError, a folder that may not be read
+        report.note(FAIL, _with_access(str(error), own))
+        return report
+    report.train, report.val = len(dataset.train), len(dataset.val)
+    _compare(report, own)
+    if is_manifest_folder(own.root):
+        _check_shards(report, own.root, full)
+    try:
+        _decode_sample(report, dataset, config, sample, seed)
+    except DataError as error:  # the storage does not answer, or there is no decoder
+        report.note(FAIL, str(error))
+    return report
+
+
+def _with_access(problem: str, config: DatasetConfig) -> str:
+    parts = [problem]
+    if config.layout:
+        parts.append(f"wanted: {config.layout}")
+    if config.homepage:
+        licence = f" (licence: {config.licence})" if config.licence else ""
+        parts.append(f"ask for access at {config.homepage}{licence}")
+    return "; ".join(parts)
+
+
+def _compare(report: Report, config: DatasetConfig) -> None:
+    """Numbers of images against the expected ones. A holdout is ours: it moves images, so there the sum counts."""
+    expected = {"train": config.expected_train, "val": config.expected_val}
+    found = {"train": report.train, "val": report.val}
+    if config.holdout and all(expected.values()):
+        expected, found = {"train and val": sum(expected.values())}, {"train and val": sum(found.values())}
+    for split, wanted in expected.items():
+        if not wanted or found[split] == wanted:
+            continue
+        difference = found[split] - wanted
+        status = FAIL if -difference > TOLERATED * wanted else WARN
+        text = f"{split}: {found[split]:,} images, {wanted:,} expected: {abs(difference):,} "
+        text += "missing" if difference < 0 else "more"
+        key = split.partition(" ")[0]
+        cure = f"if this is on purpose, set data.datasets.{report.name}.expected_{key}=0"
+        report.note(status, _with_access(text, config) + f"; {cure}" if status == FAIL else f"{text}; {cure}")
+
+
+def _check_shards(report: Report, folder: str, full: bool) -> None:
+    """Broken images that the sharding left out, and, on demand, every checksum."""
+    splits = read_manifest(folder).splits
+    if left_out := sum(split.broken for split in splits):
+        report.note(WARN, f"{left_out} broken images of the source are in no shard, see {folder}/quarantine.jsonl")
+    if full:
+        size = sum(shard.bytes for split in splits for shard in split.shards)
+        with Progress(f"reading {report.name}", size >> 20, "MiB") as progress:
+            read = 0
+
+            def advance(count: int) -> None:
+                nonlocal read
+                before, read = read, read + count
+                progress.advance((read >> 20) - (before >> 20), count)
+
+            for problem in verify_shards(folder, advance):
+                report.note(FAIL, problem)
+
+
+def _decode_sample(report: Report, dataset: Dataset, config: DataConfig, sample: int | None, seed: int) -> None:
+    """Reads and decodes images of both splits as training would, without stopping at broken ones."""
+    chosen = {
+        split: np.sort(Permutation(len(images), seed)(np.arange(min(len(images), sample or len(images)))))
+        for split in ("train", "val")
+        if len(images := getattr(dataset, split)) and sample != 0
+    }
+    total, sizes = sum(map(len, chosen.values())), []
+    lenient = replace(config, datasets={dataset.name: dataset.config})
+    decoder = Decoder(_BATCH, _SIZE, config.num_threads, torch.device("cpu"))
+    with (
+        Progress(f"decoding {dataset.name}", total) as progress,
+        ThreadPoolExecutor(config.num_threads, thread_name_prefix="read-images") as pool,
+    ):
+        try:
+            for split, indices in chosen.items():
+                source = ImageSource([dataset], split, lenient)
+                for start in range(0, len(indices), _BATCH):
+                    batch = indices[start : start + _BATCH].tolist()
+                    good = []
+                    for index, result in zip(batch, pool.map(lambda i, s=source: _read(s, i), batch), strict=True):
+                        if isinstance(result, BrokenImage):
+                            report.broken.append((source.path(0, index), str(result)))
+                        else:
+                            good.append((index, *result))
+                    report.broken += _undecodable(decoder, source, good)
+                    sizes += [size for _, _, size in good]
+                    progress.advance(len(batch), sum(len(data) for _, data, _ in good))
+        finally:
+            decoder.close()
+    report.sampled = total
+    if sizes:
+        report.smallest = int(np.min(sizes))
+        width, height = np.median(sizes, axis=0)
+        report.median = int(width), int(height)
+    if report.broken:
+        share = len(report.broken) / total
+        status = FAIL if share > config.max_broken_share and len(report.broken) > 1 else WARN
+        report.note(status, f"{len(report.broken)} of {total} sampled images are broken ({share:.1%})")
+
+
+def _read(source: ImageSource, index: int) -> tuple[np.ndarray, tuple[int, int]] | BrokenImage:
+    try:
+        return source.read(0, index)
+    except BrokenImage as error:
+        return error
+
+
+def _undecodable(
+    decoder: Decoder, source: ImageSource, images: list[tuple[int, np.ndarray, tuple[int, int]]]
+) -> Iterator[tuple[str, str]]:
+    """(path, reason) of those among (index, bytes, size) that DALI cannot decode."""
+    if not images:
+        return
+    encoded = [data for _, data, _ in images]
+    geometry = validation_geometry(np.array([size for _, _, size in images]), np.zeros(len(images), bool), _SIZE)
+    try:
+        decoder.submit(encoded, geometry)
+        decoder.receive()
+    except DecodeError as error:
+        broken = decoder.find_broken(encoded, geometry)
+        if not broken:
+            raise DataError(f"DALI failed, although every image can be decoded on its own: {error}") from error
+        decoder.reset(1)
+        for i, reason in broken.items():
+            yield source.path(0, images[i][0]), explain(encoded[i], reason)

@@ -1,0 +1,24 @@
+"""What can go wrong with images: the user's data, the storage it lies on, one image."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """The user's data or its configuration is wrong; the message says what was given and what to do."""
+
+
+class StorageError(DataError):
+    """Files cannot be read for a reason that has nothing to do with an image: the run stops, nothing is quarantined."""
+
+
+class BrokenImage(Exception):
+    """An image that cannot be used; the text says why.
+
+    Args:
+        reason: why.
+        lasting: whether it will be broken tomorrow as well. A file that cannot be read may be back by then.
+    """
+
+    def __init__(self, reason: str, lasting: bool = True) -> None:
+        super().__init__(reason)
+        self.lasting = lasting

@@ -1,0 +1,191 @@
+"""Images that are files of their own: a folder, globs, a text list or an address becomes one sorted list of paths."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dali_pipelines.errors import DataError
+from dali_pipelines.storage import Location, file_system, is_url
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+"""What counts as an image where no pattern is given, in either case."""
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"),
+}
+"""Folders of a Hugging Face imagefolder, the preferred one first."""
+
+
+class PathList(Sequence[str]):
+    """Image files, their paths in one block of bytes: 20 million Python strings would cost every rank two gigabytes.
+
+    Args:
+        paths: below the root, or absolute ones, or addresses; these two stand for themselves.
+        root: folder or address that the others start at.
+    """
+
+    def __init__(self, paths: Iterable[str], root: str = "") -> None:
+        self.root = root
+        block, ends = bytearray(), array("q", [0])
+        for path in paths:
+            block += path.encode("utf-8", "surrogateescape")  # os.fsencode takes twice as long
+            ends.append(len(block))
+        self._bytes = bytes(block)
+        self._ends = np.frombuffer(ends, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        path = self.relative(index)
+        if not self.root or is_url(path):
+            return path
+        return f"{self.root.rstrip('/')}/{path}" if is_url(self.root) else os.path.join(self.root, path)
+
+    def relative(self, index: int) -> str:
+        """The path as it is below the root."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._bytes[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
+
+    def locate(self, index: int) -> Location:
+        """Where the bytes of an image are."""
+        return Location(self[index])
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(width, height); (0, 0): only the file itself knows."""
+        return 0, 0
+
+    def select(self, indices: Iterable[int]) -> PathList:
+        """Only these images, in this order."""
+        return PathList((self.relative(i) for i in indices), self.root)
+
+
+def list_images(name: str, given: str, pattern: str, key: str) -> PathList:
+    """The images of a folder, of globs, of a text file or below an address, sorted.
+
+    Args:
+        name: of the dataset, for messages.
+        given: what `DatasetConfig.root` describes, shards apart.
+        pattern: see DatasetConfig.
+        key: "root" or "val_root", for messages.
+
+    Raises:
+        DataError: nothing is there; the message names the setting to correct.
+    """
+    where = f"data.datasets.{name}.{key}"
+    if is_url(given):
+        folder, relative = given, _list_url(given, pattern)
+    else:
+        folder = os.path.abspath(os.path.expanduser(given))
+        if os.path.isfile(folder):
+            return _read_list(name, folder)
+        if not os.path.isdir(folder) and glob.has_magic(folder):
+            if pattern:
+                raise DataError(f"dataset {name!r}: {where} is a glob and there is a pattern as well: keep one of them")
+            folder, pattern = _split_glob(folder)
+        if not os.path.isdir(folder):
+            raise DataError(f"dataset {name!r}: {given} is neither a folder nor a text file of paths; correct {where}")
+        relative = _glob(folder, pattern) if pattern else _walk(folder)
+    if not relative:
+        looked_for = f"no file matches {pattern!r}" if pattern else f"no file ends in {', '.join(SUFFIXES)}"
+        raise DataError(
+            f"dataset {name!r}: {looked_for} in {given} or below; correct {where} or data.datasets.{name}.pattern"
+        )
+    return PathList(relative, folder)
+
+
+def imagefolder_splits(name: str, folder: str) -> tuple[str, str]:
+    """The folders of training and validation images of a Hugging Face imagefolder; the second is "" without one.
+
+    Its layout: `train/`, and `validation/` or `test/` (or the other names that the `datasets` library knows, see
+    SPLITS), there or in `data/`; files of metadata and labels are not looked at. A `test/` beside a `validation/` is
+    not used.
+
+    Raises:
+        DataError: no folder of training images.
+    """
+    top = os.path.abspath(os.path.expanduser(folder))
+    for parent in (top, os.path.join(top, "data")):
+        if not os.path.isdir(parent):
+            continue
+        there = {entry.name.lower(): entry.path for entry in os.scandir(parent) if entry.is_dir()}
+        found = {split: next((there[n] for n in names if n in there), "") for split, names in SPLITS.items()}
+        if found["train"]:
+            return found["train"], found["val"]
+    raise DataError(
+        f"dataset {name!r}: {folder} has no folder train/, so it is no imagefolder; "
+        f"for a plain folder of images set data.datasets.{name}.root to it without `imagefolder:`"
+    )
+
+
+def _walk(folder: str) -> list[str]:
+    found, seen = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link to a folder above would never end
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        below = os.path.relpath(parent, folder)
+        images = (f for f in files if f.lower().endswith(SUFFIXES) and not f.startswith("."))
+        found.extend(f if below == "." else os.path.join(below, f) for f in images)
+    return sorted(found)
+
+
+def _glob(folder: str, pattern: str) -> list[str]:
+    found = {p for part in pattern.split("|") for p in glob.iglob(part.strip(), root_dir=folder, recursive=True)}
+    return sorted(p for p in found if os.path.isfile(os.path.join(folder, p)))
+
+
+def _split_glob(path: str) -> tuple[str, str]:
+    """ "/data/*/a.jpg" -> ("/data", "*/a.jpg")."""
+    folder, pattern = os.path.split(path)
+    while glob.has_magic(folder):
+        folder, last = os.path.split(folder)
+        pattern = os.path.join(last, pattern)
+    return folder, pattern
+
+
+def _list_url(url: str, pattern: str) -> list[str]:
+    fs, top = file_system(url)
+    try:
+        if pattern:
+            parts = [part.strip() for part in pattern.split("|")]
+            found = {path for part in parts for path in fs.glob(f"{top.rstrip('/')}/{part}")}
+        else:
+            found = {path for path in fs.find(top) if path.lower().endswith(SUFFIXES)}
+    except OSError as error:
+        raise DataError(f"{url} cannot be listed: {error}") from error
+    relative = (path[len(top.rstrip("/")) :].lstrip("/") for path in found)
+    return sorted(path for path in relative if not any(part.startswith(".") for part in path.split("/")))
+
+
+def _read_list(name: str, file: str) -> PathList:
+    try:
+        lines = Path(file).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise DataError(f"dataset {name!r}: cannot read {file}: {error}") from error
+    folder = os.path.dirname(file)
+    paths = sorted({line.strip() for line in lines if line.strip() and not line.startswith("#")})
+    if not paths:
+        raise DataError(f"dataset {name!r}: {file} lists no path; it should hold one path a line")
+    if not any(is_url(path) or os.path.isfile(os.path.join(folder, path)) for path in paths[:16]):
+        raise DataError(
+            f"dataset {name!r}: none of the first paths in {file} exists, such as {paths[0]!r}; "
+            f"paths that are not absolute start at {folder}"
+        )
+    return PathList(paths, folder)
+
+
+def is_turned(images: PathList, index: int, pattern: str) -> bool:
+    """Whether an image is stored turned: its path below the root matches the glob ("*" also stands for slashes)."""
+    return bool(pattern) and fnmatch.fnmatchcase(images.relative(index), pattern)

@@ -1,0 +1,291 @@
+"""One shard: images read, decoded once, encoded where they must be, and written as a tar file with its records.
+
+What is written depends on the job alone: no time, no user, no machine is in it, so the same job gives the same bytes.
+A shard appears under its name only when it is whole and on the disk; the record of what it holds comes after it and
+marks it as finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import threading
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from dali_pipelines.errors import BrokenImage, DataError, StorageError
+from dali_pipelines.jpeg import encode_jpeg, shrink, to_rgb
+from dali_pipelines.source import PIL_ERRORS, read_size
+from dali_pipelines.storage import Location, Reader
+from dali_pipelines.tar_index import RECORD, open_index, write_index
+
+_MOST_VANISHED = 10  # files of a shard, or half of them: with more missing, something else is wrong
+_BLOCK, _TAIL = 512, 10_240  # bytes: of a tar header, and what the length of a tar file is a multiple of
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """How shards are made."""
+
+    megabytes: float = 500
+    """Size of a shard, about: the number of images in it comes from the size of the first 256."""
+    shorter_side: int = 0
+    """Larger images are shrunk to this shorter side in pixels; 0 keeps their size."""
+    seed: int = 0
+    """Of the order of the images, which are shuffled over all shards of a split."""
+    turned_canvas: str = "enlarge"
+    """What happens to images that are stored turned: "enlarge" turns the canvas with the image; "keep" keeps the
+    canvas, cuts off what lies outside and leaves black bars, as in the code published with DUNE."""
+
+    def validate(self) -> None:
+        """Raises DataError for values that make no sense."""
+        if not self.megabytes > 0 or self.shorter_side < 0:
+            raise DataError(
+                f"shards of {self.megabytes} MB with a shorter side of {self.shorter_side} pixels cannot be made: "
+                "the first must be above 0, the second at least 0"
+            )
+        if self.turned_canvas not in ("enlarge", "keep"):
+            raise DataError(f"the turned canvas is {self.turned_canvas!r}: allowed are 'enlarge' and 'keep'")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a job."""
+
+    key: int
+    """Its place in the shuffled order of its split; the members are called after it."""
+    location: Location
+    path: str
+    """What it was called below its root."""
+    turned: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to be written."""
+
+    folder: Path
+    name: str
+    """Without ".tar"."""
+    dataset: str
+    settings: ShardSettings
+    items: Sequence[Item]
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What a finished shard holds, besides its index."""
+
+    bytes: int
+    images: int
+    sha256: str
+    broken: list[dict]
+    """dataset, path, reason and lasting (see `BrokenImage`) of each."""
+
+
+class Stopped(Exception):
+    """The work was called off; nothing of the shard is left."""
+
+
+class Tally:
+    """How far all workers are together, and whether they should stop; shared between processes.
+
+    Args:
+        context: of multiprocessing.
+    """
+
+    def __init__(self, context) -> None:
+        self.counts = context.Array("q", 2)
+        self.stop = context.Event()
+
+    def add(self, num_bytes: int) -> None:
+        """One image more; Stopped if the work was called off."""
+        with self.counts.get_lock():
+            self.counts[0] += 1
+            self.counts[1] += num_bytes
+        if self.stop.is_set():
+            raise Stopped
+
+    def read(self) -> tuple[int, int]:
+        """Images and bytes so far."""
+        return self.counts[0], self.counts[1]
+
+
+def prepare(data: np.ndarray, settings: ShardSettings, turned: bool) -> tuple[bytes, tuple[int, int]]:
+    """The JPEG that goes into a shard, and its (width, height). A JPEG that needs no change keeps its bytes.
+
+    Args:
+        data: an encoded image, uint8 [length].
+        settings: of the shards.
+        turned: whether it is stored turned and has to be turned clockwise by 90 degrees.
+
+    Raises:
+        BrokenImage: it cannot be decoded, all of it.
+    """
+    try:
+        width, height = read_size(data)
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            fits = not settings.shorter_side or min(width, height) <= settings.shorter_side
+            if image.format in ("JPEG", "MPO") and fits and not turned:
+                return data.tobytes(), (width, height)
+            result = to_rgb(image)
+        if turned:
+            result = result.rotate(-90, expand=settings.turned_canvas == "enlarge")
+        if settings.shorter_side:
+            result = shrink(result, settings.shorter_side)
+        return encode_jpeg(result), result.size
+    except PIL_ERRORS as error:
+        raise BrokenImage(str(error) or type(error).__name__) from error
+
+
+def write_shard(job: Job, reader: Reader, tally: Tally) -> ShardRecord:
+    """Writes a shard, its index and its record.
+
+    Raises:
+        StorageError: images cannot be read, most of them are gone, or the shard cannot be written.
+        Stopped: see `Tally`.
+    """
+    final, partial = job.folder / f"{job.name}.tar", job.folder / f".{job.name}.tar.part"
+    rows, broken, vanished = [], [], 0
+    try:
+        with open(partial, "wb") as file:
+            sink = _Sink(file)
+            for item in job.items:
+                try:
+                    encoded, (width, height) = prepare(reader.read(item.location), job.settings, item.turned)
+                except BrokenImage as error:
+                    gone = isinstance(error.__cause__, FileNotFoundError)
+                    vanished += gone
+                    if vanished > max(_MOST_VANISHED, len(job.items) // 2):
+                        raise StorageError(
+                            f"{vanished} files of dataset {job.dataset!r} are not there, the last one is "
+                            f"{item.location}: is its folder still mounted? Then start the same command again"
+                        ) from error
+                    # a list may name many files that never were: their shards should not be made again every time
+                    entry = {"dataset": job.dataset, "path": item.path, "reason": str(error)}
+                    broken.append({**entry, "lasting": error.lasting or gone})
+                    tally.add(0)
+                    continue
+                about = {"dataset": job.dataset, "path": item.path, "width": width, "height": height}
+                offset = sink.member(f"{item.key:09d}.jpg", encoded)
+                sink.member(f"{item.key:09d}.json", json.dumps(about).encode())
+                rows.append((offset, len(encoded), 0, zlib.crc32(encoded), width, height))
+                tally.add(len(encoded))
+            sink.finish()
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, final)
+        _sync_folder(job.folder)
+        record = ShardRecord(sink.size, len(rows), sink.digest.hexdigest(), broken)
+        write_index(records_folder(job.folder) / f"{job.name}.index", np.array(rows, RECORD), 1)
+        write_json(records_folder(job.folder) / f"{job.name}.json", asdict(record))
+        return record
+    except OSError as error:
+        raise StorageError(
+            f"{final} cannot be written: {error.strerror or error}; make room or choose another folder, then start the "
+            "same command again: finished shards are kept"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def finished(folder: Path, name: str) -> ShardRecord | None:
+    """The record of a shard that is there with the right size; None if it has to be written (again)."""
+    records = records_folder(folder)
+    try:
+        record = ShardRecord(**json.loads((records / f"{name}.json").read_text()))
+        if (folder / f"{name}.tar").stat().st_size != record.bytes:
+            return None
+        if len(open_index(records / f"{name}.index", 1)) != record.images:
+            return None
+    except (OSError, ValueError, TypeError):  # DataError is a ValueError
+        return None
+    return record if all(entry["lasting"] for entry in record.broken) else None
+
+
+def records_folder(folder: Path) -> Path:
+    """Where the records of finished shards are."""
+    return folder / "records"
+
+
+def write_json(path: Path, value: object) -> None:
+    """Whole or not at all, and on the disk."""
+    partial = path.with_name(f".{path.name}.part")
+    with open(partial, "w") as file:
+        file.write(json.dumps(value) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+class _Sink:
+    """A tar file being written, with its size and its hash."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.size, self.digest = 0, hashlib.sha256()
+
+    def member(self, name: str, data: bytes) -> int:
+        """Appends a file; returns the offset of its bytes."""
+        info = tarfile.TarInfo(name)  # no time and no owner: the same images give the same bytes
+        info.size = len(data)
+        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.size
+        self._write(data)
+        self._write(bytes(-len(data) % _BLOCK))
+        return offset
+
+    def finish(self) -> None:
+        """Appends the end of the archive."""
+        self._write(bytes(2 * _BLOCK))
+        self._write(bytes(-self.size % _TAIL))
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_worker: tuple[Reader, Tally] | None = None
+
+
+def start_worker(patience: float, tally: Tally) -> None:
+    """Makes a process ready for `work`."""
+    import multiprocessing
+    import signal
+
+    global _worker
+    _worker = Reader(patience), tally
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent calls the work off
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)  # it was killed: nobody would ever end this process, or read what it writes
+
+    threading.Thread(target=follow, name="follow-parent", daemon=True).start()
+
+
+def work(job: Job) -> ShardRecord:
+    """`write_shard` in a worker process."""
+    assert _worker is not None
+    return write_shard(job, *_worker)

@@ -1,0 +1,271 @@
+"""Images in tar shards (WebDataset) with an index and a manifest, as `dune-fast data shard` writes them.
+
+A folder that `dune-fast data shard` has filled holds one dataset:
+
+    manifest.json                     what there is: `Manifest`
+    train.index, val.index            where every image is: `tar_index`
+    train-000000.tar, ...             members KEY.jpg and KEY.json in the WebDataset convention
+    quarantine.jsonl                  images of the source that are broken, one JSON object a line
+    records/                          what the shards hold one by one; only needed to go on with the sharding
+
+The folder may be an address that fsspec knows ("s3://bucket/in19k"). Shards of other tools have no manifest:
+`foreign_shards`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dali_pipelines.errors import DataError
+from dali_pipelines.storage import Location, cached, file_system, is_url, open_binary, patiently
+from dali_pipelines.tar_index import open_index
+
+FORMAT = 1
+"""Version of the manifest."""
+MANIFEST = "manifest.json"
+_PATIENCE = 30.0  # seconds, for what is read once at the start
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file."""
+
+    name: str
+    """Below the folder of the manifest."""
+    bytes: int
+    """Size of the file."""
+    images: int
+    """Images in it."""
+    sha256: str
+    """Of the file, in hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one split."""
+
+    name: str
+    """"train" or "val"."""
+    images: int
+    """Images in all shards."""
+    broken: int
+    """Images of the source that were broken and are in no shard."""
+    index: str
+    """Name of the index file."""
+    index_sha256: str
+    """Of that file."""
+    shards: list[Shard]
+    """In the order of their numbers in the index."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds."""
+
+    format: int
+    """Version of the layout, see FORMAT."""
+    dataset: str
+    """Name of the dataset."""
+    source: str
+    """Fingerprint of the source: a hash over the number and the names of its images, split by split."""
+    settings: dict
+    """How the shards were made: the fields of `sharding.ShardSettings`."""
+    splits: list[Split]
+    """Those that have images."""
+
+    def dump(self) -> str:
+        """As JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> Manifest:
+        """From JSON.
+
+        Args:
+            text: of the file.
+            where: it was read, for messages.
+
+        Raises:
+            DataError: no manifest of this version, or one that names files outside its folder.
+        """
+        try:
+            values = json.loads(text)
+            if values["format"] != FORMAT:
+                raise DataError(f"{where} has format {values['format']}, this program reads format {FORMAT}")
+            values["splits"] = [
+                Split(**{**split, "shards": [Shard(**shard) for shard in split["shards"]]})
+                for split in values["splits"]
+            ]
+            manifest = cls(**values)
+            files = [(split.index, split.index_sha256) for split in manifest.splits]
+            files += [(shard.name, shard.sha256) for split in manifest.splits for shard in split.shards]
+            for name, sha256 in files:  # both become parts of paths
+                if "/" in name or name in ("", ".", "..") or not re.fullmatch("[0-9a-f]{64}", sha256):
+                    raise DataError(f"{where} names a file {name!r} with SHA-256 {sha256!r}: it has been tampered with")
+            return manifest
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(f"{where} is no manifest of shards ({type(error).__name__}: {error})") from error
+
+
+def read_manifest(folder: str) -> Manifest:
+    """The manifest of a folder or address; DataError if there is none or it is wrong."""
+    path = f"{folder.rstrip('/')}/{MANIFEST}"
+    try:
+        return Manifest.parse(_read_file(path).decode(), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+class ShardImages(Sequence[str]):
+    """Images in tar shards; as a sequence their names, "SHARD.tar@OFFSET".
+
+    Args:
+        shards: paths or addresses of the tar files.
+        records: from `tar_index`, usually mapped into memory.
+        rows: the records that belong to it, all of them by default.
+        root: what names leave out at the front of a path.
+    """
+
+    def __init__(
+        self, shards: Sequence[str], records: np.ndarray, root: str = "", rows: np.ndarray | None = None
+    ) -> None:
+        self.shards, self.root = shards, root
+        self._records, self._rows = records, rows
+
+    def __len__(self) -> int:
+        return len(self._records if self._rows is None else self._rows)
+
+    def __getitem__(self, index: int) -> str:
+        record = self._record(index)
+        return f"{self.shards[record['shard']]}@{record['offset']}"
+
+    def relative(self, index: int) -> str:
+        """The name without the folder that all shards lie in."""
+        return self[index].removeprefix(self.root).lstrip("/")
+
+    def locate(self, index: int) -> Location:
+        """Where the bytes of an image are."""
+        record = self._record(index)
+        crc = int(record["crc"]) or None
+        return Location(self.shards[record["shard"]], int(record["offset"]), int(record["length"]), crc)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(width, height); (0, 0) where the index does not know."""
+        record = self._record(index)
+        return int(record["width"]), int(record["height"])
+
+    def select(self, indices: Iterable[int]) -> ShardImages:
+        """Only these images, in this order."""
+        chosen = np.fromiter(indices, np.int64)
+        rows = chosen if self._rows is None else self._rows[chosen]
+        return ShardImages(self.shards, self._records, self.root, rows)
+
+    def _record(self, index: int) -> np.void:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._records[index if self._rows is None else self._rows[index]]
+
+
+def is_manifest_folder(given: str) -> bool:
+    """Whether a folder or an address holds shards of our own."""
+    path = f"{given.rstrip('/')}/{MANIFEST}"
+    if is_url(path):
+        fs, path = file_system(path)
+        return fs.isfile(path)
+    return os.path.isfile(path)
+
+
+def open_manifest_folder(folder: str) -> dict[str, ShardImages]:
+    """The images of a folder of our own shards: "train", and "val" where it has any.
+
+    Raises:
+        DataError: a manifest, an index or a shard is missing, damaged or of another version; the message names it.
+    """
+    folder = folder.rstrip("/")
+    manifest = read_manifest(folder)
+    sizes = _sizes(folder)
+    result = {}
+    for split in manifest.splits:
+        for shard in split.shards:
+            if (found := sizes.get(shard.name)) != shard.bytes:
+                state = "is missing" if found is None else f"has {found} bytes instead of {shard.bytes}"
+                raise DataError(
+                    f"the shard {folder}/{shard.name} {state}: copy it again from where it came, or make it again "
+                    f"with the `dune-fast data shard` command that has filled the folder (the others are kept)"
+                )
+        records = open_index(_local_copy(f"{folder}/{split.index}", split.index_sha256), len(split.shards))
+        if len(records) != split.images:
+            raise DataError(
+                f"{folder}/{split.index} lists {len(records)} images, {MANIFEST} {split.images}: they do not belong "
+                "together; copy both again, or run the `dune-fast data shard` command again"
+            )
+        result[split.name] = ShardImages([f"{folder}/{shard.name}" for shard in split.shards], records, folder)
+    return result
+
+
+def _sizes(folder: str) -> dict[str, int]:
+    """name -> bytes of all files in a folder."""
+    if is_url(folder):
+        fs, stripped = file_system(folder)
+        listing = patiently(lambda: fs.ls(stripped, detail=True), folder, _PATIENCE)
+        return {entry["name"].rpartition("/")[2]: int(entry["size"] or 0) for entry in listing}
+    return {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
+
+
+def _read_file(path: str) -> bytes:
+    if is_url(path):
+        fs, stripped = file_system(path)
+        return patiently(lambda: fs.cat_file(stripped), path, _PATIENCE)
+    return patiently(lambda: Path(path).read_bytes(), path, _PATIENCE)
+
+
+def _local_copy(path: str, sha256: str) -> Path:
+    """A file itself, or, of an address, its copy in the cache folder."""
+    if not is_url(path):
+        return Path(path)
+    with cached(f"shard-index/{sha256}.index", path) as copy:
+        if not copy.exists():
+            try:
+                data = _read_file(path)
+            except OSError as error:
+                raise DataError(f"the index {path} cannot be read: {error}") from error
+            if hashlib.sha256(data).hexdigest() != sha256:
+                raise DataError(f"{path} is not the index that {MANIFEST} beside it was made with: copy both again")
+            partial = copy.with_suffix(".part")
+            partial.write_bytes(data)
+            partial.replace(copy)
+    return copy
+
+
+def verify_shards(folder: str, report: Callable[[int], None] = lambda _: None) -> list[str]:
+    """What is wrong with a folder of our own shards, one sentence each: every byte is read and hashed.
+
+    Args:
+        folder: with a manifest.
+        report: is told how many bytes were read since the last call.
+
+    Raises:
+        DataError: what `open_manifest_folder` raises: the folder cannot be used at all.
+    """
+    open_manifest_folder(folder)
+    problems = []
+    for split in read_manifest(folder).splits:
+        for name, expected in [(split.index, split.index_sha256)] + [(s.name, s.sha256) for s in split.shards]:
+            path = f"{folder.rstrip('/')}/{name}"
+            digest = hashlib.sha256()
+            with open_binary(path) as stream:
+                while chunk := stream.read(1 << 22):
+                    digest.update(chunk)
+                    report(len(chunk))
+            if digest.hexdigest() != expected:
+                problems.append(f"{path} has SHA-256 {digest.hexdigest()}, {MANIFEST} says {expected}: it is damaged")
+    return problems

@@ -1,0 +1,168 @@
+"""`dune-fast data shard | check | list-keys`: the images of a run, before it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dali_pipelines.datasets import DataConfig
+
+
+def _chosen(args: argparse.Namespace) -> tuple[DataConfig, list[str]]:
+    """The images' configuration, and the names of those datasets that are meant."""
+    from dune_fast.engine.config import ConfigError, compose_config
+
+    data = compose_config(args.overrides, complete=False).data
+    names = args.only or sorted(data.datasets)
+    if unknown := sorted(set(names) - set(data.datasets)):
+        known = ", ".join(sorted(data.datasets)) or "none; name them, for instance with data=dune"
+        raise ConfigError(f"--only {' '.join(unknown)}: no such dataset is configured, there are: {known}")
+    if not names:
+        raise ConfigError("no dataset is configured: choose data=dune, data=in1k, or data=folder with its root")
+    return data, names
+
+
+def shard(args: argparse.Namespace) -> int:
+    """Turns datasets into tar shards (WebDataset) with a binary index and a manifest, one folder a dataset.
+
+    Every image is decoded once; broken ones are left out and listed in quarantine.jsonl. JPEGs are copied byte for
+    byte, everything else becomes a JPEG (quality 95, 4:4:4). After an interruption the same command goes on where it
+    was; the result does not depend on the number of workers. Read the shards with data=dune_shards or data=shards.
+    """
+    from dali_pipelines.sharding import ShardSettings, shard_dataset
+
+    data, names = _chosen(args)
+    table = Table("dataset", "split", "images", "broken", "shards", "MB", box=None, pad_edge=False)
+    for name in names:
+        settings = ShardSettings(
+            megabytes=args.megabytes,
+            shorter_side=args.shorter_side or data.datasets[name].shrink,
+            seed=args.seed,
+            turned_canvas=args.turned_canvas,
+        )
+        manifest = shard_dataset(name, data, args.out / name, settings, args.workers)
+        for split in manifest.splits:
+            size = sum(entry.bytes for entry in split.shards) / 1e6
+            row = split.name, f"{split.images:,}", str(split.broken), str(len(split.shards)), f"{size:,.1f}"
+            table.add_row(name, *row)
+    Console(highlight=False, soft_wrap=True).print(table)
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    """Says of every dataset what is there and what is missing, and decodes some of its images.
+
+    Counts are compared with the expected ones of the configuration. The status is 1 if a dataset cannot be used, lacks
+    more than 1 % of its images, or has too many broken ones; the others are checked all the same.
+    """
+    from rich.markup import escape
+
+    from dali_pipelines.check import FAIL, check_dataset
+
+    data, names = _chosen(args)
+    sample = None if args.decode_all else args.sample
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table("dataset", "group", "status", "train", "val", "decoded", "broken", "pixels", box=None, pad_edge=False)
+    reports = [check_dataset(name, data, sample, args.full, args.seed) for name in names]
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    for report in reports:
+        own, (width, height) = data.datasets[report.name], report.median
+        found = (report.train, own.expected_train), (report.val, own.expected_val)
+        counts = [f"{count:,}" + (f" of {wanted:,}" if wanted else "") for count, wanted in found]
+        pixels = f"{width}x{height}, from {report.smallest}" if width else "-"
+        status = f"[{colours[report.status]}]{report.status}[/]"
+        table.add_row(report.name, report.group, status, *counts, str(report.sampled), str(len(report.broken)), pixels)
+    console.print(table)
+    for report in reports:
+        for note in report.notes:
+            console.print(f"[{colours[report.status]}]{report.name}[/]: {escape(note)}")
+        for path, reason in report.broken:
+            console.print(f"{report.name}: broken: {escape(path)} ({escape(reason)})")
+    failed = any(report.status == FAIL for report in reports)
+    if failed and "DUNE_FAST_DATA" not in os.environ:
+        console.print(
+            "The shipped configurations look below the folder that the variable DUNE_FAST_DATA names: set it."
+        )
+    return int(failed)
+
+
+def list_keys(args: argparse.Namespace) -> int:
+    """Writes the keys of a pickled dictionary as a list of images, one a line. The pickle is not executed.
+
+    UBody's lists are such pickles: its images are the keys of ubody_intra_train.pkl and ubody_intra_test.pkl.
+    """
+    from dali_pipelines.pickle_keys import pickle_keys
+
+    paths = [str(Path(args.prefix) / key) for key in pickle_keys(args.file)]
+    args.out.write_text("".join(f"{path}\n" for path in sorted(paths)), encoding="utf-8", errors="surrogateescape")
+    sys.stdout.write(f"{args.out}: {len(paths):,} paths, the first one {min(paths)}\n")
+    return 0
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """The command `data` and its own commands."""
+    parser = commands.add_parser("data", help="shard and check datasets", description=__doc__)
+    own = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+
+    sub = own.add_parser(
+        "shard",
+        help="turn datasets into tar shards with an index",
+        description=shard.__doc__,
+        epilog="example: dune-fast data shard data=folder data.datasets.images.root=/path/to/images --out shards",
+    )
+    hydra = "Hydra overrides that name the datasets, e.g. data=dune, data=in1k"
+    sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=hydra)
+    sub.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets a folder for each dataset")
+    sub.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these datasets (default: all configured)")
+    sub.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core, %(default)s here)"
+    )
+    sub.add_argument("--megabytes", type=int, default=500, help="size of a shard, about (default: %(default)s)")
+    sub.add_argument(
+        "--shorter-side",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="shrink larger images to this shorter side (default: the dataset's `shrink`, else keep the size)",
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of the order inside the shards (default: %(default)s)")
+    sub.add_argument(
+        "--turned-canvas",
+        choices=("enlarge", "keep"),
+        default="enlarge",
+        help="images stored turned (BEDLAM's close-ups) are turned upright: the canvas turns as well (default), or "
+        "stays as it is, as in the code published with DUNE, which cuts off what lies outside and leaves black bars",
+    )
+    sub.set_defaults(run_command=shard)
+
+    sub = own.add_parser(
+        "check",
+        help="count, compare with what is expected, decode a sample",
+        description=check.__doc__,
+        epilog="example: DUNE_FAST_DATA=/path/to/data dune-fast data check data=dune",
+    )
+    sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=hydra)
+    sub.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these datasets (default: all configured)")
+    sub.add_argument(
+        "--sample", type=int, default=64, metavar="N", help="images of each split to decode (default: %(default)s)"
+    )
+    sub.add_argument("--decode-all", action="store_true", help="decode every image")
+    sub.add_argument("--full", action="store_true", help="of shards, compare every byte with the checksums")
+    sub.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
+    sub.set_defaults(run_command=check)
+
+    sub = own.add_parser(
+        "list-keys",
+        help="make a list of images from a pickle's keys (UBody)",
+        description=list_keys.__doc__,
+        epilog="example: dune-fast data list-keys ubody_intra_train.pkl --prefix ubody/videos --out ubody_train.txt",
+    )
+    sub.add_argument("file", type=Path, metavar="PICKLE", help="a pickled dictionary")
+    sub.add_argument("--prefix", default="", metavar="FOLDER", help="to put before every key")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the list; its paths start at its folder")
+    sub.set_defaults(run_command=list_keys)

@@ -1,0 +1,71 @@
+"""The keys of pickles: what pickle itself would give, and nothing executed."""
+
+import collections
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from dali_pipelines.errors import DataError
+from dali_pipelines.pickle_keys import pickle_keys
+
+
+class Annotation:
+    def __init__(self, name):
+        self.name, self.keypoints = name, np.zeros((3, 2))
+
+
+class Hostile:
+    """Unpickling it would make a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def write(path, content, protocol):
+    path.write_bytes(pickle.dumps(content, protocol))
+    return path
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict, lambda d: collections.defaultdict(list, d)])
+def test_keys_equal_those_of_the_unpickled_dictionary(tmp_path, protocol, kind):
+    same = Annotation("shared")
+    content = kind(
+        {f"videos/ü_{i}.png": {"boxes": [1, 2.5, None], "nested": {"inner": i}, "who": same} for i in range(2500)}
+    )
+    content["one more"] = (Annotation("videos/no_key.png"), {"a set"}, b"bytes", frozenset({1}), True)
+    assert pickle_keys(write(tmp_path / "a.pkl", content, protocol)) == list(content)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_hostile_pickle_gives_its_keys_and_runs_nothing(tmp_path, protocol):
+    folder = tmp_path / "made by the pickle"
+    path = write(tmp_path / "a.pkl", {"a.png": Hostile(str(folder)), "b.png": 1}, protocol)
+    assert pickle_keys(path) == ["a.png", "b.png"] and not folder.exists()
+    pickle.loads(path.read_bytes())
+    assert folder.exists(), "the pickle would have done harm"
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (pickle.dumps({"a": 1})[:-3], "not a whole pickle"),
+        (b"\x89PNG\r\n\x1a\n", "not a whole pickle"),
+        (b"", "not a whole pickle"),
+        (b"h\x07.", "not a whole pickle"),  # something from the memo that nobody put there
+        (b"u.", "not a whole pickle"),  # items without a mark
+        (pickle.dumps(["a", "b"]), "does not hold a dictionary"),
+        (pickle.dumps({1: 2}), "does not hold a dictionary"),
+    ],
+)
+def test_other_files_are_refused_with_a_sentence(tmp_path, data, message):
+    (tmp_path / "a.pkl").write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        pickle_keys(tmp_path / "a.pkl")
+    with pytest.raises(DataError, match="cannot be read"):
+        pickle_keys(tmp_path / "missing.pkl")

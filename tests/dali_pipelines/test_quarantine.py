@@ -1,0 +1,75 @@
+"""The record of broken images: several ranks, restarts, limits."""
+
+import json
+import threading
+
+import pytest
+
+from dali_pipelines.datasets import DataConfig
+from dali_pipelines.errors import DataError
+from dali_pipelines.listing import PathList
+from dali_pipelines.quarantine import Quarantine
+
+NAMES, IMAGES = ["a", "b"], [PathList(f"{i}.jpg" for i in range(100)), PathList(["x.jpg", "y.jpg"])]
+
+
+def make(folder, rank: int = 0, **options) -> Quarantine:
+    return Quarantine(NAMES, IMAGES, DataConfig(**options), folder, rank)
+
+
+def test_what_one_process_found_is_known_to_the_next_whatever_its_rank(tmp_path):
+    first = make(tmp_path / "run", rank=1)
+    first.add(0, 7, "cut off")
+    first.add(0, 7, "again")
+    first.add(1, 0, "text")
+    entries = [json.loads(line) for line in (tmp_path / "run" / "quarantine.rank1.jsonl").read_text().splitlines()]
+    expected = {"dataset": "a", "index": 7, "path": "7.jpg", "reason": "cut off", "lasting": True}
+    assert entries[0] == expected and len(entries) == 2
+    second = make(tmp_path / "run", rank=0)
+    assert (0, 7) in second and (1, 0) in second and (0, 6) not in second
+    assert second.counts() == {"a": 1, "b": 1} and second.paths() == ["7.jpg", "x.jpg"]
+    second.add(0, 9, "empty")
+    assert make(tmp_path / "run", rank=5).counts() == {"a": 2, "b": 1}
+
+
+def test_input_output_errors_are_tried_again_by_the_next_process(tmp_path):
+    first = make(tmp_path)
+    first.add(0, 3, "Input/output error", lasting=False)
+    assert (0, 3) in first
+    assert (0, 3) not in make(tmp_path)
+
+
+def test_limit_is_one_for_all_ranks(tmp_path):
+    """Four of a hundred are spared; each rank alone would get to four."""
+    ranks = [make(tmp_path, rank) for rank in range(5)]
+    for i, rank in enumerate(ranks[:4]):
+        rank.add(0, i, "cut off")
+    assert all(rank.counts()["a"] == 4 for rank in ranks)
+    with pytest.raises(DataError, match=r"5 of 100 images are broken, 4 are tolerated; the last one is 50\.jpg \(text"):
+        ranks[4].add(0, 50, "text")
+
+
+def test_lines_of_other_data_and_torn_lines_are_left_out(tmp_path):
+    good = {"dataset": "a", "index": 1, "path": "1.jpg", "reason": "", "lasting": True}
+    others = [{**good, "dataset": "c"}, {**good, "path": "other.jpg"}, {**good, "index": 1000}, {"x": 1}, [], None]
+    lines = [json.dumps(entry) for entry in [*others, good]]
+    (tmp_path / "quarantine.rank0.jsonl").write_text("\n".join(["{torn", *lines]) + '\n{"dataset": "b", "ind')
+    assert make(tmp_path).counts() == {"a": 1, "b": 0}
+
+
+def test_many_threads_lose_nothing(tmp_path):
+    quarantine = make(tmp_path, max_broken_share=1.0)
+    threads = [threading.Thread(target=quarantine.add, args=(0, i % 100, "x")) for i in range(200)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert quarantine.counts()["a"] == 100
+    assert len((tmp_path / "quarantine.rank0.jsonl").read_text().splitlines()) == 100
+    assert make(tmp_path).counts()["a"] == 100
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Quarantine(NAMES, IMAGES, DataConfig()).add(0, 1, "x")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,320 @@
+"""Writing shards: what is in them, and that neither workers nor interruptions change a byte."""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from dali_pipelines import sharding
+from dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset
+from dali_pipelines.errors import BrokenImage, DataError
+from dali_pipelines.shard_writer import ShardSettings, prepare
+from dali_pipelines.sharding import shard_dataset
+from dali_pipelines.shards import open_manifest_folder
+from dali_pipelines.storage import Reader
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SETTINGS = ShardSettings(megabytes=0.03, seed=3)
+BROKEN = {"cut.jpg", "text.jpg", "half.png", "float.tiff"}
+
+
+def configured(root: Path, **options) -> DataConfig:
+    return DataConfig(datasets={"d": DatasetConfig(root=str(root), **options)}, read_patience=1)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of all files that are not empty."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, write_folder, photo) -> Path:
+    """26 images: JPEGs, other formats, turned ones, and four broken ones."""
+    root = write_folder(tmp_path_factory.mktemp("source") / "images", 12)
+    (root / "closeup").mkdir()
+    photo(20, 60, 40).save(root / "closeup" / "turned.png")
+    photo(21, 60, 40).save(root / "closeup" / "turned.jpg")
+    photo(22, 70, 50).save(root / "rgb.png")
+    photo(23, 70, 50).convert("RGBA").save(root / "rgba.png")
+    photo(24, 70, 50).convert("L").save(root / "gray.jpg")
+    photo(25, 70, 50).convert("CMYK").save(root / "cmyk.jpg")
+    photo(26, 70, 50).save(root / "ünï cödé.webp", lossless=True)
+    photo(27, 70, 50).save(root / "a jpeg.png", "JPEG")
+    Image.fromarray((np.arange(50 * 70).reshape(50, 70) * 18).astype(np.uint16)).save(root / "deep.png")
+    photo(28, 300, 200).save(root / "big.jpg")
+    whole = (root / "photo_000.jpg").read_bytes()
+    (root / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "text.jpg").write_text("<html>404 Not Found</html>")
+    (root / "half.png").write_bytes((root / "rgb.png").read_bytes()[:3000])
+    Image.fromarray(np.ones((9, 9), np.float32)).save(root / "float.tiff")
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(source, tmp_path_factory):
+    """(folder, manifest) of the source's shards, made by two workers."""
+    folder = tmp_path_factory.mktemp("made") / "d"
+    return folder, shard_dataset("d", configured(source, holdout=6, rotate="closeup/*"), folder, SETTINGS, 2)
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, dict]]:
+    """path below the source -> (JPEG, JSON), as the webdataset package reads all shards."""
+    tars = sorted(map(str, folder.glob("*.tar")))
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False))
+    assert all(set(sample) >= {"__key__", "jpg", "json"} for sample in samples)
+    found = {(about := json.loads(sample["json"]))["path"]: (sample["jpg"], about) for sample in samples}
+    assert len(found) == len(samples)
+    return found
+
+
+def test_every_good_image_is_there_once_and_jpegs_keep_their_bytes(made, source):
+    folder, manifest = made
+    found = contents(folder)
+    everything = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    assert len(everything) == 26 and set(found) == everything - BROKEN
+    for path in found.keys() - {"closeup/turned.jpg"}:
+        if Image.open(source / path).format == "JPEG":
+            assert found[path][0] == (source / path).read_bytes(), path
+    for path, (encoded, about) in found.items():
+        image = Image.open(io.BytesIO(encoded))
+        assert image.format == "JPEG" and about == {
+            "dataset": "d", "path": path, "width": image.size[0], "height": image.size[1],
+        }  # fmt: skip
+    assert [(split.name, split.images + split.broken) for split in manifest.splits] == [("train", 20), ("val", 6)]
+
+
+def test_index_leads_to_the_same_bytes_and_sizes(made):
+    folder, _ = made
+    expected = {encoded: (about["width"], about["height"]) for encoded, about in contents(folder).values()}
+    reader, seen = Reader(0), {}
+    for images in open_manifest_folder(str(folder)).values():
+        for i in range(len(images)):
+            assert images.locate(i).crc is not None
+            seen[reader.read(images.locate(i)).tobytes()] = images.size(i)
+    assert seen == expected
+
+
+def test_split_is_the_one_of_the_loose_files(made, source):
+    """The held-out images of the shards are those that would be held out without shards."""
+    folder, _ = made
+    held = {index_dataset("d", DatasetConfig(root=str(source), holdout=6)).val.relative(i) for i in range(6)}
+    val = webdataset.WebDataset(sorted(map(str, folder.glob("val-*.tar"))), shardshuffle=False)
+    assert {json.loads(sample["json"])["path"] for sample in val} == held - BROKEN
+
+
+def test_other_formats_become_jpeg_quality_95_without_subsampling(made, source):
+    found = contents(made[0])
+    reference = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(reference, "JPEG", quality=95, subsampling=0)
+    tables = Image.open(reference).quantization
+    for path in ("rgb.png", "rgba.png", "ünï cödé.webp", "deep.png", "closeup/turned.png"):
+        image = Image.open(io.BytesIO(found[path][0]))
+        assert image.quantization == tables and [layer[1:3] for layer in image.layer] == [(1, 1)] * 3, path
+    for path in ("rgb.png", "rgba.png", "ünï cödé.webp"):
+        pixels = np.asarray(Image.open(io.BytesIO(found[path][0])), int)
+        assert np.abs(pixels - np.asarray(Image.open(source / path).convert("RGB"))).mean() < 3, path
+    deep = np.asarray(Image.open(io.BytesIO(found["deep.png"][0])), int)
+    assert np.abs(deep[..., 0] - np.arange(50 * 70).reshape(50, 70) * 18 // 256).mean() < 2
+
+
+def test_turned_images_are_turned_upright(made, source, photo):
+    found = contents(made[0])
+    for path in ("closeup/turned.png", "closeup/turned.jpg"):
+        upright = np.rot90(np.asarray(Image.open(source / path)), -1)
+        pixels = np.asarray(Image.open(io.BytesIO(found[path][0])), int)
+        assert pixels.shape == (60, 40, 3) and np.abs(pixels - upright).mean() < 3
+    data = np.fromfile(source / "closeup" / "turned.png", np.uint8)
+    encoded, size = prepare(data, ShardSettings(turned_canvas="keep"), True)
+    kept = np.asarray(Image.open(io.BytesIO(encoded)), int)
+    assert size == (60, 40) and np.abs(kept[:, 10:50] - np.rot90(photo(20, 60, 40), -1)[10:50]).mean() < 3
+    assert kept[:, :8].max() < 20 and kept[:, -8:].max() < 20
+
+
+def test_broken_images_are_listed_with_the_reason(made):
+    folder, manifest = made
+    entries = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+    assert {entry["path"] for entry in entries} == BROKEN and all(entry["dataset"] == "d" for entry in entries)
+    reasons = {entry["path"]: entry["reason"] for entry in entries}
+    assert "no known image format" in reasons["text.jpg"] and "ends too early" in reasons["cut.jpg"]
+    assert sum(split.broken for split in manifest.splits) == 4
+
+
+def test_images_are_shuffled_over_all_shards(made):
+    folder, manifest = made
+    assert len(manifest.splits[0].shards) >= 3
+    keys, paths = [], []
+    for sample in webdataset.WebDataset(sorted(map(str, folder.glob("train-*.tar"))), shardshuffle=False):
+        keys.append(sample["__key__"])
+        paths.append(json.loads(sample["json"])["path"])
+    assert keys == sorted(keys) and paths != sorted(paths) and max(map(int, keys)) <= 19
+
+
+def test_number_of_workers_changes_nothing(made, source, tmp_path):
+    shard_dataset("d", configured(source, holdout=6, rotate="closeup/*"), tmp_path / "d", SETTINGS, 1)
+    assert digests(tmp_path / "d") == digests(made[0])
+
+
+SCRIPT = """
+import sys
+
+if __name__ == "__main__":
+    from dali_pipelines import sharding
+    from dali_pipelines.datasets import DataConfig, DatasetConfig
+
+    sharding._SAMPLE = 2
+    data = DataConfig(datasets={"d": DatasetConfig(root=sys.argv[1])})
+    sharding.shard_dataset("d", data, sharding.Path(sys.argv[2]), sharding.ShardSettings(megabytes=0.02), 2)
+"""
+
+
+def test_killed_in_the_middle_and_started_again_gives_the_same_bytes(tmp_path, write_folder, monkeypatch):
+    """SIGKILL while both workers are inside a shard: they follow, and a second call makes the rest."""
+    root, script = write_folder(tmp_path / "images", 24), tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    monkeypatch.setattr(sharding, "_SAMPLE", 2)
+    data = configured(root)
+    expected = shard_dataset("d", data, tmp_path / "whole", ShardSettings(megabytes=0.02), 1)
+    per_shard = -(-24 // len(expected.splits[0].shards))
+    assert len(expected.splits[0].shards) >= 4
+    order = sharding._permutation(index_dataset("d", data.datasets["d"]).train, ShardSettings())(np.arange(24))
+    pipes = {}
+    for place in (2 * per_shard + 1, 3 * per_shard + 1):  # reading a pipe that nobody writes to takes for ever
+        path = root / f"photo_{order[place]:03d}.jpg"
+        pipes[path] = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(root), str(tmp_path / "d")],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "d").glob(".train-*.part"))) < 2 or len(list((tmp_path / "d").glob("*.tar"))) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.2)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    for path in pipes:
+        while True:
+            try:
+                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+            except OSError:  # nobody reads any more: the worker has ended with its parent
+                break
+            assert time.monotonic() < deadline
+    assert not (tmp_path / "d" / "manifest.json").exists()
+    for path, content in pipes.items():
+        path.unlink()
+        path.write_bytes(content)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "d").glob("*.tar")}
+    assert len(kept) == 2
+    shard_dataset("d", data, tmp_path / "d", ShardSettings(megabytes=0.02), 2)
+    assert digests(tmp_path / "d") == digests(tmp_path / "whole")
+    assert all(path.stat().st_mtime_ns == changed for path, changed in kept.items()), "finished shards were made again"
+
+
+def test_only_what_is_missing_is_made_again(sharded, tmp_path, caplog, monkeypatch):
+    before, root = digests(sharded), tmp_path / "images"
+    root.mkdir()
+    for path, (encoded, _) in contents(sharded).items():
+        (root / path).write_bytes(encoded)
+    data, settings = configured(root, holdout=4), ShardSettings(megabytes=0.03)
+    times = {path: path.stat().st_mtime_ns for path in sharded.glob("*.tar")}
+    with (sharded / "train-000001.tar").open("r+b") as file:
+        file.truncate(1000)
+    (sharded / "train.index").unlink()
+    with caplog.at_level(logging.INFO):
+        shard_dataset("d", data, sharded, settings, 1)
+    assert digests(sharded) == before and f"{len(times) - 1} of {len(times)} shards are there" in caplog.text
+    changed = {path.name for path, was in times.items() if path.stat().st_mtime_ns != was}
+    assert changed == {"train-000001.tar"}
+    # with nothing missing, no process is started
+    monkeypatch.setattr(sharding, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("something was made again"))
+    shard_dataset("d", data, sharded, settings, 1)
+    for other in (ShardSettings(megabytes=0.03, seed=1), ShardSettings(megabytes=0.03, shorter_side=32)):
+        with pytest.raises(DataError, match=r"made otherwise \(settings differs.*choose another folder"):
+            shard_dataset("d", data, sharded, other, 1)
+    next(root.iterdir()).unlink()
+    with pytest.raises(DataError, match=r"made otherwise \(source differs"):
+        shard_dataset("d", data, sharded, settings, 1)
+    assert digests(sharded) == before
+
+
+def test_shards_of_other_tools_can_be_made_into_ours(sharded, tmp_path):
+    """Their images come out of the tar files, byte for byte."""
+    root = tmp_path / "foreign"
+    root.mkdir()
+    for tar in sharded.glob("train-*.tar"):
+        tar.rename(root / tar.name)
+    expected = {encoded for encoded, _ in contents(root).values()}
+    shard_dataset("d", configured(root), tmp_path / "d", ShardSettings(megabytes=0.1), 1)
+    assert {encoded for encoded, _ in contents(tmp_path / "d").values()} == expected and len(expected) == 20
+
+
+@pytest.mark.parametrize("turned, expected", [(False, (75, 50)), (True, (50, 75))])
+def test_larger_images_are_shrunk_to_the_shorter_side(source, turned, expected):
+    data = np.fromfile(source / "big.jpg", np.uint8)
+    encoded, size = prepare(data, ShardSettings(shorter_side=50), turned)
+    assert size == expected == Image.open(io.BytesIO(encoded)).size
+    small = np.fromfile(source / "photo_000.jpg", np.uint8)
+    assert prepare(small, ShardSettings(shorter_side=50), False)[0] == small.tobytes()
+
+
+@pytest.mark.parametrize("name", sorted(BROKEN))
+def test_broken_images_do_not_pass(source, name):
+    with pytest.raises(BrokenImage):
+        prepare(np.fromfile(source / name, np.uint8), SETTINGS, False)
+
+
+def test_source_that_is_no_longer_mounted_gives_no_empty_shards(photos, tmp_path, monkeypatch):
+    """The list still names the files; the first are read while all is well."""
+    (tmp_path / "list.txt").write_text("\n".join(map(str, sorted(photos.iterdir()))))
+    monkeypatch.setattr(sharding, "_SAMPLE", 4)
+    data = configured(tmp_path / "list.txt")
+    plan = sharding._plan
+    monkeypatch.setattr(sharding, "_plan", lambda *a: (plan(*a), photos.rename(tmp_path / "unmounted"))[0])
+    with pytest.raises(DataError, match=r"13 files of dataset 'd' are not there.*still mounted"):
+        shard_dataset("d", data, tmp_path / "d", ShardSettings(), 1)
+    assert not list((tmp_path / "d").glob("*.tar"))
+    monkeypatch.setattr(sharding, "_plan", plan)
+    (tmp_path / "unmounted").rename(photos)
+    (photos / "photo_003.jpg").unlink()
+    manifest = shard_dataset("d", data, tmp_path / "d", ShardSettings(), 1)
+    assert (manifest.splits[0].images, manifest.splits[0].broken) == (23, 1)
+    monkeypatch.setattr(sharding, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("something was made again"))
+    assert shard_dataset("d", data, tmp_path / "d", ShardSettings(), 1) == manifest
+
+
+def test_nothing_usable_no_room_and_wrong_settings_are_said(tmp_path, photos, monkeypatch):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "a.jpg").write_text("no image")
+    with pytest.raises(DataError, match="none of the first 1 images of train can be decoded.*no known image format"):
+        shard_dataset("d", configured(bad), tmp_path / "d", SETTINGS, 1)
+    with pytest.raises(DataError, match=r"0 workers"):
+        shard_dataset("d", configured(photos), tmp_path / "d", SETTINGS, 0)
+    with pytest.raises(DataError, match="shards of 0 MB"):
+        shard_dataset("d", configured(photos), tmp_path / "d", ShardSettings(megabytes=0), 1)
+    with pytest.raises(DataError, match="'enlarge' and 'keep'"):
+        shard_dataset("d", configured(photos), tmp_path / "d", ShardSettings(turned_canvas="x"), 1)
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(sharding.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DataError, match=r"0\.00 GB free, the \d+ shards still missing need about"):
+        shard_dataset("d", configured(photos), tmp_path / "e", SETTINGS, 1)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be made"):
+        shard_dataset("d", configured(photos), tmp_path / "file" / "d", SETTINGS, 1)
