@@ -97,7 +97,7 @@ def _merge_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """mean and m2 [C] of all rows; the splits in the order of their index, BLOCK_S at a time, about the first's mean."""
+    """mean and m2 [C] of all rows, about the first split's mean; splits in order, BLOCK_S at a time."""
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     origin = tl.load(partial + columns, mask=columns < CHANNELS, other=0.0)
     total = tl.zeros([BLOCK_S, BLOCK_C], tl.float64)

@@ -12,6 +12,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 TOKEN_TYPES = ("cls", "patch")
 PRECISIONS = ("auto", "bf16", "fp8", "fp32")
+STREAMS = ("fp32", "bf16")
 
 
 @dataclass
@@ -46,6 +47,12 @@ class TeacherConfig:
     "auto": as the run's own matrix products."""
     force_precision: bool = False
     """Train with this precision even if it changes the features by more than `teachers.drift` allows."""
+    stream: str = "fp32"
+    """ViT in bf16 or fp8: type of the tokens between blocks, "fp32" or "bf16". bf16 moves two thirds of the bytes in
+    every residual addition and norm, and drifts a little more."""
+    epilogue_gelu: bool = False
+    """ViT in bf16: bias and GELU (on a GPU in its tanh form, which is within bf16's rounding) come with the product
+    before them, in one kernel of cuBLASLt, instead of a pass of their own."""
     attention: str = "auto"
     """ViT: backend of self-attention, one of `kernels.attention.BACKENDS`."""
     compile: bool = False
@@ -99,5 +106,9 @@ def check_config(name: str, cfg: TeacherConfig) -> None:
         refuse("interpolate_offset", cfg.interpolate_offset, "give 0 (by size) up to below 1, e.g. 0.1, or null")
     if cfg.precision not in PRECISIONS:
         refuse("precision", cfg.precision, f"choose one of {', '.join(PRECISIONS)}")
+    if cfg.stream not in STREAMS:
+        refuse("stream", cfg.stream, f"choose one of {', '.join(STREAMS)}")
+    if cfg.precision == "fp32" and (cfg.stream != "fp32" or cfg.epilogue_gelu):
+        refuse("precision", cfg.precision, "stream=bf16 and epilogue_gelu are for bf16 and fp8")
     if cfg.layer is not None and cfg.layer < 1:
         refuse("layer", cfg.layer, "count blocks from 1, or give null for the final norm")

@@ -2,7 +2,7 @@
 
     fp32   float32 weights, no autocast (convolutions as `torch.backends.cudnn.allow_tf32` says)
     bf16   matrix products and convolutions in bfloat16, their weights kept in it; the stream of tokens between blocks,
-           norms, positions and gains stay float32
+           norms, positions and gains stay float32, unless `stream` and `epilogue_gelu` say otherwise
     fp8    as bf16, and the linear layers of every block but the first and the last that run in float8 (e4m3) with
            row-wise scales, see `kernels.fp8`: with patch embedding and final norm these are where quantization hurts
 
@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dune_fast.nn.block import SelfAttention
+from dune_fast.nn.block import MLP, Block, SelfAttention
 from kernels.attention import attention, resolve_backend
 from teachers.config import TeacherConfig, check_config
 from teachers.protocol import Trunk
@@ -58,6 +58,11 @@ def resolve_precision(
             f"teachers.{name}.precision is fp8, which needs NVIDIA's compute capability {needed} or newer; "
             f"{device} is {found}; choose bf16"
         )
+    if (cfg.stream != "fp32" or cfg.epilogue_gelu) and not own:
+        raise ValueError(
+            f"teachers.{name}.stream and epilogue_gelu are for ViTs of this project's own blocks, not for the family "
+            f"{cfg.family!r}; leave them at fp32 and false"
+        )
     if cfg.attention != "auto" and not own:
         raise ValueError(
             f"teachers.{name}.attention is {cfg.attention!r}, but the family {cfg.family!r} brings its own attention; "
@@ -67,7 +72,9 @@ def resolve_precision(
         raise ValueError(f"teachers.{name}.cuda_graph is true, but the teachers run on {device}; set it to false")
     if cfg.precision != "auto":
         return cfg
-    return replace(cfg, precision="fp32" if autocast_dtype is None else "bf16")
+    if autocast_dtype is None:  # what belongs to bf16 goes with it
+        return replace(cfg, precision="fp32", stream="fp32", epilogue_gelu=False)
+    return replace(cfg, precision="bf16")
 
 
 def _has_fp8(device: torch.device) -> bool:
@@ -104,6 +111,11 @@ def prepare(name: str, cfg: TeacherConfig, trunk: Trunk, device: torch.device) -
     for module in trunk.modules():
         if isinstance(module, SelfAttention):
             module.backend = cfg.attention
+        if cfg.epilogue_gelu and isinstance(module, Block):
+            _require_mlp(name, module)
+            module.mlp.epilogue_gelu = True
+    if cfg.stream == "bf16":
+        trunk.vit.stream_dtype = torch.bfloat16
     if cfg.attention != "auto":
         _try_attention(name, cfg, trunk, device)
     trunk.to(device)
@@ -121,6 +133,11 @@ def _quantize(name: str, trunk: ViTTrunk) -> None:
             block.quantize()
         except ValueError as error:
             raise ValueError(f"teachers.{name}.precision is fp8: {error}; choose bf16") from error
+
+
+def _require_mlp(name: str, block: Block) -> None:
+    if not isinstance(block.mlp, MLP):
+        raise ValueError(f"teachers.{name}.epilogue_gelu is true, but its blocks have SwiGLU; set it to false")
 
 
 def _try_attention(name: str, cfg: TeacherConfig, trunk: Trunk, device: torch.device) -> None:

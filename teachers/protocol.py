@@ -70,7 +70,8 @@ class Teacher(ABC):
     def trunk_key(self) -> Hashable:
         """What makes two teachers' trunks the same network, computed in the same way."""
         cfg = self.config
-        return (cfg.family, cfg.weights, cfg.precision, cfg.attention, cfg.compile, cfg.cuda_graph)
+        how = (cfg.precision, cfg.stream, cfg.epilogue_gelu, cfg.attention, cfg.compile, cfg.cuda_graph)
+        return (cfg.family, cfg.weights, *how)
 
     @abstractmethod
     def build_trunk(self) -> Trunk:

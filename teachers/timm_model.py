@@ -85,10 +85,10 @@ class TimmTeacher(Teacher):
         return features
 
 
-def import_timm() -> ModuleType:
-    """timm, which imports torchvision: built for CUDA, that one looks for two operators a CPU torch has not."""
+def import_torchvision() -> ModuleType:
+    """torchvision: built for CUDA, its import looks for two operators that a CPU torch has not."""
     try:
-        return importlib.import_module("timm")
+        return importlib.import_module("torchvision")
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
@@ -96,6 +96,13 @@ def import_timm() -> ModuleType:
             signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
             with contextlib.suppress(RuntimeError):  # defined before
                 torch.library.define(f"torchvision::{operator}", signature)
+        return importlib.import_module("torchvision")
+
+
+def import_timm() -> ModuleType:
+    """timm, which imports torchvision."""
+    try:
+        import_torchvision()
         return importlib.import_module("timm")
     except ImportError as error:
         raise ValueError(f"teachers of the family timm need the package timm ({error}); pip install timm") from error

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
 from kernels.fp8 import E4M3, FP8Linear, FP8Rows, bias_gelu_fp8, layer_norm_fp8, residual_layer_norm_fp8
-from kernels.gelu import bias_gelu
+from kernels.gelu import bias_gelu, linear_gelu
 from kernels.layer_norm import layer_norm, residual_layer_norm
 from kernels.library import use_triton
 from kernels.rope2d import rope2d, rope2d_
@@ -75,6 +75,9 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     """Linear, exact GELU, Linear. x: [..., D]."""
 
+    epilogue_gelu = False
+    """Whether bias and GELU come with the first product, see `linear_gelu`. For frozen models."""
+
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
@@ -83,6 +86,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor | FP8Rows) -> Tensor:
         if isinstance(self.fc1, FP8Linear):
             return self.fc2(bias_gelu_fp8(self.fc1(x, add_bias=False), self.fc1.bias))
+        if self.epilogue_gelu:
+            return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
         if use_triton(x):  # the bias goes with GELU: its gradient comes out of the pass that makes GELU's
             return self.fc2(bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
         return self.fc2(F.gelu(self.fc1(x)))

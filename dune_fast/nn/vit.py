@@ -123,6 +123,8 @@ class VisionTransformer(nn.Module):
 
     activation_checkpointing = False
     """Whether the backward pass computes each block again instead of keeping what is inside."""
+    stream_dtype: torch.dtype | None = None
+    """Type of the tokens between blocks; None for the embedding's. For frozen encoders."""
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
@@ -221,6 +223,8 @@ class VisionTransformer(nn.Module):
             depth = len(self.blocks)
             raise ValueError(f"blocks {list(blocks)} of an encoder with {depth}: give some of -1 .. {depth - 1}")
         x = self.embed(images)
+        if self.stream_dtype is not None:
+            x = x.to(self.stream_dtype)
         rope = self.rope(images)
         outputs = {-1: x} if -1 in blocks else {}
         for i, tokens in enumerate(run_blocks(self.blocks[: max(blocks) + 1], x, rope, self.activation_checkpointing)):

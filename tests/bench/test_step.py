@@ -149,7 +149,9 @@ def test_counts_without_running():
     """Fused paths launch far less, and our step reads nothing where the published one reads every value."""
     cfg, batch = config(), 6
     small = synthetic_config(cfg, batch, 4)
-    eager, ours, routed = (count_step(small, variant) for variant in chosen(["eager", "ours", "ours+routing"]))
+    eager, ours, lean, routed = (
+        count_step(small, variant) for variant in chosen(["eager", "ours", "ours+lean", "ours+routing"])
+    )
     trained = 2 * 14 + 5 + 3 * (14 + 2)  # tensors of the blocks, of embedding and positions, of the projectors
     values, metrics = batch * len(cfg.teachers) + 1, 3 * 4 + 1
     assert (eager.host_reads, ours.host_reads) == (values + metrics + trained, 0)
@@ -157,6 +159,7 @@ def test_counts_without_running():
     # 12 blocks: four products, attention, two norms, bias and GELU each; and what goes before and after them
     assert 12 * 8 <= ours.operations["teacher multihmr"] <= 12 * 8 + 12
     assert ours.held_bytes < eager.held_bytes and ours.peak_bytes < eager.peak_bytes
+    assert lean.operations["teacher multihmr"] == ours.operations["teacher multihmr"] - 12 + 1  # GELUs, one cast
     assert routed.host_reads == 0 and routed.peak_bytes < ours.peak_bytes
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.gelu import bias_gelu, bias_gelu_backward_op, bias_gelu_op, bias_gelu_reference
+from kernels.gelu import bias_gelu, bias_gelu_backward_op, bias_gelu_op, bias_gelu_reference, linear_gelu
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -159,3 +159,22 @@ def test_no_synchronisation_and_graph_capture():
         captured = output_and_gradients(bias_gelu, inputs, upstream)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 16), (1, 16), (0, 16)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gelu_in_the_epilogue_of_a_product(shape, dtype, device):
+    """Within the rounding of the product and the tanh form's 5e-4, also for strided rows."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(*shape, 2, device=device).to(dtype)[..., 0], torch.randn(24, 16), torch.randn(24)
+    weight, bias = (weight * 0.2).to(device, dtype), bias.to(device, dtype)
+    found = linear_gelu(x, weight, bias)
+    assert found.shape == (*shape[:-1], 24) and found.dtype == dtype and not found.requires_grad
+    exact = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
+    torch.testing.assert_close(found.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=2e-3)
+
+
+def test_an_epilogue_wants_one_type(device):
+    x, weight = torch.zeros(2, 16, device=device), torch.zeros(24, 16, device=device, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="of one type; got x float32"):
+        linear_gelu(x, weight, torch.zeros(24, device=device, dtype=torch.bfloat16))

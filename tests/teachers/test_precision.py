@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from dune_fast.nn.block import SelfAttention
+from dune_fast.nn.vit import VisionTransformer, ViTConfig
 from kernels.fp8 import FP8Linear
 from teachers.acceleration import GraphedTrunk
 from teachers.config import TeacherConfig
 from teachers.ensemble import TeacherEnsemble
-from teachers.precision import resolve_precision
+from teachers.precision import prepare, resolve_precision
+from teachers.vit import ViTTrunk
 
 CPU = torch.device("cpu")
 
@@ -67,6 +69,28 @@ def test_float8_tokens_stay_near_float32(images):
     assert all(1e-3 < relative(low[token], x) < 5e-2 for token, x in full.items())  # in fact quantized, and not more
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_bf16_stream_and_gelu_in_the_epilogue_move_less_and_stay_near(precision, images):
+    full = TeacherEnsemble({"a": vit()}, 14)(images)["a"]
+    plain = TeacherEnsemble({"a": vit(precision=precision)}, 14)
+    lean = TeacherEnsemble({"a": vit(precision=precision, stream="bf16", epilogue_gelu=True)}, 14)
+    seen = []
+    for ensemble in (plain, lean):
+        ensemble.trunks[0].vit.blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    found = {name: ensemble(images)["a"] for name, ensemble in (("plain", plain), ("lean", lean))}
+    assert seen == [torch.float32, torch.bfloat16]
+    for token, x in full.items():
+        assert not torch.equal(found["lean"][token], found["plain"][token])
+        assert relative(found["lean"][token], x) < (2e-2 if precision == "bf16" else 6e-2)
+
+
+def test_what_belongs_to_bf16_goes_where_the_run_is_in_float32(images):
+    """One configuration serves a GPU in bf16 and a CPU in float32."""
+    lean = TeacherEnsemble({"a": vit(stream="bf16", epilogue_gelu=True)}, 14)
+    full = TeacherEnsemble({"a": vit()}, 14)(images)["a"]
+    assert all(torch.equal(x, full[token]) for token, x in lean(images)["a"].items())
+
+
 def test_a_block_before_one_in_float8_hands_it_what_it_takes(images):
     """Regression: a norm wrote what its own block computes in, float8 rows for a bf16 linear layer."""
     vit_net = TeacherEnsemble({"a": vit(precision="fp8")}, 14).trunks[0].vit
@@ -119,6 +143,9 @@ def test_compiled_once_for_every_shape_and_equal(images, monkeypatch):
         ({"precision": "fp16"}, "precision is 'fp16'; choose one of auto, bf16, fp8, fp32"),
         ({"precision": "fp8", "layer": 2}, "of 2 blocks that run none is left"),
         ({"precision": "fp8", "num_features": 24, "family": "conv_patchify"}, "not the family 'conv_patchify'.*bf16"),
+        ({"stream": "fp16"}, "stream is 'fp16'; choose one of fp32, bf16"),
+        ({"precision": "fp32", "stream": "bf16"}, "stream=bf16 and epilogue_gelu are for bf16 and fp8"),
+        ({"stream": "bf16", "num_features": 24, "family": "conv_patchify"}, "not for the family 'conv_patchify'"),
         ({"attention": "math", "num_features": 24, "family": "conv_patchify"}, "brings its own attention"),
         ({"attention": "flash3"}, "'flash3', which cannot compute.*unknown; choose one of"),
         ({"attention": "cudnn"}, "'cudnn', which cannot compute fp32 with 64 channels a head on cpu.*auto"),
@@ -128,6 +155,14 @@ def test_compiled_once_for_every_shape_and_equal(images, monkeypatch):
 def test_what_cannot_be_had_is_explained(fields, words):
     with pytest.raises(ValueError, match=rf"teachers\.a\..*{words}"):
         TeacherEnsemble({"a": vit(**fields)}, 14)
+
+
+def test_a_swiglu_has_no_gelu_to_put_into_an_epilogue():
+    cfg = ViTConfig(image_size=28, embed_dim=32, depth=1, num_heads=2, mlp="swiglu")
+    trunk = ViTTrunk(VisionTransformer(cfg))
+    trunk.blocks = {0}
+    with pytest.raises(ValueError, match="epilogue_gelu is true, but its blocks have SwiGLU; set it to false"):
+        prepare("a", vit(precision="bf16", epilogue_gelu=True), trunk, CPU)
 
 
 def test_float8_on_an_old_gpu_is_refused_before_anything_is_loaded(monkeypatch):
