@@ -5,6 +5,7 @@ A dataset that is absent or broken never hides the state of the others: whatever
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -66,7 +67,12 @@ def check_dataset(name: str, config: DataConfig, sample: int | None = 64, full: 
         sample: images of each split to decode, drawn by `seed`; None decodes all.
         full: of shards, read every byte and compare with the manifest's checksums.
         seed: of the sample, which is the same whenever the dataset is.
+
+    Raises:
+        DataError: a negative sample; all that is wrong with the dataset is in the report instead.
     """
+    if sample is not None and sample < 0:
+        raise DataError(f"a sample of {sample} images cannot be drawn: give 0 or more")
     own = config.datasets[name]
     report = Report(name, own.group)
     try:
@@ -76,11 +82,11 @@ def check_dataset(name: str, config: DataConfig, sample: int | None = 64, full: 
         return report
     report.train, report.val = len(dataset.train), len(dataset.val)
     _compare(report, own)
-    if is_manifest_folder(own.root):
-        _check_shards(report, own.root, full)
     try:
+        if is_manifest_folder(folder := os.path.expanduser(own.root)):
+            _check_shards(report, folder, full)
         _decode_sample(report, dataset, config, sample, seed)
-    except DataError as error:  # the storage does not answer, or there is no decoder
+    except (DataError, OSError) as error:  # the storage does not answer, or there is no decoder
         report.note(FAIL, str(error))
     return report
 

@@ -13,7 +13,7 @@ rounding is 8 times coarser; as large as the output, for nobody may wait to know
 what belongs to those is ever touched.
 
 Branches on an image's parameters are free: a program works on one image. Literals below are the constants of
-kernels/augment.py; a kernel sees no globals.
+kernels/colour_params.py; a kernel sees no globals.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def test_path_list_keeps_names_that_are_not_utf8():
         kept[4]
 
 
-@pytest.mark.parametrize("name", ["demo", "folder", "shards", "dune"])
+@pytest.mark.parametrize("name", ["demo", "folder", "shards", "dune", "in1k"])
 def test_shipped_configurations_fit_the_schema(name, monkeypatch):
     monkeypatch.setenv("DUNE_FAST_DATA", "/data")
     from importlib.resources import files
@@ -164,6 +164,11 @@ def test_shipped_configurations_fit_the_schema(name, monkeypatch):
     if name == "dune":
         groups = [d.group for d in config.datasets.values()]
         assert (len(groups), groups.count("generic"), groups.count("3d"), groups.count("human")) == (19, 3, 12, 4)
+        assert sum(d.expected_train for d in config.datasets.values()) == 20_717_467
+    if name in ("dune", "in1k"):
+        for key, own in config.datasets.items():
+            assert own.expected_train > 0 and own.layout and own.licence and own.homepage.startswith("https://"), key
+            assert not own.holdout or own.holdout == own.expected_val, key
 
 
 def test_shards_of_dune_keep_groups_and_drop_what_concerns_files(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import augment
-from kernels.augment import ColourParams, augment_colour
+from kernels.augment import ColourParams, augment_colour, augment_colour_reference
 
 TF = pytest.importorskip("torchvision.transforms.v2.functional")
 
@@ -110,6 +110,35 @@ def test_hsv_round_trip_and_colorsys():
     for colour, ours in zip(colours.tolist(), torch.stack([h, s, v], 1)[:, :, 0, 0].tolist(), strict=True):
         assert ours == pytest.approx(colorsys.rgb_to_hsv(*colour), abs=1e-12)
     torch.testing.assert_close(augment.hsv_to_rgb(h, s, v)[:, :, 0, 0], colours, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(5, 5), (5, 64), (40, 7), (200, 190)])
+@pytest.mark.parametrize("kind", ["decoded", "crop", "float32", "bfloat16", "empty"])
+def test_cpu_path_equals_the_reference(size, kind):
+    """Image by image in place, with its own hue and blur; the last size is above torch's limit for using threads."""
+    batch = 0 if kind == "empty" else 26
+    decoded = random_images(max(batch, 1), size[0] + 2, size[1] + 3)[:batch, 1:-1, 2:-1]  # strided
+    images = {"decoded": decoded.contiguous(), "crop": decoded, "empty": decoded}.get(kind)
+    if images is None:
+        images = as_float(decoded).to(getattr(torch, kind))
+    params = random_params(batch, seed=3)
+    if batch:
+        params.hue[:3], params.saturation[3:6], params.contrast[6:8], params.brightness[8:10] = 0.5, 0, 0, 0
+        params.sigma[10:12], params.blur[10:12] = 1e-3, True
+    before, threads = images.clone(), torch.get_num_threads()
+    for given in (params, None):
+        for dtype in (torch.float32, torch.bfloat16):
+            ours, expected = augment_colour(images, given, dtype), augment_colour_reference(images, given, dtype)
+            assert ours.shape == expected.shape and ours.dtype == dtype and ours.is_contiguous()
+            # a bf16 result may round to the neighbour: 2^-8 of at most 2.7
+            torch.testing.assert_close(ours, expected, atol=1e-5 if dtype == torch.float32 else 0.016, rtol=0)
+    assert torch.equal(images, before) and torch.get_num_threads() == threads
+
+
+def test_gradients_flow_through_float_images_on_a_cpu():
+    images = as_float(random_images(2, 9, 9)).requires_grad_()
+    augment_colour(images, random_params(2)).sum().backward()
+    assert images.grad is not None and images.grad.abs().sum() > 0
 
 
 def test_images_do_not_leak_into_each_other():
