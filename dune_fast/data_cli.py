@@ -67,6 +67,7 @@ def check(args: argparse.Namespace) -> int:
     data, names = _chosen(args)
     sample = None if args.decode_all else args.sample
     console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 120)  # rather lines that wrap than names that are cut
     table = Table("dataset", "group", "status", "train", "val", "decoded", "broken", "pixels", box=None, pad_edge=False)
     reports = [check_dataset(name, data, sample, args.full, args.seed) for name in names]
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
