@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dune_fast import export_cli, teachers_cli
+from dune_fast import data_cli, export_cli, planning_cli, teachers_cli
 
 TRAIN_SCRIPT = Path(__file__).with_name("train.py")
 
@@ -18,7 +18,7 @@ def distill(args: argparse.Namespace) -> int:
     import torch
 
     from dune_fast.engine.config import compose_config
-    from dune_fast.engine.deepspeed_engine import free_port
+    from dune_fast.engine.launch import free_port
 
     compose_config(args.overrides)  # a wrong configuration is said once, before anything is launched
     command = [
@@ -94,6 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     teachers_cli.add_parser(commands)
     export_cli.add_parser(commands)
+    data_cli.add_parser(commands)
+    planning_cli.add_parsers(commands)
     return parser
 
 

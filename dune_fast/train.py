@@ -42,7 +42,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of one rank; returns the exit status."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    rank = int(os.environ.get("RANK", "0"))
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     setup_logging(args.debug, rank)
     try:
         from dune_fast.engine.config import compose_config
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         cfg = compose_config(args.overrides)
         trainer = Trainer(cfg)
         trainer.run()
-        if rank == 0 and cfg.evaluation.held_out:
+        if rank == 0 and cfg.evaluation.held_out and not trainer.stopped:
             from dune_fast.evaluate.run import evaluate_run
 
             evaluate_run(Path(cfg.output_dir), cfg.evaluation.figures, trainer.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -11,15 +12,22 @@ from torch import Tensor, nn
 
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine.config import RunConfig, dump_config, load_config
+from dune_fast.engine.container import CheckpointError, Manifest, Reader, find_fault
+from dune_fast.engine.zero_state import ShardedState
 from dune_fast.nn.student import Student, build_student
+from teachers.architecture import architecture_metadata
 from teachers.weights import TeacherWeightsError
 
 logger = logging.getLogger(__name__)
 
-_COMPLETE = "complete"  # written after everything else of a checkpoint: what a kill cut short has none
+LATEST = "latest"
+"""File beside the checkpoints that names the newest; for people and scripts, the run itself looks at the folders."""
+PART = ".part"
+"""Suffix of a checkpoint's folder until every rank has written its part: what a kill cut short keeps it."""
 
 
-def _folder(run: Path) -> Path:
+def folder(run: Path) -> Path:
+    """Where a run's checkpoints are."""
     return run / "checkpoints"
 
 
@@ -28,25 +36,79 @@ def tag(step: int) -> str:
     return f"step_{step:07d}"
 
 
-def mark_complete(run: Path, step: int) -> None:
-    """Says that every rank has written its part."""
-    (_folder(run) / tag(step) / _COMPLETE).touch()
-
-
 def complete_steps(run: Path) -> list[int]:
     """Steps with a complete checkpoint, oldest first."""
-    found = _folder(run).glob(f"step_*/{_COMPLETE}")
-    return sorted(int(path.parent.name.removeprefix("step_")) for path in found)
+    found = (re.fullmatch(r"step_(\d+)", path.name) for path in folder(run).glob("step_*"))
+    return sorted(int(match[1]) for match in found if match)
 
 
-def prune(run: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` complete checkpoints, and what was cut short before the newest."""
+def prune(run: Path, keep: int, keep_every: int = 0) -> None:
+    """Deletes all complete checkpoints but the newest `keep` and those of every `keep_every`-th step (0: of none).
+
+    What a kill or a full disk cut short before the newest goes too.
+    """
     steps = complete_steps(run)
-    kept = {tag(step) for step in steps[-keep:]}
-    newest = tag(steps[-1]) if steps else ""
-    for path in _folder(run).glob("step_*"):
-        if path.name not in kept and path.name < newest:
+    kept = set(steps[-keep:]) | {step for step in steps if keep_every and step % keep_every == 0}
+    for step in steps:
+        if step not in kept:
+            shutil.rmtree(folder(run) / tag(step), ignore_errors=True)
+    clear_partial(run, before=steps[-1] if steps else 0)
+
+
+def clear_partial(run: Path, before: int | None = None) -> None:
+    """Deletes what was cut short, of steps below `before`; no other process may be writing there."""
+    for path in folder(run).glob(f"step_*{PART}"):
+        if before is None or path.name < tag(before):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def newest_good(run: Path) -> int | None:
+    """The newest checkpoint that is whole by its checksums, None if the run has none at all; warns of broken ones.
+
+    Raises:
+        CheckpointError: there are checkpoints, and every one of them is broken.
+    """
+    faults = []
+    for step in reversed(complete_steps(run)):
+        fault = find_fault(folder(run) / tag(step))
+        if not fault:
+            return step
+        faults.append(f"{tag(step)}: {fault}")
+        logger.warning("checkpoint %s is broken (%s): going back to the one before", tag(step), fault)
+    if faults:
+        raise CheckpointError(
+            f"none of the checkpoints in {folder(run)} can be used ({'; '.join(faults)}); start anew with "
+            "train.overwrite=true, or choose another name=..."
+        )
+    return None
+
+
+def load(
+    run: Path, step: int, state: ShardedState, shapes: dict[str, list[int]]
+) -> tuple[Manifest, dict[str, Tensor]]:
+    """Loads this rank's shards from a checkpoint of any number of ranks and any ZeRO stage; all ranks call it.
+
+    Returns:
+        The manifest, and the small tensors beside the shards.
+
+    Raises:
+        CheckpointError: it is damaged, or of other parameters.
+    """
+    where = folder(run) / tag(step)
+    manifest = Manifest.read(where)
+    if others := sorted(n for n in shapes.keys() | manifest.shapes.keys() if shapes.get(n) != manifest.shapes.get(n)):
+        shown = "; ".join(f"{n}: {manifest.shapes.get(n)} -> {shapes.get(n)}" for n in others[:4])
+        raise CheckpointError(
+            f"{where} is of another student: {len(others)} parameters have other shapes ({shown}); go on with that "
+            "student, or start from its weights by student_weights=... in a new folder"
+        )
+    reader = Reader(where, manifest)
+    for shard in state.shards:
+        for kind, live in state.tensors(shard).items():
+            live.copy_(reader.read(kind, shard.parameter, shard.start, shard.numel))
+    state.set_updates(manifest.updates)
+    state.publish()
+    return manifest, reader.state()
 
 
 def clear(run: Path) -> None:
@@ -55,6 +117,7 @@ def clear(run: Path) -> None:
         shutil.rmtree(run / name, ignore_errors=True)
     for name in (
         "metrics.jsonl",
+        "run.json",
         "config.yaml",
         "encoder.safetensors",
         "student.safetensors",
@@ -63,6 +126,8 @@ def clear(run: Path) -> None:
         "loss.png",
     ):
         (run / name).unlink(missing_ok=True)
+    for path in run.glob("quarantine.rank*.jsonl"):
+        path.unlink(missing_ok=True)
 
 
 def _cpu(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
@@ -75,7 +140,7 @@ def export(run: Path, cfg: RunConfig, student: Student, statistics: TeacherStati
     everything = _cpu(student) | _cpu(statistics, "teacher_norms.")
     for name, tensors in (("encoder", _cpu(student.encoder)), ("student", everything)):
         partial = run / f".{name}.safetensors.part"
-        save_file(tensors, partial)
+        save_file(tensors, partial, metadata=architecture_metadata(cfg.student))
         partial.replace(run / f"{name}.safetensors")
 
 

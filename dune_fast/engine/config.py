@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dali_pipelines.datasets import DataConfig
 from dune_fast.distill.objective import ObjectiveConfig
+from dune_fast.distill.phi_s import HadamardError, hadamard_base
 from dune_fast.distill.standardization import CONVENTIONS
+from dune_fast.engine.config_messages import explain, explain_missing, first_line
 from dune_fast.engine.optimizer import OptimizerConfig
 from dune_fast.engine.schedules import iterations
 from dune_fast.nn.projectors import ProjectorConfig
@@ -36,13 +35,17 @@ class StandardizationConfig:
     """How teachers' features are standardized."""
 
     convention: str = "dune"
-    """"dune" (statistics of the current global batch) or "unic" (running ones from before the step)."""
+    """"dune" (statistics of the current global batch), "unic" (running ones from before the step) or "phi_s" (rotated
+    to equal variances, estimated before the first step and then frozen)."""
     eps: float | None = None
     """Of the convention's formula; null for its own."""
     ema_start: float = 1.0
     """Momentum of the running statistics at the first step."""
     ema_end: float = 0.001
     """Momentum that its cosine ends at."""
+    phi_s_batches: int = 100
+    """PHI-S: the global batches, the run's first, that rotations and scales are estimated from, by the teachers alone.
+    A run that goes on has them in its checkpoint."""
 
 
 @dataclass
@@ -65,12 +68,46 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    accumulation: int = 1
+    """Backward passes a step: `global_batch` is split into so many parts on every rank, for less memory. The order of
+    samples and the dropping do not depend on it. Two things do: the teachers' batch statistics are those of a part
+    over all ranks, not of the whole global batch, which would need every teacher to run twice (the running ones keep
+    the same share of their past a step); and the loss is the mean of the parts' losses, each by its own kept pairs."""
+    activation_checkpointing: bool = False
+    """Keep the student's activations between blocks alone and compute the rest again in the backward pass."""
+    compile: bool = False
+    """torch.compile of each of the student's blocks; not under ZeRO 3."""
+    timeout_minutes: float = 30.0
+    """A run of several ranks in which nothing happens for so long ends, naming the rank that the others wait for."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this are kept for good; 0 for none."""
     resume: bool = True
-    """Go on from the newest checkpoint in the output folder, if there is one."""
+    """Go on from the newest checkpoint in the output folder, if there is one: with any number of processes, under any
+    ZeRO stage. A broken one is passed over, with a warning, for the one before."""
+    allow_config_change: bool = False
+    """Go on from a checkpoint under a configuration that has changed since; the fields are named either way."""
     overwrite: bool = False
     """Start anew in an output folder that holds a run: its checkpoints and results are deleted."""
+    drift_images: int = 8
+    """Images of the first step on which teachers in less than float32 are compared with float32, as `dune-fast teachers
+    drift` does; 0 leaves it out."""
     max_loss: float = 100.0
-    """A loss above this (standardized features start near 1) or one that is not finite stops the run."""
+    """A loss above this (standardized features start near 1) stops the run. A step with a loss or gradient that is
+    not finite is skipped; three of them in a row stop the run."""
+
+
+@dataclass
+class LoggingConfig:
+    """Where a run's numbers go besides `metrics.jsonl` and the terminal."""
+
+    tensorboard: bool = True
+    """Event files in the run's folder."""
+    wandb_project: str = ""
+    """Project of Weights & Biases; empty for none. Needs the package wandb."""
+    mlflow_experiment: str = ""
+    """Experiment of MLflow, on the server that MLFLOW_TRACKING_URI names; empty for none. Needs the package mlflow."""
+    conflicts: bool = True
+    """Whether the losses' changes are correlated for every pair of teachers; see `dune_fast.engine.conflicts`."""
 
 
 @dataclass
@@ -94,7 +131,9 @@ class DeepSpeedConfig:
     """What DeepSpeed is told."""
 
     zero_stage: int = 1
-    """0, 1 or 2: nothing, optimizer states, and gradients too are sharded over ranks."""
+    """0, 1, 2 or 3: nothing; optimizer states; gradients too; weights too are sharded over ranks."""
+    gradient_dtype: str = "fp32"
+    """In which gradients are averaged over ranks: "fp32", or "bf16" for half the traffic."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further entries of DeepSpeed's own configuration, merged last."""
 
@@ -120,6 +159,7 @@ class RunConfig:
     standardization: StandardizationConfig = field(default_factory=StandardizationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 
@@ -139,12 +179,13 @@ def config_dir() -> Path:
     return Path(__file__).resolve().parents[2] / "configs"
 
 
-def compose_config(overrides: list[str], folder: Path | None = None) -> RunConfig:
+def compose_config(overrides: list[str], folder: Path | None = None, complete: bool = True) -> RunConfig:
     """Composes and checks a configuration.
 
     Args:
         overrides: Hydra overrides, e.g. ["experiment=demo", "train.steps=10"].
         folder: where the groups are; `configs/` by default.
+        complete: whether it is of a run, teachers and all; False for a command that needs a part of it.
 
     Raises:
         ConfigError: an unknown experiment, teacher, field or value; the message names close ones.
@@ -157,13 +198,14 @@ def compose_config(overrides: list[str], folder: Path | None = None) -> RunConfi
             composed = compose("config", overrides=overrides)
         cfg = OmegaConf.to_object(_strict(OmegaConf.to_container(composed, resolve=True)))
     except MissingConfigException as error:
-        raise ConfigError(_explain_missing(error, folder)) from None
+        raise ConfigError(explain_missing(error, folder)) from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, overrides)) from None
+        raise ConfigError(explain(error, overrides, RunConfig)) from None
     except ValueError as error:  # a dataclass refused its values
         raise ConfigError(str(error)) from None
     assert isinstance(cfg, RunConfig)
-    validate(cfg)
+    if complete:
+        validate(cfg)
     return cfg
 
 
@@ -179,7 +221,7 @@ def load_config(path: Path) -> RunConfig:
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: {path.parent} is not the folder of a run") from None
     except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{path} is not the configuration of a run: {_first_line(error)}") from None
+        raise ConfigError(f"{path} is not the configuration of a run: {first_line(error)}") from None
     assert isinstance(cfg, RunConfig)
     return cfg
 
@@ -187,6 +229,13 @@ def load_config(path: Path) -> RunConfig:
 def dump_config(cfg: RunConfig, path: Path) -> None:
     """Writes the resolved configuration as YAML."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg), resolve=True))
+
+
+def as_dict(cfg: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as plain dictionaries, lists, strings and numbers."""
+    values = OmegaConf.to_container(OmegaConf.structured(cfg), resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
 def validate(cfg: RunConfig) -> None:
@@ -214,54 +263,39 @@ def validate(cfg: RunConfig) -> None:
         raise ConfigError(
             f"standardization.convention={cfg.standardization.convention!r}; choose one of {', '.join(CONVENTIONS)}"
         )
+    if cfg.standardization.convention == "phi_s":
+        for name, teacher in cfg.teachers.items():
+            try:
+                hadamard_base(teacher.num_features)
+            except HadamardError as error:
+                choice = "choose standardization.convention=dune or unic"
+                raise ConfigError(f"teacher {name!r}: {error}; {choice}") from None
+    if cfg.train.drift_images != 0 and cfg.train.drift_images < 2:
+        raise ConfigError(
+            f"train.drift_images={cfg.train.drift_images}; give at least 2, to have deviations to standardize with, "
+            "or 0 to compare nothing"
+        )
     if cfg.train.precision not in ("auto", "bf16", "fp32"):
         raise ConfigError(f"train.precision={cfg.train.precision!r}; choose auto, bf16 or fp32")
-    if cfg.deepspeed.zero_stage not in (0, 1, 2):
+    if cfg.deepspeed.zero_stage not in (0, 1, 2, 3):
+        raise ConfigError(f"deepspeed.zero_stage={cfg.deepspeed.zero_stage}; choose 0, 1, 2 or 3")
+    if cfg.deepspeed.gradient_dtype not in ("fp32", "bf16"):
+        raise ConfigError(f"deepspeed.gradient_dtype={cfg.deepspeed.gradient_dtype!r}; choose fp32 or bf16")
+    if cfg.train.compile and cfg.deepspeed.zero_stage == 3:
         raise ConfigError(
-            f"deepspeed.zero_stage={cfg.deepspeed.zero_stage}; choose 0, 1 or 2 (per-parameter clipping needs whole "
-            "gradients or DeepSpeed's partitions of stages 1 and 2)"
+            "train.compile=true with deepspeed.zero_stage=3: the compiler does not see DeepSpeed gather weights; "
+            "choose stage 0, 1 or 2, or compile=false"
         )
-    for path in ("train.global_batch", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints"):
+    if cfg.train.timeout_minutes <= 0:
+        raise ConfigError(f"train.timeout_minutes={cfg.train.timeout_minutes:g}; it must be above 0")
+    if cfg.train.keep_every < 0:
+        raise ConfigError(f"train.keep_every={cfg.train.keep_every}; it must be at least 0, which keeps none for good")
+    for path in (
+        "train.global_batch", "train.accumulation", "train.log_every", "train.checkpoint_every",
+        "train.keep_checkpoints", "standardization.phi_s_batches",
+    ):  # fmt: skip
         section, key = path.split(".")
         if getattr(getattr(cfg, section), key) < 1:
             raise ConfigError(f"{path}={getattr(getattr(cfg, section), key)}; it must be at least 1")
     if cfg.steps < 2:
         raise ConfigError(f"the run has {cfg.steps} steps; set train.steps or train.images for at least 2")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-def _explain_missing(error: MissingConfigException, folder: Path) -> str:
-    """'experiment/dmeo' -> a sentence with the close names and all names."""
-    group, _, name = (error.missing_cfg_file or "").rpartition("/")
-    names = sorted(path.stem for path in (folder / group).glob("*.yaml"))
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
-    kind = {"teachers": "teacher", "data": "dataset"}.get(group, group or "configuration")
-    return f"there is no {kind} {name!r}: {hint}known are {', '.join(names) or 'none'} (files in configs/{group})"
-
-
-def _field_names(kind: Any = RunConfig, prefix: str = "") -> list[str]:
-    """All dotted field names of the configuration."""
-    names = []
-    for f in dataclasses.fields(kind):
-        names.append(prefix + f.name)
-        default = f.default_factory() if callable(f.default_factory) else f.default
-        if dataclasses.is_dataclass(default):
-            names += _field_names(type(default), f"{prefix}{f.name}.")
-    return names
-
-
-def _explain(error: Exception, overrides: list[str]) -> str:
-    """A sentence for an override that does not fit the schema."""
-    text = str(error.__cause__ or error).strip()
-    match = re.search(r"Could not override '([\w.@/]+)'|Key '([\w.]+)' not in", str(error))
-    key = (match.group(1) or match.group(2)) if match else None
-    if key is not None:
-        close = difflib.get_close_matches(key, _field_names(), n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(close)}?" if close else "; `dune-fast config` prints all fields"
-        return f"the configuration has no field {key!r}{hint}"
-    lines = [line.strip() for line in text.split("\n") if line.strip() and "object_type" not in line]
-    return f"the configuration cannot be composed from {' '.join(overrides) or 'no override'}: {'; '.join(lines)}"

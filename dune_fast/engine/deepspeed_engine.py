@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import socket
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dune_fast.engine.optimizer import OptimizerConfig, build_optimizer, clip_per_parameter, clip_scale
+from dune_fast.engine.launch import place
+from dune_fast.engine.optimizer import OptimizerConfig, build_optimizer, scale_gradients
+from dune_fast.engine.zero_state import sharded_state
 
-logger = logging.getLogger(__name__)
+_REFUSED = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "communication_data_type", "optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast",
+    *(f"zero_optimization.{name}" for name in (
+        "stage", "offload_optimizer", "offload_param", "cpu_offload", "zenflow", "zero_hpz_partition_size",
+        "zero_quantized_weights", "zero_quantized_gradients", "mics_shard_size", "parameter_alignment",
+    )),
+}  # fmt: skip
 
 
 def _import_deepspeed() -> Any:
@@ -33,31 +42,34 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def init_distributed(timeout_minutes: float = 30.0) -> torch.device:
+    """Joins the process group that a launcher describes (see `engine.launch`), or makes one of this process alone.
 
-
-def init_distributed() -> torch.device:
-    """Joins the process group that a launcher describes, or makes one of this process alone.
+    Args:
+        timeout_minutes: after which a rank is missed: by the watchdog, which can name it, and a little later by the
+            collectives.
 
     Returns:
         This rank's device.
+
+    Raises:
+        LaunchError: the launcher's environment is incomplete.
     """
     deepspeed = _import_deepspeed()
+    here = place(os.environ)
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # a launcher may show every process its own device alone
+        device = torch.device("cuda", here.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if "RANK" not in os.environ:  # not launched: python dune_fast/train.py
-            address = f"tcp://127.0.0.1:{free_port()}"
-            dist.init_process_group(backend, init_method=address, rank=0, world_size=1)
-            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+        dist.init_process_group(
+            backend, init_method=here.init_method, rank=here.rank, world_size=here.world_size,
+            timeout=timedelta(minutes=1.25 * timeout_minutes),
+        )  # fmt: skip
+        os.environ.setdefault("LOCAL_RANK", str(here.local_rank))  # DeepSpeed insists on it
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     return device
 
@@ -67,15 +79,27 @@ def sum_over_ranks(x: Tensor) -> None:
     dist.all_reduce(x)
 
 
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuses entries that the engine sets itself, or under which DeepSpeed keeps its state where we do not look."""
+    given = {*options, *(f"zero_optimization.{name}" for name in options.get("zero_optimization") or {})}
+    if refused := sorted(given & _REFUSED):
+        raise ValueError(
+            f"deepspeed.options has {', '.join(refused)}: batch, precision, optimizer, clipping and stage are set by "
+            "train.*, optimizer.* and deepspeed.*, and offloading is not supported; take them out"
+        )
+
+
 class Engine:
-    """A module under DeepSpeed's data parallelism and ZeRO 0 to 2.
+    """A module under DeepSpeed's data parallelism and ZeRO 0 to 3.
 
     Args:
         module: what is trained; parameters that no loss reaches must be frozen.
         optimizer: AdamW's settings and the clipping.
-        micro_batch: images a step on this rank.
-        zero_stage: 0, 1 or 2.
+        micro_batch: images of one backward pass on this rank.
+        zero_stage: 0, 1, 2 or 3.
         options: further entries of DeepSpeed's configuration.
+        accumulation: backward passes whose gradients are averaged for one step.
+        gradient_dtype: in which gradients are averaged over ranks, "fp32" or "bf16".
     """
 
     def __init__(
@@ -85,101 +109,128 @@ class Engine:
         micro_batch: int,
         zero_stage: int = 1,
         options: Mapping[str, Any] | None = None,
+        accumulation: int = 1,
+        gradient_dtype: str = "fp32",
     ) -> None:
         deepspeed = _import_deepspeed()
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        elements = sum(p.numel() for p in trained.values())
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro_batch,
-            "zero_optimization": {"stage": zero_stage},
+            "gradient_accumulation_steps": accumulation,
+            "communication_data_type": gradient_dtype,
+            # its buffers are as large as the bucket, half a billion elements by default
+            "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": min(elements, 500_000_000)},
             "zero_allow_untested_optimizer": True,
             "gradient_clipping": 0.0,  # the default is 1.0, over all parameters; ours is per parameter
             "steps_per_print": 2**31,
         }
         if zero_stage in (1, 2):
             config["zero_optimization"]["compute_grad_norm"] = False  # it would be read by the host at every step
+        _check_options(options or {})
         for key, value in (options or {}).items():
             merge = isinstance(value, Mapping) and isinstance(config.get(key), dict)
             config[key] = {**config[key], **value} if merge else value
-        self.max_norm = optimizer.clip_per_parameter
-        self.zero_stage = zero_stage
+        self.clipping, self.zero_stage, self.accumulation = optimizer, zero_stage, accumulation
         self.world_size = dist.get_world_size()
+        self.shapes = {name: list(p.shape) for name, p in trained.items()}
+        """Of the trained parameters, by name."""
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=build_optimizer(module, optimizer), config=config, dist_init_required=False
         )
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self._pieces: Tensor | None = None
+        self.device = self.engine.device
+        self.state = sharded_state(
+            zero_stage, self.engine.optimizer, {id(p): name for name, p in trained.items()}, dist.get_rank()
+        )
+        self.skipped = torch.zeros((), dtype=torch.bool, device=self.device)
+        """Whether the last step was skipped because a loss or a gradient was not finite; the same on every rank."""
+        self._indices = torch.tensor([s.index for s in self.state.shards], dtype=torch.long, device=self.device)
+        self._backwards = 0
 
-    def __call__(self, images: Tensor) -> Any:
-        return self.engine(images)
+    def __call__(self, *inputs: Any) -> Any:
+        return self.engine(*inputs)
 
     @property
     def module(self) -> nn.Module:
-        """The module that was passed in."""
+        """The module that was passed in; under stage 3 its weights are whole only within `whole_weights`."""
         return self.engine.module
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients, averaged over ranks."""
+        """Adds to the gradients, `accumulation` times a step; after the last time they are averaged over ranks."""
         self.engine.backward(loss)
+        self._backwards += 1
+        if self._backwards % self.accumulation:
+            self.engine.step()  # updates nothing yet, but counts
 
-    def step(self, learning_rate: float) -> Tensor:
-        """Clips every parameter's gradient on its own, updates the weights, clears the gradients.
+    def step(self, learning_rate: float, loss: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        """Clips the gradients, updates the weights, clears the gradients.
+
+        Where a gradient or `loss` is not finite on any rank, weights and moments stay what they are on all of them,
+        and `skipped` says so; the host reads nothing for it.
+
+        Args:
+            learning_rate: of this step.
+            loss: this rank's, a scalar on the device; None to look at the gradients alone.
+            skip: bool scalar on the device, the same on all ranks; true skips the step whatever it brings.
 
         Returns:
-            Norms before clipping, float32 [number of trainable parameters] (order: DeepSpeed's).
+            Norms before clipping, float32 [number of trained parameters], in the module's order.
         """
-        norms = self._clip()
+        assert self._backwards % self.accumulation == 0, "a step comes after `accumulation` backward passes"
+        norms = self._clip(loss)
+        if skip is not None:
+            self.skipped = self.skipped | skip
+        self.state.adamw.found_inf = self.skipped.float()  # read by torch's fused kernel on the device
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
         return norms
 
-    def _clip(self) -> Tensor:
-        if self.zero_stage == 0:
-            missing = [i for i, p in enumerate(self.parameters) if p.grad is None]
-            assert not missing, f"trainable parameters {missing} got no gradient: freeze what no loss reaches"
-            return clip_per_parameter([p.grad for p in self.parameters], self.max_norm)
-        return self._clip_partitions()
-
     @torch.no_grad()
-    def _clip_partitions(self) -> Tensor:
-        """Stages 1 and 2: a rank holds pieces of some gradients; their square sums are added over ranks first."""
-        gradients, owners = [], []
-        for group, partition in self.engine.optimizer.averaged_gradients.items():
-            owners += self.engine.optimizer.params_in_partition[group]
-            gradients += partition[: len(self.engine.optimizer.params_in_partition[group])]  # what follows is padding
-        if self._pieces is None:  # the partition is the same at every step: its indices go to the device once
-            index = {id(p): i for i, p in enumerate(self.parameters)}
-            self._pieces = torch.tensor(
-                [index[id(p)] for p in owners], dtype=torch.long, device=self.parameters[0].device
-            )
-        squares = torch.zeros(len(self.parameters), device=self._pieces.device)
+    def _clip(self, loss: Tensor | None) -> Tensor:
+        """Ranks hold pieces of gradients: their square sums are added over ranks, in one all-reduce with the loss."""
+        gradients = self.state.gradients()
+        squares = torch.zeros(len(self.shapes) + 1, device=self.device)
         if gradients:
-            squares.index_add_(0, self._pieces, torch.stack(torch._foreach_norm(gradients, 2.0)).square())
+            squares.index_add_(0, self._indices, torch.stack(torch._foreach_norm(gradients, 2.0)).square())
+        if loss is not None:
+            squares[-1] = 0.0 * loss.detach()  # NaN unless the loss is finite
         if self.world_size > 1:
-            sum_over_ranks(squares)
-        norms = squares.sqrt()
-        if self.max_norm > 0 and gradients:
-            torch._foreach_mul_(gradients, list(clip_scale(norms[self._pieces], self.max_norm).unbind()))
+            sum_over_ranks(squares[-1:] if self.state.replicated else squares)
+        self.skipped = ~squares.sum().isfinite()
+        norms = squares[:-1].sqrt()
+        if gradients:
+            scale_gradients(gradients, norms, self._indices, self.clipping)
         return norms
 
-    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Writes weights, optimizer and `state` under folder/tag, then moves the `latest` mark; all ranks call it."""
-        self.engine.save_checkpoint(str(folder), tag=tag, client_state=state)
+    @contextlib.contextmanager
+    def whole_weights(self, write: bool = False) -> Iterator[nn.Module]:
+        """The module with all of its weights in place, which under stage 3 they are not otherwise. All ranks enter.
 
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Loads what `save` wrote; returns `state`. All ranks call it.
-
-        Raises:
-            ValueError: the checkpoint is incomplete, or was written with another world size or ZeRO stage.
+        Args:
+            write: keep what rank 0 changes, for all ranks.
         """
-        try:
-            path, state = self.engine.load_checkpoint(str(folder), tag=tag)
-        except Exception as error:  # DeepSpeed raises many kinds here, RuntimeError and AssertionError among them
-            reason = next(iter(str(error).splitlines()), repr(error))
-            raise ValueError(
-                f"checkpoint {folder / tag} cannot be loaded ({reason}); "
-                "it may be cut short, or written with another number of ranks or ZeRO stage: use those, remove it "
-                "to fall back to the one before, or start anew with train.overwrite=true"
-            ) from error
-        if path is None:
-            raise ValueError(f"checkpoint {folder / tag} does not exist")
-        return state
+        if self.zero_stage < 3:
+            yield self.module
+            return
+        gathered = _import_deepspeed().zero.GatheredParameters
+        with gathered(list(self.module.parameters()), modifier_rank=0 if write else None):
+            yield self.module
+
+    def untrained(self) -> dict[str, Tensor]:
+        """Copies of the frozen parameters and the buffers, by name. All ranks call it."""
+        with self.whole_weights() as module:
+            state = module.state_dict()
+            return {name: x.detach().clone() for name, x in state.items() if name not in self.shapes}
+
+    def load_untrained(self, tensors: Mapping[str, Tensor]) -> None:
+        """Loads what `untrained` returned; ValueError if names or shapes are others. All ranks call it."""
+        with self.whole_weights(write=True) as module, torch.no_grad():
+            state = {name: x for name, x in module.state_dict().items() if name not in self.shapes}
+            if {n: x.shape for n, x in state.items()} != {n: x.shape for n, x in tensors.items()}:
+                raise ValueError(
+                    f"the checkpoint has other frozen parameters or buffers ({sorted(tensors)}) than the student "
+                    f"({sorted(state)})"
+                )
+            for name, x in state.items():
+                x.copy_(tensors[name])

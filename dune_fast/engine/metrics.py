@@ -1,15 +1,24 @@
-"""Where a run's numbers go: `metrics.jsonl`, TensorBoard, a progress bar or log lines."""
+"""Where a run's numbers go: `metrics.jsonl`, a progress bar or log lines, and trackers."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+import torch
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from torch.utils.tensorboard import SummaryWriter
+from rich.text import Text
+
+from dune_fast.engine.devices import peak_memory
+from dune_fast.engine.trackers import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +35,92 @@ def duration(seconds: float) -> str:
     return f"{m}m {s:02}s" if m else f"{s}s"
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What a step is, for rates."""
+
+    global_batch: int
+    """Images a step over all ranks."""
+    world_size: int
+    """Ranks, one device each."""
+    device: torch.device
+    """Of this rank."""
+    flops: int | None
+    """Of one image in a training step, see `dune_fast.engine.flops`; None if not known."""
+    peak_tflops: float | None
+    """Of one device, in the run's precision; None if not known."""
+
+    def rates(self, images_per_second: float) -> dict[str, float]:
+        """`teraflops_per_second` of one device and `mfu` (model FLOPs utilisation), as far as they are known."""
+        if self.flops is None:
+            return {}
+        tflops = images_per_second * self.flops / self.world_size / 1e12
+        known = {"teraflops_per_second": tflops}
+        return known if self.peak_tflops is None else {**known, "mfu": tflops / self.peak_tflops}
+
+
+CLOCK = (
+    "images_per_second", "step_seconds", "data_wait_share", "memory_gib", "teraflops_per_second", "mfu", "hours_left",
+)  # fmt: skip
+"""Names in a record that depend on the machine and not on the computation."""
+
+# the run's length is estimated after so many steps, or this share of a short run's, but not after fewer than the last
+_ESTIMATE_STEPS, _ESTIMATE_SHARE, _ESTIMATE_LEAST = 50, 0.05, 5
+
+
+class RecordFile:
+    """`metrics.jsonl`: one JSON object a line, each written out before `append` returns.
+
+    What a full disk refuses waits in memory for the next record: a run does not end for want of a log.
+
+    Args:
+        path: the file; records of steps after `first_step`, which will be repeated, are dropped from it.
+        first_step: where this process starts.
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self.path = path
+        kept = [r for r in read_metrics(path) if r["step"] <= first_step] if path.exists() else []
+        text = "".join(json.dumps(record) + "\n" for record in kept).encode()
+        partial = path.with_suffix(".jsonl.part")
+        partial.write_bytes(text)
+        partial.replace(path)
+        self._size, self._waiting, self._warned = len(text), b"", False
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Writes a record."""
+        self._waiting += json.dumps(record).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits."""
+        if not self._waiting:
+            return
+        try:
+            with self.path.open("r+b") as file:
+                file.seek(self._size)
+                file.truncate()  # a part of a line, if the disk took no more
+                file.write(self._waiting)
+        except OSError as error:
+            if not self._warned:
+                logger.warning("%s cannot be written (%s): its records wait in memory", self.path, error)
+            self._warned = True
+            return
+        if self._warned:
+            logger.info("%s can be written again: nothing is missing", self.path)
+        self._size, self._waiting, self._warned = self._size + len(self._waiting), b"", False
+
+
+class _Display(Progress):
+    """A bar, and a line of numbers below it, which a narrow terminal may wrap."""
+
+    status = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.status)
+
+
 class MetricsLog:
     """Writes one record a logging step; shows progress. Only rank 0 has one.
 
@@ -35,27 +130,47 @@ class MetricsLog:
         folder: of the run.
         first_step: where this process starts.
         total_steps: of the run.
-        global_batch: images a step over all ranks.
+        workload: what a step is.
+        trackers: further receivers of the records; closed with the log.
+        on_estimate: takes the estimate of the run's length, once, see `_make_estimate`.
     """
 
-    def __init__(self, folder: Path, first_step: int, total_steps: int, global_batch: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        total_steps: int,
+        workload: Workload,
+        trackers: Sequence[Tracker] = (),
+        on_estimate: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         self.path = folder / "metrics.jsonl"
-        kept = [r for r in read_metrics(self.path) if r["step"] <= first_step] if self.path.exists() else []
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        self._file = self.path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
-        self.total_steps, self.global_batch = total_steps, global_batch
+        self._records = RecordFile(self.path, first_step)
+        self.total_steps, self.workload, self.trackers = total_steps, workload, list(trackers)
+        self._step = first_step
         self._last_time, self._last_step = time.perf_counter(), first_step
+        # the first step of a process compiles and warms up: the estimate's clock starts after it
+        self._began: float | None = None
+        self._first_step = first_step
+        left = total_steps - first_step
+        self._estimate_after = max(_ESTIMATE_LEAST, min(_ESTIMATE_STEPS, math.ceil(_ESTIMATE_SHARE * left)))
+        self._on_estimate, self._estimated = on_estimate, False
         console = Console(stderr=True)
-        self._progress: Progress | None = None
+        self._progress: _Display | None = None
         if console.is_terminal:
             columns = [SpinnerColumn(), TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn()]
-            self._progress = Progress(*columns, TextColumn("{task.fields[status]}"), console=console)
-            self._task = self._progress.add_task("", total=total_steps, completed=first_step, status="")
+            self._progress = _Display(*columns, console=console)
+            self._task = self._progress.add_task("", total=total_steps, completed=first_step)
             self._progress.start()
 
     def advance(self, step: int) -> None:
-        """Moves the progress bar to `step` finished steps."""
+        """Says that `step` steps are finished, as far as the host knows."""
+        self._step = step
+        now = time.perf_counter()
+        if self._began is None:
+            self._began, self._first_step = now, step
+        elif not self._estimated and step - self._first_step >= self._estimate_after:
+            self._make_estimate(step, (now - self._began) / (step - self._first_step))
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
@@ -70,30 +185,63 @@ class MetricsLog:
         now = time.perf_counter()
         elapsed, steps = now - self._last_time, max(step - self._last_step, 1)
         self._last_time, self._last_step = now, step
-        rate = steps * self.global_batch / elapsed
+        rate = steps * self.workload.global_batch / elapsed
         left = (self.total_steps - step) * elapsed / steps
-        record = {"step": step, "images": step * self.global_batch, **metrics}
+        memory = peak_memory(self.workload.device) / 2**30
+        record = {"step": step, "images": step * self.workload.global_batch, **metrics}
         record |= {
             "images_per_second": rate,
             "step_seconds": elapsed / steps,
             "data_wait_share": wait_seconds / elapsed,
+            "memory_gib": memory,
+            "hours_left": left / 3600,
+            **self.workload.rates(rate),
         }
-        self._file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            self._board.add_scalar(name, value, step)
-        wait = 100 * wait_seconds / elapsed
-        status = f"loss {metrics['loss']:.4f}  {rate:.1f} images/s  data wait {wait:.0f} %  {duration(left)} left"
+        self._records.append(record)
+        for tracker in self.trackers:
+            tracker.write(step, record)
+        status = (
+            f"loss {metrics['loss']:.4f}  {rate:.1f} images/s  step {1000 * elapsed / steps:.0f} ms  "
+            f"data wait {100 * wait_seconds / elapsed:.0f} %  "
+            + (f"MFU {100 * record['mfu']:.1f} %  " if "mfu" in record else "")
+            + f"memory {memory:.1f} GiB  {duration(left)} left"
+        )
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, status=status)
+            self._progress.status = status
         else:
             logger.info("step %d of %d  %s", step, self.total_steps, status)
+        self.advance(step)
+
+    def _make_estimate(self, step: int, seconds: float) -> None:
+        """Length of the whole run from the mean time of the first steps; checkpoints and evaluation are not counted."""
+        self._estimated = True
+        total, left = self.total_steps * seconds, (self.total_steps - step) * seconds
+        end = datetime.now(UTC) + timedelta(seconds=left)
+        device_hours = total / 3600 * self.workload.world_size
+        logger.info(
+            "estimate after %d steps: %d steps take %s (%.3g %s-hours), %s are left, until %s",
+            step - self._first_step, self.total_steps, duration(total), device_hours,
+            "GPU" if self.workload.device.type == "cuda" else "process", duration(left),
+            end.astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        )  # fmt: skip
+        if self._on_estimate is not None:
+            self._on_estimate(
+                {
+                    "after_steps": step - self._first_step,
+                    "step_seconds": seconds,
+                    "hours": total / 3600,
+                    "device_hours": device_hours,
+                    "end": end.isoformat(timespec="seconds"),
+                }
+            )
 
     def close(self) -> None:
         """Flushes and closes everything."""
         if self._progress is not None:
             self._progress.stop()
-        self._file.close()
-        self._board.close()
+        self._records.flush()
+        for tracker in self.trackers:
+            tracker.close(finished=self._step >= self.total_steps)
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +23,21 @@ class OptimizerConfig:
     weight_decay: float = 0.03
     """On tensors of two or more dimensions."""
     clip_per_parameter: float = 1.0
-    """L2 norm that each parameter's gradient is clipped to, after averaging over ranks; 0 for no clipping."""
+    """L2 norm that each parameter's gradient is clipped to, after averaging over ranks; 0 for none of this kind."""
+    clip_global: float = 0.0
+    """L2 norm that all gradients together are clipped to; 0 for none of this kind. Set `clip_per_parameter` to 0."""
+
+    def __post_init__(self) -> None:
+        if min(self.clip_per_parameter, self.clip_global) < 0:
+            raise ValueError(
+                f"optimizer.clip_per_parameter={self.clip_per_parameter:g} and clip_global={self.clip_global:g}: "
+                "a norm to clip to is above 0, or 0 for none"
+            )
+        if self.clip_per_parameter and self.clip_global:
+            raise ValueError(
+                f"optimizer.clip_per_parameter={self.clip_per_parameter:g} and clip_global={self.clip_global:g} "
+                "exclude each other: set one of them to 0"
+            )
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
@@ -48,14 +61,16 @@ def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
 
 
 @torch.no_grad()
-def clip_per_parameter(gradients: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scales each gradient in place to an L2 norm of at most `max_norm`; no host read.
+def scale_gradients(gradients: list[Tensor], norms: Tensor, indices: Tensor, cfg: OptimizerConfig) -> None:
+    """Clips in place, each parameter on its own or all together; no host read.
 
-    Returns:
-        The norms before clipping, float32 [number of gradients].
+    Args:
+        gradients: whole gradients, or pieces of them.
+        norms: of every parameter's whole gradient, float32 [P].
+        indices: int64 [number of gradients], the parameter of each.
+        cfg: `clip_per_parameter` and `clip_global`, of which at most one is on.
     """
-    gradients = list(gradients)
-    norms = torch.stack(torch._foreach_norm(gradients, 2.0))
-    if max_norm > 0:
-        torch._foreach_mul_(gradients, list(clip_scale(norms, max_norm).unbind()))
-    return norms
+    if cfg.clip_per_parameter > 0:
+        torch._foreach_mul_(gradients, list(clip_scale(norms[indices], cfg.clip_per_parameter).unbind()))
+    elif cfg.clip_global > 0:
+        torch._foreach_mul_(gradients, clip_scale(norms.square().sum().sqrt(), cfg.clip_global))

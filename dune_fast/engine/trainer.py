@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
-import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,32 +17,34 @@ from dune_fast.distill.objective import ownership
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep
 from dune_fast.engine import checkpoints
-from dune_fast.engine.config import RunConfig, dump_config
+from dune_fast.engine.accumulation import merge, micro_batch_size, part_momentum, split
+from dune_fast.engine.config import RunConfig, as_dict
+from dune_fast.engine.config_identity import config_hash, freeze
+from dune_fast.engine.conflicts import TeacherConflicts
+from dune_fast.engine.container import CheckpointError, Manifest
 from dune_fast.engine.deepspeed_engine import Engine, init_distributed, sum_over_ranks
+from dune_fast.engine.devices import autocast_dtype
+from dune_fast.engine.drift import check_teachers
+from dune_fast.engine.guards import DivergedError, Guard, Names, undo_if
+from dune_fast.engine.interruption import Stop, Watchdog
 from dune_fast.engine.metrics import MetricsLog
+from dune_fast.engine.opening import describe, open_log
+from dune_fast.engine.provenance import world
+from dune_fast.engine.run_folder import open_run
+from dune_fast.engine.saver import Saver
 from dune_fast.engine.schedules import ema_momenta, learning_rates, scaled_learning_rate
+from dune_fast.engine.trackers import check_packages
 from dune_fast.engine.warm_start import initial_student
 from dune_fast.nn.student import build_student
 from teachers.ensemble import TeacherEnsemble
 
 logger = logging.getLogger(__name__)
 
-
-class DivergedError(ValueError):
-    """The loss exploded or is not a number; the last good checkpoint is kept."""
+__all__ = ["DivergedError", "Trainer"]
 
 
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """What `train.precision` means on a device: torch.bfloat16, or None for float32."""
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" or _cpu_multiplies_bf16() else "fp32"
-    return torch.bfloat16 if precision == "bf16" else None
-
-
-def _cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has matrix units for bf16 (AMX); on others bf16 is emulated and slower than float32."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16", False))
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
 class Trainer:
@@ -48,33 +52,37 @@ class Trainer:
 
     def __init__(self, cfg: RunConfig) -> None:
         self.cfg = cfg
-        self.device = init_distributed()
+        freeze(cfg)
+        self.device = init_distributed(cfg.train.timeout_minutes)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        if cfg.train.global_batch % self.world_size:
-            raise ValueError(
-                f"train.global_batch={cfg.train.global_batch} is not a multiple of the {self.world_size} processes; "
-                f"choose for example {math.ceil(cfg.train.global_batch / self.world_size) * self.world_size}"
-            )
+        micro_batch = micro_batch_size(cfg, self.world_size)
+        check_packages(cfg.logging)
         self.run_dir = Path(cfg.output_dir)
-        self._prepare_folder()
+        resume_step = open_run(cfg, self.device)
         dtype = autocast_dtype(cfg.train.precision, self.device)
         self.loader = TrainLoader(
-            cfg.data, cfg.image_size, cfg.train.global_batch, self.rank, self.world_size, cfg.train.seed, self.device
-        )
+            cfg.data, cfg.image_size, cfg.train.global_batch, self.rank, self.world_size, cfg.train.seed, self.device,
+            folder=self.run_dir,
+        )  # fmt: skip
         own = ownership(
             {name: teacher.groups for name, teacher in cfg.teachers.items()},
             self.loader.groups,
             cfg.objective,
             self.device,
         )
-        self.teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype).to(self.device)
-        if self._steps_to_resume():  # the checkpoint's weights follow: the source of a warm start may be gone
+        self.teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype, self.device)
+        if resume_step is not None:  # the checkpoint's weights follow: the source of a warm start may be gone
             student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
         else:
             student = initial_student(cfg)
         student.autocast_dtype = dtype
-        micro_batch = cfg.train.global_batch // self.world_size
-        self.engine = Engine(student, cfg.optimizer, micro_batch, cfg.deepspeed.zero_stage, cfg.deepspeed.options)
+        student.encoder.activation_checkpointing = cfg.train.activation_checkpointing
+        if cfg.train.compile:
+            student.compile_blocks()
+        self.engine = Engine(
+            student, cfg.optimizer, micro_batch, cfg.deepspeed.zero_stage, cfg.deepspeed.options,
+            cfg.train.accumulation, cfg.deepspeed.gradient_dtype,
+        )  # fmt: skip
         self.statistics = TeacherStatistics(
             cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps
         ).to(self.device)
@@ -85,64 +93,82 @@ class Trainer:
         peak = scaled_learning_rate(cfg.optimizer.lr_per_256, cfg.train.global_batch)
         self.lr = learning_rates(cfg.steps, peak, cfg.optimizer.min_lr, cfg.optimizer.warmup_fraction)
         self.momenta = ema_momenta(cfg.steps, cfg.standardization.ema_start, cfg.standardization.ema_end)
-        # raised by any step between two reads of the host, so that no checkpoint is written after a bad loss
-        self.worst_loss = torch.zeros((), device=self.device)
-        self.step = self._resume()
+        self.conflicts = (
+            TeacherConflicts(list(cfg.teachers), cfg.train.log_every, self.device, self.world_size)
+            if cfg.logging.conflicts and len(cfg.teachers) > 1
+            else None
+        )
+        timeout = 60.0 * cfg.train.timeout_minutes
+        self.saver = Saver(
+            self.run_dir, self.rank, self.world_size, cfg.train.keep_checkpoints, cfg.train.keep_every, timeout
+        )
+        run = self._resume(resume_step) if resume_step is not None else {}
+        self.step = resume_step or 0
+        names = Names(list(cfg.teachers), self.loader.dataset_names, list(self.engine.shapes))
+        about = {"config": json.dumps(as_dict(cfg))}
+        self.guard = Guard(names, cfg.train.max_loss, self.device, run.get("skipped_in_a_row", 0), about)
+        self.stop, self.watchdog = Stop(self.world_size, timeout), Watchdog(self.rank, self.world_size, timeout)
+        self.stopped = False
+        """Whether `run` has ended early, after a signal."""
+        if self.step == 0 and cfg.standardization.convention == "phi_s":
+            self._estimate_statistics()
 
-    def _prepare_folder(self) -> None:
-        train = self.cfg.train
+    def _resume(self, step: int) -> dict[str, Any]:
+        """Loads a checkpoint; returns the run's small state."""
+        manifest, tensors = checkpoints.load(self.run_dir, step, self.engine.state, self.engine.shapes)
+        self.engine.load_untrained(_below(tensors, "student/"))
+        self.statistics.load_state_dict(_below(tensors, "statistics/"))
         if self.rank == 0:
-            if self.run_dir.exists() and not self.run_dir.is_dir():
-                raise ValueError(f"output_dir={self.run_dir} is a file; choose a folder")
-            holds_run = (self.run_dir / "metrics.jsonl").exists() or bool(checkpoints.complete_steps(self.run_dir))
-            if holds_run and train.overwrite:
-                logger.info("starting anew in %s: what the earlier run left there is deleted", self.run_dir)
-                checkpoints.clear(self.run_dir)
-            elif holds_run and not train.resume:
-                raise ValueError(
-                    f"{self.run_dir} holds a run: go on with train.resume=true, start anew with train.overwrite=true, "
-                    "or choose another name=..."
-                )
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            dump_config(self.cfg, self.run_dir / "config.yaml")
-        dist.barrier()
+            logger.info(
+                "going on from step %d of %d, saved by %d x ZeRO %d",
+                step, self.cfg.steps, manifest.world_size, manifest.zero_stage,
+            )  # fmt: skip
+        return manifest.run
 
-    def _steps_to_resume(self) -> list[int]:
-        """Steps with a complete checkpoint that the run may go on from."""
-        return [] if self.cfg.train.overwrite else checkpoints.complete_steps(self.run_dir)
-
-    def _resume(self) -> int:
-        """Loads the newest complete checkpoint; returns the steps that it has behind it."""
-        steps = self._steps_to_resume()
-        if not steps:
-            return 0
-        state = self.engine.load(self.run_dir / "checkpoints", checkpoints.tag(steps[-1]))
-        self.statistics.load_state_dict(state["statistics"])
+    def _estimate_statistics(self) -> None:
+        """PHI-S: looks through the teachers at the images of the first steps, which are trained on afterwards."""
+        count = self.cfg.standardization.phi_s_batches
         if self.rank == 0:
-            logger.info("going on from step %d of %d", state["step"], self.cfg.steps)
-        return state["step"]
+            logger.info("PHI-S: estimating the covariances of the teachers' features from %d batches", count)
+        batches = self.loader.batches(0)
+        features = (  # of the images that each teacher is trained on
+            self.teachers(batch.images, self.distill.routes(batch.images, batch.group_on_host))
+            for batch in itertools.islice(batches, count)
+        )
+        self.statistics.estimate(features, self.distill.all_reduce)
+        batches.close()
+        for buffer in self.statistics.buffers():  # eigenvectors of equal eigenvalues are a library's choice
+            dist.broadcast(buffer, 0)
 
     def run(self) -> TeacherStatistics:
-        """Trains to the end and exports; returns the teachers' statistics.
+        """Trains to the end and exports, or to a signal and saves; returns the teachers' statistics.
 
         Raises:
             DivergedError: the loss exploded.
             DataError: too many broken images.
         """
+        where = world(self.device)
         log = None
         if self.rank == 0:
-            self._describe()
-            log = MetricsLog(self.run_dir, self.step, self.cfg.steps, self.cfg.train.global_batch)
+            describe(self)
+            log = open_log(self, where)
         try:
-            self._loop(log)
+            with self.stop, self.watchdog:
+                self._loop(log)
+                self._wait_for_save()
         finally:
             if log is not None:
                 log.close()
             self.loader.close()
-        if self.rank == 0:
-            checkpoints.export(self.run_dir, self.cfg, self.engine.module, self.statistics)
-            if any(self.loader.broken.values()):
-                logger.warning("broken images that were skipped, by dataset: %s", self.loader.broken)
+            self.saver.wait(timeout=60.0)
+        if self.stopped:
+            logger.info("stopped after step %d of %d; the same command goes on from there", self.step, self.cfg.steps)
+            return self.statistics
+        with self.engine.whole_weights() as student:
+            if self.rank == 0:
+                checkpoints.export(self.run_dir, self.cfg, student, self.statistics)
+        if self.rank == 0 and any(self.loader.broken.values()):
+            logger.warning("broken images that were skipped, by dataset: %s", self.loader.broken)
         dist.barrier()
         return self.statistics
 
@@ -150,85 +176,95 @@ class Trainer:
         train, total = self.cfg.train, self.cfg.steps
         if self.step >= total:
             return
-        waited = 0.0
+        waited = self.loader.waited_s
         batches = self.loader.batches(self.step)
-        while self.step < total:
+        while self.step < total and not self.stopped:
+            self.watchdog.at("waiting for images")
             batch = next(batches)
-            waited += self.loader.wait_seconds
+            if self.step == 0 and train.drift_images:
+                check_teachers(self.teachers, batch.images[: train.drift_images], self.run_dir)
             metrics = self.train_step(batch)
             if self.step % train.log_every == 0 or self.step in (1, total):
-                values = self._read(metrics)
+                values = self._read(metrics) | self._read_conflicts()
                 if log is not None:
-                    log.write(self.step, values, waited)
-                waited = 0.0
+                    log.write(self.step, values, self.loader.waited_s - waited)
+                waited = self.loader.waited_s
             elif log is not None:
                 log.advance(self.step)
-            if self.step % train.checkpoint_every == 0 or self.step == total:
+            self.stopped = self.step < total and self.stop.now(self.step)
+            if self.step % train.checkpoint_every == 0 or self.step == total or self.stopped:
                 self._read(metrics)
                 self._save()
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
-        """One step on this rank's part of the batch; metrics stay on the device."""
-        i = self.step
-        loss, metrics = self.distill(batch.images, batch.group, batch.positions, i, float(self.momenta[i]))
-        self.engine.backward(loss)
-        norms = self.engine.step(float(self.lr[i]))
-        # maximum() hands a NaN on; 0 * norm makes one of a gradient that is not finite, which has spoilt the weights
-        self.worst_loss = torch.maximum(self.worst_loss, metrics["loss"] + 0.0 * norms.max())
+        """One step on this rank's part of the global batch; metrics stay on the device."""
+        i, outputs = self.step, []
+        live = list(self.statistics.buffers())
+        before = [buffer.clone() for buffer in live]
+        parts = split(batch, self.cfg.train.accumulation)
+        momentum = part_momentum(float(self.momenta[i]), len(parts))
+        for part in parts:
+            self.watchdog.at(f"step {i + 1}, forward")
+            outputs.append(self.distill(part.images, part.group, part.positions, i, momentum, part.group_on_host))
+            self.watchdog.at(f"step {i + 1}, backward")
+            self.engine.backward(outputs[-1].loss)
+        metrics, images = merge(outputs)
+        self.watchdog.at(f"step {i + 1}, update")
+        norms = self.engine.step(float(self.lr[i]), metrics["loss"], self.guard.halted)
+        undo_if(self.engine.skipped, live, before)
+        self.guard.add(i, metrics["loss"], self.engine.skipped, norms, images, batch)
+        if self.conflicts is not None:
+            self.conflicts.add([metrics[f"loss/{name}"] for name in self.conflicts.teachers])
         self.step += 1
-        return metrics | {"gradient_norm/max": norms.max(), "gradient_norm/mean": norms.mean()}
+        return metrics | {
+            "gradient_norm/max": norms.max(),
+            "gradient_norm/mean": norms.mean(),
+            "gradient_norm/global": norms.square().sum().sqrt(),
+        }
 
     def _read(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         """Metrics averaged over ranks, as numbers; the step's only wait for the device.
 
         Raises:
-            DivergedError: a loss since the last read was not finite or above `train.max_loss`.
+            DivergedError: see `Guard.read`.
         """
         packed = torch.stack([value.float() for value in metrics.values()])
-        worst = self.worst_loss.float().nan_to_num(nan=math.inf)
         if self.world_size > 1:
             dist.all_reduce(packed)
-            dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         values = dict(zip(metrics, (packed / self.world_size).tolist(), strict=True))
-        worst_loss = worst.item()
-        self.worst_loss.zero_()
-        if not worst_loss <= self.cfg.train.max_loss:
-            raise DivergedError(self._divergence(worst_loss))
+        values |= self.guard.read(self.run_dir, self.world_size, self._kept())
         return values | {"lr": float(self.lr[self.step - 1]), "ema_momentum": float(self.momenta[self.step - 1])}
 
-    def _divergence(self, loss: float) -> str:
+    def _kept(self) -> str:
         steps = checkpoints.complete_steps(self.run_dir)
-        kept = (
-            f"the last good checkpoint is {checkpoints.tag(steps[-1])} in {self.run_dir / 'checkpoints'}"
-            if steps
-            else "there is no checkpoint yet"
-        )
-        shown = f"rose to {loss:.3g}" if math.isfinite(loss) else "is not a finite number"
-        return (
-            f"the loss {shown} at or before step {self.step} (train.max_loss={self.cfg.train.max_loss:g}): the run is "
-            f"stopped, {kept}. Lower optimizer.lr_per_256, or look at loss/* in {self.run_dir / 'metrics.jsonl'} "
-            "for the teacher that breaks"
-        )
+        if not steps:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {checkpoints.tag(steps[-1])} in {checkpoints.folder(self.run_dir)}"
+
+    def _read_conflicts(self) -> dict[str, float]:
+        if self.conflicts is None:
+            return {}
+        return self.conflicts.read(sum_over_ranks if self.world_size > 1 else None)
 
     def _save(self) -> None:
-        state = {"step": self.step, "statistics": self.statistics.state_dict()}
-        self.engine.save(self.run_dir / "checkpoints", checkpoints.tag(self.step), state)
-        dist.barrier()
-        if self.rank == 0:
-            checkpoints.mark_complete(self.run_dir, self.step)
-            checkpoints.prune(self.run_dir, self.cfg.train.keep_checkpoints)
+        """Begins a checkpoint; the disk is a thread's matter."""
+        engine = self.engine
+        manifest = Manifest(
+            step=self.step, updates=int(engine.state.updates().item()), world_size=self.world_size,
+            zero_stage=engine.zero_stage, config_hash=config_hash(self.cfg), config=as_dict(self.cfg),
+            shapes=engine.shapes, run={"skipped_in_a_row": int(self.guard.in_a_row.item())},
+        )  # fmt: skip
+        small = {f"student/{name}": x for name, x in engine.untrained().items()}
+        small |= {f"statistics/{name}": x for name, x in self.statistics.state_dict().items()}
+        self.saver.save(manifest, engine.state, small)
 
-    def _describe(self) -> None:
-        cfg = self.cfg
-        student = sum(p.numel() for p in self.engine.module.encoder.parameters())
-        projectors = sum(p.numel() for p in self.engine.module.projectors.parameters())
-        logger.info(
-            "%s: %d teachers (%s) into a student of %.1f M (+ %.1f M projectors); %d images in training",
-            cfg.name, len(cfg.teachers), ", ".join(cfg.teachers), student / 1e6, projectors / 1e6,
-            self.loader.num_images,
-        )  # fmt: skip
-        logger.info(
-            "%d steps of %d images at %d px on %d x %s, ZeRO %d, %s; results in %s",
-            cfg.steps, cfg.train.global_batch, cfg.image_size, self.world_size, self.device.type,
-            cfg.deepspeed.zero_stage, "bf16" if self.engine.module.autocast_dtype else "fp32", self.run_dir,
-        )  # fmt: skip
+    def _wait_for_save(self) -> None:
+        """Waits for the last checkpoint; CheckpointError on every rank if it failed on any."""
+        self.watchdog.at("waiting for the last checkpoint")
+        fault = torch.tensor(float(not self.saver.wait()), device=self.device)
+        dist.all_reduce(fault, op=dist.ReduceOp.MAX)
+        if fault.item():
+            raise CheckpointError(
+                f"the last checkpoint, step {self.saver.last_step}, could not be saved "
+                f"({self.saver.fault or 'see the other ranks'}); {self._kept()}"
+            )

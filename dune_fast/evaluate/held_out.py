@@ -51,7 +51,7 @@ def held_out_cosines(
     device = next(statistics.buffers()).device
     sums = torch.zeros(len(keys) + 1, dtype=torch.float64, device=device)  # the last one counts images
     for batch in batches:
-        features = teachers(batch.images)
+        features = statistics.rotated(teachers(batch.images))
         projections = {name: student(batch.images) for name, student in students.items()}
         for i, (name, teacher, token) in enumerate(keys):
             target = standardize(features[teacher][token], *standardizers[teacher][token])

@@ -12,7 +12,7 @@ from rich.console import Console
 from dali_pipelines.loader import ValLoader
 from dune_fast.engine.checkpoints import load_run
 from dune_fast.engine.config import RunConfig
-from dune_fast.engine.trainer import autocast_dtype
+from dune_fast.engine.devices import autocast_dtype
 from dune_fast.engine.warm_start import initial_student
 from dune_fast.evaluate.figures import loss_figure, pca_figure
 from dune_fast.evaluate.held_out import cosine_table, held_out_cosines
@@ -47,7 +47,7 @@ def evaluate_run(run: Path, figures: bool, device: torch.device | None = None) -
     dtype = autocast_dtype(cfg.train.precision, device)
     for student in students.values():
         student.autocast_dtype = dtype
-    teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype).to(device)
+    teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype, device)
     with ValLoader(cfg.data, cfg.image_size, cfg.evaluation.batch, 0, 1, device) as loader:
         result = held_out_cosines(students, teachers, statistics.to(device), loader)
     (run / "held_out.json").write_text(json.dumps({"images": loader.num_images, **result}, indent=2) + "\n")

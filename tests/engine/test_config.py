@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import yaml
 
-from dune_fast.engine.config import ConfigError, compose_config, config_dir, dump_config, load_config
+from dune_fast.engine.config import (
+    ConfigError,
+    RunConfig,
+    as_dict,
+    compose_config,
+    config_dir,
+    dump_config,
+    load_config,
+)
+from dune_fast.engine.config_identity import FREE, config_hash, flatten, freeze
 
 DEMO = "experiment=demo"
 
@@ -39,8 +50,15 @@ def test_every_choice_of_a_group_composes(group):
         ([DEMO, "image_size=126"], "'geometric' needs a multiple of 4; the nearest image sizes are 112 and 168"),
         ([DEMO, "objective.sharing=most"], "full, none, generic"),
         ([DEMO, "standardization.convention=phis"], "dune, unic"),
-        ([DEMO, "deepspeed.zero_stage=5"], "choose 0, 1 or 2"),
+        ([DEMO, "deepspeed.zero_stage=5"], "choose 0, 1, 2 or 3"),
+        ([DEMO, "deepspeed.gradient_dtype=fp16"], "choose fp32 or bf16"),
+        ([DEMO, "deepspeed.options={zero_optimization:{x:1}}"], r"\+deepspeed.options.SECTION.NAME=VALUE"),
         ([DEMO, "train.global_batch=0"], "at least 1"),
+        ([DEMO, "train.accumulation=0"], "at least 1"),
+        ([DEMO, "train.keep_every=-1"], "at least 0"),
+        ([DEMO, "train.compile=true", "deepspeed=zero3"], "choose stage 0, 1 or 2"),
+        ([DEMO, "train.timeout_minutes=0"], "above 0"),
+        ([DEMO, "optimizer.clip_global=1"], "exclude each other"),
         ([DEMO, "train.precision=fp8"], "auto, bf16 or fp32"),
         ([DEMO, "no equals sign"], "cannot be composed"),
         ([], "no teacher is configured: choose an experiment"),
@@ -56,6 +74,40 @@ def test_a_dumped_configuration_is_read_back(tmp_path):
     cfg = compose_config([DEMO, "train.steps=12"])
     dump_config(cfg, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == cfg
+
+
+def test_a_configuration_is_frozen_once_the_run_starts(tmp_path):
+    cfg, free = compose_config([DEMO]), compose_config([DEMO])
+    freeze(cfg)
+    freeze(cfg)  # twice is as good as once
+    for section, name in (
+        (cfg, "name"), (cfg.train, "steps"), (cfg.objective.cls, "cosine"), (cfg.teachers["semantic"], "weights"),
+        (cfg.data.datasets["natural"], "group"),
+    ):  # fmt: skip
+        with pytest.raises(dataclasses.FrozenInstanceError, match=f"{name} cannot be changed: .*frozen once"):
+            setattr(section, name, None)
+    assert cfg == free and isinstance(cfg, RunConfig) and type(cfg).__name__ == "RunConfig"
+    assert dataclasses.replace(cfg.train, steps=3).steps == 3
+    dump_config(cfg, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == free
+    assert config_hash(cfg) == config_hash(free)
+
+
+def test_the_hash_covers_what_is_computed_and_nothing_else():
+    def hashed(*overrides: str) -> str:
+        return config_hash(compose_config([DEMO, *overrides]))
+
+    plain = hashed()
+    for free in ("name=other", "train.log_every=7", "deepspeed=zero2", "data.num_threads=1", "evaluation.batch=2"):
+        assert hashed(free) == plain, free
+    for counts in ("train.seed=1", "objective.beta=2", "train.accumulation=2", "deepspeed.gradient_dtype=bf16"):
+        assert hashed(counts) != plain, counts
+
+
+def test_every_free_field_exists():
+    names = set(flatten(as_dict(RunConfig())))
+    for free in FREE:
+        assert any(name == free or name.startswith(free + ".") for name in names), free
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):

@@ -18,7 +18,7 @@ DUNE_TEACHERS = {
 UNIC_TEACHERS = dict.fromkeys(
     ("dbotft_vitbase_16", "deit3_vitbase_16", "dino_vitbase_16", "ibot_vitbase_16"), (768, ("cls", "patch"))
 )
-DUNE = ("dune_336", "dune_448", "dune_sp", "dune_lp", "dune_no_sharing", "dune_generic_sharing", "am_radio_sp")
+DUNE = ("dune_336", "dune_448", "dune_sp", "dune_lp", "dune_no_sharing", "dune_generic_sharing", "am_radio")
 EPOCH = 1_281_167  # images of ImageNet-1K, the unit of both papers
 
 
@@ -74,7 +74,8 @@ def test_dune_distils_three_teachers_as_published(name):
     assert (dinov2.num_registers, dinov2.interpolate_offset, dinov2.interpolate_antialias) == (4, 0.1, False)
     assert mast3r.mean == mast3r.std == [0.5, 0.5, 0.5]
     assert len(cfg.data.datasets) == 19 and not cfg.data.group_weights and cfg.data.crop_scale == [0.4, 1.0]
-    assert cfg.standardization.convention == "dune" and cfg.standardization.eps is None
+    assert cfg.standardization.convention == ("phi_s" if name == "am_radio" else "dune")
+    assert cfg.standardization.eps is None
     assert (cfg.standardization.ema_start, cfg.standardization.ema_end) == (1.0, 0.001)
     optimizer = cfg.optimizer
     assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ([0.9, 0.99], 1e-15, 0.03)
@@ -137,7 +138,7 @@ def test_ladder_of_dune_is_on_every_third_block():
     assert not hasattr(projectors["mast3r_vitlarge_16"], "cls")  # that teacher has none
 
 
-@pytest.mark.parametrize("name", ["dune_sp", "am_radio_sp"])
+@pytest.mark.parametrize("name", ["dune_sp", "am_radio"])
 def test_simple_projectors(name):
     cfg = experiment(name)
     assert (cfg.projector.kind, cfg.projector.version) == ("sp", 2)
@@ -147,7 +148,7 @@ def test_simple_projectors(name):
 
 
 def test_am_radio_weighs_its_terms():
-    objective = experiment("am_radio_sp").objective
+    objective = experiment("am_radio").objective
     assert (objective.cls.cosine, objective.cls.smooth_l1) == (1.0, 0.0)
     assert (objective.patch.cosine, objective.patch.smooth_l1) == (0.9, 0.1)
     assert objective.drop_probability == 0.0

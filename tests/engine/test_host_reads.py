@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,34 +52,38 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(sharing: str, zero_stage: int) -> tuple[DistillationStep, Engine]:
+def build(sharing: str, zero_stage: int, route: bool = False) -> tuple[DistillationStep, Engine]:
     init_distributed()
     widths = {name: (t.num_features, t.token_types) for name, t in TEACHERS.items()}
     student = build_student(ViTConfig(image_size=56, embed_dim=48, depth=2, num_heads=3), ProjectorConfig(), widths)
     engine = Engine(student, OptimizerConfig(), 4, zero_stage)
-    cfg = ObjectiveConfig(sharing=sharing)
+    cfg = ObjectiveConfig(sharing=sharing, route_by_dataset=route)
     own = ownership({n: t.groups for n, t in TEACHERS.items()}, ["3d", "generic"], cfg, torch.device("cpu"))
     statistics = TeacherStatistics(widths)
     step = DistillationStep(engine, TeacherEnsemble(TEACHERS, 14), statistics, own, cfg, all_reduce=lambda x: None)
     return step, engine
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
-@pytest.mark.parametrize("sharing", ["full", "generic"])
-def test_a_step_reads_nothing_from_the_device(sharing, zero_stage, monkeypatch):
-    step, engine = build(sharing, zero_stage)
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("sharing", "route"), [("full", False), ("generic", False), ("none", True)])
+def test_a_step_reads_nothing_from_the_device(sharing, route, zero_stage, monkeypatch):
+    step, engine = build(sharing, zero_stage, route)
     images, groups, positions = torch.randn(4, 3, 56, 56), torch.tensor([0, 1, 1, 0]), torch.arange(4)
+    on_host = np.array([0, 1, 1, 0])
 
     def train(i: int) -> torch.Tensor:
-        loss, metrics = step(images, groups, positions, i, 0.5)
+        loss, metrics, _ = step(images, groups, positions, i, 0.5, on_host)
         engine.backward(loss)
-        norms = engine.step(1e-3)
+        norms = engine.step(1e-3, metrics["loss"])
         return torch.maximum(metrics["loss"], norms.max())
 
-    train(0)  # what happens once is not a step's
+    for i in range(2):  # what happens once is not a step's; under stage 3 DeepSpeed learns the order of modules
+        train(i)
     with HostReads(monkeypatch) as reads:
-        worst = train(1)
-    assert reads.found == []
+        worst = train(2)
+    # under stage 3 DeepSpeed looks at a norm, which we give it as a number of the host
+    harmless = ["__bool__", "aten._local_scalar_dense.default"]
+    assert reads.found == (harmless if zero_stage == 3 else [])
     with reads:
         worst.item()
     assert reads.found, "the counter must see a read"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from dune_fast.engine.optimizer import OptimizerConfig, build_optimizer, clip_per_parameter, parameter_groups
+from dune_fast.engine.optimizer import OptimizerConfig, build_optimizer, parameter_groups, scale_gradients
 from dune_fast.nn.projectors import ProjectorConfig
 from dune_fast.nn.student import build_student
 from dune_fast.nn.vit import ViTConfig
@@ -21,19 +22,59 @@ def test_weight_decay_on_tensors_of_two_or_more_dimensions_only():
     assert not any(name.startswith("encoder.norm.") for name in in_plain)  # frozen
 
 
+def gradients() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Pieces of three parameters' gradients, the last one's in two; whole norms; whose each piece is."""
+    pieces = [torch.full((4,), 3.0), torch.tensor([0.1, 0.2]), torch.tensor([2.0]), torch.tensor([0.0, 1.5])]
+    return pieces, torch.tensor([6.0, 0.05**0.5, 2.5]), torch.tensor([0, 1, 2, 2])
+
+
 def test_clipping_is_per_parameter():
-    gradients = [torch.full((4,), 3.0), torch.tensor([0.1, 0.2]), torch.zeros(3)]
-    norms = clip_per_parameter(gradients, 1.0)
-    torch.testing.assert_close(norms, torch.tensor([6.0, 0.05**0.5, 0.0]))
-    torch.testing.assert_close(gradients[0].norm(), torch.tensor(6.0 / (6.0 + 1e-6)))
-    torch.testing.assert_close(gradients[1], torch.tensor([0.1, 0.2]))
-    assert torch.all(gradients[2] == 0)
+    pieces, norms, owners = gradients()
+    before = [piece.clone() for piece in pieces]
+    scale_gradients(pieces, norms, owners, OptimizerConfig(clip_per_parameter=1.0))
+    expected = [1 / (6 + 1e-6), 1.0, 1 / (2.5 + 1e-6), 1 / (2.5 + 1e-6)]
+    for found, was, scale in zip(pieces, before, expected, strict=True):
+        torch.testing.assert_close(found, was * scale)
+
+
+def test_clipping_of_all_together_is_torchs():
+    pieces, norms, owners = gradients()
+    parameter = torch.nn.Parameter(torch.zeros(9))
+    parameter.grad = torch.cat(pieces)
+    torch.nn.utils.clip_grad_norm_([parameter], 0.5)
+    scale_gradients(pieces, norms, owners, OptimizerConfig(clip_per_parameter=0.0, clip_global=0.5))
+    torch.testing.assert_close(torch.cat(pieces), parameter.grad)
 
 
 def test_no_clipping():
-    gradient = torch.full((4,), 3.0)
-    clip_per_parameter([gradient], 0.0)
-    assert torch.all(gradient == 3.0)
+    pieces, norms, owners = gradients()
+    scale_gradients(pieces, norms, owners, OptimizerConfig(clip_per_parameter=0.0))
+    assert all(map(torch.equal, pieces, gradients()[0]))
+
+
+def test_the_two_kinds_of_clipping_exclude_each_other():
+    with pytest.raises(ValueError, match="clip_per_parameter=1 and clip_global=2 exclude each other"):
+        OptimizerConfig(clip_global=2.0)
+    with pytest.raises(ValueError, match="above 0, or 0 for none"):
+        OptimizerConfig(clip_per_parameter=-1.0)
+
+
+def test_a_step_that_is_not_finite_leaves_weights_and_moments_alone():
+    layer = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(layer, OptimizerConfig())
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.1
+    for finite in (True, False, True):
+        before = [p.detach().clone() for p in layer.parameters()]
+        count = [state["step"].clone() for state in optimizer.state.values()]
+        optimizer.zero_grad()
+        (layer(torch.ones(1, 3)).sum() * (1.0 if finite else float("nan"))).backward()
+        optimizer.found_inf = torch.tensor(0.0 if finite else 1.0)
+        optimizer.step()
+        same = [torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True)]
+        assert same == [not finite] * 2
+        if count:
+            assert [float(s["step"]) for s in optimizer.state.values()] == [float(c) + finite for c in count]
+    assert all(torch.isfinite(x).all() for state in optimizer.state.values() for x in state.values())
 
 
 def test_step_count_lives_on_the_device():

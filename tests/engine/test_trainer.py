@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dune_fast.engine import checkpoints
 from dune_fast.engine.config import compose_config
-from dune_fast.engine.metrics import read_metrics
+from dune_fast.engine.metrics import CLOCK, read_metrics
 from dune_fast.engine.trainer import DivergedError, Trainer
 from dune_fast.evaluate.run import evaluate_run
 
@@ -24,8 +24,9 @@ def train(overrides: list[str], *more: str) -> Trainer:
 
 
 def timeless(path) -> list[dict]:
-    clock = {"images_per_second", "step_seconds", "data_wait_share"}
-    return [{k: v for k, v in record.items() if k not in clock} for record in read_metrics(path)]
+    """Records without what depends on the machine, and without the diagnostics that a resumed run starts anew."""
+    left_out = (*CLOCK, "conflict/")
+    return [{k: v for k, v in record.items() if not k.startswith(left_out)} for record in read_metrics(path)]
 
 
 def test_a_run_writes_what_it_promises(overrides, tmp_path):
@@ -41,6 +42,9 @@ def test_a_run_writes_what_it_promises(overrides, tmp_path):
         "loss/one",
         "loss/two",
         "share/one",
+        "kept/one",
+        "gradient_norm/global",
+        "memory_gib",
         "loss/one/cls/cosine",
         "loss/two/patch/smooth_l1",
         "gradient_norm/max",
@@ -58,37 +62,11 @@ def test_a_run_writes_what_it_promises(overrides, tmp_path):
     assert result["after"]["one"]["patch"] > result["before"]["one"]["patch"]
 
 
-@pytest.mark.parametrize("zero", ["zero0", "zero2"])
-def test_a_resumed_run_is_bit_identical(overrides, tmp_path, zero):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(overrides, f"output_dir={whole}", f"deepspeed={zero}")
-    cfg = compose_config([*overrides, f"output_dir={parts}", f"deepspeed={zero}"])
-    first = Trainer(cfg)
-    batches = first.loader.batches(0)
-    while first.step < 3:
-        first.train_step(next(batches))
-    first._save()
-    first.loader.close()
-    second = Trainer(cfg)
-    assert second.step == 3
-    second.run()
-    assert timeless(parts / "metrics.jsonl") == timeless(whole / "metrics.jsonl")[3:]
-    ours, theirs = load_file(parts / "student.safetensors"), load_file(whole / "student.safetensors")
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
 def test_a_finished_run_is_not_trained_again(overrides, tmp_path):
     train(overrides)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     trainer = train(overrides)
     assert trainer.step == 6 and (tmp_path / "run" / "metrics.jsonl").read_text() == before
-
-
-def test_a_checkpoint_that_was_cut_short_is_passed_over(overrides, tmp_path):
-    run = tmp_path / "run"
-    train(overrides)
-    (run / "checkpoints" / checkpoints.tag(6) / "complete").unlink()
-    assert Trainer(compose_config(overrides)).step == 3
 
 
 def test_overwrite_starts_anew_and_keeps_foreign_files(overrides, tmp_path):
@@ -105,34 +83,51 @@ def test_a_folder_with_a_run_is_not_touched_unasked(overrides):
         Trainer(compose_config([*overrides, "train.resume=false"]))
 
 
-def test_only_the_newest_checkpoints_are_kept(overrides, tmp_path):
-    train(overrides, "train.checkpoint_every=1", "train.keep_checkpoints=2")
-    assert checkpoints.complete_steps(tmp_path / "run") == [5, 6]
-
-
 def test_an_exploding_loss_stops_the_run_and_keeps_the_last_good_checkpoint(overrides, tmp_path):
+    explosive = [*overrides, "optimizer.lr_per_256=1e9", "train.steps=40"]
     with pytest.raises(DivergedError, match="last good checkpoint is step_") as caught:
-        train(overrides, "optimizer.lr_per_256=1e9", "train.steps=40", "train.log_every=7", "train.checkpoint_every=1")
+        train(explosive, "train.log_every=7", "train.checkpoint_every=1")
     kept = checkpoints.complete_steps(tmp_path / "run")
     assert kept and checkpoints.tag(kept[-1]) in str(caught.value)
-    trainer = Trainer(compose_config([*overrides, "train.steps=40"]))
+    trainer = Trainer(compose_config(explosive))
     assert trainer.step == kept[-1]
     assert all(torch.isfinite(p).all() for p in trainer.engine.module.parameters())
 
 
-def test_a_nan_between_two_logging_steps_is_not_saved(overrides, tmp_path):
-    trainer = Trainer(compose_config([*overrides, "train.log_every=100", "train.checkpoint_every=2"]))
+def poison(trainer: Trainer, *steps: int) -> None:
+    """Puts NaN into an image of these steps."""
     plain = trainer.train_step
 
     def poisoned(batch):
-        if trainer.step == 2:
-            batch.images[0, 0, 0, 0] = float("nan")
+        if trainer.step in steps:
+            batch.images[1] = float("nan")
         return plain(batch)
 
     trainer.train_step = poisoned
-    with pytest.raises(DivergedError, match="not a finite number"):
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(overrides, tmp_path):
+    trainer = Trainer(compose_config([*overrides, "train.log_every=6", "train.checkpoint_every=2"]))
+    poison(trainer, 2, 4)
+    trainer.run()
+    record = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert record["skipped_steps"] == 2 and trainer.engine.state.updates() == 4
+    weights = load_file(tmp_path / "run" / "student.safetensors")
+    assert all(torch.isfinite(x).all() for x in weights.values())
+
+
+def test_three_steps_in_a_row_that_are_not_finite_stop_the_run_and_are_named(overrides, tmp_path):
+    run = tmp_path / "run"
+    trainer = Trainer(compose_config([*overrides, "train.steps=40", "train.log_every=40", "train.checkpoint_every=10"]))
+    poison(trainer, 12, 14, 15, 16)
+    with pytest.raises(DivergedError, match="step 14 .*teacher 'one' on dataset 'images', positions 113;") as caught:
         trainer.run()
-    assert checkpoints.complete_steps(tmp_path / "run") == [2]
+    assert "the last good checkpoint is step_0000010" in str(caught.value)
+    assert checkpoints.complete_steps(run) == [10]
+    found = load_file(run / "nonfinite_step_14.safetensors")
+    assert found["positions"].tolist() == list(range(112, 120)) and found["step"].item() == 14
+    assert found["finite"].tolist() == [[i != 1 for i in range(8)]] * 2
+    assert not found["losses"].isfinite().any()  # that image has spoilt the statistics of all
 
 
 def test_a_broken_image_is_skipped_counted_and_named(overrides, photos, tmp_path, caplog):

@@ -1,0 +1,190 @@
+"""The small trainings of `python -m bench.faults`: started, watched, killed, compared with an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dali_pipelines.datasets import DataConfig, DatasetConfig
+from dali_pipelines.sharding import ShardSettings, shard_dataset
+from dune_fast.engine import checkpoints
+from dune_fast.engine.launch import free_port
+from dune_fast.engine.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS, SAVE_EVERY = 60, 5
+START_SECONDS = 240.0
+"""What a start, and what a whole run, may take before it counts as hung."""
+
+
+class Lost(AssertionError):
+    """Something that a run should survive, it did not; the message says what."""
+
+
+@dataclass
+class Started:
+    """The processes of one start of a training."""
+
+    processes: list[subprocess.Popen]
+    logs: list[Path]
+
+    def alive(self) -> bool:
+        """Whether all ranks run."""
+        return all(process.poll() is None for process in self.processes)
+
+    def wait(self, seconds: float = START_SECONDS) -> list[int]:
+        """Exit codes, once all ranks have ended; Lost if they do not."""
+        end = time.monotonic() + seconds
+        for rank, process in enumerate(self.processes):
+            try:
+                process.wait(max(0.1, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise Lost(f"rank {rank} did not end within {seconds:.0f} s") from None
+        return [process.returncode for process in self.processes]
+
+    def kill(self) -> None:
+        """SIGKILL for every rank; those that have ended are left alone."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    def text(self) -> str:
+        """What all ranks have written."""
+        return "\n".join(path.read_text(errors="replace") for path in self.logs)
+
+    def said(self) -> str:
+        """The last line, for messages."""
+        lines = [line.strip() for line in self.text().splitlines() if line.strip()]
+        return lines[-1] if lines else "nothing"
+
+
+@dataclass
+class Bench:
+    """Where it happens, and what a run looks like that nothing happens to."""
+
+    work: Path
+    draw: random.Random
+    whole: dict[tuple[int, bool], Path] = field(default_factory=dict)
+    """(ranks, from shards) -> folder of the uninterrupted run."""
+
+    def __post_init__(self) -> None:
+        photos = self.work / "photos"
+        photos.mkdir(parents=True)
+        for i in range(24):
+            coarse = np.random.default_rng(i).integers(0, 256, (8, 10, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((100, 80), Image.Resampling.BICUBIC).save(photos / f"{i:02}.jpg")
+
+    def shards(self) -> Path:
+        """The photographs in several tar files."""
+        folder = self.work / "shards"
+        if not folder.exists():
+            dataset = DatasetConfig(root=str(self.work / "photos"))
+            shard_dataset("images", DataConfig({"images": dataset}), folder, ShardSettings(megabytes=0.02), 1)
+        return folder
+
+    def start(self, run: Path, ranks: int, more: Sequence[str] = (), sharded: bool = False) -> Started:
+        """Starts a training, or goes on with it."""
+        overrides = [
+            "+teachers@teachers.one=conv_patchify", "teachers.one.weights=random:1", "teachers.one.num_features=24",
+            "+teachers@teachers.two=conv_patchify", "teachers.two.weights=random:2", "teachers.two.num_features=32",
+            "teachers.two.patch_size=16", "teachers.two.token_types=[patch]", "student=vit_tiny14", "student.depth=2",
+            "student.embed_dim=96", "image_size=56", "data=folder", "data.num_threads=1", f"deepspeed=zero{ranks - 1}",
+            f"data.datasets.images.root='{self.shards() if sharded else self.work / 'photos'}'", "data.read_patience=1",
+            "train.global_batch=8", f"train.steps={STEPS}", "train.log_every=1", "train.precision=fp32",
+            f"train.checkpoint_every={SAVE_EVERY}", "optimizer.lr_per_256=0.05", "evaluation.held_out=false",
+            "logging.tensorboard=false", f"output_dir='{run}'", *more,
+        ]  # fmt: skip
+        run.mkdir(parents=True, exist_ok=True)
+        port, number = str(free_port()), len(list(run.glob("log_*")))
+        processes, logs = [], []
+        for rank in range(ranks):
+            environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+                "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "500", "RANK": str(rank),
+                "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            }  # fmt: skip
+            logs.append(run / f"log_{number + rank:03}")
+            with logs[-1].open("w") as log:
+                command = [sys.executable, str(ROOT / "dune_fast" / "train.py"), *overrides]
+                process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            processes.append(process)
+        return Started(processes, logs)
+
+    def finish(self, run: Path, ranks: int, sharded: bool = False) -> Started:
+        """Starts a training and lets it end by itself; Lost if it does not end well."""
+        started = self.start(run, ranks, sharded=sharded)
+        codes = started.wait()
+        if any(codes):
+            raise Lost(f"started again, it ended with {codes}: {started.said()}")
+        return started
+
+    def reference(self, ranks: int, sharded: bool) -> Path:
+        """The run that nothing happens to, made once."""
+        key = (ranks, sharded)
+        if key not in self.whole:
+            run = self.work / f"whole_{ranks}{'_sharded' if sharded else ''}"
+            self.finish(run, ranks, sharded)
+            self.whole[key] = run
+        return self.whole[key]
+
+    def compare(self, run: Path, ranks: int, sharded: bool) -> None:
+        """Lost unless weights and records are those of the uninterrupted run."""
+        whole = self.reference(ranks, sharded)
+        ours, theirs = (load_file(folder / "student.safetensors") for folder in (run, whole))
+        if wrong := [name for name in theirs if not torch.equal(ours[name], theirs[name])]:
+            raise Lost(f"{len(wrong)} of {len(theirs)} tensors differ from those of the uninterrupted run")
+        ours, theirs = (
+            [(record["step"], record["loss"]) for record in read_metrics(folder / "metrics.jsonl")]
+            for folder in (run, whole)
+        )
+        if ours != theirs:
+            raise Lost("the records differ from those of the uninterrupted run: steps are missing, doubled or other")
+
+    def wait_for_step(self, started: Started, run: Path, step: int) -> None:
+        """Waits until the run has recorded a step, and a random moment more; Lost if it ends before."""
+        self.wait_until(started, lambda: last_step(run) >= step, f"step {step}")
+        time.sleep(self.draw.uniform(0, 0.05))
+
+    @staticmethod
+    def wait_until(started: Started, condition: Callable[[], bool], what: str, pause: float = 0.002) -> None:
+        """Waits for a condition; Lost if a rank ends first, or it takes too long."""
+        end = time.monotonic() + START_SECONDS
+        while not condition():
+            if not started.alive() or time.monotonic() > end:
+                started.kill()
+                raise Lost(f"it did not reach {what}: {started.said()}")
+            time.sleep(pause)
+
+    def later_step(self, run: Path, more: int = 0) -> int:
+        """A random step after the newest checkpoint, such that `more` of them have room before the end."""
+        first = newest(run) + 1
+        return self.draw.randint(first, first + (STEPS - 1 - first) // (more + 1))
+
+
+def last_step(run: Path) -> int:
+    """Of the records so far; 0 if there is none."""
+    path = run / "metrics.jsonl"
+    records = read_metrics(path) if path.exists() else []
+    return records[-1]["step"] if records else 0
+
+
+def newest(run: Path) -> int:
+    """Step of the newest complete checkpoint, 0 if there is none."""
+    return max(checkpoints.complete_steps(run), default=0)
+
+
+def partial(run: Path) -> bool:
+    """Whether a checkpoint is being written, or was cut short."""
+    return any(checkpoints.folder(run).glob(f"*{checkpoints.PART}"))

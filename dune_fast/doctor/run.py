@@ -1,0 +1,185 @@
+"""Checks of what one experiment needs: teachers' files, data, the output folder, disk, the batch."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dali_pipelines.datasets import Dataset, index_dataset
+from dune_fast.distill.objective import ownership
+from dune_fast.doctor import FAIL, OK, WARN, Check, Finding
+from dune_fast.engine.config import RunConfig
+from dune_fast.plan import checkpoint_bytes
+from dune_fast.teachers_cli import config_names, load_teacher_config
+from teachers.assets import cache_dir
+from teachers.config import TeacherConfig
+from teachers.registry import family_class
+from teachers.vit import ViTTeacher
+from teachers.weights import RANDOM
+
+_INDEX_SECONDS = 30.0
+"""For all datasets together: to list twenty million files takes longer."""
+
+
+def _cached(address: str) -> bool:
+    """Whether "asset:NAME" is here."""
+    return (cache_dir() / address.removeprefix("asset:").partition("/")[0]).is_dir()
+
+
+def _fetching(cfg: TeacherConfig) -> str:
+    """How to get a teacher's file."""
+    for name in config_names():
+        if load_teacher_config(name).weights == cfg.weights:
+            return f"dune-fast teachers fetch {name}" if cfg.url else f"see the comment in configs/teachers/{name}.yaml"
+    return "correct its `weights`"
+
+
+def teacher(name: str, cfg: TeacherConfig) -> Finding:
+    """One teacher's weights: there, readable, of the size and architecture that is expected. Tensors are not read."""
+    title = f"teacher {name}"
+    if cfg.weights.startswith(RANDOM):
+        return Finding(title, WARN, f"weights are drawn ({cfg.weights})", "that serves tests and benchmarks alone")
+    if cfg.weights.startswith("asset:"):
+        if _cached(cfg.weights):
+            return Finding(title, OK, f"{cfg.weights} is in the cache")
+        cure = f"dune-fast fetch {cfg.weights.removeprefix('asset:').partition('/')[0]}"
+        return Finding(title, WARN, f"{cfg.weights} will be fetched when a run starts", cure)
+    path = Path(cfg.weights).expanduser()
+    if not path.is_file():
+        return Finding(title, FAIL, f"there is no file {path}", f"{_fetching(cfg)}; DUNE_FAST_WEIGHTS names the folder")
+    if not os.access(path, os.R_OK):
+        return Finding(title, FAIL, f"{path} may not be read", f"chmod a+r {path}")
+    size = path.stat().st_size
+    if cfg.bytes is not None and size != cfg.bytes:
+        text = f"{path} has {size:,} bytes instead of {cfg.bytes:,}"
+        return Finding(title, FAIL, text, f"remove it and get it again: {_fetching(cfg)}")
+    family = family_class(cfg.family)
+    if path.suffix != ".safetensors" and issubclass(family, ViTTeacher) and cfg.family != "onnx_vit":
+        from teachers.containers import TeacherWeightsError, check_archive
+
+        try:
+            check_archive(path)
+        except TeacherWeightsError as error:
+            return Finding(title, FAIL, str(error), f"remove it and get it again: {_fetching(cfg)}")
+    return Finding(title, OK, f"{path}, {size / 2**20:,.0f} MiB (`dune-fast teachers verify` reads it)")
+
+
+def _index_all(cfg: RunConfig, seconds: float) -> dict[str, Dataset | Exception | None]:
+    """Lists every dataset as a training would, in threads; None for those that are not done in time."""
+    found: dict[str, Any] = dict.fromkeys(cfg.data.datasets)
+
+    def index(name: str) -> None:
+        try:
+            found[name] = index_dataset(name, cfg.data.datasets[name])
+        except Exception as error:
+            found[name] = error
+
+    names = [
+        name
+        for name, dataset in cfg.data.datasets.items()
+        if not any(root.startswith("asset:") and not _cached(root) for root in (dataset.root, dataset.val_root))
+    ]
+    threads = [threading.Thread(target=index, args=(name,), daemon=True) for name in names]
+    end = time.monotonic() + seconds
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    return dict(found)
+
+
+def data(cfg: RunConfig, seconds: float = _INDEX_SECONDS) -> Iterator[Finding]:
+    """Every dataset, listed as a training lists it, and whether every teacher gets images."""
+    if not cfg.data.datasets:
+        cure = "for instance data=folder data.datasets.images.root=/path/to/images"
+        yield Finding("data", FAIL, "no dataset is configured", cure)
+        return
+    for name, found in _index_all(cfg, seconds).items():
+        dataset = cfg.data.datasets[name]
+        title = f"data {name}"
+        if isinstance(found, Dataset):
+            text = f"{len(found.train):,} images to train on, {len(found.val):,} held out, group {dataset.group}"
+            yield Finding(title, OK, text)
+        elif isinstance(found, Exception):
+            reason, parted, cure = str(found).removeprefix(f"dataset {name!r}: ").rpartition("; ")
+            cure = f"{cure} (DUNE_FAST_DATA names the folder of the published recipes)"
+            yield Finding(
+                title, FAIL, reason if parted else str(found), cure if parted else f"correct data.datasets.{name}"
+            )
+        elif any(root.startswith("asset:") and not _cached(root) for root in (dataset.root, dataset.val_root)):
+            asset = dataset.root.removeprefix("asset:")
+            yield Finding(title, WARN, "will be fetched when a run starts", f"dune-fast fetch {asset}")
+        else:
+            cure = "wait for it once with `dune-fast data shard`, whose result needs no listing"
+            yield Finding(title, WARN, f"is there, but was not listed in {seconds:.0f} s", cure)
+    groups = sorted({dataset.group for dataset in cfg.data.datasets.values()})
+    try:
+        own = {name: t.groups for name, t in cfg.teachers.items()}
+        ownership(own, groups, cfg.objective, torch.device("cpu"))
+        cfg.data.validate()
+    except ValueError as error:
+        yield Finding("data sharing", FAIL, str(error), "correct teachers.*.groups, data.datasets.*.group or `data`")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    folder = folder.expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def output(cfg: RunConfig) -> Finding:
+    """Whether the run's folder can be written; nothing is left there."""
+    folder = _existing(Path(cfg.output_dir))
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+            file.flush()
+    except OSError as error:
+        cure = "choose another output_dir, or change the folder's rights"
+        return Finding("output", FAIL, f"{cfg.output_dir} cannot be written: {error}", cure)
+    state = "exists" if folder == Path(cfg.output_dir).expanduser().absolute() else "will be made"
+    return Finding("output", OK, f"{cfg.output_dir} {state} and can be written")
+
+
+def disk(cfg: RunConfig) -> Finding:
+    """Free space against what the run will write."""
+    folder = _existing(Path(cfg.output_dir))
+    free, needed = shutil.disk_usage(folder).free, checkpoint_bytes(cfg)
+    text = f"{free / 2**30:.1f} GiB free, checkpoints and weights take up to {needed / 2**30:.2f} GiB"
+    cure = "free some space, choose another output_dir, or lower train.keep_checkpoints"
+    if free < needed:
+        return Finding("disk", FAIL, text, cure)
+    return Finding("disk", WARN, f"{text}: little is left", cure) if free < 1.5 * needed else Finding("disk", OK, text)
+
+
+def batch(cfg: RunConfig, processes: int | None = None) -> Finding:
+    """Whether the batch can be shared out over this machine's GPUs."""
+    count, parts, size = processes or max(1, torch.cuda.device_count()), cfg.train.accumulation, cfg.train.global_batch
+    shared = f"{count} processes" + (f" in {parts} parts (train.accumulation)" if parts > 1 else "")
+    if size % (count * parts):
+        cure = f"for example train.global_batch={math.ceil(size / (count * parts)) * count * parts}"
+        return Finding("batch", FAIL, f"{size} images cannot be shared by {shared}", cure)
+    text = f"{size} images a step, {size // count // parts} at once for each of {shared} on this machine"
+    return Finding("batch", OK, text)
+
+
+def checks(cfg: RunConfig) -> list[tuple[str, Check]]:
+    """All checks of an experiment."""
+    return [
+        *((f"teacher {name}", lambda name=name, t=t: teacher(name, t)) for name, t in cfg.teachers.items()),
+        ("data", lambda: list(data(cfg))),
+        ("batch", lambda: batch(cfg)),
+        ("output", lambda: output(cfg)),
+        ("disk", lambda: disk(cfg)),
+    ]

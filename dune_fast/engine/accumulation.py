@@ -1,0 +1,48 @@
+"""Gradient accumulation: a rank's batch in equal parts, and what their steps say together."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dali_pipelines.loader import Batch
+from dune_fast.distill.step import PerImage, StepOutput
+from dune_fast.engine.config import RunConfig
+
+
+def micro_batch_size(cfg: RunConfig, world_size: int) -> int:
+    """Images of one backward pass on one rank; ValueError if the global batch cannot be shared out."""
+    count = world_size * cfg.train.accumulation
+    if cfg.train.global_batch % count:
+        accumulated = f" x train.accumulation={cfg.train.accumulation}" if cfg.train.accumulation > 1 else ""
+        raise ValueError(
+            f"train.global_batch={cfg.train.global_batch} is not a multiple of the {world_size} processes"
+            f"{accumulated}; choose for example {math.ceil(cfg.train.global_batch / count) * count}"
+        )
+    return cfg.train.global_batch // count
+
+
+def split(batch: Batch, count: int) -> list[Batch]:
+    """A batch in `count` equal parts, in order."""
+    size = len(batch) // count
+    parts = (slice(i * size, (i + 1) * size) for i in range(count))
+    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    rows = {name: value for name, value in values.items() if isinstance(value, Tensor | np.ndarray | list)}
+    return [dataclasses.replace(batch, **{name: value[part] for name, value in rows.items()}) for part in parts]
+
+
+def part_momentum(momentum: float, count: int) -> float:
+    """The m of each of a batch's parts, after all of which the running statistics keep 1 - `momentum` of their past."""
+    return momentum if count == 1 else 1.0 - (1.0 - momentum) ** (1.0 / count)
+
+
+def merge(outputs: list[StepOutput]) -> tuple[dict[str, Tensor], PerImage]:
+    """Metrics averaged over a batch's equal parts, and what is known of its images."""
+    if len(outputs) == 1:
+        return outputs[0].metrics, outputs[0].images
+    metrics = {name: torch.stack([o.metrics[name] for o in outputs]).mean(0) for name in outputs[0].metrics}
+    return metrics, PerImage(*(torch.cat(parts, dim=1) for parts in zip(*(o.images for o in outputs), strict=True)))

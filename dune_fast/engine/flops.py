@@ -1,0 +1,227 @@
+"""Floating-point operations of one image: student, projectors and every teacher.
+
+Matrix products and convolutions alone, a multiply-add counted as two, as `torch.utils.flop_counter` does. For N tokens
+of D channels a block with an MLP of ratio r costs
+
+    2 N (4 + 2 r) D^2   linear layers        4 N^2 D   attention's two products
+
+The backward pass of what is trained costs twice its forward pass; the frozen teachers have none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dali_pipelines.loader import group_weights
+from dune_fast.distill.objective import ownership
+from dune_fast.engine.config import RunConfig
+from dune_fast.nn.block import swiglu_hidden_dim
+from dune_fast.nn.projectors import ProjectorConfig
+from dune_fast.nn.vit import VisionTransformer, ViTConfig
+from teachers.config import TeacherConfig
+from teachers.registry import check_family, family_class
+from teachers.vit import ViTTeacher
+
+logger = logging.getLogger(__name__)
+
+TRAINED = 3
+"""Forward and backward pass of what is trained, in forward passes."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one image, forward."""
+
+    student: int
+    """The encoder."""
+    projectors: int
+    """All projectors."""
+    teachers: Mapping[str, int | None]
+    """By name; None where the architecture is not known without its weights. What teachers share, such as a trunk,
+    counts for the first of them."""
+
+    @property
+    def all_teachers(self) -> int | None:
+        """Sum over teachers; None if one is unknown."""
+        counts = list(self.teachers.values())
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+    @property
+    def training(self) -> int | None:
+        """Of one image in a training step; None if a teacher is unknown."""
+        frozen = self.all_teachers
+        return None if frozen is None else frozen + TRAINED * (self.student + self.projectors)
+
+
+def linear_flops(rows: int, inputs: int, outputs: int) -> int:
+    """[rows, inputs] @ [inputs, outputs]."""
+    return 2 * rows * inputs * outputs
+
+
+def block_flops(tokens: int, dim: int, mlp_ratio: float = 4.0, mlp: str = "gelu") -> int:
+    """One transformer block on one image's tokens."""
+    attention = linear_flops(tokens, dim, 4 * dim) + 4 * tokens**2 * dim
+    if mlp == "swiglu":
+        return attention + linear_flops(tokens, dim, 3 * swiglu_hidden_dim(dim, mlp_ratio))
+    return attention + linear_flops(tokens, dim, 2 * int(dim * mlp_ratio))
+
+
+def vit_flops(cfg: ViTConfig, grid_size: int, depth: int | None = None) -> int:
+    """A Vision Transformer on one image of grid_size x grid_size patches, up to block `depth` (all by default)."""
+    patches = grid_size**2
+    tokens = patches + int(cfg.cls_token) + cfg.num_registers
+    embedding = linear_flops(patches, 3 * cfg.patch_size**2, cfg.embed_dim)
+    blocks = cfg.depth if depth is None else depth
+    return embedding + blocks * block_flops(tokens, cfg.embed_dim, cfg.mlp_ratio, cfg.mlp)
+
+
+def projector_flops(cfg: ProjectorConfig, student: ViTConfig, channels: int, token_types: list[str], grid: int) -> int:
+    """One teacher's projector on one image.
+
+    Args:
+        cfg: kind and sizes.
+        student: the encoder's architecture.
+        channels, token_types: of the teacher's features.
+        grid: rows of the patch grid.
+    """
+    patches, dim = grid**2, student.embed_dim
+    if cfg.kind == "tp":
+        blocks = cfg.num_blocks * block_flops(patches + 1, dim, cfg.mlp_ratio)
+        return blocks + linear_flops(patches + 1, dim, channels)
+    if cfg.kind == "sp":
+        inner = cfg.num_inner if cfg.version == 2 else 0
+        return linear_flops(patches + 1, cfg.hidden_dim, dim + inner * cfg.hidden_dim + channels)
+    rows = {"cls": 1, "patch": patches}
+    blocks = cfg.which_blocks or range(student.depth)
+    hidden = sum(cfg.last_hidden_dim if i == student.depth - 1 else cfg.hidden_dim for i in blocks)
+    return sum(linear_flops(rows[token], dim + channels, hidden) for token in token_types)
+
+
+def count_flops(module: nn.Module, image_size: tuple[int, int]) -> int:
+    """The forward pass of any network on one image [1, 3, H, W], counted on tensors without data.
+
+    Args:
+        module: weights on any device, the meta device too; they are not touched.
+        image_size: H and W.
+    """
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        state = {
+            name: torch.empty(value.shape, dtype=value.dtype)
+            for name, value in (*module.named_parameters(), *module.named_buffers())
+        }
+        torch.func.functional_call(module, state, (torch.empty(1, 3, *image_size),))
+    return counter.get_total_flops()
+
+
+def published_network(name: str, cfg: TeacherConfig) -> nn.Module | None:
+    """A teacher's network on the meta device, from its configuration alone; None where that does not say it.
+
+    Args:
+        name: what the run calls it.
+        cfg: its configuration; ViTs are taken to be of the published size for their width.
+
+    Raises:
+        UnknownTeacherError: no such family.
+    """
+    check_family(name, cfg.family)
+    family = family_class(cfg.family)
+    try:
+        with torch.device("meta"):
+            if issubclass(family, ViTTeacher):
+                known = dataclasses.replace(cfg, image_size=cfg.image_size or cfg.patch_size)
+                return VisionTransformer(family.architecture(known)).eval()
+            if cfg.family == "xfeat":
+                from teachers.xfeat import XFeat
+
+                return XFeat().eval()
+            if cfg.family == "conv_patchify":
+                from teachers.toy import HIDDEN_DIM, ConvPatchify
+
+                return ConvPatchify(cfg.patch_size, HIDDEN_DIM, cfg.num_features).eval()
+            if cfg.family == "timm":
+                from teachers.timm_model import create
+
+                options = {**({"img_size": cfg.image_size} if cfg.image_size else {}), **cfg.model_args}
+                return create(name, cfg.model, options).eval()
+    except Exception as error:  # timm's factories raise anything; a run and a plan can do without the numbers
+        logger.debug("the network of teacher %s is not known: %s", name, error)
+    return None
+
+
+def teacher_flops(name: str, cfg: TeacherConfig, grid: int) -> int | None:
+    """One teacher on one image, from its configuration alone; None where that does not say the network.
+
+    Args:
+        name, cfg: see `published_network`, as what it raises.
+        grid: rows of the student's patch grid, which is the teacher's too.
+    """
+    network = published_network(name, cfg)
+    if network is None:
+        return None
+    if isinstance(network, VisionTransformer):
+        return vit_flops(network.cfg, grid, cfg.layer)
+    return _count_or_none(name, network, grid * cfg.patch_size)
+
+
+def share_of_images(cfg: RunConfig, teachers: Sequence[str]) -> float:
+    """The share of a batch's images that any of these teachers gets: all, unless `route_by_dataset` keeps some back."""
+    groups = sorted({dataset.group for dataset in cfg.data.datasets.values()})
+    if not cfg.objective.route_by_dataset or not groups:
+        return 1.0
+    own = ownership({name: cfg.teachers[name].groups for name in teachers}, groups, cfg.objective, torch.device("cpu"))
+    weights = group_weights(cfg.data, groups)
+    return sum(w for w, seen in zip(weights, own.any(0).tolist(), strict=True) if seen) / sum(weights)
+
+
+def run_flops(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = None) -> Flops:
+    """Of a run's configuration. With `route_by_dataset` the mean over images, of which each goes to some teachers only.
+
+    Args:
+        cfg: the run's.
+        trunks: teacher -> its network, where it is built: counts those that no configuration describes.
+    """
+    grid = cfg.image_size // cfg.student.patch_size
+    teachers: dict[str, int | None] = {}
+    for first, *others in teachers_by_trunk(cfg.teachers):
+        counts = [teacher_flops(name, cfg.teachers[name], grid) for name in (first, *others)]
+        deepest = None if None in counts else max(count for count in counts if count is not None)
+        if deepest is None and trunks is not None:
+            side = grid * cfg.teachers[first].patch_size
+            deepest = _count_or_none(first, trunks[first], side)
+        if deepest is not None:
+            deepest = round(deepest * share_of_images(cfg, [first, *others]))
+        teachers |= {first: deepest, **dict.fromkeys(others, 0)}
+    projectors = 0
+    for name, t in cfg.teachers.items():
+        count = projector_flops(cfg.projector, cfg.student, t.num_features, t.token_types, grid)
+        projectors += round(count * share_of_images(cfg, [name]))
+    return Flops(vit_flops(cfg.student, grid), projectors, {name: teachers[name] for name in cfg.teachers})
+
+
+def _count_or_none(name: str, trunk: nn.Module, side: int) -> int | None:
+    try:
+        return count_flops(trunk, (side, side))
+    except Exception as error:  # anybody's network, on tensors without data: whatever it does, the run can do without
+        logger.info("the operations of teacher %s cannot be counted, so there is no MFU: %s", name, error)
+        return None
+
+
+_READING = ("token_types", "groups", "layer", "norm", "force_precision", "grid_multiple", "url", "bytes", "sha256")
+
+
+def teachers_by_trunk(teachers: Mapping[str, TeacherConfig]) -> list[list[str]]:
+    """Names of teachers, those that share a network and its input together."""
+    shared: dict[str, list[str]] = {}
+    for name, cfg in teachers.items():  # equal in all fields but those that say what is read from the network
+        key = repr({field: value for field, value in dataclasses.asdict(cfg).items() if field not in _READING})
+        shared.setdefault(key, []).append(name)
+    return list(shared.values())

@@ -1,0 +1,179 @@
+"""Watches a run's losses and gradients on the device; the host looks when it logs or saves, and not before.
+
+A step whose loss or gradient is not finite on any rank is skipped on all of them (`Engine.step`): weights, moments and
+the teachers' statistics stay what they were. The third such step in a row stops the run, at the next read; so does a
+finite loss above `max_loss`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dali_pipelines.loader import Batch
+from dune_fast.distill.step import PerImage
+
+logger = logging.getLogger(__name__)
+
+LIMIT = 3
+"""Skipped steps in a row that stop the run."""
+_SHOWN = 8  # samples that a message lists
+
+
+class DivergedError(ValueError):
+    """The loss exploded or is not a number; the last good checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the numbers of a step stand for."""
+
+    teachers: Sequence[str]
+    datasets: Sequence[str]
+    parameters: Sequence[str]
+
+
+@torch.no_grad()
+def undo_if(skipped: Tensor, live: Iterable[Tensor], before: Iterable[Tensor]) -> None:
+    """Puts back what a step has changed, if it was skipped; no host read.
+
+    Args:
+        skipped: bool scalar on the device.
+        live: tensors that the step has changed.
+        before: copies from before it.
+    """
+    for now, then in zip(live, before, strict=True):
+        now.copy_(torch.where(skipped, then, now))
+
+
+class Guard:
+    """Counts skipped steps and keeps what the first of a row of them looked like.
+
+    Args:
+        names: for messages.
+        max_loss: a finite loss above it stops the run.
+        device: of the losses.
+        in_a_row: steps that were skipped directly before this process started.
+        about: further metadata of the reproducer's file.
+    """
+
+    def __init__(
+        self,
+        names: Names,
+        max_loss: float,
+        device: torch.device,
+        in_a_row: int = 0,
+        about: Mapping[str, str] | None = None,
+    ) -> None:
+        self.names, self.max_loss, self.about = names, max_loss, dict(about or {})
+        self.in_a_row = torch.tensor(float(in_a_row), device=device)
+        self.total = torch.zeros((), device=device)
+        self.worst = torch.zeros((), device=device)
+        """The largest finite loss since the last read."""
+        self._evidence: dict[str, Tensor] = {}
+
+    @property
+    def halted(self) -> Tensor:
+        """Whether the run will be stopped at the next read and must change nothing until then; bool on the device."""
+        return self.in_a_row >= LIMIT
+
+    @torch.no_grad()
+    def add(self, step: int, loss: Tensor, skipped: Tensor, norms: Tensor, images: PerImage, batch: Batch) -> None:
+        """Takes one step in.
+
+        Args:
+            step: of the run, from 0.
+            loss: this rank's.
+            skipped: whether the step was skipped, the same on all ranks.
+            norms: of the gradients, [P].
+            images: losses and finite features of this rank's images.
+            batch: this rank's images.
+        """
+        self.worst = torch.maximum(self.worst, torch.where(loss.isfinite(), loss, self.worst))
+        first = skipped & (self.in_a_row == 0)
+        now = {"positions": batch.positions, "dataset": batch.dataset, "group": batch.group}
+        now |= {
+            "losses": images.losses,
+            "finite": images.finite,
+            "norms": norms,
+            "step": torch.full_like(batch.positions[:1], step),
+        }
+        kept = self._evidence or now
+        self._evidence = {name: torch.where(first, x, kept[name]) for name, x in now.items()}
+        self.in_a_row = torch.where(skipped, self.in_a_row + 1, 0.0)
+        self.total = self.total + skipped
+
+    def read(self, folder: Path, world_size: int, kept: str) -> dict[str, float]:
+        """Waits for the device. All ranks call it.
+
+        Args:
+            folder: where rank 0 writes what a skipped step looked like.
+            world_size: number of ranks.
+            kept: what a message says of the checkpoints.
+
+        Returns:
+            `skipped_steps` of this process so far.
+
+        Raises:
+            DivergedError: too many steps in a row were skipped, or a loss was above `max_loss`.
+        """
+        packed = torch.stack([self.worst, self.in_a_row, self.total])
+        if world_size > 1:
+            dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+        worst, in_a_row, total = packed.tolist()
+        self.worst.zero_()
+        if in_a_row >= LIMIT:
+            raise DivergedError(f"{self._report(folder, world_size)}: the run is stopped, {kept}")
+        if worst > self.max_loss:
+            raise DivergedError(
+                f"the loss rose to {worst:.3g} since it was last looked at (train.max_loss={self.max_loss:g}): the run "
+                f"is stopped, {kept}. Lower optimizer.lr_per_256, or look at loss/* in metrics.jsonl for the teacher "
+                "that breaks"
+            )
+        return {"skipped_steps": total}
+
+    def _report(self, folder: Path, world_size: int) -> str:
+        """Writes the reproducer; returns the sentence that names teachers, datasets and samples."""
+        found = {name: x.cpu() for name, x in _all_ranks(self._evidence, world_size).items()}
+        step = int(found["step"][0])
+        bad = ~found["finite"]
+        if not bad.any():  # the teachers are innocent
+            bad = ~found["losses"].isfinite()
+        suspects = []
+        for teacher, row in zip(self.names.teachers, bad, strict=True):
+            for dataset in found["dataset"][row].unique().tolist():
+                where = found["positions"][row & (found["dataset"] == dataset)].tolist()
+                more = f" and {len(where) - _SHOWN} more" if len(where) > _SHOWN else ""
+                shown = ", ".join(map(str, where[:_SHOWN])) + more
+                suspects.append(f"teacher {teacher!r} on dataset {self.names.datasets[dataset]!r}, positions {shown}")
+        if not suspects:
+            wrong = [n for n, norm in zip(self.names.parameters, found["norms"], strict=True) if not norm.isfinite()]
+            suspects = [f"every image's loss is finite; gradients that are not: {', '.join(wrong[:_SHOWN]) or 'none'}"]
+        path = folder / f"nonfinite_step_{step}.safetensors"
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            names = {key: list(getattr(self.names, key)) for key in ("teachers", "datasets", "parameters")}
+            save_file(found, path, {"names": json.dumps(names), **self.about})
+        return (
+            f"loss or gradients were not finite in {LIMIT} steps in a row, all of them skipped; the first is step "
+            f"{step} ({'; '.join(suspects)}). {path.name} in {folder} holds its samples, losses and configuration; "
+            "the images are a function of train.seed and the step: going on from the last checkpoint leads there again"
+        )
+
+
+def _all_ranks(tensors: dict[str, Tensor], world_size: int) -> dict[str, Tensor]:
+    """Samples of all ranks side by side; norms and step are the same on all."""
+    out = dict(tensors)
+    if world_size > 1:
+        for name in ("positions", "dataset", "group", "losses", "finite"):
+            parts = [torch.empty_like(tensors[name]) for _ in range(world_size)]
+            dist.all_gather(parts, tensors[name].contiguous())
+            out[name] = torch.cat(parts, dim=-1)
+    return {name: x.contiguous() for name, x in out.items()}

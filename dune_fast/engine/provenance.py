@@ -1,0 +1,155 @@
+"""`run.json` in a run's folder: for every start of the run, what ran it and where."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dune_fast.engine.devices import device_name
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = (
+    "dune-fast", "torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "flash-attn", "timm",
+    "numpy",
+)  # fmt: skip
+_GIT_SECONDS = 10  # a repository on a slow network disk must not hold up a start
+
+
+def versions() -> dict[str, str]:
+    """Version by name: this project, Python, packages that are installed, CUDA, NVIDIA's driver."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    if driver := driver_version():
+        found["driver"] = driver
+    return found
+
+
+def driver_version() -> str | None:
+    """Version of NVIDIA's kernel driver, None where there is none."""
+    path = Path("/sys/module/nvidia/version")
+    if path.is_file():
+        return path.read_text().strip()
+    if shutil.which("nvidia-smi"):
+        lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        return lines.split()[0] if lines else None
+    return None
+
+
+def _output(*command: str) -> str | None:
+    """A command's output, None if it fails or takes too long."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit, branch and files that differ from it, of the checkout that `folder` is the top of; None if it is none."""
+    if not (folder / ".git").exists() or not shutil.which("git"):
+        return None
+    git = ("git", "-C", str(folder))
+    commit = _output(*git, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
+    return {
+        "commit": commit,
+        "branch": _output(*git, "rev-parse", "--abbrev-ref", "HEAD"),
+        "changed": [line[2:].strip() for line in changed.splitlines()] if changed is not None else None,
+    }
+
+
+def world(device: torch.device) -> dict[str, Any]:
+    """Ranks, backend, and the devices of every host, in the order of ranks. All ranks call it."""
+    mine = (socket.gethostname(), device_name(device))
+    size = dist.get_world_size()
+    everyone: list[Any] = [None] * size
+    if size > 1:
+        dist.all_gather_object(everyone, mine)
+    else:
+        everyone = [mine]
+    hosts: dict[str, list[str]] = {}
+    for host, name in everyone:
+        hosts.setdefault(host, []).append(name)
+    return {"ranks": size, "backend": dist.get_backend(), "hosts": hosts}
+
+
+class RunRecord:
+    """`run.json`: {"starts": [...], "trackers": {...}}, written whole, so that a kill leaves the old or the new one.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "run.json"
+        self.content: dict[str, Any] = {"starts": [], "trackers": {}}
+        if self.path.exists():
+            try:
+                self.content |= json.loads(self.path.read_text())
+            except (json.JSONDecodeError, TypeError) as error:
+                logger.warning("%s cannot be read and is written anew: %s", self.path, error)
+
+    def start(self, step: int, total_steps: int, where: dict[str, Any]) -> dict[str, Any]:
+        """Appends a start and logs it.
+
+        Args:
+            step: finished steps.
+            total_steps: of the run.
+            where: of `world`.
+
+        Returns:
+            What was appended.
+        """
+        entry = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "step": step,
+            "total_steps": total_steps,
+            "arguments": sys.argv[1:],
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "platform": platform.platform(),
+            "world": where,
+            "versions": versions(),
+            "git": git_state(Path(__file__).resolve().parents[2]),
+        }
+        self.content["starts"].append(entry)
+        self.save()
+        shown = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
+        logger.info("versions: %s", shown)
+        if git := entry["git"]:
+            changed = f" with {len(git['changed'])} changed files" if git["changed"] else ""
+            logger.info("source: commit %s (%s)%s", git["commit"][:12], git["branch"], changed)
+        hosts = (f"{host}: {len(names)} x {names[0]}" for host, names in where["hosts"].items())
+        logger.info("world: %d ranks (%s) on %s", where["ranks"], where["backend"], "; ".join(hosts))
+        return entry
+
+    def save(self) -> None:
+        """Writes the file; a disk that refuses it costs a warning, not the run."""
+        partial = self.path.with_suffix(".json.part")
+        try:
+            partial.write_text(json.dumps(self.content, indent=1) + "\n")
+            partial.replace(self.path)
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self.path, error)

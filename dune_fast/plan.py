@@ -1,0 +1,204 @@
+"""`dune-fast plan`: what a run will take, before it is started: steps, arithmetic, memory, disk, hours.
+
+Hours come from measured steps alone (`bench/results/<device>/step.json`, written by `python -m bench.step`), or from a
+rate that the user gives.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dune_fast.engine.config import RunConfig
+from dune_fast.engine.flops import Flops, published_network, run_flops, teachers_by_trunk
+from dune_fast.engine.metrics import duration
+from dune_fast.nn.student import Student
+
+logger = logging.getLogger(__name__)
+
+ADAM_BYTES = 8
+"""Of a parameter: AdamW's two moments in float32."""
+_TEACHER_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
+"""Of a parameter of a frozen teacher; norms and positions stay in float32, which is little."""
+
+
+def default_results() -> Path:
+    """Where this checkout keeps its measurements."""
+    return Path(__file__).resolve().parents[1] / "bench" / "results"
+
+
+def trained_parameters(cfg: RunConfig) -> tuple[int, int]:
+    """Numbers of parameters of the encoder and of all projectors."""
+    with torch.device("meta"):
+        student = Student(cfg.student, cfg.projector, cfg.teacher_features)
+    return sum(p.numel() for p in student.encoder.parameters()), sum(p.numel() for p in student.projectors.parameters())
+
+
+def teacher_parameters(cfg: RunConfig) -> dict[str, int | None]:
+    """Parameters of every network that teachers need, by the first teacher that reads it; None if it is unknown."""
+    counts: dict[str, int | None] = {}
+    for first, *_ in teachers_by_trunk(cfg.teachers):
+        network = published_network(first, cfg.teachers[first])
+        counts[first] = None if network is None else sum(p.numel() for p in network.parameters())
+    return counts
+
+
+def checkpoint_bytes(cfg: RunConfig) -> int:
+    """The most that a run has on its disk at once: checkpoints, one of them being written, and the exported weights."""
+    encoder, projectors = trained_parameters(cfg)
+    forever = cfg.steps // cfg.train.keep_every if cfg.train.keep_every else 0
+    checkpoint = (encoder + projectors) * (4 + ADAM_BYTES)
+    return checkpoint * (cfg.train.keep_checkpoints + forever + 1) + 4 * (encoder + projectors + encoder)
+
+
+def memory_bytes(cfg: RunConfig, ranks: int, low_precision: bool = True) -> dict[str, int | None]:
+    """Bytes on each device before the first image: by what they are for; None where that is not known.
+
+    Args:
+        cfg: the run's.
+        ranks: devices that share what the ZeRO stage shards.
+        low_precision: whether `precision: auto` means bf16, as on a GPU.
+    """
+    trained, stage = sum(trained_parameters(cfg)), cfg.deepspeed.zero_stage
+    moments, gradients, weights = (ranks if stage >= first else 1 for first in (1, 2, 3))
+    auto = "bf16" if low_precision else "fp32"
+    teachers: int | None = 0
+    for name, count in teacher_parameters(cfg).items():
+        precision = cfg.teachers[name].precision
+        size = _TEACHER_BYTES[auto if precision == "auto" else precision]
+        teachers = None if teachers is None or count is None else teachers + count * size
+    return {
+        "weights": 4 * trained // weights,
+        "gradients": 4 * trained // gradients,
+        "AdamW's moments": ADAM_BYTES * trained // moments,
+        "teachers": teachers,
+    }
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast one device is."""
+
+    device: str
+    images_per_second: float
+    """Of one device."""
+    evidence: str
+    """Where the number comes from."""
+
+
+def measured_variant(cfg: RunConfig) -> str:
+    """Which of `bench.step`'s variants runs as this configuration does."""
+    if cfg.objective.route_by_dataset:
+        return "ours+routing"
+    return "ours+fp8" if any(t.precision == "fp8" for t in cfg.teachers.values()) else "ours"
+
+
+def measured_rates(cfg: RunConfig, experiment: str, flops: Flops, results: Path) -> list[Rate]:
+    """Rates of the devices whose step was measured.
+
+    A measurement of the same experiment counts as it is; where there is none, arithmetic is taken to run as fast as in
+    the experiment with the most similar amount of it.
+
+    Args:
+        cfg: the run's.
+        experiment: its name among the results.
+        flops: of the run.
+        results: folder of folders, one a device, with `step.json`.
+    """
+    rates, variant = [], measured_variant(cfg)
+    for path in sorted(results.glob("*/step.json")):
+        try:
+            content = json.loads(path.read_text())
+            device = content["device"]
+            found = {name: v[variant] for name, v in content["experiments"].items() if variant in v}
+            if experiment in found:
+                line = found[experiment]
+                text = f"measured, {line['batch']} images a GPU ({variant})"
+                rates.append(Rate(device, float(line["images_per_second"]), text))
+                continue
+            others = {name: v for name, v in found.items() if v.get("tflops")}
+            if not others or flops.training is None or cfg.objective.route_by_dataset:
+                continue
+            work = {name: v["tflops"] * 1e12 / v["images_per_second"] for name, v in others.items()}
+            nearest = min(others, key=lambda name: abs(math.log(work[name] / flops.training)))
+            tflops = others[nearest]["tflops"]
+            text = f"not measured; at the {tflops:.0f} TFLOP/s that {nearest} was measured with ({variant})"
+            rates.append(Rate(device, tflops * 1e12 / flops.training, text))
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            logger.warning("%s is not a result of bench.step and is left out: %r", path, error)
+    return rates
+
+
+def describe(
+    cfg: RunConfig, experiment: str, gpus: Sequence[int], tflops: float | None = None, results: Path | None = None
+) -> list[str]:
+    """The plan, as lines of text.
+
+    Args:
+        cfg: the run's.
+        experiment: its name.
+        gpus: numbers of devices to plan for.
+        tflops: what one device is taken to reach, beside what was measured.
+        results: see `measured_rates`; this checkout's by default.
+    """
+    flops, (encoder, projectors), frozen = (
+        run_flops(cfg),
+        trained_parameters(cfg),
+        list(teacher_parameters(cfg).values()),
+    )
+    networks = "not known" if None in frozen else f"{sum(count or 0 for count in frozen) / 1e6:.0f} M"
+    batch, images = cfg.train.global_batch, cfg.steps * cfg.train.global_batch
+    teachers = ", ".join(f"{name} {_tera(count)}" for name, count in flops.teachers.items())
+    lines = [
+        f"{experiment}: {cfg.steps:,} steps of {batch:,} images at {cfg.image_size} px = {images:,} images",
+        f"  parameters: student {encoder / 1e6:.1f} M, projectors {projectors / 1e6:.1f} M, teachers {networks}",
+        f"  TFLOP an image, forward: student {_tera(flops.student)}, projectors {_tera(flops.projectors)}, {teachers}",
+    ]
+    if flops.training is None:
+        lines.append("  TFLOP an image in training: not known, as one teacher's network is not")
+    else:
+        total = flops.training * images
+        lines.append(f"  TFLOP an image in training: {_tera(flops.training)}; the run: {total / 1e18:.3g} EFLOP")
+        if cfg.objective.route_by_dataset:
+            lines.append("  (means over images: each goes to the teachers that it counts for, route_by_dataset)")
+    for count in gpus:
+        memory = memory_bytes(cfg, count)
+        shown = ", ".join(f"{name} {_gib(value)}" for name, value in memory.items())
+        unit = "1 GPU" if count == 1 else f"each of {count} GPUs"
+        at_once = batch / count / cfg.train.accumulation
+        stage = f"ZeRO {cfg.deepspeed.zero_stage}, {at_once:g} images at once"
+        lines.append(f"  memory of {unit} ({stage}), activations not counted: {shown}")
+        if batch % (count * cfg.train.accumulation):
+            lines.append(
+                f"  {batch} images cannot be shared by {count} GPUs x train.accumulation={cfg.train.accumulation}"
+            )
+    lines.append(f"  disk: {checkpoint_bytes(cfg) / 2**30:.2f} GiB at most")
+    rates = measured_rates(cfg, experiment, flops, results or default_results())
+    if tflops is not None and flops.training is not None:
+        rates.append(Rate("a device", tflops * 1e12 / flops.training, f"at {tflops:g} TFLOP/s, as given"))
+    if not rates:
+        lines.append("  hours: no measured rate. `python -m bench.step` measures one; or give --tflops X")
+    for rate in rates:
+        seconds = images / rate.images_per_second
+        times = "; ".join(f"{n} GPU{'s' if n > 1 else ''}: {duration(seconds / n)}" for n in gpus)
+        lines.append(
+            f"  {rate.device}, {rate.images_per_second:.0f} images/s, {rate.evidence}: "
+            f"{seconds / 3600:,.0f} GPU-hours; {times}"
+        )
+    if rates and max(gpus) > 1:
+        lines.append("  several GPUs are taken to be as fast as their number: communication is not counted")
+    return lines
+
+
+def _tera(count: int | None) -> str:
+    return "not known" if count is None else f"{count / 1e12:.4g}"
+
+
+def _gib(count: int | None) -> str:
+    return "not known" if count is None else f"{count / 2**30:.2f} GiB"

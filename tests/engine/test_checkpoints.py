@@ -1,0 +1,241 @@
+"""The container of checkpoints: checksums, atomic and asynchronous saves, fallback, pruning, changed configurations."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dune_fast.engine import checkpoints, saver
+from dune_fast.engine.config import compose_config
+from dune_fast.engine.container import CheckpointError, Manifest, Piece, Reader, find_fault, write_tensors
+from dune_fast.engine.trainer import Trainer
+
+
+def train(overrides: list[str], *more: str) -> Trainer:
+    trainer = Trainer(compose_config([*overrides, "logging.tensorboard=false", *more]))
+    trainer.run()
+    return trainer
+
+
+@pytest.fixture
+def finished(overrides, tmp_path) -> Path:
+    """A run of six steps with checkpoints after 3 and 6."""
+    train(overrides)
+    return tmp_path / "run"
+
+
+def test_the_file_is_what_the_library_reads(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 5), "empty": torch.zeros(0), "scalar": torch.tensor(7), "flag": torch.tensor([True, False]),
+        "half": torch.randn(4).bfloat16(), "double": torch.randn(2, 1, 3).double(),
+    }  # fmt: skip
+    info = write_tensors(tmp_path / "x.safetensors", tensors)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[k], x) and found[k].dtype == x.dtype for k, x in tensors.items())
+    assert info.bytes == (tmp_path / "x.safetensors").stat().st_size
+
+
+def test_a_reader_joins_the_pieces_of_other_ranks(tmp_path):
+    whole = torch.arange(10.0)
+    for rank, (start, end) in enumerate(((0, 3), (3, 4), (4, 10))):
+        write_tensors(tmp_path / f"r{rank}", {"weight/p": whole[start:end].clone()})
+    pieces = {"p": [Piece("r0", 0, 3), Piece("r1", 3, 1), Piece("r2", 4, 6)]}
+    manifest = Manifest(1, 1, 3, 1, "", {}, {"p": [10]}, pieces=pieces)
+    reader = Reader(tmp_path, manifest)
+    for start in range(10):
+        for numel in range(1, 11 - start):
+            assert torch.equal(reader.read("weight", "p", start, numel), whole[start : start + numel])
+    with pytest.raises(CheckpointError, match="10 of 11 elements of weight/p"):
+        reader.read("weight", "p", 0, 11)
+
+
+def test_a_checkpoint_is_small_and_explicit(finished):
+    folder = finished / "checkpoints" / "step_0000006"
+    assert {p.name for p in folder.iterdir()} == {"manifest.json", "rank_00000.safetensors", "state.safetensors"}
+    assert (folder.parent / "latest").read_text() == "step_0000006\n"
+    manifest = Manifest.read(folder)
+    assert (manifest.step, manifest.updates, manifest.world_size, manifest.zero_stage) == (6, 6, 1, 0)
+    assert len(manifest.config_hash) == 64 and manifest.config["train"]["global_batch"] == 8
+    assert all(sum(p.numel for p in manifest.pieces[n]) == torch.Size(s).numel() for n, s in manifest.shapes.items())
+    held = load_file(folder / "rank_00000.safetensors")
+    assert held.keys() == {f"{kind}/{n}" for n in manifest.shapes for kind in ("weight", "exp_avg", "exp_avg_sq")}
+    exported = load_file(finished / "student.safetensors")
+    for name in manifest.shapes:
+        assert torch.equal(held[f"weight/{name}"], exported[name].flatten())
+    small = load_file(folder / "state.safetensors")
+    assert torch.equal(small["statistics/one.normalizers.cls.mean"], exported["teacher_norms.one.normalizers.cls.mean"])
+    assert "student/encoder.norm.weight" in small
+
+
+def damage(folder: Path, how: str) -> None:
+    data = folder / "rank_00000.safetensors"
+    if how == "checksum":
+        content = bytearray(data.read_bytes())
+        content[-100] ^= 1
+        data.write_bytes(content)
+    elif how == "truncated":
+        data.write_bytes(data.read_bytes()[:-1])
+    elif how == "missing":
+        data.unlink()
+    elif how == "no manifest":
+        (folder / "manifest.json").unlink()
+    else:
+        (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:200])
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("checksum", "the checksum of rank_00000.safetensors does not match"),
+        ("truncated", "rank_00000.safetensors has .* bytes instead of"),
+        ("missing", "rank_00000.safetensors is missing"),
+        ("no manifest", "manifest.json is missing"),
+        ("manifest", "manifest.json is damaged"),
+    ],
+)
+def test_every_damage_is_found_and_named(finished, how, words, caplog):
+    import re
+
+    damage(finished / "checkpoints" / "step_0000006", how)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.newest_good(finished) == 3
+    assert re.search(f"step_0000006 is broken .*{words}", caplog.text)
+
+
+def test_a_run_goes_on_from_the_one_before_a_broken_one_to_the_same_weights(overrides, finished):
+    expected = load_file(finished / "student.safetensors")
+    damage(finished / "checkpoints" / "step_0000006", "checksum")
+    trainer = Trainer(compose_config([*overrides, "logging.tensorboard=false"]))
+    assert trainer.step == 3
+    trainer.run()
+    assert not find_fault(finished / "checkpoints" / "step_0000006")
+    ours = load_file(finished / "student.safetensors")
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)
+
+
+def test_a_run_with_broken_checkpoints_alone_is_not_started_anew_unasked(overrides, finished):
+    for step in (3, 6):
+        damage(finished / "checkpoints" / checkpoints.tag(step), "missing")
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints .*step_0000003.*train.overwrite=true"):
+        Trainer(compose_config(overrides))
+
+
+@pytest.mark.parametrize("at", ["write_tensors", "write_durably"])
+def test_what_a_kill_cuts_short_is_not_taken_for_a_checkpoint(overrides, tmp_path, monkeypatch, at):
+    """The process ends inside a save: at the data, at the record, at the manifest."""
+    plain, calls = getattr(saver, at), []
+
+    def killed(path, *arguments):
+        calls.append(path)
+        if "step_0000006" in str(path):
+            raise SystemExit("killed")
+        return plain(path, *arguments)
+
+    monkeypatch.setattr(saver, at, killed)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    train(overrides)
+    folder = tmp_path / "run" / "checkpoints"
+    assert calls and (folder / "step_0000006.part").is_dir() and checkpoints.complete_steps(tmp_path / "run") == [3]
+    monkeypatch.undo()
+    resumed = Trainer(compose_config([*overrides, "logging.tensorboard=false"]))
+    assert resumed.step == 3 and not (folder / "step_0000006.part").exists()
+
+
+def test_a_full_disk_is_warned_of_and_the_next_save_tries_again(overrides, tmp_path, monkeypatch, caplog):
+    plain = saver.write_tensors
+
+    def full(path, tensors):
+        if "step_0000004" in str(path):
+            raise OSError(28, "No space left on device")
+        return plain(path, tensors)
+
+    monkeypatch.setattr(saver, "write_tensors", full)
+    with caplog.at_level(logging.WARNING):
+        train(overrides, "train.checkpoint_every=2", "train.keep_checkpoints=9")
+    assert "step 4 could not be saved (OSError: [Errno 28] No space left on device)" in caplog.text
+    assert checkpoints.complete_steps(tmp_path / "run") == [2, 6]
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.part"))
+
+
+def test_a_failed_last_save_is_an_error(overrides, tmp_path, monkeypatch):
+    def full(path, tensors):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saver, "write_tensors", full)
+    with pytest.raises(CheckpointError, match="could not be saved .*No space left.* there is no checkpoint yet"):
+        train(overrides)
+
+
+def test_a_step_does_not_wait_for_the_disk(overrides, monkeypatch):
+    """The training thread goes on while the disk is busy, and the copy that is written does not change under it."""
+    gate, plain = threading.Event(), saver.write_tensors
+    monkeypatch.setattr(saver, "write_tensors", lambda *arguments: (gate.wait(30), plain(*arguments))[1])
+    trainer = Trainer(compose_config([*overrides, "logging.conflicts=false"]))
+    batches = trainer.loader.batches(0)
+    trainer.train_step(next(batches))
+    then = {name: p.detach().clone() for name, p in trainer.engine.module.named_parameters()}
+    trainer._save()
+    trainer.train_step(next(batches))
+    assert not gate.is_set()
+    gate.set()
+    assert trainer.saver.wait()
+    trainer.loader.close()
+    held = load_file(trainer.run_dir / "checkpoints" / "step_0000001" / "rank_00000.safetensors")
+    for name in trainer.engine.shapes:
+        assert torch.equal(held[f"weight/{name}"], then[name].flatten())
+
+
+def test_the_last_ones_and_every_nth_are_kept(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for step in range(1, 11):
+        (folder / checkpoints.tag(step)).mkdir(parents=True)
+    (folder / "step_0000007.part").mkdir()
+    (folder / "step_0000011.part").mkdir()
+    checkpoints.prune(tmp_path, keep=2, keep_every=4)
+    assert checkpoints.complete_steps(tmp_path) == [4, 8, 9, 10]
+    assert [p.name for p in folder.glob("*.part")] == ["step_0000011.part"]
+
+
+def test_a_changed_configuration_is_named_field_by_field_and_refused(overrides, finished, caplog):
+    changed = [
+        *overrides, "optimizer.weight_decay=0.1", "train.seed=3", "+teachers@teachers.three=conv_patchify",
+        "teachers.three.weights=random:1", "train.log_every=2", "deepspeed=zero1", "data.num_threads=2",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="the configuration has changed") as caught:
+        Trainer(compose_config(changed))
+    text = str(caught.value)
+    assert "optimizer.weight_decay: 0.03 -> 0.1" in text and "train.seed: 0 -> 3" in text
+    assert 'teachers.three.weights: (none) -> "random:1"' in text and "train.allow_config_change=true" in text
+    assert not any(free in text for free in ("log_every", "zero_stage", "num_threads"))
+    with caplog.at_level(logging.WARNING):
+        trainer = Trainer(compose_config([*overrides, "train.seed=3", "train.allow_config_change=true"]))
+    assert trainer.step == 6 and "train.seed: 0 -> 3" in caplog.text
+
+
+def test_a_checkpoint_of_an_older_version_lacks_new_fields(finished):
+    from dune_fast.engine.config import load_config
+    from dune_fast.engine.config_identity import changes
+
+    cfg = load_config(finished / "config.yaml")
+    manifest = finished / "checkpoints" / "step_0000006" / "manifest.json"
+    saved, older, other = (json.loads(manifest.read_text())["config"] for _ in range(3))
+    assert changes(saved, cfg) == []
+    del older["optimizer"]["clip_global"], older["logging"], older["teachers"]["one"]["grid_multiple"]
+    assert changes(older, cfg) == []
+    other["optimizer"]["gone"] = 1
+    assert changes(other, cfg) == ["optimizer.gone: 1 -> (none)"]
+
+
+def test_a_checkpoint_of_another_student_is_refused(overrides, finished):
+    narrower = [*overrides, "student.embed_dim=24"]
+    with pytest.raises(ValueError, match="student.embed_dim: 48 -> 24"):
+        Trainer(compose_config(narrower))
+    with pytest.raises(CheckpointError, match=r"another student: .* parameters have other shapes .*\[48\] -> \[24\]"):
+        Trainer(compose_config([*narrower, "train.allow_config_change=true"]))

@@ -1,0 +1,52 @@
+"""A run that is asked to stop saves and ends well; a rank that hangs is named."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dune_fast.engine import checkpoints
+from dune_fast.engine.config import compose_config
+from dune_fast.engine.interruption import Watchdog
+from dune_fast.engine.trainer import Trainer
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_stops_and_the_run_goes_on_from_there(overrides, tmp_path, number):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    common = [*overrides, "logging.tensorboard=false", "train.checkpoint_every=100"]
+    Trainer(compose_config([*common, f"output_dir={whole}"])).run()
+    trainer = Trainer(compose_config([*common, f"output_dir={parts}"]))
+    plain = trainer.train_step
+
+    def interrupted(batch):
+        if trainer.step == 3:
+            os.kill(os.getpid(), number)
+        return plain(batch)
+
+    trainer.train_step = interrupted
+    before = signal.getsignal(number)
+    trainer.run()
+    assert trainer.stopped and trainer.step == 4
+    assert signal.getsignal(number) is before
+    assert checkpoints.complete_steps(parts) == [4] and not (parts / "student.safetensors").exists()
+    resumed = Trainer(compose_config([*common, f"output_dir={parts}"]))
+    assert resumed.step == 4
+    resumed.run()
+    assert not resumed.stopped
+    ours, theirs = load_file(parts / "student.safetensors"), load_file(whole / "student.safetensors")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_the_watchdog_names_the_rank_that_is_behind():
+    dog = Watchdog(0, 1, 60.0)
+    dog.at("step 7, backward")
+    text = dog._describe(["21 step 7, backward", "19 waiting for images", "21 step 7, backward"])
+    assert "timed out" in text and "rank 1: waiting for images" in text and "rank 2" not in text
+    assert "nothing has happened on rank 0 for 60 s" in text
+    text = dog._describe(["21 step 7, backward", "21 step 7, backward"])
+    assert "all ranks are at the same place: step 7, backward" in text

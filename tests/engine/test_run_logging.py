@@ -1,0 +1,304 @@
+"""Records, rates, the estimate, trackers that fail, and where a run says it came from."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import resource
+import subprocess
+import sys
+import threading
+import types
+from contextlib import contextmanager
+
+import pytest
+import torch
+from rich.console import Console
+
+from dune_fast.engine import metrics as metrics_module
+from dune_fast.engine import trackers as trackers_module
+from dune_fast.engine.config import ConfigError, LoggingConfig, compose_config
+from dune_fast.engine.deepspeed_engine import init_distributed
+from dune_fast.engine.metrics import MetricsLog, Workload, read_metrics
+from dune_fast.engine.provenance import RunRecord, git_state, versions, world
+from dune_fast.engine.trackers import Service, open_trackers
+from dune_fast.engine.trainer import Trainer
+
+CPU = torch.device("cpu")
+WORK = Workload(global_batch=64, world_size=4, device=CPU, flops=10**12, peak_tflops=20.0)
+
+
+class Clock:
+    """Stands for the module `time` in dune_fast.engine.metrics."""
+
+    now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    fake = Clock()
+    monkeypatch.setattr(metrics_module, "time", fake)
+    return fake
+
+
+def test_rates_of_a_record(tmp_path, clock):
+    log = MetricsLog(tmp_path, 0, 100, WORK)
+    clock.now += 20
+    log.write(10, {"loss": 1.0}, wait_seconds=5.0)
+    log.close()
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert record["images_per_second"] == pytest.approx(32)  # 640 images in 20 s
+    assert record["step_seconds"] == pytest.approx(2)
+    assert record["data_wait_share"] == pytest.approx(0.25)
+    assert record["teraflops_per_second"] == pytest.approx(8)  # 32 TFLOP/s over four devices
+    assert record["mfu"] == pytest.approx(0.4)
+    assert record["hours_left"] == pytest.approx(90 * 2 / 3600)
+    assert 0.05 < record["memory_gib"] < 24
+
+
+def test_an_unknown_device_has_no_mfu_and_an_unknown_teacher_no_flops():
+    assert "mfu" not in Workload(64, 4, CPU, 10**12, None).rates(32.0)
+    assert Workload(64, 4, CPU, None, 20.0).rates(32.0) == {}
+
+
+@pytest.mark.parametrize(("total", "first", "after"), [(10_000, 0, 50), (200, 0, 10), (40, 0, 5), (10_000, 9_000, 50)])
+def test_the_estimate_comes_once_and_leaves_the_first_step_out(tmp_path, clock, caplog, total, first, after):
+    found = []
+    log = MetricsLog(tmp_path, first, total, WORK, on_estimate=found.append)
+    with caplog.at_level(logging.INFO):
+        clock.now += 500  # the first step compiles
+        log.advance(first + 1)
+        for step in range(first + 2, min(first + 200, total) + 1):
+            clock.now += 3
+            log.advance(step)
+            if step < first + 1 + after:
+                assert not found
+    log.close()
+    (estimate,) = found
+    assert estimate["after_steps"] == after
+    assert estimate["hours"] == pytest.approx(3 * total / 3600)
+    assert estimate["device_hours"] == pytest.approx(4 * 3 * total / 3600)
+    assert caplog.text.count("estimate after") == 1 and "process-hours" in caplog.text
+
+
+def test_a_log_without_a_terminal_writes_lines(tmp_path, clock, caplog):
+    with caplog.at_level(logging.INFO):
+        log = MetricsLog(tmp_path, 0, 100, WORK)
+        clock.now += 20
+        log.write(10, {"loss": 1.25}, 5.0)
+        log.close()
+    for part in (
+        "step 10 of 100",
+        "loss 1.2500",
+        "32.0 images/s",
+        "2000 ms",
+        "wait 25 %",
+        "MFU 40.0 %",
+        "GiB",
+        "3m 00s",
+    ):
+        assert part in caplog.text
+
+
+def test_a_terminal_gets_a_bar_and_a_line_of_numbers(tmp_path, clock, monkeypatch, caplog):
+    """On 80 columns nothing of either is cut off."""
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(metrics_module, "Console", lambda stderr: console)
+    with caplog.at_level(logging.INFO):
+        log = MetricsLog(tmp_path, 0, 125_000, WORK)
+        clock.now += 20
+        log.write(12_500, {"loss": 1.25}, 5.0)
+        log.close()
+    shown = " ".join(screen.getvalue().split())
+    for part in ("step 12500/125000", "loss 1.2500", "MFU 50000.0 %", "left"):
+        assert part in shown, shown
+    assert "loss" not in caplog.text
+
+
+def test_a_log_that_goes_on_drops_what_is_repeated(tmp_path):
+    lines = [{"step": step, "loss": 1.0} for step in (1, 5, 10)]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 12, "lo'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    log = MetricsLog(tmp_path, 5, 20, WORK)
+    log.write(10, {"loss": 2.0}, 0.0)
+    log.close()
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [(1, 1.0), (5, 1.0), (10, 2.0)]
+
+
+@contextmanager
+def full_disk(size: int):
+    """Files of this process cannot grow beyond `size` bytes: write(2) fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_records_that_a_full_disk_refuses_are_written_when_it_has_room(tmp_path, caplog):
+    log = MetricsLog(tmp_path, 0, 300, WORK)
+    with caplog.at_level(logging.INFO):
+        log.write(1, {"loss": 1.0}, 0.0)
+        with full_disk((tmp_path / "metrics.jsonl").stat().st_size + 20):  # a part of a line still fits
+            for step in range(2, 100):
+                log.write(step, {"loss": 1 / step}, 0.0)
+            assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+        log.write(100, {"loss": 0.5}, 0.0)
+        log.close()
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 101))
+    assert caplog.text.count("wait in memory") == 1 and "can be written again" in caplog.text
+
+
+def test_a_full_disk_ends_tensorboards_events_and_not_the_run(tmp_path, caplog, monkeypatch):
+    """Its own thread fails, and the next call raises what that has met."""
+    (board,) = open_trackers(LoggingConfig(), "run", tmp_path, 0, {}, {})
+    board.write(1, {"loss": 1.0})
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(board._writer, "add_scalar", refuse)
+    for step in range(2, 5):
+        board.write(step, {"loss": 1.0})
+    board.close(finished=True)
+    assert caplog.text.count("events end here") == 1 and "No space left" in caplog.text
+
+
+class Recorder(types.ModuleType):
+    """A module, and every object below it, that notes what is called."""
+
+    def __init__(self, name: str, calls: list) -> None:
+        super().__init__(name)
+        self._name, self._calls = name, calls
+
+    def __getattr__(self, key):
+        if key.startswith("__"):
+            raise AttributeError(key)
+        return Recorder(f"{self._name}.{key}", self._calls)
+
+    def __call__(self, *args, **kwargs):
+        self._calls.append((self._name, args, kwargs))
+        return Recorder(f"{self._name}()", self._calls)
+
+
+@pytest.fixture
+def services(monkeypatch) -> list:
+    """Fake packages wandb and mlflow; returns the list of calls."""
+    calls: list = []
+    for name in ("wandb", "mlflow"):
+        monkeypatch.setitem(sys.modules, name, Recorder(name, calls))
+    return calls
+
+
+def test_wandb_and_mlflow_get_configuration_records_and_end(overrides, tmp_path, services):
+    more = ["logging.wandb_project=proj", "logging.mlflow_experiment=exp", "train.steps=4", "train.log_every=2"]
+    Trainer(compose_config([*overrides, *more])).run()
+    called = {name: (args, kwargs) for name, args, kwargs in services}
+    _, init = called["wandb.init"]
+    assert init["project"] == "proj" and init["config"]["train"]["steps"] == 4 and init["resume"] == "allow"
+    logged = [(kwargs["step"], args[0]) for name, args, kwargs in services if name == "wandb.init().log"]
+    assert [step for step, _ in logged] == [1, 2, 4]
+    assert all({"loss", "loss/one/cls/total", "kept/two", "images_per_second"} <= record.keys() for _, record in logged)
+    assert called["wandb.init().finish"][1] == {"exit_code": 0}
+    sent = [args for name, args, _ in services if name == "mlflow.entities.Metric"]
+    assert {args[0] for args in sent} >= {"loss", "loss.one.cls.total", "gradient_norm.global"}
+    assert not any("/" in args[0] for args in sent) and {args[3] for args in sent} == {1, 2, 4}
+    assert called["mlflow.MlflowClient().set_terminated"][0][1] == "FINISHED"
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())["trackers"]
+    assert set(kept) == {"wandb", "mlflow"} and kept["wandb"] == init["id"]
+
+
+def test_a_resumed_run_goes_on_in_the_same_runs_of_the_services(services, tmp_path):
+    cfg = LoggingConfig(tensorboard=False, wandb_project="proj", mlflow_experiment="exp")
+    ids = {"wandb": "abc", "mlflow": "def"}
+    for tracker in open_trackers(cfg, "run", tmp_path, 10, ids, {}):
+        tracker.close(finished=False)
+    called = {name: (args, kwargs) for name, args, kwargs in services}
+    assert called["wandb.init"][1]["id"] == "abc" and "mlflow.MlflowClient().create_run" not in called
+    assert called["mlflow.MlflowClient().set_terminated"][0] == ("def", "KILLED")
+    assert called["wandb.init().finish"][1] == {"exit_code": 1}
+
+
+def test_a_service_that_cannot_be_reached_or_fails_or_hangs_stops_nothing(services, tmp_path, caplog, monkeypatch):
+    def refuse(**_):
+        raise ConnectionError("no route to host")
+
+    sys.modules["wandb"].init = refuse
+    assert open_trackers(LoggingConfig(False, wandb_project="p"), "run", tmp_path, 0, {}, {}) == []
+    assert "no route to host" in caplog.text
+    caplog.clear()
+
+    def fail(step, record):
+        raise ConnectionError("gone")
+
+    failing = Service("W", fail, lambda finished: None)
+    failing.write(1, {"loss": 1.0})
+    failing._thread.join(10)
+    for step in range(2, 5):
+        failing.write(step, {"loss": 1.0})
+    failing.close(finished=True)
+    assert caplog.text.count("gets no more of this run's numbers") == 1 and "gone" in caplog.text
+    caplog.clear()
+
+    monkeypatch.setattr(trackers_module, "_CLOSE_SECONDS", 0.2)
+    never = threading.Event()
+    hanging = Service("H", lambda step, record: never.wait(), lambda finished: None)
+    hanging.write(1, {"loss": 1.0})
+    hanging.close(finished=True)
+    assert "H gets no more" in caplog.text
+    never.set()
+
+
+@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+def test_a_service_whose_package_is_missing_is_an_error_before_anything_is_built(overrides, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    field = {"wandb": "wandb_project", "mlflow": "mlflow_experiment"}[package]
+    with pytest.raises(ConfigError, match=f"logging.{field} is set.*pip install {package}"):
+        Trainer(compose_config([*overrides, f"logging.{field}=name"]))
+
+
+def test_every_start_of_a_run_is_on_record(overrides, tmp_path):
+    Trainer(compose_config([*overrides, "train.steps=8"])).run()
+    Trainer(compose_config([*overrides, "train.steps=8"])).run()
+    starts = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 8]
+    first = starts[0]
+    assert first["versions"]["torch"] == torch.__version__ and {"python", "deepspeed"} <= first["versions"].keys()
+    assert first["world"]["ranks"] == 1 and list(first["world"]["hosts"].values()) == [["cpu"]]
+    assert first["estimate"]["hours"] > 0 and "estimate" not in starts[1]
+    for record in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        kept = [record["kept/one"], record["kept/two"]]
+        assert max(kept) <= 1 <= sum(kept)  # every image keeps its hardest teacher
+        assert record["share/one"] == pytest.approx(kept[0] / sum(kept))
+        assert 0 < record["gradient_norm/mean"] < record["gradient_norm/max"] <= record["gradient_norm/global"]
+
+
+def test_a_damaged_record_of_starts_is_written_anew(tmp_path, caplog):
+    (tmp_path / "run.json").write_text('{"starts": [')
+    init_distributed()
+    RunRecord(tmp_path).start(3, 10, world(CPU))
+    assert "cannot be read" in caplog.text
+    assert [start["step"] for start in json.loads((tmp_path / "run.json").read_text())["starts"]] == [3]
+
+
+def test_git_state_names_commit_and_changed_files(tmp_path):
+    assert git_state(tmp_path) is None
+
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
+        return subprocess.check_output(["git", *identity, *arguments], cwd=tmp_path, text=True).strip()
+
+    git("init", "-q", "-b", "trunk")
+    (tmp_path / "a.txt").write_text("one")
+    git("add", "a.txt")
+    git("commit", "-q", "-m", "first")
+    assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD"), "branch": "trunk", "changed": []}
+    (tmp_path / "a.txt").write_text("two")
+    assert git_state(tmp_path)["changed"] == ["a.txt"]
+    assert versions()["numpy"]

@@ -1,0 +1,157 @@
+"""ZeRO 0 to 3 on one, two and four ranks: the reference trajectory, exact resume, elastic resume, skipped steps.
+
+Ranks are processes that import torch and DeepSpeed, so every number of ranks is launched once for all checks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bench.case import Case, relative_error
+from bench.train_case import comparable_weights, load_train_state, train_case_student
+from dune_fast.engine.launch import free_port
+from dune_fast.engine.metrics import CLOCK, read_metrics
+from tests.engine.zero_worker import PARTS, STAGES, WHOLE, final_weights, trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+CASE = "train/train_hardest.safetensors"
+
+
+def launch(processes: int, folder: Path, reference: Path, overrides: list[str]) -> None:
+    """Runs zero_worker on so many ranks; the test fails with their output if one fails."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {
+        "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
+    }  # fmt: skip
+    command = [sys.executable, str(ROOT / "tests/engine/zero_worker.py"), str(folder), str(reference), *overrides]
+    logs = [(folder / f"log_{processes}_{rank}.txt").open("w+") for rank in range(processes)]
+    ranks = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=log, stderr=log
+        )
+        for r, log in enumerate(logs)
+    ]  # fmt: skip
+    try:
+        codes = [process.wait(timeout=280) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    for code, log in zip(codes, logs, strict=True):
+        log.seek(0)
+        assert code == 0, log.read()[-4000:]
+
+
+def small_run(photos: Path) -> list[str]:
+    """Overrides of the small run, every teacher kept: the loss of a rank's batch then does not depend on the ranks."""
+    return [
+        "+teachers@teachers.one=conv_patchify", "teachers.one.weights=random:1", "teachers.one.num_features=24",
+        "+teachers@teachers.two=conv_patchify", "teachers.two.weights=random:2", "teachers.two.num_features=32",
+        "teachers.two.patch_size=16", "teachers.two.token_types=[patch]", "objective.drop_probability=0",
+        "student=vit_tiny14", "student.depth=2", "student.embed_dim=48", "image_size=56",
+        "data=folder", f"data.datasets.images.root={photos}", "data.datasets.images.holdout=4", "data.num_threads=1",
+        "train.global_batch=8", "train.steps=6", "train.log_every=1", "train.checkpoint_every=100",
+        "train.precision=fp32", "optimizer.lr_per_256=0.05", "logging.tensorboard=false", "logging.conflicts=false",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference(request) -> Path:
+    default = ROOT.parent / "shared" / "reference"
+    return Path(os.environ.get("DUNE_REFERENCE_DIR", default)) / CASE
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, photos, reference) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    launch(2, folder, reference, small_run(photos))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four_ranks(two_ranks, photos, reference) -> Path:
+    launch(4, two_ranks, reference, small_run(photos))
+    return two_ranks
+
+
+def check_trajectories(folder: Path, reference: Path, processes: int) -> None:
+    if not reference.exists():
+        pytest.skip(f"no reference case at {reference}: set DUNE_REFERENCE_DIR")
+    case = Case(reference)
+    start, _ = train_case_student(case)
+    end, statistics = train_case_student(case)
+    load_train_state(case, "final", end, statistics)
+    start, end = comparable_weights(start), comparable_weights(end)
+    weights = {}
+    for stage in STAGES:
+        found = load_file(folder / f"trajectory_{processes}_{stage}.safetensors")
+        torch.testing.assert_close(found.pop("loss"), case["loss"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(found.pop("grad_norm_max"), case["grad_norm_max"], rtol=1e-4, atol=0)
+        student, _ = train_case_student(case)
+        student.load_state_dict(found)
+        weights[stage] = comparable_weights(student)
+        assert relative_error(weights[stage] - start, end - start) < 1e-4
+    for stage in STAGES:
+        assert relative_error(weights[stage], weights[0]) < 1e-5, stage
+
+
+def test_two_ranks_train_as_the_reference_under_every_stage(two_ranks, reference):
+    check_trajectories(two_ranks, reference, 2)
+
+
+@pytest.mark.slow
+def test_four_ranks_train_as_the_reference_under_every_stage(four_ranks, reference):
+    check_trajectories(four_ranks, reference, 4)
+
+
+def losses(run: Path) -> list[dict]:
+    left_out = (*CLOCK, "conflict/")
+    return [{k: v for k, v in r.items() if not k.startswith(left_out)} for r in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_run_of_two_ranks_is_bit_identical(two_ranks, stage):
+    whole, parts = (two_ranks / f"{name}_{stage}" for name in (WHOLE, PARTS))
+    assert losses(parts) == losses(whole)[3:]
+    ours, theirs = final_weights(parts), final_weights(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def same_to_rounding(run: Path, whole: Path) -> None:
+    for ours, theirs in zip(losses(run), losses(whole)[3:], strict=True):
+        for key in theirs:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (ours["step"], key)
+    weights, expected = final_weights(run), final_weights(whole)
+    for key, value in expected.items():
+        if not key.endswith("attn.qkv.bias"):  # a key's bias follows rounding, see bench.train_case
+            assert relative_error(weights[key], value) < 1e-5, key
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_rank_goes_on_from_two_under_another_stage(two_ranks, tmp_path, photos, stage):
+    shutil.copytree(two_ranks / f"half_{stage}", tmp_path / "run")
+    resumed = trainer(small_run(photos), tmp_path / "run", (stage + 1) % 4)
+    assert resumed.step == 3
+    resumed.run()
+    same_to_rounding(tmp_path / "run", two_ranks / f"{WHOLE}_{stage}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "then"), [(1, 3), (3, 2)])
+def test_four_ranks_go_on_from_two_under_another_stage(four_ranks, stage, then):
+    same_to_rounding(four_ranks / f"from_{stage}_to_{then}_4", four_ranks / f"{WHOLE}_{stage}")
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(two_ranks):
+    for rank in (0, 1):
+        changed = json.loads((two_ranks / f"skipped_{rank}.json").read_text())
+        assert changed == {str(stage): False for stage in STAGES}
