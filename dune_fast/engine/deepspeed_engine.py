@@ -127,6 +127,8 @@ class Engine:
         }
         if zero_stage in (1, 2):
             config["zero_optimization"]["compute_grad_norm"] = False  # it would be read by the host at every step
+        if zero_stage == 3:  # it would replace torch.nn.functional.linear for everybody, the teachers included
+            config["zero_optimization"]["memory_efficient_linear"] = False
         _check_options(options or {})
         for key, value in (options or {}).items():
             merge = isinstance(value, Mapping) and isinstance(config.get(key), dict)

@@ -126,3 +126,11 @@ def test_frozen_parameters_and_buffers_are_copied_and_loaded(stage):
     assert all(torch.equal(found[name], kept[name] + 1) for name in kept)
     with pytest.raises(ValueError, match="other frozen parameters or buffers"):
         run.load_untrained({"frozen": kept["frozen"]})
+
+
+def test_stage_3_leaves_everybody_elses_linear_layers_alone(data):
+    """Regression: DeepSpeed put its own function in the place of torch's, and teachers ran through it."""
+    before = nn.functional.linear
+    run = engine(3)
+    run(data[0])
+    assert nn.functional.linear is before
