@@ -11,8 +11,8 @@ from dune_fast import cli
 from dune_fast import plan as plan_module
 from dune_fast.engine.config import compose_config
 from dune_fast.engine.flops import run_flops
-from dune_fast.engine.schedules import scaled_learning_rate
-from dune_fast.plan import describe, measured_rates, memory_bytes, trained_parameters
+from dune_fast.engine.memory import memory_bytes, trained_parameters
+from dune_fast.plan import describe, measured_rates
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +116,20 @@ def test_mistakes_are_explained(arguments, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_the_small_recipe_is_dunes_with_fewer_images_in_smaller_steps(dune, tmp_path):
-    small = compose_config(["experiment=dune_336_small"])
-    assert small.train.images == dune.train.images // 10 and small.steps == 50_046
-    assert small.teachers == dune.teachers and small.student == dune.student and small.objective == dune.objective
-    assert scaled_learning_rate(small.optimizer.lr_per_256, small.train.global_batch) == pytest.approx(3e-4)
-    text = "\n".join(describe(small, "dune_336_small", [1, 2, 3], results=tmp_path))
-    assert "128 images at once" in text and "64 images at once" in text
-    assert "cannot be shared by 3 GPUs" in text and text.count("cannot be shared") == 1
+def test_parts_are_worked_out_for_gpus_of_several_sizes(tmp_path):
+    one = compose_config(["experiment=dune_1gpu"])
+    text = "\n".join(describe(one, "dune_1gpu", [1, 3], results=tmp_path))
+    for part in (
+        "50,046 steps of 256", "warm-up to 0.0003 over 10,009 steps, cosine to 1e-06", "worked out, 15% spare",
+        "in 4 parts of 64", "of 40.0 GiB", "in 2 parts of 128", "of 80.0 GiB",
+    ):  # fmt: skip
+        assert part in text, part
+    assert text.count("cannot be shared by 3 GPUs") == 1
+
+
+def test_parts_that_are_given_are_looked_at(dune, tmp_path):
+    (text,) = [line for line in describe(dune, "dune_336", [1], results=tmp_path) if "does not fit" in line]
+    assert "at once" in text
+    half = compose_config(["experiment=dune_336", "train.accumulation=2"])
+    text = "\n".join(describe(half, "dune_336", [8, 3], results=tmp_path))
+    assert "in 2 parts of 64" in text and "cannot be shared by 3 GPUs x train.accumulation=2" in text

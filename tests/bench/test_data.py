@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ from PIL import Image
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: dali)")
 pytest.importorskip("psutil")
 
-from bench import data, data_contenders  # noqa: E402
-from dali_pipelines.datasets import DataConfig  # noqa: E402
+from bench import data, data_contenders, data_index  # noqa: E402
+from dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -66,3 +68,44 @@ def test_a_run_compares_all_three_and_leaves_a_record(tmp_path, photographs, cap
     step = {"experiments": {"dune": {"eager": {"images_per_second": 5.0}, "fused": {"images_per_second": 9.0}}}}
     path.with_name("step.json").write_text(json.dumps(step))
     assert data.fastest_step(path.parent) == ("dune, fused", 9.0)
+
+
+# -- the index ---------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_shared_out_in_proportion_and_none_is_lost():
+    sizes = [own.expected_train for own in data_index.dune_shards(Path("/x")).datasets.values()]
+    assert len(sizes) == 19 and sum(sizes) == data_index.DUNE_IMAGES
+    assert data_index.share_out(data_index.DUNE_IMAGES, sizes) == pytest.approx(sizes, abs=20)
+    few = data_index.share_out(30, sizes)
+    assert sum(few) == 30 and min(few) == 1 and max(few) == few[sizes.index(max(sizes))]
+    with pytest.raises(ValueError, match="18 images cannot be divided among 19 datasets"):
+        data_index.share_out(18, sizes)
+
+
+def test_synthetic_shards_are_what_the_loader_takes_for_real_ones(tmp_path, monkeypatch):
+    """Members follow each other without gaps or overlaps, and end where the file does."""
+    monkeypatch.setattr(data_index, "_PER_SHARD", 7)
+    data_index.write_synthetic(tmp_path / "d", "d", 30, 3, 0)
+    dataset = index_dataset("d", DatasetConfig(root=str(tmp_path / "d")))
+    assert (len(dataset.train), len(dataset.val), len(dataset.train.shards)) == (30, 3, 5)
+    ends: dict[str, int] = {}
+    for i in range(30):
+        where = dataset.train.locate(i)
+        assert where.offset == ends.get(where.path, 0) + 512 and 60_000 <= where.length < 160_000
+        ends[where.path] = where.offset + -(-where.length // 512) * 512 + 1024  # the JSON's header and block
+    assert ends == {path: os.path.getsize(path) - 1024 for path in dataset.train.shards}
+
+
+def test_index_is_opened_by_several_ranks_and_judged(tmp_path, capsys, monkeypatch):
+    arguments = ["--index", "30000", "--index-ranks", "2", "--index-batch", "12", "--output", str(tmp_path)]
+    assert data.main(arguments) == 0
+    (path,) = tmp_path.glob("*/data_index.json")
+    record = json.loads(path.read_text())["30000 images"]
+    (node,) = record["nodes"]
+    assert node["ranks"] == 2 and record["index_bytes"] >= 24 * 30000 and node["choose_ms"] > 0 < node["locate_ms"]
+    # the index is 0.7 MB, and each loader has its threads and lists
+    assert 0 < node["seconds"] < data_index.MAX_SECONDS and 0.0005 < node["gigabytes"] < 0.2
+    assert data.main(["--index", "18"]) == 2 and "give --index more" in capsys.readouterr().out
+    monkeypatch.setattr(data_index, "open_node", lambda *_: data_index.Opened(2, 11.0, 0.5, 1.0, 1.0))
+    assert data.main(arguments) == 1 and "over the limits of 1 GB a node and 10 s" in capsys.readouterr().out

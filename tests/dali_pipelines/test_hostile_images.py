@@ -64,6 +64,9 @@ def usable(photo) -> dict[str, tuple[bytes, Image.Image]]:
         "garbage behind.jpg": jpeg + b"garbage" * 100,
         "one pixel.jpg": encode(rgb.resize((1, 1)), "JPEG"),
         "very wide.jpg": encode(photo(3, 6550, 10).resize((65500, 10)), "JPEG"),
+        "20,000 x 20.jpg": encode(photo(4, 2000, 20).resize((20000, 20)), "JPEG"),
+        "20,000 x 20.png": encode(photo(4, 2000, 20).resize((20000, 20)), "PNG"),
+        "20 x 20,000.jpg": encode(photo(5, 20, 2000).resize((20, 20000)), "JPEG"),
         "palette.png": encode(rgb.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
         "alpha.png": encode(rgba, "PNG"),
         "gray and alpha.png": encode(Image.merge("LA", (gray, alpha)), "PNG"),
@@ -75,6 +78,7 @@ def usable(photo) -> dict[str, tuple[bytes, Image.Image]]:
         "JPEG called.png": jpeg,
         "WebP called.jpg": encode(rgb, "WEBP", lossless=True),
         "animated WebP called.jpg": encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True),
+        "animated.png": encode(frames[0], "PNG", save_all=True, append_images=frames[1:]),
         "alpha.webp": encode(rgba, "WEBP", lossless=True),
         "JPEG 2000 called.jpg": encode(rgb, "JPEG2000"),
         "PPM called.jpg": encode(rgb, "PPM"),
@@ -159,10 +163,11 @@ def test_every_file_is_decoded_as_pil_does_or_named_as_broken(collection, caplog
 
 def test_broken_files_are_replaced_and_batches_stay_full(collection):
     folder, good, bad = collection
-    with TrainLoader(config(folder), SIZE, 16, 0, 1, 0, CPU) as loader:
+    size = -(-len(good | bad) // 3)
+    with TrainLoader(config(folder), SIZE, size, 0, 1, 0, CPU) as loader:
         batches = loader.batches()
         taken = [next(batches) for _ in range(3)]  # the whole collection
     seen = {Path(path).name for batch in taken for path in batch.paths}
-    assert all(len(batch) == 16 and torch.isfinite(batch.images).all() for batch in taken)
+    assert all(len(batch) == size and torch.isfinite(batch.images).all() for batch in taken)
     assert not seen & set(bad) and seen >= set(good)
     assert {Path(path).name for path in loader.broken_paths} == set(bad)

@@ -1,9 +1,12 @@
 """The loader: ranks, restarts, broken images, validation."""
 
+import dataclasses
 import errno
+import io
 import itertools
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,12 +20,12 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: dali)")
 
-from dali_pipelines.augmentation import colour_params, draw_words  # noqa: E402
+from dali_pipelines.augmentation import Geometry, colour_params, draw_words  # noqa: E402
 from dali_pipelines.datasets import DataConfig, DataError, DatasetConfig  # noqa: E402
 from dali_pipelines.loader import TrainLoader, ValLoader  # noqa: E402
 from dali_pipelines.pipeline import Decoder  # noqa: E402
 from dali_pipelines.storage import Reader  # noqa: E402
-from kernels.augment import augment_colour  # noqa: E402
+from kernels.augment import ColourParams, augment_colour  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -54,25 +57,48 @@ def test_batch_has_the_documented_fields(two_folders):
     assert torch.isfinite(batch.images).all() and float(batch.images.std()) > 0.1
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_union_over_ranks_is_the_single_process_batch(two_folders, world):
-    alone = take(config(*two_folders), 3, start=5)
-    ranks = [take(config(*two_folders), 3, start=5, rank=rank, world=world) for rank in range(world)]
-    for step, expected in enumerate(alone):
-        parts = [batches[step] for batches in ranks]
-        torch.testing.assert_close(torch.cat([part.images for part in parts]), expected.images, atol=1e-6, rtol=0)
-        for name in ("positions", "group", "dataset"):
-            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(expected, name))
-        assert sum((part.paths for part in parts), []) == expected.paths
+def stream(data: DataConfig, start: int, steps: int, world: int) -> list[dict[str, object]]:
+    """What all ranks together do in every step: who sees what, how it is cut and coloured, and the images' bits."""
+    ranks = []
+    for rank in range(world):
+        with TrainLoader(data, 32, 12, rank, world, 0, CPU) as loader:
+            batches = list(itertools.islice(loader.batches(start), steps))
+            ranks.append([(batch, loader._plan(batch.step)) for batch in batches])
+    found = []
+    for parts in zip(*ranks, strict=True):
+        step: dict[str, object] = {"paths": [path for batch, _ in parts for path in batch.paths]}
+        step["step"] = {batch.step for batch, _ in parts}
+        for name in ("images", "positions", "group", "dataset"):
+            step[name] = torch.cat([getattr(batch, name) for batch, _ in parts])
+        for name in (field.name for field in dataclasses.fields(Geometry)):
+            step[name] = torch.from_numpy(np.concatenate([getattr(plan.geometry, name) for _, plan in parts]))
+        for name in (field.name for field in dataclasses.fields(ColourParams)):
+            step[name] = torch.cat([getattr(plan.colour, name) for _, plan in parts])
+        found.append(step)
+    return found
 
 
-def test_restart_at_any_step_gives_the_same_batches(two_folders):
-    whole = take(config(*two_folders), 6)
-    later = take(config(*two_folders), 2, start=4)
-    for a, b in zip(whole[4:], later, strict=True):
-        assert torch.equal(a.images, b.images) and a.paths == b.paths and a.positions.tolist() == b.positions.tolist()
-    other = take(config(*two_folders), 1, seed=1)[0]
-    assert not torch.equal(other.images, whole[0].images)
+def assert_same_bits(found: list[dict[str, object]], expected: list[dict[str, object]]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name, values in one.items():
+            same = torch.equal(values, other[name]) if isinstance(values, torch.Tensor) else values == other[name]
+            assert same, (one["step"], name)
+
+
+@pytest.mark.parametrize("kind", ["files", "shards"])
+def test_stream_is_the_same_to_the_bit_on_any_number_of_ranks_and_after_a_resume(kind, request):
+    """One process without a break, against 1, 2 and 3 ranks that stop after two steps and go on as 3, 1 and 2."""
+    roots = request.getfixturevalue("two_folders") if kind == "files" else [request.getfixturevalue("sharded")]
+    data = config(*roots)
+    whole = stream(data, 0, 4, 1)
+    assert [step["step"] for step in whole] == [{0}, {1}, {2}, {3}] and whole[0]["images"].shape == (12, 3, 32, 32)
+    assert all((".tar@" in path) == (kind == "shards") for step in whole for path in step["paths"])
+    assert not torch.equal(whole[0]["brightness"], whole[1]["brightness"])
+    for before, after in ((1, 3), (2, 1), (3, 2)):
+        assert_same_bits(stream(data, 0, 2, before) + stream(data, 2, 2, after), whole)
+    other = take(data, 1, batch=12, seed=1)[0]
+    assert not torch.equal(other.images, whole[0]["images"])
 
 
 def test_batch_is_decoded_pixels_through_the_colour_augmentation(tmp_path, photo):
@@ -90,6 +116,11 @@ def damage(path, how: str) -> None:
     data = path.read_bytes()
     if how == "vanished":
         path.unlink()
+    elif how == "a folder":
+        path.unlink()
+        path.mkdir()
+    elif how == "forbidden":
+        path.chmod(0)
     elif how == "empty":
         path.write_bytes(b"")
     elif how == "text":
@@ -106,15 +137,40 @@ def damage(path, how: str) -> None:
         path.write_bytes(data[: len(data) // 2])
 
 
+def refuse_to_open(path: str, monkeypatch) -> None:
+    """What the system says to a user who may not read a file."""
+    real = open
+
+    def refuse(file, *arguments, **options):
+        if str(file) == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(file, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+
+
 @pytest.mark.parametrize(
-    "how", ["vanished", "empty", "text", "truncated", "truncated with a thumbnail", "GIF", "half a PNG"]
+    "how, reason",
+    [
+        ("vanished", "No such file"),
+        ("a folder", "Is a directory"),
+        ("forbidden", "Permission denied"),
+        ("empty", "the file is empty"),
+        ("text", "no known image format"),
+        ("truncated", "ends too early"),
+        ("truncated with a thumbnail", "truncated"),
+        ("GIF", "DALI cannot decode"),
+        ("half a PNG", "truncated"),
+    ],
 )
-def test_broken_image_is_replaced_and_named_and_changes_nothing_else(photos, how, caplog):
+def test_broken_image_is_replaced_and_named_and_changes_nothing_else(photos, how, reason, caplog, monkeypatch):
     data = config(photos)
     with TrainLoader(data, 32, 8, 0, 1, 0, CPU) as loader:  # indexed while all was well
         clean = take(data, 4)
         victim = clean[1].paths[3]
-        damage(photos / victim.rsplit("/", 1)[1], how)
+        damage(Path(victim), how)
+        if how == "forbidden" and os.access(victim, os.R_OK):  # permissions do not bind root
+            refuse_to_open(victim, monkeypatch)
         with caplog.at_level(logging.WARNING):
             batches = loader.batches(0)
             found = [next(batches) for _ in range(4)]
@@ -123,7 +179,7 @@ def test_broken_image_is_replaced_and_named_and_changes_nothing_else(photos, how
         # found again from nothing, in the middle: the same replacement
         with TrainLoader(data, 32, 8, 0, 1, 0, CPU, datasets=loader.datasets) as again:
             resumed = next(again.batches(1))
-    assert len(warnings) == 1 and "dataset d0: broken image" in warnings[0]
+    assert len(warnings) == 1 and "dataset d0: broken image" in warnings[0] and reason in warnings[0]
     for before, after in zip(clean, found, strict=True):
         assert len(after) == 8 and victim not in after.paths
         for i, path in enumerate(before.paths):
@@ -134,17 +190,20 @@ def test_broken_image_is_replaced_and_named_and_changes_nothing_else(photos, how
     torch.testing.assert_close(resumed.images, found[1].images, atol=1e-6, rtol=0)
 
 
-def test_shards_give_the_same_batches_on_any_number_of_ranks_and_after_a_restart(sharded):
-    alone = take(config(sharded), 4)
-    assert all(".tar@" in path for batch in alone for path in batch.paths)
-    assert len({path for batch in alone[:2] for path in batch.paths}) == 16
-    ranks = [take(config(sharded), 2, start=2, rank=rank, world=2) for rank in range(2)]
-    for step, expected in enumerate(alone[2:]):
-        parts = [batches[step] for batches in ranks]
-        torch.testing.assert_close(torch.cat([part.images for part in parts]), expected.images, atol=1e-6, rtol=0)
-        assert sum((part.paths for part in parts), []) == expected.paths
+def test_shards_bring_their_own_validation_images_and_show_each_image_once_a_pass(sharded):
+    assert len({path for batch in take(config(sharded), 2) for path in batch.paths}) == 16
     with ValLoader(config(sharded), 32, 3, 0, 1, CPU) as loader:
         assert loader.num_images == 4 and sum(len(batch) for batch in loader) == 4
+
+
+def test_sizes_that_the_index_knows_are_not_kept_a_second_time(sharded):
+    """8 bytes an image would be 0.17 GB in every process for DUNE's; of other files they are kept."""
+    with TrainLoader(config(sharded), 32, 8, 0, 1, 0, CPU) as loader:
+        train = loader.datasets[0].train
+        for i in range(len(train)):
+            data, size = loader._source.read(0, i)
+            assert size == train.size(i) == Image.open(io.BytesIO(data)).size
+        assert not loader._source._sizes[0].any()
 
 
 def test_image_in_a_shard_is_the_image_of_the_file(sharded, photos):
@@ -187,12 +246,45 @@ def test_damaged_shard_costs_its_images_alone(sharded, how):
                 torch.testing.assert_close(after.images[i], before.images[i], atol=1e-6, rtol=0)
 
 
-def test_vanished_shard_stops_the_run_with_a_sentence(sharded):
+@pytest.mark.parametrize("kind", ["ours", "of another tool"])
+def test_shard_that_was_replaced_costs_its_images_alone_and_stops_a_run_with_the_reason(sharded, kind, caplog):
+    """An index that does not match its tar: of the same size, so only its images can tell."""
+    victim = sharded / "train-000001.tar"
+    reason = "the checksum differs" if kind == "ours" else "no known image format"
+    if kind == "of another tool":  # whose index is made from the tar's headers, without checksums
+        for path in sharded.iterdir():
+            if not path.name.startswith("train-0"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with TrainLoader(config(sharded, max_broken_share=0.9), 32, 8, 0, 1, 0, CPU) as loader:
+        train = loader.datasets[0].train
+        lost = {path for path in train if path.startswith(str(victim))}
+        victim.write_bytes(b"other" * (victim.stat().st_size // 5) + bytes(victim.stat().st_size % 5))
+        batches = list(itertools.islice(loader.batches(), 4))
+        assert set(loader.broken_paths) == lost and 4 < len(lost) < len(train)
+        seen = {path for batch in batches for path in batch.paths}
+        assert seen == set(train) - lost and all(len(batch) == 8 for batch in batches)
+    warnings = [line for line in (record.getMessage() for record in caplog.records) if "broken image" in line]
+    assert len(warnings) == len(lost) and all(reason in line for line in warnings)
+    with (
+        TrainLoader(config(sharded), 32, 8, 0, 1, 0, CPU, datasets=loader.datasets) as strict,
+        pytest.raises(DataError, match=f"5 of 20 images are broken, 4 are tolerated.*{reason}"),
+    ):
+        list(itertools.islice(strict.batches(), 4))
+
+
+@pytest.mark.parametrize("when", ["before the first batch", "in the middle"])
+def test_vanished_shard_stops_the_run_with_a_sentence(sharded, when):
     with TrainLoader(config(sharded), 32, 8, 0, 1, 0, CPU) as loader:
+        loader._source._reader = Reader(0, open_files=1)  # a shard that is still open could be read to its end
+        batches = loader.batches()
+        if when == "in the middle":
+            assert len(next(batches)) == 8
         (sharded / "train-000001.tar").unlink()
         with pytest.raises(DataError, match=r"shard .*train-000001\.tar cannot be opened any more.*put it back"):
-            list(itertools.islice(loader.batches(), 4))
+            list(itertools.islice(batches, 12))
         assert loader.broken == {"d0": 0}
+    with pytest.raises(DataError, match=r"train-000001\.tar is missing: copy it again"):  # the next start says so
+        take(config(sharded), 1)
 
 
 def test_storage_that_fails_for_a_while_costs_nothing(sharded, monkeypatch):

@@ -19,9 +19,8 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def overrides(photos, tmp_path) -> list[str]:
-    """Hydra overrides of the small run, in a folder of its own."""
+def small_run(photos: Path, folder: Path) -> list[str]:
+    """Hydra overrides of the small run, which writes to `folder`."""
     return [
         "+teachers@teachers.one=conv_patchify", "teachers.one.weights=random:1", "teachers.one.num_features=24",
         "+teachers@teachers.two=conv_patchify", "teachers.two.weights=random:2", "teachers.two.num_features=32",
@@ -30,5 +29,22 @@ def overrides(photos, tmp_path) -> list[str]:
         "data=folder", f"data.datasets.images.root={photos}", "data.datasets.images.holdout=4", "data.num_threads=1",
         "deepspeed=zero0", "train.global_batch=8", "train.steps=6", "train.log_every=1", "train.checkpoint_every=3",
         "train.precision=fp32", "optimizer.lr_per_256=0.05", "evaluation.figure_size=56",
-        f"output_dir={tmp_path / 'run'}",
+        f"output_dir={folder}",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def overrides(photos, tmp_path) -> list[str]:
+    """The small run in a folder of this test's own."""
+    return small_run(photos, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def trained_run(photos, tmp_path_factory) -> Path:
+    """The folder of a small run of six steps, with checkpoints after 3 and 6; not to be changed."""
+    from dune_fast.engine.config import compose_config
+    from dune_fast.engine.trainer import Trainer
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    Trainer(compose_config([*small_run(photos, folder), "logging.tensorboard=false"])).run()
+    return folder

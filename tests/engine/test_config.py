@@ -54,7 +54,11 @@ def test_every_choice_of_a_group_composes(group):
         ([DEMO, "deepspeed.gradient_dtype=fp16"], "choose fp32 or bf16"),
         ([DEMO, "deepspeed.options={zero_optimization:{x:1}}"], r"\+deepspeed.options.SECTION.NAME=VALUE"),
         ([DEMO, "train.global_batch=0"], "at least 1"),
-        ([DEMO, "train.accumulation=0"], "at least 1"),
+        ([DEMO, "train.accumulation=-1"], "at least 0, which works it out"),
+        ([DEMO, "evaluation.every=-1"], "at least 0, which evaluates never"),
+        ([DEMO, "evaluation.knn_k=0"], "at least 1"),
+        ([DEMO, "evaluation.knn_dataset=nature"], "'nature' is not a dataset of this run; there are: interior, natural"),
+        ([DEMO, "evaluation.knn_dataset=natural"], "evaluates never: set both"),
         ([DEMO, "train.keep_every=-1"], "at least 0"),
         ([DEMO, "train.compile=true", "deepspeed=zero3"], "choose stage 0, 1 or 2"),
         ([DEMO, "train.timeout_minutes=0"], "above 0"),
@@ -108,6 +112,7 @@ def test_every_free_field_exists():
     names = set(flatten(as_dict(RunConfig())))
     for free in FREE:
         assert any(name == free or name.startswith(free + ".") for name in names), free
+    assert {"data.num_threads", "data.prefetch", "data.read_ahead", "data.read_patience"} <= set(FREE)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):

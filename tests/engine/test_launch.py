@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from dune_fast.engine.config import compose_config
 from dune_fast.engine.metrics import read_metrics
+from dune_fast.engine.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,19 +34,15 @@ def cli(*arguments: str) -> subprocess.CompletedProcess:
 def test_two_processes_give_the_losses_of_one(overrides, tmp_path):
     """With every teacher on every image, the mean of two ranks' losses is that of the whole batch."""
     common = [*overrides, "objective.drop_probability=0", "evaluation.held_out=false"]
-    records = {}
-    for processes, zero in ((1, "zero0"), (2, "zero0"), (2, "zero1")):
-        out = tmp_path / f"{processes}_{zero}"
-        result = cli("distill", "-n", str(processes), *common, f"deepspeed={zero}", f"output_dir={out}")
-        assert result.returncode == 0, result.stdout
-        records[processes, zero] = read_metrics(out / "metrics.jsonl")
-    alone = records.pop((1, "zero0"))
-    for two in records.values():
-        assert len(alone) == len(two) == 6
-        for one, both in zip(alone, two, strict=True):
-            for key in one:
-                if key.startswith(("loss", "share", "gradient_norm")) or key in ("lr", "ema_momentum"):
-                    assert both[key] == pytest.approx(one[key], rel=1e-5), (one["step"], key)
+    Trainer(compose_config([*common, f"output_dir={tmp_path / 'one'}"])).run()
+    result = cli("distill", "-n", "2", *common, "deepspeed=zero1", f"output_dir={tmp_path / 'two'}")
+    assert result.returncode == 0, result.stdout
+    alone, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert len(alone) == len(two) == 6
+    for one, both in zip(alone, two, strict=True):
+        for key in one:
+            if key.startswith(("loss", "share", "gradient_norm")) or key in ("lr", "ema_momentum"):
+                assert both[key] == pytest.approx(one[key], rel=1e-5), (one["step"], key)
 
 
 def test_the_deepspeed_launcher_starts_the_script(overrides, tmp_path):
