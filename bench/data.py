@@ -5,8 +5,10 @@ with batches that do not count, until what it had decoded ahead is used up. Repo
 median of the ratios within a round, and the processor time an image (user and system, with worker processes), which
 says what a core has to do however busy the machine is.
 
+`--index` measures instead what 20.7 million images cost before any is read (`data_index`).
+
 Without --images the demo's photographs are used, shrunk to a shorter side of 512 pixels, about the size of ImageNet's.
-Results go to results/<device>/data.json.
+Results go to results/<device>/data.json, and data_index.json.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench import data_index
 from bench.data_contenders import ours, torchvision_loader, webdataset_loader
 from bench.kernels import RESULTS, folder_name, versions
 from bench.step_results import read_results
@@ -88,9 +91,12 @@ class Running:
         own = psutil.Process()
         before = set(own.children(recursive=True))
         self._batches = make()
-        next(self._batches)  # workers start, pipelines are built
         self._workers = [process for process in own.children(recursive=True) if process not in before]
         self._processes = [own, *self._workers]
+
+    def warm_up(self) -> None:
+        """Waits until the workers have started and the pipelines are built: until there is a batch."""
+        next(self._batches)
         self.pause()
 
     def pause(self) -> None:
@@ -148,6 +154,8 @@ def compare(
     results = {name: Contender(name) for name in running}
     names = list(running)
     try:
+        for contender in running.values():  # all of their workers have been starting meanwhile
+            contender.warm_up()
         for number in range(rounds):
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
@@ -271,6 +279,18 @@ def bench(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def bench_index(args: argparse.Namespace, console: Console) -> int:
+    """What a large index costs; returns the exit status, 1 beyond the limits."""
+    record, within = data_index.measure(args, console)
+    device = device_name(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    about = {"device": device, "versions": versions(), "cores": os.cpu_count()}
+    about["load_before_and_after"] = [float(args.load), os.getloadavg()[0]]
+    path = args.output / folder_name(device) / "data_index.json"
+    write_record(path, f"{args.index} images", {**about, **record})
+    console.print(f"written to {path}")
+    return 0 if within else 1
+
+
 def write_record(path: Path, key: str, record: dict) -> None:
     """Puts one run's record in the place of an older one of the same sizes."""
     everything = json.loads(path.read_text()) if path.exists() else {}
@@ -296,6 +316,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=5, help="of a turn, at least (default: %(default)s)")
     parser.add_argument("--ahead", type=int, default=_AHEAD, help="batches that do not count before each turn")
     parser.add_argument("--output", type=Path, default=RESULTS, help="results go to a folder of the device in here")
+    data_index.add_flags(parser)
     return parser
 
 
@@ -305,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.load = os.getloadavg()[0]
     console = Console(highlight=False, soft_wrap=True)
     try:
-        return bench(args, console)
+        return bench(args, console) if args.index is None else bench_index(args, console)
     except ValueError as error:
         console.print(f"[red]{error}[/red]")
         return 2

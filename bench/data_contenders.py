@@ -93,14 +93,14 @@ def ours(paths: list[Path], size: int, batch: int, workers: int, device: torch.d
 
 
 def torchvision_loader(paths: list[Path], size: int, batch: int, workers: int) -> Iterator[Tensor]:
-    """PIL and torchvision v2 in worker processes."""
+    """PIL and torchvision v2 in worker processes, which start at once."""
     files = _Files(paths, size, DataConfig())
     loader = DataLoader(files, batch, num_workers=workers, prefetch_factor=_PREFETCH, multiprocessing_context="spawn")
-    yield from loader
+    return (batch for batch in loader)  # unlike a function that yields, this asks for the iterator, and workers, now
 
 
 def webdataset_loader(paths: list[Path], size: int, batch: int, workers: int) -> Iterator[Tensor]:
-    """webdataset's reader of tar files, one a worker, before the same decoding and transform."""
+    """webdataset's reader of tar files, one a worker, before the same decoding and transform; workers start at once."""
     import webdataset
 
     folder = paths[0].parent.parent / "shards"
@@ -117,6 +117,7 @@ def webdataset_loader(paths: list[Path], size: int, batch: int, workers: int) ->
         webdataset.map(_Decode(size, DataConfig())),
         webdataset.batched(batch, collation_fn=torch.stack),
     )
-    yield from DataLoader(
+    loader = DataLoader(
         pipeline, None, num_workers=workers, prefetch_factor=_PREFETCH, multiprocessing_context="spawn"
     )
+    return (batch for batch in loader)

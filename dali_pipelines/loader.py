@@ -81,10 +81,19 @@ class TrainLoader(ImageLoader):
         """
         return self._iterate(start_step)
 
-    def _plan(self, step: int) -> Plan:
+    def choose(self, step: int) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
+        """What this rank's part of a step consists of, before any file is read; B images.
+
+        Returns:
+            The group and the draw (`SampleOrder.step`) of each, int64 [B], and (dataset, index in it) of each. Images
+            that turn out broken are replaced later.
+        """
         group, draw = (values[self._slots] for values in self.order.step(step))
+        return group, draw, self._resolve(group, self.order.image(group, draw))
+
+    def _plan(self, step: int) -> Plan:
+        group, draw, images = self.choose(step)
         positions = step * self.order.batch + np.arange(self.order.batch)[self._slots]
-        images = self._resolve(group, self.order.image(group, draw))
         read = self._read_good(images)
         for i in (i for i, result in enumerate(read) if result is None):
             images[i], read[i] = self._replacement(group[i : i + 1], draw[i : i + 1])

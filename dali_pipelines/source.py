@@ -43,7 +43,8 @@ class ImageSource:
         self._patience = config.read_patience
         self._reader = Reader(config.read_patience)
         self.quarantine = Quarantine([dataset.name for dataset in datasets], self._images, config, folder, rank)
-        # width and height, 0 until the header was read; zeros cost no memory before they are written
+        # width and height from headers, 0 until one was read, and for ever where the index knows them; zeros cost no
+        # memory before they are written
         self._sizes = [np.zeros((len(images), 2), np.int32) for images in self._images]
 
     def path(self, dataset: int, index: int) -> str:
@@ -72,10 +73,11 @@ class ImageSource:
                 data = np.frombuffer(data, np.uint8)
             else:
                 data = self._reader.read(images.locate(index))
-            size = self._sizes[dataset][index]
+            size = images.size(index)
             if not size[0]:
-                known = images.size(index)
-                size[:] = known if known[0] else read_size(data)
+                size = self._sizes[dataset][index]
+                if not size[0]:
+                    size[:] = read_size(data)
         except StorageError:
             raise
         except PIL_ERRORS as error:

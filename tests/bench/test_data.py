@@ -107,5 +107,6 @@ def test_index_is_opened_by_several_ranks_and_judged(tmp_path, capsys, monkeypat
     # the index is 0.7 MB, and each loader has its threads and lists
     assert 0 < node["seconds"] < data_index.MAX_SECONDS and 0.0005 < node["gigabytes"] < 0.2
     assert data.main(["--index", "18"]) == 2 and "give --index more" in capsys.readouterr().out
+    assert data.main(["--index", "--index-ranks", "3"]) == 2 and "cannot share" in capsys.readouterr().out
     monkeypatch.setattr(data_index, "open_node", lambda *_: data_index.Opened(2, 11.0, 0.5, 1.0, 1.0))
     assert data.main(arguments) == 1 and "over the limits of 1 GB a node and 10 s" in capsys.readouterr().out

@@ -57,7 +57,7 @@ def test_every_choice_of_a_group_composes(group):
         ([DEMO, "train.accumulation=-1"], "at least 0, which works it out"),
         ([DEMO, "evaluation.every=-1"], "at least 0, which evaluates never"),
         ([DEMO, "evaluation.knn_k=0"], "at least 1"),
-        ([DEMO, "evaluation.knn_dataset=nature"], "'nature' is not a dataset of this run; there are: interior, natural"),
+        ([DEMO, "evaluation.knn_dataset=nature"], "'nature' is not a dataset of this run.*: interior, natural"),
         ([DEMO, "evaluation.knn_dataset=natural"], "evaluates never: set both"),
         ([DEMO, "train.keep_every=-1"], "at least 0"),
         ([DEMO, "train.compile=true", "deepspeed=zero3"], "choose stage 0, 1 or 2"),
