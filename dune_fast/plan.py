@@ -13,40 +13,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from dune_fast.engine.config import RunConfig
-from dune_fast.engine.flops import Flops, published_network, run_flops, teachers_by_trunk
+from dune_fast.engine.flops import Flops, run_flops
+from dune_fast.engine.memory import ADAM_BYTES, SPARE, fit, memory_bytes, teacher_parameters, trained_parameters
 from dune_fast.engine.metrics import duration
-from dune_fast.nn.student import Student
+from dune_fast.engine.schedules import scaled_learning_rate
 
 logger = logging.getLogger(__name__)
 
-ADAM_BYTES = 8
-"""Of a parameter: AdamW's two moments in float32."""
-_TEACHER_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
-"""Of a parameter of a frozen teacher; norms and positions stay in float32, which is little."""
+_GPU_GIB = (16, 24, 40, 80)
+"""Memory of GPUs that there are, for which parts are worked out."""
 
 
 def default_results() -> Path:
     """Where this checkout keeps its measurements."""
     return Path(__file__).resolve().parents[1] / "bench" / "results"
-
-
-def trained_parameters(cfg: RunConfig) -> tuple[int, int]:
-    """Numbers of parameters of the encoder and of all projectors."""
-    with torch.device("meta"):
-        student = Student(cfg.student, cfg.projector, cfg.teacher_features)
-    return sum(p.numel() for p in student.encoder.parameters()), sum(p.numel() for p in student.projectors.parameters())
-
-
-def teacher_parameters(cfg: RunConfig) -> dict[str, int | None]:
-    """Parameters of every network that teachers need, by the first teacher that reads it; None if it is unknown."""
-    counts: dict[str, int | None] = {}
-    for first, *_ in teachers_by_trunk(cfg.teachers):
-        network = published_network(first, cfg.teachers[first])
-        counts[first] = None if network is None else sum(p.numel() for p in network.parameters())
-    return counts
 
 
 def checkpoint_bytes(cfg: RunConfig) -> int:
@@ -55,30 +36,6 @@ def checkpoint_bytes(cfg: RunConfig) -> int:
     forever = cfg.steps // cfg.train.keep_every if cfg.train.keep_every else 0
     checkpoint = (encoder + projectors) * (4 + ADAM_BYTES)
     return checkpoint * (cfg.train.keep_checkpoints + forever + 1) + 4 * (encoder + projectors + encoder)
-
-
-def memory_bytes(cfg: RunConfig, ranks: int, low_precision: bool = True) -> dict[str, int | None]:
-    """Bytes on each device before the first image: by what they are for; None where that is not known.
-
-    Args:
-        cfg: the run's.
-        ranks: devices that share what the ZeRO stage shards.
-        low_precision: whether `precision: auto` means bf16, as on a GPU.
-    """
-    trained, stage = sum(trained_parameters(cfg)), cfg.deepspeed.zero_stage
-    moments, gradients, weights = (ranks if stage >= first else 1 for first in (1, 2, 3))
-    auto = "bf16" if low_precision else "fp32"
-    teachers: int | None = 0
-    for name, count in teacher_parameters(cfg).items():
-        precision = cfg.teachers[name].precision
-        size = _TEACHER_BYTES[auto if precision == "auto" else precision]
-        teachers = None if teachers is None or count is None else teachers + count * size
-    return {
-        "weights": 4 * trained // weights,
-        "gradients": 4 * trained // gradients,
-        "AdamW's moments": ADAM_BYTES * trained // moments,
-        "teachers": teachers,
-    }
 
 
 @dataclass(frozen=True)
@@ -155,8 +112,10 @@ def describe(
     networks = "not known" if None in frozen else f"{sum(count or 0 for count in frozen) / 1e6:.0f} M"
     batch, images = cfg.train.global_batch, cfg.steps * cfg.train.global_batch
     teachers = ", ".join(f"{name} {_tera(count)}" for name, count in flops.teachers.items())
+    peak, warmup = scaled_learning_rate(cfg.optimizer.lr_per_256, batch), int(cfg.optimizer.warmup_fraction * cfg.steps)
     lines = [
         f"{experiment}: {cfg.steps:,} steps of {batch:,} images at {cfg.image_size} px = {images:,} images",
+        f"  learning rate: warm-up to {peak:.3g} over {warmup:,} steps, cosine to {cfg.optimizer.min_lr:.3g}",
         f"  parameters: student {encoder / 1e6:.1f} M, projectors {projectors / 1e6:.1f} M, teachers {networks}",
         f"  TFLOP an image, forward: student {_tera(flops.student)}, projectors {_tera(flops.projectors)}, {teachers}",
     ]
@@ -168,16 +127,7 @@ def describe(
         if cfg.objective.route_by_dataset:
             lines.append("  (means over images: each goes to the teachers that it counts for, route_by_dataset)")
     for count in gpus:
-        memory = memory_bytes(cfg, count)
-        shown = ", ".join(f"{name} {_gib(value)}" for name, value in memory.items())
-        unit = "1 GPU" if count == 1 else f"each of {count} GPUs"
-        at_once = batch / count / cfg.train.accumulation
-        stage = f"ZeRO {cfg.deepspeed.zero_stage}, {at_once:g} images at once"
-        lines.append(f"  memory of {unit} ({stage}), activations not counted: {shown}")
-        if batch % (count * cfg.train.accumulation):
-            lines.append(
-                f"  {batch} images cannot be shared by {count} GPUs x train.accumulation={cfg.train.accumulation}"
-            )
+        lines += _memory(cfg, count)
     lines.append(f"  disk: {checkpoint_bytes(cfg) / 2**30:.2f} GiB at most")
     rates = measured_rates(cfg, experiment, flops, results or default_results())
     if tflops is not None and flops.training is not None:
@@ -193,6 +143,23 @@ def describe(
         )
     if rates and max(gpus) > 1:
         lines.append("  several GPUs are taken to be as fast as their number: communication is not counted")
+    return lines
+
+
+def _memory(cfg: RunConfig, count: int) -> list[str]:
+    """What lies on each of `count` GPUs, and in how many parts a step's images go there."""
+    memory, batch, parts = memory_bytes(cfg, count), cfg.train.global_batch, cfg.train.accumulation
+    shown = ", ".join(f"{name} {_gib(value)}" for name, value in memory.items())
+    unit = "1 GPU" if count == 1 else f"each of {count} GPUs"
+    lines = [f"  memory of {unit} (ZeRO {cfg.deepspeed.zero_stage}), before the first image: {shown}"]
+    if batch % (count * max(parts, 1)):
+        accumulated = f" x train.accumulation={parts}" if parts > 1 else ""
+        return [*lines, f"  {batch} images cannot be shared by {count} GPUs{accumulated}"]
+    how = f"train.accumulation={parts}" if parts else f"train.accumulation=0: worked out, {SPARE:.0%} spare"
+    lines.append(f"    {batch // count} images a step, {how}")
+    for size in _GPU_GIB[-1:] if parts else _GPU_GIB:
+        found = fit(cfg, count, size * 2**30, parts=parts or None)
+        lines.append(f"      {found}" + ("" if found.fits else ": that does not fit"))
     return lines
 
 

@@ -121,7 +121,7 @@ def test_parts_are_worked_out_for_gpus_of_several_sizes(tmp_path):
     text = "\n".join(describe(one, "dune_1gpu", [1, 3], results=tmp_path))
     for part in (
         "50,046 steps of 256", "warm-up to 0.0003 over 10,009 steps, cosine to 1e-06", "worked out, 15% spare",
-        "in 4 parts of 64", "of 40.0 GiB", "in 2 parts of 128", "of 80.0 GiB",
+        "in 4 parts of 64", "of 40 GiB", "in 2 parts of 128", "of 80 GiB",
     ):  # fmt: skip
         assert part in text, part
     assert text.count("cannot be shared by 3 GPUs") == 1

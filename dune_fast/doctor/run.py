@@ -165,7 +165,8 @@ def disk(cfg: RunConfig) -> Finding:
 
 def batch(cfg: RunConfig, processes: int | None = None) -> Finding:
     """Whether the batch can be shared out over this machine's GPUs."""
-    count, parts, size = processes or max(1, torch.cuda.device_count()), cfg.train.accumulation, cfg.train.global_batch
+    count, size = processes or max(1, torch.cuda.device_count()), cfg.train.global_batch
+    parts = max(1, cfg.train.accumulation)  # 0: the run works it out, so that it divides the batch
     shared = f"{count} processes" + (f" in {parts} parts (train.accumulation)" if parts > 1 else "")
     if size % (count * parts):
         cure = f"for example train.global_batch={math.ceil(size / (count * parts)) * count * parts}"

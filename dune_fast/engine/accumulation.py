@@ -15,8 +15,12 @@ from dune_fast.engine.config import RunConfig
 
 
 def micro_batch_size(cfg: RunConfig, world_size: int) -> int:
-    """Images of one backward pass on one rank; ValueError if the global batch cannot be shared out."""
-    count = world_size * cfg.train.accumulation
+    """Images of one backward pass on one rank, or of all of a step's while `train.accumulation` is not worked out yet.
+
+    Raises:
+        ValueError: the global batch cannot be shared out.
+    """
+    count = world_size * max(1, cfg.train.accumulation)
     if cfg.train.global_batch % count:
         accumulated = f" x train.accumulation={cfg.train.accumulation}" if cfg.train.accumulation > 1 else ""
         raise ValueError(

@@ -69,7 +69,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
     accumulation: int = 1
-    """Backward passes a step: `global_batch` is split into so many parts on every rank, for less memory. The order of
+    """Backward passes a step: `global_batch` is split into so many parts on every rank, for less memory. 0: as few as
+    fit the device, worked out at the start (`dune_fast.engine.memory`) and kept when the run goes on. The order of
     samples and the dropping do not depend on it. Two things do: the teachers' batch statistics are those of a part
     over all ranks, not of the whole global batch, which would need every teacher to run twice (the running ones keep
     the same share of their past a step); and the loss is the mean of the parts' losses, each by its own kept pairs."""
@@ -112,10 +113,21 @@ class LoggingConfig:
 
 @dataclass
 class EvaluationConfig:
-    """What is measured and drawn when the training has ended."""
+    """What is measured and drawn while the training goes on and when it has ended."""
 
     held_out: bool = True
     """Cosine similarity of the student's projections to every teacher on held-out images, before and after."""
+    every: int = 0
+    """Steps between evaluations within the run, by all ranks: the distillation loss of every teacher on the held-out
+    images of every dataset (`held_out/*` in `metrics.jsonl`), k-NN if asked for; the last step has one too. 0 for none.
+    The training does not notice."""
+    knn_dataset: str = ""
+    """Dataset of `data` whose sub-folders are classes (root/CLASS/.../image): with `every`, its images are classified
+    by their nearest neighbours among the student's cls features (`knn/<dataset>`). Empty for none."""
+    knn_images: int = 5000
+    """At most so many of its images to search among, and so many to classify."""
+    knn_k: int = 20
+    """Neighbours that vote."""
     batch: int = 16
     """Images a forward pass, per rank."""
     figures: bool = False
@@ -288,14 +300,27 @@ def validate(cfg: RunConfig) -> None:
         )
     if cfg.train.timeout_minutes <= 0:
         raise ConfigError(f"train.timeout_minutes={cfg.train.timeout_minutes:g}; it must be above 0")
+    if cfg.train.accumulation < 0:
+        raise ConfigError(
+            f"train.accumulation={cfg.train.accumulation}; it must be at least 0, which works it out from the memory"
+        )
     if cfg.train.keep_every < 0:
         raise ConfigError(f"train.keep_every={cfg.train.keep_every}; it must be at least 0, which keeps none for good")
     for path in (
-        "train.global_batch", "train.accumulation", "train.log_every", "train.checkpoint_every",
-        "train.keep_checkpoints", "standardization.phi_s_batches",
+        "train.global_batch", "train.log_every", "train.checkpoint_every",
+        "train.keep_checkpoints", "standardization.phi_s_batches", "evaluation.batch", "evaluation.knn_images",
+        "evaluation.knn_k",
     ):  # fmt: skip
         section, key = path.split(".")
         if getattr(getattr(cfg, section), key) < 1:
             raise ConfigError(f"{path}={getattr(getattr(cfg, section), key)}; it must be at least 1")
+    if cfg.evaluation.every < 0:
+        raise ConfigError(f"evaluation.every={cfg.evaluation.every}; it must be at least 0, which evaluates never")
+    if knn := cfg.evaluation.knn_dataset:
+        if knn not in cfg.data.datasets:
+            known = ", ".join(sorted(cfg.data.datasets)) or "none"
+            raise ConfigError(f"evaluation.knn_dataset={knn!r} is not a dataset of this run; there are: {known}")
+        if not cfg.evaluation.every:
+            raise ConfigError("evaluation.knn_dataset is set, but evaluation.every=0 evaluates never: set both")
     if cfg.steps < 2:
         raise ConfigError(f"the run has {cfg.steps} steps; set train.steps or train.images for at least 2")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,13 +111,13 @@ class Guard:
         self.in_a_row = torch.where(skipped, self.in_a_row + 1, 0.0)
         self.total = self.total + skipped
 
-    def read(self, folder: Path, world_size: int, kept: str) -> dict[str, float]:
+    def read(self, folder: Path, world_size: int, kept: Callable[[], str]) -> dict[str, float]:
         """Waits for the device. All ranks call it.
 
         Args:
             folder: where rank 0 writes what a skipped step looked like.
             world_size: number of ranks.
-            kept: what a message says of the checkpoints.
+            kept: says for a message which checkpoints there are.
 
         Returns:
             `skipped_steps` of this process so far.
@@ -131,11 +131,11 @@ class Guard:
         worst, in_a_row, total = packed.tolist()
         self.worst.zero_()
         if in_a_row >= LIMIT:
-            raise DivergedError(f"{self._report(folder, world_size)}: the run is stopped, {kept}")
+            raise DivergedError(f"{self._report(folder, world_size)}: the run is stopped, {kept()}")
         if worst > self.max_loss:
             raise DivergedError(
                 f"the loss rose to {worst:.3g} since it was last looked at (train.max_loss={self.max_loss:g}): the run "
-                f"is stopped, {kept}. Lower optimizer.lr_per_256, or look at loss/* in metrics.jsonl for the teacher "
+                f"is stopped, {kept()}. Lower optimizer.lr_per_256, or look at loss/* in metrics.jsonl for the teacher "
                 "that breaks"
             )
         return {"skipped_steps": total}

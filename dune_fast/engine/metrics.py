@@ -61,6 +61,7 @@ class Workload:
 
 CLOCK = (
     "images_per_second", "step_seconds", "data_wait_share", "memory_gib", "teraflops_per_second", "mfu", "hours_left",
+    "evaluation_seconds",
 )  # fmt: skip
 """Names in a record that depend on the machine and not on the computation."""
 
@@ -212,6 +213,27 @@ class MetricsLog:
             logger.info("step %d of %d  %s", step, self.total_steps, status)
         self.advance(step)
 
+    def write_evaluation(self, step: int, values: dict[str, float], seconds: float) -> None:
+        """Records what an evaluation within the run has found; the steps' rates do not count its time.
+
+        Args:
+            step: finished steps.
+            values: name -> value.
+            seconds: that it took.
+        """
+        self._last_time += seconds
+        if self._began is not None:
+            self._began += seconds
+        record = {"step": step, "images": step * self.workload.global_batch, **values, "evaluation_seconds": seconds}
+        self._records.append(record)
+        for tracker in self.trackers:
+            tracker.write(step, record)
+        losses = {name.removeprefix("held_out/"): x for name, x in values.items() if name.startswith("held_out/")}
+        shown = [f"{teacher} {loss:.4f}" for teacher, loss in losses.items() if "/" not in teacher]
+        lines = [f"held-out loss {', '.join(shown)}"] if shown else []
+        lines += [f"k-NN {name[4:]} {100 * x:.1f} %" for name, x in values.items() if name.startswith("knn/")]
+        logger.info("evaluation after step %d  %s  (%s)", step, "  ".join(lines), duration(seconds))
+
     def _make_estimate(self, step: int, seconds: float) -> None:
         """Length of the whole run from the mean time of the first steps; checkpoints and evaluation are not counted."""
         self._estimated = True
@@ -219,8 +241,9 @@ class MetricsLog:
         end = datetime.now(UTC) + timedelta(seconds=left)
         device_hours = total / 3600 * self.workload.world_size
         logger.info(
-            "estimate after %d steps: %d steps take %s (%.3g %s-hours), %s are left, until %s",
-            step - self._first_step, self.total_steps, duration(total), device_hours,
+            "estimate after %d steps: %.1f images/s, %d steps take %s (%.3g hours, %.3g %s-hours), %s left, until %s",
+            step - self._first_step, self.workload.global_batch / seconds, self.total_steps, duration(total),
+            total / 3600, device_hours,
             "GPU" if self.workload.device.type == "cuda" else "process", duration(left),
             end.astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         )  # fmt: skip
@@ -229,6 +252,7 @@ class MetricsLog:
                 {
                     "after_steps": step - self._first_step,
                     "step_seconds": seconds,
+                    "images_per_second": self.workload.global_batch / seconds,
                     "hours": total / 3600,
                     "device_hours": device_hours,
                     "end": end.isoformat(timespec="seconds"),

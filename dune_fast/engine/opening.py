@@ -11,6 +11,7 @@ import torch
 from dune_fast.engine.config import as_dict
 from dune_fast.engine.devices import device_name, peak_tflops
 from dune_fast.engine.flops import run_flops
+from dune_fast.engine.memory import SPARE
 from dune_fast.engine.metrics import MetricsLog, Workload
 from dune_fast.engine.provenance import RunRecord
 from dune_fast.engine.trackers import open_trackers
@@ -43,7 +44,7 @@ def open_log(trainer: Trainer, where: dict[str, Any]) -> MetricsLog:
 
 
 def describe(trainer: Trainer) -> None:
-    """Says in two lines what is trained, on what, where."""
+    """Says in a few lines what is trained, on what, where, in which parts."""
     cfg = trainer.cfg
     student, projectors = (
         sum(math.prod(shape) for name, shape in trainer.engine.shapes.items() if name.startswith(part))
@@ -59,6 +60,15 @@ def describe(trainer: Trainer) -> None:
         cfg.steps, cfg.train.global_batch, cfg.image_size, trainer.world_size, trainer.device.type,
         cfg.deepspeed.zero_stage, "bf16" if trainer.engine.module.autocast_dtype else "fp32", trainer.run_dir,
     )  # fmt: skip
+    one, several = ("GPU", "GPUs") if trainer.device.type == "cuda" else ("process", "processes")
+    where = f"each of {trainer.world_size} {several}" if trainer.world_size > 1 else f"1 {one}"
+    logger.info("%d images a step on %s, %s", trainer.fit.images, where, trainer.fit)
+    if not trainer.fit.fits:
+        logger.warning(
+            "by this estimate less than %.0f %% of the memory is left, and the run may end for want of it: take more "
+            "devices, train.activation_checkpointing=true, deepspeed=zero2, a smaller student or, for a new run, a "
+            "higher train.accumulation or a smaller train.global_batch", 100 * SPARE,
+        )  # fmt: skip
     if cfg.train.accumulation > 1:
         logger.warning(
             "train.accumulation=%d: the teachers' batch statistics are those of a %dth of the global batch",

@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dali_pipelines.datasets import Dataset
 from dali_pipelines.loader import Batch, TrainLoader
 from dune_fast.distill.objective import ownership
 from dune_fast.distill.standardization import TeacherStatistics
@@ -27,6 +30,7 @@ from dune_fast.engine.devices import autocast_dtype
 from dune_fast.engine.drift import check_teachers
 from dune_fast.engine.guards import DivergedError, Guard, Names, undo_if
 from dune_fast.engine.interruption import Stop, Watchdog
+from dune_fast.engine.memory import fit, smallest_memory
 from dune_fast.engine.metrics import MetricsLog
 from dune_fast.engine.opening import describe, open_log
 from dune_fast.engine.provenance import world
@@ -47,23 +51,43 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
-class Trainer:
-    """One rank of a run. `Trainer(cfg).run()` trains from the newest checkpoint, or from the start, to the end."""
+class Evaluation(Protocol):
+    """What looks at the student every `evaluation.every` steps, on all ranks."""
 
-    def __init__(self, cfg: RunConfig) -> None:
+    def check(self, datasets: Sequence[Dataset]) -> None:
+        """Raises ValueError before the first step if there is nothing to evaluate on."""
+
+    def __call__(self, trainer: Trainer) -> dict[str, float] | None:
+        """Name -> value; None if the run is to stop. It changes nothing of the trainer and calls its watchdog."""
+
+
+class Trainer:
+    """One rank of a run. `Trainer(cfg).run()` trains from the newest checkpoint, or from the start, to the end.
+
+    Args:
+        cfg: the run's; frozen from here on.
+        evaluate: called every `evaluation.every` steps; without one nothing is.
+    """
+
+    def __init__(self, cfg: RunConfig, evaluate: Evaluation | None = None) -> None:
         self.cfg = cfg
-        freeze(cfg)
+        self.evaluate = evaluate if cfg.evaluation.every else None
         self.device = init_distributed(cfg.train.timeout_minutes)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        micro_batch = micro_batch_size(cfg, self.world_size)
+        micro_batch_size(cfg, self.world_size)  # a batch that cannot be shared out leaves the folder alone
         check_packages(cfg.logging)
         self.run_dir = Path(cfg.output_dir)
-        resume_step = open_run(cfg, self.device)
-        dtype = autocast_dtype(cfg.train.precision, self.device)
+        dtype, memory = autocast_dtype(cfg.train.precision, self.device), smallest_memory(self.device)
+        resume_step = open_run(cfg, self.device, lambda: fit(cfg, self.world_size, memory, dtype is not None).parts)
+        freeze(cfg)
+        self.fit = fit(cfg, self.world_size, memory, dtype is not None, cfg.train.accumulation)
+        """An estimate of what a step takes of the smallest device's memory."""
         self.loader = TrainLoader(
             cfg.data, cfg.image_size, cfg.train.global_batch, self.rank, self.world_size, cfg.train.seed, self.device,
             folder=self.run_dir,
         )  # fmt: skip
+        if self.evaluate is not None:
+            self.evaluate.check(self.loader.datasets)
         own = ownership(
             {name: teacher.groups for name, teacher in cfg.teachers.items()},
             self.loader.groups,
@@ -80,8 +104,8 @@ class Trainer:
         if cfg.train.compile:
             student.compile_blocks()
         self.engine = Engine(
-            student, cfg.optimizer, micro_batch, cfg.deepspeed.zero_stage, cfg.deepspeed.options,
-            cfg.train.accumulation, cfg.deepspeed.gradient_dtype,
+            student, cfg.optimizer, micro_batch_size(cfg, self.world_size), cfg.deepspeed.zero_stage,
+            cfg.deepspeed.options, cfg.train.accumulation, cfg.deepspeed.gradient_dtype,
         )  # fmt: skip
         self.statistics = TeacherStatistics(
             cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps
@@ -191,10 +215,25 @@ class Trainer:
                 waited = self.loader.waited_s
             elif log is not None:
                 log.advance(self.step)
-            self.stopped = self.step < total and self.stop.now(self.step)
+            broken_off = self._evaluate(log)
+            self.stopped = self.step < total and (broken_off or self.stop.now(self.step))
             if self.step % train.checkpoint_every == 0 or self.step == total or self.stopped:
                 self._read(metrics)
                 self._save()
+
+    def _evaluate(self, log: MetricsLog | None) -> bool:
+        """Evaluates and records if it is time to; its own is not the training's. Whether a signal broke it off."""
+        if self.evaluate is None or (self.step % self.cfg.evaluation.every and self.step < self.cfg.steps):
+            return False
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # what is still to be done of the training is not evaluation
+        began = time.perf_counter()
+        values = self.evaluate(self)
+        if values is None:
+            logger.info("the evaluation after step %d was broken off and is left out", self.step)
+        elif log is not None:
+            log.write_evaluation(self.step, values, time.perf_counter() - began)
+        return values is None
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One step on this rank's part of the global batch; metrics stay on the device."""
@@ -232,10 +271,11 @@ class Trainer:
         if self.world_size > 1:
             dist.all_reduce(packed)
         values = dict(zip(metrics, (packed / self.world_size).tolist(), strict=True))
-        values |= self.guard.read(self.run_dir, self.world_size, self._kept())
+        values |= self.guard.read(self.run_dir, self.world_size, self._kept)
         return values | {"lr": float(self.lr[self.step - 1]), "ema_momentum": float(self.momenta[self.step - 1])}
 
     def _kept(self) -> str:
+        self.saver.wait(timeout=60.0)  # one may be on its way to the disk
         steps = checkpoints.complete_steps(self.run_dir)
         if not steps:
             return "there is no checkpoint yet"

@@ -67,7 +67,7 @@ def loss_figure(metrics: Path, path: Path) -> None:
         metrics: the run's `metrics.jsonl`.
         path: PNG to write.
     """
-    records = read_metrics(metrics)
+    records = [record for record in read_metrics(metrics) if "loss" in record]  # others are of evaluations
     steps = [record["step"] for record in records]
     teachers = sorted(key for key in records[-1] if key.startswith("loss/") and key.count("/") == 1)
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")

@@ -141,6 +141,8 @@ def test_the_batch(cfg):
     assert "1 at once" in run.batch(cfg, 4).text
     cfg.train.accumulation = 4
     assert "train.global_batch=16" in run.batch(cfg, 4).cure
+    cfg.train.accumulation = 0
+    assert run.batch(cfg, 4).status == OK
 
 
 @pytest.fixture

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from dali_pipelines.loader import Batch
+from dune_fast.engine import trainer
 from dune_fast.engine.accumulation import part_momentum, split
-from dune_fast.engine.config import compose_config
+from dune_fast.engine.config import compose_config, load_config
+from dune_fast.engine.memory import SPARE, fit, image_bytes
 from dune_fast.engine.metrics import read_metrics
 from dune_fast.engine.trainer import Trainer
 
@@ -46,3 +51,31 @@ def test_a_run_in_parts_follows_the_whole(overrides, tmp_path):
 def test_a_batch_that_cannot_be_split_is_explained(overrides):
     with pytest.raises(ValueError, match=r"8 is not a multiple of the 1 processes x train.accumulation=3; .* 9"):
         Trainer(compose_config([*overrides, "train.accumulation=3"]))
+
+
+def test_parts_that_are_worked_out_stay_when_the_run_goes_on(overrides, tmp_path, monkeypatch, caplog):
+    """Another machine has another memory; what is computed must not depend on it."""
+    common = [*overrides, "train.accumulation=0", "logging.tensorboard=false"]
+    caplog.set_level(logging.INFO, "dune_fast")
+    each = image_bytes(compose_config(common), low_precision=False)
+    fixed = fit(compose_config(common), 1, 0, False, 8).needed - each
+    enough_for_five = int((fixed + 5 * each) / (1 - SPARE))
+    monkeypatch.setattr(trainer, "smallest_memory", lambda device: enough_for_five)
+    run = Trainer(compose_config(common))
+    assert run.cfg.train.accumulation == 2 and run.fit.fits
+    assert load_config(tmp_path / "run" / "config.yaml").train.accumulation == 2
+    run.run()
+    assert "8 images a step on 1 process, in 2 parts of 4: estimated" in caplog.text
+    assert "the run may end for want of it" not in caplog.text
+    losses = [record["loss"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_0000006")
+    for memory, fits in ((2**40, True), (1, False)):
+        monkeypatch.setattr(trainer, "smallest_memory", lambda device, memory=memory: memory)
+        resumed = Trainer(compose_config(common))
+        assert resumed.step == 3 and resumed.cfg.train.accumulation == 2 and resumed.fit.fits == fits
+    resumed.run()
+    assert "the run may end for want of it" in caplog.text
+    assert [record["loss"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == losses
+    with pytest.raises(ValueError, match="train.accumulation: 2 -> 1"):
+        Trainer(compose_config([*common, "train.accumulation=1"]))

@@ -174,6 +174,39 @@ def test_unic():
             assert all(rung.layers[-1].out_features == 768 for rung in rungs.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "images", "batch", "steps", "peak"),
+    [
+        ("dune_1gpu", 10 * EPOCH, 256, 50_046, 3e-4),
+        ("dune_2gpu", 20 * EPOCH, 512, 50_046, 6e-4),
+        ("dune_8gpu", 100 * EPOCH, 1024, 125_114, 1.2e-3),
+        ("in1k_1gpu", 10 * EPOCH, 256, 50_046, 3e-4),
+    ],
+)
+def test_recipes_for_fewer_gpus_change_what_they_say_and_nothing_else(name, images, batch, steps, peak):
+    cfg, paper = experiment(name), experiment("dune_336")
+    assert (cfg.train.images, cfg.train.global_batch, cfg.steps, cfg.train.accumulation) == (images, batch, steps, 0)
+    assert scaled_learning_rate(cfg.optimizer.lr_per_256, batch) == pytest.approx(peak)
+    assert millions(on_meta(cfg)) == millions(on_meta(paper))
+    cfg.name, cfg.output_dir, cfg.train = paper.name, paper.output_dir, paper.train
+    if name == "in1k_1gpu":
+        assert list(cfg.data.datasets) == ["in1k"] and cfg.data.crop_scale == paper.data.crop_scale
+        cfg.data = paper.data
+    assert cfg == paper
+
+
+def test_every_teacher_counts_on_imagenet_alone():
+    cfg = experiment("in1k_1gpu")
+    groups = {teacher: t.groups for teacher, t in cfg.teachers.items()}
+    assert ownership(groups, ["generic"], cfg.objective, torch.device("cpu")).all()
+
+
+def test_the_tiny_run_is_tiny():
+    cfg, demo = experiment("tiny_cpu"), experiment("demo")
+    assert cfg.teachers == demo.teachers and cfg.steps < demo.steps and cfg.student.depth == 4
+    assert millions(on_meta(cfg)) < 5 and cfg.evaluation.every == 20
+
+
 def test_a_variant_can_be_changed_from_the_command_line():
     cfg = experiment("dune_448", "student=vit_small14", "train.global_batch=256", "student_weights=other")
     assert (cfg.student.embed_dim, cfg.student.image_size, cfg.student_weights) == (384, 448, "other")

@@ -12,6 +12,7 @@ import pytest
 from dune_fast.engine.config import compose_config
 from dune_fast.engine.metrics import read_metrics
 from dune_fast.engine.trainer import Trainer
+from dune_fast.evaluate.in_run import InRunEvaluation
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,15 +35,19 @@ def cli(*arguments: str) -> subprocess.CompletedProcess:
 def test_two_processes_give_the_losses_of_one(overrides, tmp_path):
     """With every teacher on every image, the mean of two ranks' losses is that of the whole batch."""
     common = [*overrides, "objective.drop_probability=0", "evaluation.held_out=false"]
-    Trainer(compose_config([*common, f"output_dir={tmp_path / 'one'}"])).run()
+    common += ["evaluation.every=4", "evaluation.batch=1", "data.datasets.images.holdout=3"]  # ranks get 2 and 1
+    cfg = compose_config([*common, f"output_dir={tmp_path / 'one'}"])
+    with InRunEvaluation(cfg) as evaluate:
+        Trainer(cfg, evaluate).run()
     result = cli("distill", "-n", "2", *common, "deepspeed=zero1", f"output_dir={tmp_path / 'two'}")
     assert result.returncode == 0, result.stdout
     alone, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    assert len(alone) == len(two) == 6
+    assert len(alone) == len(two) == 6 + 2
     for one, both in zip(alone, two, strict=True):
         for key in one:
-            if key.startswith(("loss", "share", "gradient_norm")) or key in ("lr", "ema_momentum"):
+            if key.startswith(("loss", "share", "gradient_norm", "held_out")) or key in ("lr", "ema_momentum"):
                 assert both[key] == pytest.approx(one[key], rel=1e-5), (one["step"], key)
+    assert [record["step"] for record in two if record.get("held_out_images") == 3] == [4, 6]
 
 
 def test_the_deepspeed_launcher_starts_the_script(overrides, tmp_path):

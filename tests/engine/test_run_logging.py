@@ -60,6 +60,24 @@ def test_rates_of_a_record(tmp_path, clock):
     assert 0.05 < record["memory_gib"] < 24
 
 
+def test_the_time_of_an_evaluation_is_not_the_steps(tmp_path, clock, caplog):
+    found = []
+    log = MetricsLog(tmp_path, 0, 10, WORK, on_estimate=found.append)
+    for step in range(1, 11):
+        clock.now += 2
+        log.advance(step)
+        if step in (3, 5):
+            clock.now += 300
+            with caplog.at_level(logging.INFO):
+                log.write_evaluation(step, {"held_out/a": 0.5, "held_out/a/x": 0.5, "knn/y": 0.25}, 300.0)
+    log.write(10, {"loss": 1.0}, 0.0)
+    log.close()
+    first, second, training = read_metrics(tmp_path / "metrics.jsonl")
+    assert first["held_out/a/x"] == 0.5 and (first["step"], second["step"]) == (3, 5)
+    assert training["images_per_second"] == pytest.approx(32) and found[0]["step_seconds"] == pytest.approx(2)
+    assert "evaluation after step 3  held-out loss a 0.5000  k-NN y 25.0 %  (5m 00s)" in caplog.text
+
+
 def test_an_unknown_device_has_no_mfu_and_an_unknown_teacher_no_flops():
     assert "mfu" not in Workload(64, 4, CPU, 10**12, None).rates(32.0)
     assert Workload(64, 4, CPU, None, 20.0).rates(32.0) == {}
@@ -80,9 +98,11 @@ def test_the_estimate_comes_once_and_leaves_the_first_step_out(tmp_path, clock, 
     log.close()
     (estimate,) = found
     assert estimate["after_steps"] == after
+    assert estimate["images_per_second"] == pytest.approx(WORK.global_batch / 3)
     assert estimate["hours"] == pytest.approx(3 * total / 3600)
     assert estimate["device_hours"] == pytest.approx(4 * 3 * total / 3600)
     assert caplog.text.count("estimate after") == 1 and "process-hours" in caplog.text
+    assert f"{WORK.global_batch / 3:.1f} images/s" in caplog.text and f"({3 * total / 3600:.3g} hours" in caplog.text
 
 
 def test_a_log_without_a_terminal_writes_lines(tmp_path, clock, caplog):

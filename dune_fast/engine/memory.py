@@ -1,0 +1,210 @@
+"""What a run takes of a device's memory, and in how many parts a step's images fit: a model, not a measurement.
+
+    held       float32 weights, gradients and two moments (what the ZeRO stage shards: a share), frozen teachers
+    batches    the rank's whole batch, several times: in use, being decoded, waiting
+    images     of one part, each with N tokens of what the backward pass needs, s bytes a value of the products' type
+               (2 under bf16 autocast, 4 without):
+               N D (8 + s (8 + 2 r))   a block: float32 tokens before both norms; norms, qkv, attention, its projection,
+                                       both sides of GELU, the MLP's output
+               by kind                 the projectors', and twice what student and teachers give, for the gradients
+               the larger of           a teacher's forward pass (12 s C a token), the gradients in one block (with
+                                       activation checkpointing: the one block that is whole again)
+
+Against the bytes that `python -m bench.step --count` finds alive at the peak of a step it is within a few percent
+(tests/engine/test_memory.py has the numbers). Workspaces, fragmentation, NCCL, DALI's decoder and DeepSpeed's copies
+are not in it: `SPARE` is for them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dune_fast.engine.config import RunConfig
+from dune_fast.engine.flops import published_network, teachers_by_trunk
+from dune_fast.nn.block import swiglu_hidden_dim
+from dune_fast.nn.student import Student
+from dune_fast.nn.vit import ViTConfig
+
+SPARE = 0.15
+"""Share of a device's memory that is left for what the model does not count."""
+ADAM_BYTES = 8
+"""Of a parameter: AdamW's two moments in float32."""
+_TEACHER_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
+"""Of a parameter of a frozen teacher; norms and positions stay in float32, which is little."""
+_BATCHES_IN_FLIGHT = 3
+"""Batches on the device besides the `data.prefetch` that wait: in use, just decoded, being decoded."""
+
+
+def trained_parameters(cfg: RunConfig) -> tuple[int, int]:
+    """Numbers of parameters of the encoder and of all projectors."""
+    with torch.device("meta"):
+        student = Student(cfg.student, cfg.projector, cfg.teacher_features)
+    return sum(p.numel() for p in student.encoder.parameters()), sum(p.numel() for p in student.projectors.parameters())
+
+
+def teacher_parameters(cfg: RunConfig) -> dict[str, int | None]:
+    """Parameters of every network that teachers need, by the first teacher that reads it; None if it is unknown."""
+    counts: dict[str, int | None] = {}
+    for first, *_ in teachers_by_trunk(cfg.teachers):
+        network = published_network(first, cfg.teachers[first])
+        counts[first] = None if network is None else sum(p.numel() for p in network.parameters())
+    return counts
+
+
+def memory_bytes(cfg: RunConfig, ranks: int, low_precision: bool = True) -> dict[str, int | None]:
+    """Bytes on each device before the first image: by what they are for; None where that is not known.
+
+    Args:
+        cfg: the run's.
+        ranks: devices that share what the ZeRO stage shards.
+        low_precision: whether `precision: auto` means bf16, as on a GPU.
+    """
+    trained, stage = sum(trained_parameters(cfg)), cfg.deepspeed.zero_stage
+    moments, gradients, weights = (ranks if stage >= first else 1 for first in (1, 2, 3))
+    auto = "bf16" if low_precision else "fp32"
+    teachers: int | None = 0
+    for name, count in teacher_parameters(cfg).items():
+        precision = cfg.teachers[name].precision
+        size = _TEACHER_BYTES[auto if precision == "auto" else precision]
+        teachers = None if teachers is None or count is None else teachers + count * size
+    return {
+        "weights": 4 * trained // weights,
+        "gradients": 4 * trained // gradients,
+        "AdamW's moments": ADAM_BYTES * trained // moments,
+        "teachers": teachers,
+    }
+
+
+def _block(tokens: int, dim: int, size: int, mlp_ratio: float, mlp: str = "gelu") -> int:
+    """Kept of one image in one transformer block."""
+    inner = 4 * swiglu_hidden_dim(dim, mlp_ratio) if mlp == "swiglu" else 2 * int(mlp_ratio * dim)
+    return tokens * (8 * dim + size * (8 * dim + inner))
+
+
+def _encoder(cfg: ViTConfig, tokens: int, size: int, recompute: bool) -> int:
+    if recompute:  # the tokens between blocks
+        return tokens * 4 * cfg.embed_dim * cfg.depth
+    return _block(tokens, cfg.embed_dim, size, cfg.mlp_ratio, cfg.mlp) * cfg.depth
+
+
+def _projector(cfg: RunConfig, channels: int, token_types: list[str], patches: int, size: int) -> int:
+    """Kept of one image in one teacher's projector, its output included."""
+    p, dim, tokens = cfg.projector, cfg.student.embed_dim, patches + 1
+    if p.kind == "tp":
+        blocks = p.num_blocks * _block(tokens, dim, size, p.mlp_ratio)
+        return blocks + tokens * ((4 + size) * dim + size * channels)
+    if p.kind == "sp":  # norm and GELU in float32, their inputs and outputs
+        inner = 1 + (p.num_inner if p.version == 2 else 0)
+        return tokens * (size * dim + inner * (2 * size + 8) * p.hidden_dim + size * channels)
+    rows = {"cls": 1, "patch": patches}
+    kept = 0
+    for block in p.which_blocks or range(cfg.student.depth):
+        hidden = p.last_hidden_dim if block == cfg.student.depth - 1 else p.hidden_dim
+        kept += sum(rows[t] * size * (dim + 2 * hidden) for t in token_types)
+    return kept + sum(rows[t] * size * channels for t in token_types)
+
+
+def image_bytes(cfg: RunConfig, low_precision: bool = True) -> int:
+    """Bytes at the peak of a step for every image of a part: see the head of this file."""
+    size = 2 if cfg.train.precision == "bf16" or (cfg.train.precision == "auto" and low_precision) else 4
+    grid = cfg.image_size // cfg.student.patch_size
+    patches, dim = grid**2, cfg.student.embed_dim
+    tokens = patches + 1 + cfg.student.num_registers
+    total = _encoder(cfg.student, tokens, size, cfg.train.activation_checkpointing)
+    read = len(cfg.projector.which_blocks or range(cfg.student.depth)) if cfg.projector.kind == "lp" else 1
+    total += 4 * dim * (patches + 1) * read  # [cls, patches] without the registers
+    features, forward = 0, 0
+    for teacher in cfg.teachers.values():
+        total += _projector(cfg, teacher.num_features, teacher.token_types, patches, size)
+        features += patches * size * teacher.num_features
+        forward = max(forward, patches * 12 * size * teacher.num_features)
+        total += 12 * (grid * teacher.patch_size) ** 2 if teacher.patch_size != cfg.student.patch_size else 0
+    backward = features + size * tokens * int(2 * cfg.student.mlp_ratio * dim)
+    if cfg.train.activation_checkpointing:  # one block is whole again
+        backward = max(backward, _block(tokens, dim, size, cfg.student.mlp_ratio, cfg.student.mlp))
+    return total + features + max(forward, backward)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a rank's images of a step would lie in its device's memory."""
+
+    images: int
+    """Of a step, on this rank."""
+    parts: int
+    """Of equal size, one backward pass each."""
+    needed: int
+    """Bytes, estimated."""
+    available: int
+    """Bytes of the device."""
+    unknown: tuple[str, ...] = ()
+    """Teachers whose size is not known: then none of them is counted."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the spare share is left."""
+        return self.needed <= (1 - SPARE) * self.available
+
+    def __str__(self) -> str:
+        parts = f"in {self.parts} parts of {self.images // self.parts}" if self.parts > 1 else "at once"
+        but = f" (without the teachers: the size of {', '.join(self.unknown)} is not known)" if self.unknown else ""
+        return f"{parts}: estimated {self.needed / 2**30:.3g} of {self.available / 2**30:.3g} GiB{but}"
+
+
+def fit(cfg: RunConfig, ranks: int, available: int, low_precision: bool = True, parts: int | None = None) -> Fit:
+    """The fewest parts that leave the spare share of memory; as many as there are images where none does.
+
+    Args:
+        cfg: the run's.
+        ranks: devices; they must share the batch evenly.
+        available: bytes of each device.
+        low_precision: whether `auto` precisions mean bf16, as on a GPU.
+        parts: a given number instead.
+    """
+    assert cfg.train.global_batch % ranks == 0
+    images = cfg.train.global_batch // ranks
+    held = memory_bytes(cfg, ranks, low_precision)
+    unknown: tuple[str, ...] = ()
+    if held["teachers"] is None:
+        unknown = tuple(name for name, count in teacher_parameters(cfg).items() if count is None)
+    fixed = sum(count or 0 for count in held.values())
+    fixed += images * 12 * cfg.image_size**2 * (cfg.data.prefetch + _BATCHES_IN_FLIGHT)
+    each = image_bytes(cfg, low_precision)
+    for count in [n for n in range(1, images + 1) if images % n == 0] if parts is None else [parts]:
+        found = Fit(images, count, fixed + images // count * each, available, unknown)
+        if found.fits:
+            break
+    return found
+
+
+def device_memory(device: torch.device, ranks: int) -> int:
+    """Bytes that a rank may use: all of a GPU's; of a CPU's, its share of what is free.
+
+    Args:
+        device: of this rank.
+        ranks: of the run; on CPUs they are taken to be on one host.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    else:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":  # a container's
+        free = min(free, int(text) - int(used.read_text()))
+    return max(0, free) // ranks
+
+
+def smallest_memory(device: torch.device) -> int:
+    """The least `device_memory` of all ranks, which all call it and all get the same."""
+    found = torch.tensor(device_memory(device, dist.get_world_size()), device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    return int(found.item())

@@ -1,0 +1,83 @@
+"""The model of a device's memory against what `python -m bench.step --count` finds, and the parts it gives."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from dune_fast.engine.config import compose_config
+from dune_fast.engine.memory import SPARE, Fit, device_memory, fit, image_bytes, memory_bytes
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("overrides", "batch", "counted"),
+    [  # GiB at the peak of a step, bf16, ZeRO 0
+        (["experiment=dune_336"], 128, 38.52),
+        (["experiment=dune_448"], 128, 65.86),
+        (["experiment=dune_336"], 32, 11.98),
+        (["experiment=dune_336", "student=vit_small14"], 128, 21.55),
+        (["experiment=dune_336", "student=vit_large14"], 128, 86.30),
+        (["experiment=dune_336", "train.activation_checkpointing=true"], 128, 15.33),
+        (["experiment=dune_sp"], 128, 34.29),
+        (["experiment=dune_lp"], 128, 38.17),
+        (["experiment=unic"], 128, 19.53),
+    ],
+)
+def test_the_model_finds_what_is_counted(overrides, batch, counted):
+    cfg = compose_config(overrides)
+    held = sum(memory_bytes(cfg, 1).values()) + batch * 12 * cfg.image_size**2
+    assert (held + batch * image_bytes(cfg)) / GIB == pytest.approx(counted, rel=0.1)
+
+
+def test_float32_takes_more_than_bf16_and_less_than_twice_as_much():
+    cfg = compose_config(["experiment=dune_336"])
+    assert 1.5 < image_bytes(cfg, low_precision=False) / image_bytes(cfg) < 2
+    half = compose_config(["experiment=dune_336", "train.precision=bf16"])
+    assert image_bytes(half, low_precision=False) == image_bytes(cfg)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "parts"),
+    [
+        ("dune_1gpu", 1, {16: 16, 24: 8, 40: 4, 80: 2}),
+        ("dune_2gpu", 2, {24: 8, 80: 2}),
+        ("dune_8gpu", 8, {16: 4, 40: 2, 80: 1}),
+        ("in1k_1gpu", 1, {80: 2}),
+    ],
+)
+def test_parts_by_memory(name, gpus, parts):
+    cfg = compose_config([f"experiment={name}"])
+    for gib, expected in parts.items():
+        found = fit(cfg, gpus, gib * GIB)
+        assert found.parts == expected and found.needed <= (1 - SPARE) * gib * GIB
+    if expected > 1:  # the fewest
+        assert not fit(cfg, gpus, gib * GIB, parts=expected // 2).fits
+
+
+def test_what_does_not_fit_at_all_says_so():
+    found = fit(compose_config(["experiment=dune_1gpu"]), 1, 3 * GIB)
+    assert not found.fits and found.parts == 256
+
+
+def test_parts_divide_batches_that_are_no_power_of_two():
+    cfg = compose_config(["experiment=dune_1gpu", "train.global_batch=270"])
+    found = fit(cfg, 1, 24 * GIB)
+    assert 270 % found.parts == 0 and found.parts == 6 and not fit(cfg, 1, 24 * GIB, parts=5).fits
+
+
+def test_the_words_of_a_fit():
+    whole = Fit(128, 1, 22 * GIB, 80 * GIB)
+    assert str(whole) == "at once: estimated 22 of 80 GiB"
+    parts = dataclasses.replace(whole, parts=2, unknown=("sam",))
+    assert str(parts) == (
+        "in 2 parts of 64: estimated 22 of 80 GiB (without the teachers: the size of sam is not known)"
+    )
+
+
+def test_memory_of_a_cpu_is_shared_by_the_ranks():
+    one, four = (device_memory(torch.device("cpu"), ranks) for ranks in (1, 4))
+    assert one > GIB / 4 and four == pytest.approx(one / 4, rel=0.2)
