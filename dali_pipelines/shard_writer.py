@@ -25,7 +25,7 @@ from PIL import Image
 from dali_pipelines.errors import BrokenImage, DataError, StorageError
 from dali_pipelines.jpeg import encode_jpeg, shrink, to_rgb
 from dali_pipelines.source import PIL_ERRORS, read_size
-from dali_pipelines.storage import Location, Reader
+from dali_pipelines.storage import Location, Reader, sync_folder
 from dali_pipelines.tar_index import RECORD, open_index, write_index
 
 _MOST_VANISHED = 10  # files of a shard, or half of them: with more missing, something else is wrong
@@ -185,7 +185,7 @@ def write_shard(job: Job, reader: Reader, tally: Tally) -> ShardRecord:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, final)
-        _sync_folder(job.folder)
+        sync_folder(job.folder)
         record = ShardRecord(sink.size, len(rows), sink.digest.hexdigest(), broken)
         write_index(records_folder(job.folder) / f"{job.name}.index", np.array(rows, RECORD), 1)
         write_json(records_folder(job.folder) / f"{job.name}.json", asdict(record))
@@ -254,14 +254,6 @@ class _Sink:
         self._file.write(data)
         self.digest.update(data)
         self.size += len(data)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 _worker: tuple[Reader, Tally] | None = None

@@ -44,6 +44,15 @@ _TRANSIENT = {
 }  # fmt: skip
 
 
+def sync_folder(folder: Path) -> None:
+    """Makes the folder's entries durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @dataclass(frozen=True)
 class Location:
     """Where the bytes of an image are."""

@@ -27,6 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dali_pipelines.storage import sync_folder
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE_FILE = "state.safetensors"
@@ -99,15 +101,6 @@ class Manifest:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path} is damaged ({str(error) or repr(error)})") from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the folder's entries durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dali_pipelines.storage import sync_folder
 from dune_fast.engine import checkpoints
 from dune_fast.engine.container import (
     MANIFEST,
@@ -26,7 +27,6 @@ from dune_fast.engine.container import (
     FileInfo,
     Manifest,
     Piece,
-    sync_folder,
     write_durably,
     write_tensors,
 )

@@ -90,15 +90,8 @@ def saved(tmp_path, **fields):
     )
 
 
-@pytest.mark.parametrize(("size", "dim"), [("small", 384), ("base", 768)])
-@pytest.mark.parametrize("registers", [0, 4])
-def test_dinov2_computes_what_timm_computes(size, dim, registers, images, tmp_path):
-    import timm
-
-    state, cfg = saved(tmp_path, embed_dim=dim, num_heads=dim // 64, num_registers=registers)
-    cfg.interpolate_offset, cfg.interpolate_antialias = 0.0, True  # timm knows no other way
-    name = f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2"
-    model = timm.create_model(name, num_classes=0, depth=3, dynamic_img_size=True)
+def assert_equals_timm(cfg, model, state, registers, images):
+    """The teacher of `cfg` gives what timm's model gives with the same weights."""
     if registers:  # timm has no position for cls: it is added to the token
         state["reg_token"] = state.pop("register_tokens")
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
@@ -109,6 +102,18 @@ def test_dinov2_computes_what_timm_computes(size, dim, registers, images, tmp_pa
         theirs = model.eval().forward_features(images)
     assert relative(ours["cls"], theirs[:, 0]) < TOLERANCE
     assert relative(ours["patch"], theirs[:, 1 + registers :]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("size", "dim"), [("small", 384), ("base", 768)])
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2_computes_what_timm_computes(size, dim, registers, images, tmp_path):
+    import timm
+
+    state, cfg = saved(tmp_path, embed_dim=dim, num_heads=dim // 64, num_registers=registers)
+    cfg.interpolate_offset, cfg.interpolate_antialias = 0.0, True  # timm knows no other way
+    name = f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2"
+    model = timm.create_model(name, num_classes=0, depth=3, dynamic_img_size=True)
+    assert_equals_timm(cfg, model, state, registers, images)
 
 
 @pytest.mark.parametrize("family", ["dino", "ibot", "deit3", "dbotft"])
@@ -186,16 +191,7 @@ def test_swiglu_of_vit_g_computes_what_timm_computes(registers, images, tmp_path
         name, num_classes=0, depth=3, embed_dim=64, num_heads=1, mlp_ratio=5.5, dynamic_img_size=True
     )
     state = {k.replace("mlp.w12", "mlp.fc1").replace("mlp.w3", "mlp.fc2"): v for k, v in state.items()}
-    if registers:
-        state["reg_token"] = state.pop("register_tokens")
-        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
-        state["pos_embed"] = state["pos_embed"][:, 1:]
-    model.load_state_dict(state)
-    ours = TeacherEnsemble({"a": cfg}, 14)(images)["a"]
-    with torch.no_grad():
-        theirs = model.eval().forward_features(images)
-    assert relative(ours["cls"], theirs[:, 0]) < TOLERANCE
-    assert relative(ours["patch"], theirs[:, 1 + registers :]) < TOLERANCE
+    assert_equals_timm(cfg, model, state, registers, images)
 
 
 @pytest.mark.parametrize("name", ["dinov2_vitg14", "dinov2_vitg14_reg"])
