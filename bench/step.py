@@ -12,9 +12,12 @@ variant on the same images and compares its losses with the eager one's.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +33,7 @@ from bench.step_variants import VARIANTS, Step, SyntheticLoader, Variant, build,
 from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.engine.deepspeed_engine import init_distributed
 from dune_fast.engine.devices import autocast_dtype, device_name
-from dune_fast.engine.flops import run_flops
+from dune_fast.engine.flops import Flops, run_flops
 from kernels.fp8 import E4M3
 
 TURN = 5
@@ -47,6 +50,18 @@ def chosen(names: Sequence[str]) -> list[Variant]:
     return [known[name] for name in names] if names else list(VARIANTS)
 
 
+@dataclass
+class Running:
+    """A variant that is ready for its turns."""
+
+    step: Step
+    held_bytes: int
+    """Device memory that it keeps between steps."""
+    flops: Flops
+    spans: list[list[tuple[str, float]]] = field(default_factory=list)
+    """(part, milliseconds) of every measured step."""
+
+
 class Bench:
     """One experiment on one device: variants, images, meters."""
 
@@ -61,40 +76,61 @@ class Bench:
         return build(self.cfg, variant, self.loader, timer or (lambda part: nullcontext()))
 
     def measure(self, variants: Sequence[Variant], warm_up: int) -> list[Measured]:
-        """Times the variants in turns, then looks at each on its own."""
+        """Times the variants in turns, then looks at each on its own; one that runs out of memory beside the others is
+        left out, with a line that says so."""
         timer = PartTimer(self.device)
-        running: dict[str, tuple[Step, int]] = {}
+        running: dict[str, Running] = {}
         for variant in variants:
             self.console.print(f"{variant.name}: {variant.about}")
-            before = torch.cuda.memory_allocated() if self.on_gpu else 0
-            step = self.build(variant, timer)
-            for i in range(warm_up):
-                step(i)
-            held = (torch.cuda.memory_allocated() if self.on_gpu else 0) - before
-            running[variant.name] = step, held
-            timer.collect()
-        spans: dict[str, list[list[tuple[str, float]]]] = {variant.name: [] for variant in variants}
+            with self.enough_memory(variant.name, running, timer):
+                running[variant.name] = self.start(variant, timer, warm_up)
         for first in range(warm_up, self.steps - TURN + 1, TURN):
-            for name, (step, _) in running.items():
-                for i in range(first, first + TURN):
-                    with timer("step"):
-                        step(i)
-                spans[name] += split_steps(timer.collect())
+            for name in list(running):
+                with self.enough_memory(name, running, timer):
+                    for i in range(first, first + TURN):
+                        with timer("step"):
+                            running[name].step(i)
+                    running[name].spans += split_steps(timer.collect())
         dtype = autocast_dtype(self.cfg.train.precision, self.device) or torch.float32
         rate = matrix_rate(self.device, dtype, 8192 if self.on_gpu else 1024)
-        rate_fp8 = matrix_rate(self.device, E4M3) if self.on_gpu and "ours+fp8" in spans else None
+        rate_fp8 = matrix_rate(self.device, E4M3) if self.on_gpu and "ours+fp8" in running else None
         results = []
-        for variant in variants:
-            step, held = running[variant.name]
-            flops = run_flops(configure(self.cfg, variant))
-            result = Measured.from_spans(variant.name, self.batch, spans[variant.name], flops, rate, rate_fp8)
+        for name, kept in running.items():
+            result = Measured.from_spans(name, self.batch, kept.spans, kept.flops, rate, rate_fp8)
             if self.on_gpu:
-                last = partial(step, self.steps - 1)
-                result.peak_bytes = peak_memory(last, held)
+                last = partial(kept.step, self.steps - 1)
+                result.peak_bytes = peak_memory(last, kept.held_bytes)
                 result.host_syncs = host_syncs(last)
                 result.add_profile(profile(last))
             results.append(result)
         return results
+
+    def start(self, variant: Variant, timer: PartTimer, warm_up: int) -> Running:
+        """Builds a variant and warms it up."""
+        before = torch.cuda.memory_allocated() if self.on_gpu else 0
+        step = self.build(variant, timer)
+        for i in range(warm_up):
+            step(i)
+        held = (torch.cuda.memory_allocated() if self.on_gpu else 0) - before
+        timer.collect()
+        return Running(step, held, run_flops(configure(self.cfg, variant)))
+
+    @contextmanager
+    def enough_memory(self, name: str, running: dict[str, Running], timer: PartTimer) -> Iterator[None]:
+        """Drops a variant that the device has no memory for, with all that it holds."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step that failed
+        else:
+            return
+        running.pop(name, None)
+        timer.collect()
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+        others = f" beside {', '.join(running)}" if running else ""
+        self.console.print(f"{name}: out of memory{others}, left out; to measure it alone: --only {name}")
 
     def curve(self, variants: Sequence[Variant]) -> dict[str, list[float]]:
         """variant -> the loss of every step, each trained on its own from the same start."""
@@ -186,6 +222,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         return compare_curves(Bench(cfg, args.batch, device, args.curve, console).curve(needed), console)
     steps = args.warm_up + -(-args.steps // TURN) * TURN
     results = Bench(cfg, args.batch, device, steps, console).measure(variants, args.warm_up)
+    if not results:
+        raise ValueError(f"no variant fits {args.batch} images into the memory; choose a smaller --batch")
     console.print(table(results))
     name = device_name(device)
     folder = args.output / folder_name(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -39,8 +40,11 @@ def config() -> RunConfig:
 
 
 class Quiet:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
     def print(self, *lines: object) -> None:
-        pass
+        self.lines += map(str, lines)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +81,31 @@ def test_measures_parts_that_add_up(tmp_path):
     assert json.loads(path.read_text())["experiments"]["small"]["ours"]["versions"] == "torch"
     module.plot_parts(tmp_path / "step.png", "small", merged)
     assert (tmp_path / "step.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("fails_at", [0, 2], ids=["in the warm-up", "in a turn"])
+def test_a_variant_without_room_is_left_out(monkeypatch, fails_at):
+    """The others are measured all the same, and nothing of the failed one stays."""
+    console = Quiet()
+    bench = Bench(config(), 3, init_distributed(), 6, console)
+    held = []
+
+    def build(variant, timer):
+        state = torch.zeros(8)
+        held.append(weakref.ref(state))
+
+        def step(i: int) -> torch.Tensor:
+            if variant.name == "eager" and i == fails_at:
+                raise torch.OutOfMemoryError("no room")
+            return state.sum()
+
+        return step
+
+    monkeypatch.setattr(bench, "build", build)
+    results = bench.measure(chosen(["eager", "ours"]), warm_up=1)
+    assert [result.variant for result in results] == ["ours"]
+    assert any(line.startswith("eager: out of memory") and "--only eager" in line for line in console.lines)
+    assert held[0]() is None
 
 
 def test_every_variant_runs_on_images_that_differ():
