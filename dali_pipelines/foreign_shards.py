@@ -80,9 +80,11 @@ def open_foreign_shards(shards: Sequence[str], pattern: str) -> ShardImages:
     state = "\0".join([pattern, str(RECORD), *(f"{path}\0{_version(path)}" for path in shards)])
     key = hashlib.blake2b(os.fsencode(state), digest_size=16).hexdigest()
     with cached(f"tar-index/{key}.index", f"the index of {shards[0]}") as index:
-        if not index.exists():
+        try:
+            records = open_index(index, len(shards))
+        except DataError:  # none yet, or a damaged one
             write_index(index, _scan(shards, pattern), len(shards))
-    records = open_index(index, len(shards))
+            records = open_index(index, len(shards))
     if not len(records):
         wanted = f"matches {pattern!r}" if pattern else "ends in .jpg, .jpeg, .png or .webp"
         raise DataError(f"no member of {shards[0]}{' and the others' if len(shards) > 1 else ''} {wanted}")

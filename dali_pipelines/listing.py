@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import logging
 import os
 from array import array
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,8 @@ import numpy as np
 
 from dali_pipelines.errors import DataError
 from dali_pipelines.storage import Location, file_system, is_url
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 """What counts as an image where no pattern is given, in either case."""
@@ -128,7 +131,7 @@ def imagefolder_splits(name: str, folder: str) -> tuple[str, str]:
 
 def _walk(folder: str) -> list[str]:
     found, seen = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_unlisted):
         real = os.path.realpath(parent)
         if real in seen:  # a link to a folder above would never end
             folders.clear()
@@ -139,6 +142,16 @@ def _walk(folder: str) -> list[str]:
         images = (f for f in files if f.lower().endswith(SUFFIXES) and not f.startswith("."))
         found.extend(f if below == "." else os.path.join(below, f) for f in images)
     return sorted(found)
+
+
+def _unlisted(error: OSError) -> None:
+    """os.walk would leave the folder out without a word, and ranks would disagree on which images there are."""
+    if not isinstance(error, PermissionError):  # such as lost+found
+        raise DataError(
+            f"the folder {error.filename} cannot be listed ({error.strerror}): see that its storage answers, then "
+            "start the same command again"
+        ) from error
+    logger.warning("the folder %s may not be listed: what is in it is left out", error.filename)
 
 
 def _glob(folder: str, pattern: str) -> list[str]:

@@ -121,16 +121,22 @@ def _coprime_near_golden(period: int) -> int:
 
 
 def exact_weights(weights: Sequence[float], batch: int) -> list[Fraction]:
-    """Weights as fractions that add up to 1, such that the division of a batch repeats within 10,000 steps."""
+    """Weights as fractions that add up to 1, such that the division of a batch repeats within 10,000 steps.
+
+    They are exact where that is possible, else to 1 / 10,000 of an image a step, and never 0 where the weight is not.
+    """
     if any(not (weight >= 0 and math.isfinite(weight)) for weight in weights) or sum(weights) <= 0:
         raise DataError(f"data.group_weights are {list(weights)}: they must not be negative, and one must be above 0")
-    raw = [Fraction(weight).limit_denominator(1_000_000) for weight in weights]
+    # relative to the largest, so that the unit does not matter
+    raw = [Fraction(weight / max(weights)).limit_denominator(1_000_000) for weight in weights]
+    raw = [max(share, Fraction(int(weight > 0), 1_000_000)) for share, weight in zip(raw, weights, strict=True)]
     exact = [weight / sum(raw) for weight in raw]
     if math.lcm(*((weight * batch).denominator for weight in exact)) <= _MAX_PERIOD:
         return exact
-    rounded = [round(weight * _MAX_PERIOD) for weight in exact]
-    rounded[int(np.argmax(rounded))] += _MAX_PERIOD - sum(rounded)
-    return [Fraction(weight, _MAX_PERIOD) for weight in rounded]
+    parts = batch * _MAX_PERIOD
+    rounded = [max(round(weight * parts), int(weight > 0)) for weight in exact]
+    rounded[int(np.argmax(rounded))] += parts - sum(rounded)
+    return [Fraction(weight, parts) for weight in rounded]
 
 
 class SampleOrder:

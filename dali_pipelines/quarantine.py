@@ -3,7 +3,8 @@
 Which image takes the place of a broken one is a function of the order alone (`order.SampleOrder.image` with a `skip`)
 and of which files are broken, not of when they were found or by which rank. So a run that goes on, on any number of
 ranks, sees what it would have seen without the interruption, and reading the record back only spares it finding out
-again. The exception are files that could not be read at all: they are on record, but the next process tries them again.
+again. The exception are files that could not be read at all: they are on record, and all ranks of the run that learn of
+them leave them out, but the next one tries them again.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ class Quarantine:
         self._folder = folder
         self._file = None if folder is None else folder / f"quarantine.rank{rank}.jsonl"
         self._read_until: dict[Path, int] = {}  # bytes
-        self._read_back()
+        self._read_back(at_start=True)
+        if self._file in self._read_until and self._file.stat().st_size > self._read_until[self._file]:
+            with open(self._file, "a") as file:
+                file.write("\n")  # ends a line that a kill has cut short: the next entry needs one of its own
 
     def __contains__(self, image: tuple[int, int]) -> bool:
         return image in self._broken
@@ -108,8 +112,11 @@ class Quarantine:
             totals[self._names[dataset]] += 1
         return totals
 
-    def _read_back(self) -> None:
-        """Takes over what is new in the files of all ranks; entries of other data, and torn lines, are left out."""
+    def _read_back(self, at_start: bool = False) -> None:
+        """Takes over what is new in the files of all ranks; entries of other data, and torn lines, are left out.
+
+        At the start, so are files that could not be read: this process tries them again.
+        """
         for file in sorted(self._folder.glob("quarantine.rank*.jsonl")) if self._folder is not None else []:
             with open(file, "rb") as stream:
                 stream.seek(self._read_until.get(file, 0))
@@ -120,7 +127,7 @@ class Quarantine:
                 try:
                     entry = json.loads(line)
                     dataset, index = self._names.index(entry["dataset"]), int(entry["index"])
-                    same = entry["lasting"] and self._images[dataset][index] == entry["path"]
+                    same = (entry["lasting"] or not at_start) and self._images[dataset][index] == entry["path"]
                 except (ValueError, KeyError, TypeError, IndexError):
                     continue  # a line cut short by a kill, a dataset or an image that is no longer there
                 if same:

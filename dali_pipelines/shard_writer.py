@@ -25,7 +25,7 @@ from PIL import Image
 from dali_pipelines.errors import BrokenImage, DataError, StorageError
 from dali_pipelines.jpeg import encode_jpeg, shrink, to_rgb
 from dali_pipelines.source import PIL_ERRORS, read_size
-from dali_pipelines.storage import Location, Reader, sync_folder
+from dali_pipelines.storage import Location, Reader, sync_folder, write_whole
 from dali_pipelines.tar_index import RECORD, open_index, write_index
 
 _MOST_VANISHED = 10  # files of a shard, or half of them: with more missing, something else is wrong
@@ -152,7 +152,8 @@ def write_shard(job: Job, reader: Reader, tally: Tally) -> ShardRecord:
     """Writes a shard, its index and its record.
 
     Raises:
-        StorageError: images cannot be read, most of them are gone, or the shard cannot be written.
+        StorageError: images cannot be read, or most of them are gone.
+        OSError: the shard cannot be written.
         Stopped: see `Tally`.
     """
     final, partial = job.folder / f"{job.name}.tar", job.folder / f".{job.name}.tar.part"
@@ -190,11 +191,6 @@ def write_shard(job: Job, reader: Reader, tally: Tally) -> ShardRecord:
         write_index(records_folder(job.folder) / f"{job.name}.index", np.array(rows, RECORD), 1)
         write_json(records_folder(job.folder) / f"{job.name}.json", asdict(record))
         return record
-    except OSError as error:
-        raise StorageError(
-            f"{final} cannot be written: {error.strerror or error}; make room or choose another folder, then start the "
-            "same command again: finished shards are kept"
-        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -219,13 +215,8 @@ def records_folder(folder: Path) -> Path:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Whole or not at all, and on the disk."""
-    partial = path.with_name(f".{path.name}.part")
-    with open(partial, "w") as file:
-        file.write(json.dumps(value) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    """A value as JSON; see `storage.write_whole`."""
+    write_whole(path, f"{json.dumps(value)}\n".encode())
 
 
 class _Sink:

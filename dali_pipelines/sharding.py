@@ -43,7 +43,7 @@ from dali_pipelines.shard_writer import (
     write_json,
 )
 from dali_pipelines.shards import FORMAT, MANIFEST, Manifest, Shard, Split
-from dali_pipelines.storage import Reader
+from dali_pipelines.storage import Reader, write_whole
 from dali_pipelines.tar_index import open_index, write_index
 from teachers.assets import locked
 from teachers.download import file_sha256
@@ -105,14 +105,17 @@ def shard_dataset(name: str, data: DataConfig, folder: Path, settings: ShardSett
     source = _fingerprint(splits)
     try:
         records_folder(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"the folder {folder} cannot be made: {error.strerror}; choose another one") from error
-    with locked(folder / ".lock", f"the shards in {folder}"):
-        for partial in [*folder.glob(".*.part"), *records_folder(folder).glob(".*.part")]:
-            partial.unlink()  # of a process that was killed
-        plans = _plan(folder, dataset, splits, source, settings, data.read_patience, workers)
-        _write_missing(folder, dataset, splits, plans, settings, data.read_patience, workers)
-        return _finish(folder, name, plans, source, settings)
+        with locked(folder / ".lock", f"the shards in {folder}"):
+            for partial in [*folder.glob(".*.part"), *records_folder(folder).glob(".*.part")]:
+                partial.unlink()  # of a process that was killed
+            plans = _plan(folder, dataset, splits, source, settings, data.read_patience, workers)
+            _write_missing(folder, dataset, splits, plans, settings, data.read_patience, workers)
+            return _finish(folder, name, plans, source, settings)
+    except OSError as error:  # what goes wrong with the source is a DataError
+        raise DataError(
+            f"{folder} cannot be written: {error.strerror or error}; make room or choose another folder, then start "
+            "the same command again: finished shards are kept"
+        ) from error
 
 
 def _fingerprint(splits: dict[str, Images]) -> str:
@@ -275,14 +278,12 @@ def _finish(folder: Path, name: str, plans: Sequence[Plan], source: str, setting
         write_index(index, records, len(shards))
         splits.append(Split(plan.split, len(records), len(left_out), index.name, file_sha256(index), shards))
         broken += left_out
-    (folder / QUARANTINE).write_text("".join(json.dumps(entry) + "\n" for entry in broken))
+    write_whole(folder / QUARANTINE, "".join(json.dumps(entry) + "\n" for entry in broken).encode())
     if broken:
         total = sum(plan.images for plan in plans)
         logger.warning(
             "%s: %d of %d images are broken and left out, see %s", name, len(broken), total, folder / QUARANTINE
         )
     manifest = Manifest(FORMAT, name, source, asdict(settings), splits)
-    partial = folder / f".{MANIFEST}.part"
-    partial.write_text(manifest.dump())
-    partial.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, manifest.dump().encode())
     return manifest

@@ -14,6 +14,7 @@ The folder may be an address that fsspec knows ("s3://bucket/in19k"). Shards of 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -26,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from dali_pipelines.errors import DataError
-from dali_pipelines.storage import Location, cached, file_system, is_url, open_binary, patiently
+from dali_pipelines.storage import Location, cached, file_system, is_url, open_binary, patiently, write_whole
 from dali_pipelines.tar_index import open_index
 
 FORMAT = 1
@@ -202,7 +203,7 @@ def open_manifest_folder(folder: str) -> dict[str, ShardImages]:
                     f"the shard {folder}/{shard.name} {state}: copy it again from where it came, or make it again "
                     f"with the `dune-fast data shard` command that has filled the folder (the others are kept)"
                 )
-        records = open_index(_local_copy(f"{folder}/{split.index}", split.index_sha256), len(split.shards))
+        records = _open_index(f"{folder}/{split.index}", split.index_sha256, len(split.shards))
         if len(records) != split.images:
             raise DataError(
                 f"{folder}/{split.index} lists {len(records)} images, {MANIFEST} {split.images}: they do not belong "
@@ -228,22 +229,21 @@ def _read_file(path: str) -> bytes:
     return patiently(lambda: Path(path).read_bytes(), path, _PATIENCE)
 
 
-def _local_copy(path: str, sha256: str) -> Path:
-    """A file itself, or, of an address, its copy in the cache folder."""
+def _open_index(path: str, sha256: str, num_shards: int) -> np.ndarray:
+    """The records of an index file; of one at an address, those of its copy in the cache folder."""
     if not is_url(path):
-        return Path(path)
+        return open_index(Path(path), num_shards)
     with cached(f"shard-index/{sha256}.index", path) as copy:
-        if not copy.exists():
-            try:
-                data = _read_file(path)
-            except OSError as error:
-                raise DataError(f"the index {path} cannot be read: {error}") from error
-            if hashlib.sha256(data).hexdigest() != sha256:
-                raise DataError(f"{path} is not the index that {MANIFEST} beside it was made with: copy both again")
-            partial = copy.with_suffix(".part")
-            partial.write_bytes(data)
-            partial.replace(copy)
-    return copy
+        with contextlib.suppress(DataError):  # no copy yet, or a damaged one
+            return open_index(copy, num_shards)
+        try:
+            data = _read_file(path)
+        except OSError as error:
+            raise DataError(f"the index {path} cannot be read: {error}") from error
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise DataError(f"{path} is not the index that {MANIFEST} beside it was made with: copy both again")
+        write_whole(copy, data)
+        return open_index(copy, num_shards)
 
 
 def verify_shards(folder: str, report: Callable[[int], None] = lambda _: None) -> list[str]:

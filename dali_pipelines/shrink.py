@@ -16,57 +16,49 @@ import hashlib
 import io
 import logging
 import os
-import tempfile
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from dali_pipelines.jpeg import encode_jpeg, shrink, to_rgb
+from dali_pipelines.source import read_size
+from dali_pipelines.storage import Location, Reader, write_whole
 
 logger = logging.getLogger(__name__)
 
 
-def shrunk_bytes(path: str, shorter_side: int, cache: Path) -> bytes:
-    """The encoded bytes of an image with at most `shorter_side` pixels on its shorter side.
+def shrunk_bytes(path: str, shorter_side: int, cache: Path, reader: Reader) -> np.ndarray:
+    """The encoded bytes, uint8 [length], of an image with at most `shorter_side` pixels on its shorter side.
 
     Args:
         path: the original.
         shorter_side: in pixels; images that are not larger are returned as they are in the file.
         cache: folder of the copies; made where it is missing.
+        reader: for the original and the copy.
 
     Raises:
-        OSError, SyntaxError, ValueError: the file cannot be read or decoded.
+        BrokenImage, StorageError: see `Reader.read`.
+        OSError, SyntaxError, ValueError, RuntimeError: from PIL, or there is no such file.
     """
-    status = os.stat(path)
+    status = reader.patiently(lambda: os.stat(path), path)
     key = f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{shorter_side}"
     copy = cache / f"{hashlib.blake2b(os.fsencode(key), digest_size=16).hexdigest()}.jpg"
     if copy.exists():
-        return copy.read_bytes()
-    data = Path(path).read_bytes()
-    image = Image.open(io.BytesIO(data))
-    if min(image.size) <= shorter_side:
+        return reader.read(Location(str(copy)))
+    data = reader.read(Location(path))
+    if min(read_size(data)) <= shorter_side:
         return data
-    encoded = encode_jpeg(shrink(to_rgb(image), shorter_side))
+    with Image.open(io.BytesIO(data)) as image:
+        encoded = encode_jpeg(shrink(to_rgb(image), shorter_side))
     try:
-        _write(copy, encoded)
+        cache.mkdir(parents=True, exist_ok=True)
+        write_whole(copy, encoded)
     except OSError as error:  # the image is good all the same
         _warn_once(str(cache), str(error))
-    return encoded
+    return np.frombuffer(encoded, np.uint8)
 
 
 @functools.cache
 def _warn_once(cache: str, reason: str) -> None:
     logger.warning("cannot keep shrunk images in %s (%s): each is shrunk again whenever it is used", cache, reason)
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Whole or not at all: another process may be reading."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -13,9 +13,9 @@ from dali_pipelines.datasets import DataConfig, Dataset
 from dali_pipelines.errors import BrokenImage, StorageError
 from dali_pipelines.listing import is_turned
 from dali_pipelines.quarantine import Quarantine
-from dali_pipelines.storage import Reader, patiently
+from dali_pipelines.storage import Reader
 
-PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError)
 """What PIL raises for broken files."""
 
 
@@ -40,12 +40,15 @@ class ImageSource:
     ) -> None:
         self._configs = [dataset.config for dataset in datasets]
         self._images = [getattr(dataset, split) for dataset in datasets]
-        self._patience = config.read_patience
         self._reader = Reader(config.read_patience)
         self.quarantine = Quarantine([dataset.name for dataset in datasets], self._images, config, folder, rank)
         # width and height from headers, 0 until one was read, and for ever where the index knows them; zeros cost no
         # memory before they are written
         self._sizes = [np.zeros((len(images), 2), np.int32) for images in self._images]
+
+    def stop_waiting(self) -> None:
+        """From now on, a read that fails is not tried again."""
+        self._reader.stop_waiting()
 
     def path(self, dataset: int, index: int) -> str:
         """The path of an image, or its name in a shard."""
@@ -68,9 +71,7 @@ class ImageSource:
                 from dali_pipelines.shrink import shrunk_bytes
                 from teachers.assets import cache_dir
 
-                path, cache = images[index], cache_dir() / "shrunk"
-                data = patiently(lambda: shrunk_bytes(path, shrink, cache), path, self._patience)
-                data = np.frombuffer(data, np.uint8)
+                data = shrunk_bytes(images[index], shrink, cache_dir() / "shrunk", self._reader)
             else:
                 data = self._reader.read(images.locate(index))
             size = images.size(index)
@@ -91,13 +92,15 @@ def read_size(data: np.ndarray | bytes) -> tuple[int, int]:
 
     Raises:
         BrokenImage: no known format, or a JPEG without its end (for DALI that may depend on the crop).
-        OSError, SyntaxError, ValueError, DecompressionBombError: from PIL.
+        One of PIL_ERRORS: from PIL.
     """
+    data = bytes(data)
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            size, kind = image.size, image.format
+        with Image.open(stream := io.BytesIO(data)) as image:
+            size, kind, pixels = image.size, image.format, stream.tell()
     except UnidentifiedImageError:
         raise BrokenImage("no known image format") from None
-    if kind == "JPEG" and bytes(data).rfind(b"\xff\xd9") < 0:
+    # where the pixels begin: a thumbnail before them has an end of its own
+    if kind in ("JPEG", "MPO") and data.find(b"\xff\xd9", pixels) < 0:
         raise BrokenImage("the JPEG ends too early")
     return size

@@ -16,6 +16,7 @@ import functools
 import logging
 import os
 import random
+import secrets
 import threading
 import time
 import zlib
@@ -51,6 +52,28 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(path: Path, *parts: bytes | np.ndarray) -> None:
+    """Writes a file so that readers see all of it or what was there before, also after a power cut.
+
+    Several threads, processes and machines may write the same file at once; an interrupted one leaves ".NAME.*.part".
+
+    Args:
+        path: of the file, in a folder that is there.
+        parts: its content, one after the other; contiguous arrays.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+    try:
+        with open(partial, "xb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 @dataclass(frozen=True)
@@ -127,19 +150,21 @@ def cached(name: str, title: str) -> Iterator[Path]:
         ) from error
 
 
-def patiently(read: Callable[[], Any], what: str, patience: float) -> Any:
+def patiently(read: Callable[[], Any], what: str, patience: float, stop: threading.Event | None = None) -> Any:
     """The result of `read()`, tried again while the storage fails.
 
     Args:
         read: what to do; file-not-found and the like are passed on as they are.
         what: is read, for messages.
         patience: seconds after which it is given up.
+        stop: once it is set, nothing is tried again.
 
     Raises:
-        StorageError: it still failed then.
+        StorageError: it still failed then, or it failed and is not wanted any more.
         OSError: input/output errors (EIO) that outlived the patience, and all errors that waiting does not mend.
     """
     give_up, pause = time.monotonic() + patience, _FIRST_PAUSE
+    stop = stop or threading.Event()
     while True:
         try:
             return read()
@@ -155,7 +180,9 @@ def patiently(read: Callable[[], Any], what: str, patience: float) -> Any:
                     "wait longer, raise data.read_patience"
                 ) from error
             logger.warning("%s: %s; trying again", what, error or type(error).__name__)
-        time.sleep(pause * random.uniform(0.7, 1.3))  # ranks should not all come back at once
+            # ranks should not all come back at once
+            if stop.wait(pause * random.uniform(0.7, 1.3)):
+                raise StorageError(f"{what} was not read: it is not wanted any more") from error
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
@@ -190,6 +217,7 @@ class Reader:
 
     def __init__(self, patience: float, open_files: int = 128) -> None:
         self._patience, self._limit = patience, open_files
+        self._stop = threading.Event()
         self._open: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -201,7 +229,7 @@ class Reader:
             StorageError: the storage does not answer or forbids it, or a whole shard has vanished.
         """
         try:
-            data = patiently(lambda: self._read_once(location), str(location), self._patience)
+            data = self.patiently(lambda: self._read_once(location), str(location))
         except OSError as error:
             reason = error.strerror or str(error) or type(error).__name__
             if isinstance(error, PermissionError) and is_url(location.path):
@@ -221,6 +249,14 @@ class Reader:
         if location.crc is not None and zlib.crc32(data) != location.crc:
             raise BrokenImage("its bytes are not those that were written: the checksum differs")
         return np.frombuffer(data, np.uint8)
+
+    def patiently(self, read: Callable[[], Any], what: str) -> Any:
+        """See the function of that name; with the reader's patience, until `stop_waiting`."""
+        return patiently(read, what, self._patience, self._stop)
+
+    def stop_waiting(self) -> None:
+        """From now on, a read that fails is not tried again."""
+        self._stop.set()
 
     def _read_once(self, location: Location) -> bytes:
         path, offset, length = location.path, location.offset, location.length

@@ -125,8 +125,9 @@ class ImageLoader(ABC):
         return self._source.quarantine.paths()
 
     def close(self) -> None:
-        """Ends the threads; iterators that are still in use end as well. May be called twice."""
+        """Ends the threads, and iterators still in use; a read that fails is not tried again. May be called twice."""
         atexit.unregister(self._at_exit)
+        self._source.stop_waiting()
         for stream in list(self._streams):
             stream.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -197,11 +198,8 @@ class ImageLoader(ABC):
         pending: deque[Plan] = deque()
         failure: DecodeError | None = None
 
-        def plan_next() -> Plan | None:
-            return next(plans, None)
-
         def fill() -> None:
-            while len(pending) < _IN_FLIGHT and (plan := plan_next()) is not None:
+            while len(pending) < _IN_FLIGHT and (plan := next(plans, None)) is not None:
                 pending.append(plan)
 
         def submit(plan: Plan) -> None:
@@ -234,8 +232,7 @@ class ImageLoader(ABC):
                     restart()
                     continue
                 done = pending.popleft()
-                plan = plan_next()
-                if plan is not None:
+                if (plan := next(plans, None)) is not None:
                     pending.append(plan)
                     submit(plan)
                 yield done, images, event

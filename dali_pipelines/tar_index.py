@@ -24,7 +24,7 @@ from typing import BinaryIO
 import numpy as np
 
 from dali_pipelines.errors import DataError
-from dali_pipelines.storage import open_binary, patiently
+from dali_pipelines.storage import open_binary, patiently, write_whole
 
 RECORD = np.dtype(
     [("offset", "<u8"), ("length", "<u4"), ("shard", "<u4"), ("crc", "<u4"), ("width", "<u2"), ("height", "<u2")]
@@ -38,19 +38,10 @@ _BLOCK = 512
 
 
 def write_index(path: Path, records: np.ndarray, num_shards: int) -> None:
-    """Writes an index file, whole or not at all."""
+    """Writes an index file; see `storage.write_whole`."""
     assert records.dtype == RECORD and (not len(records) or records["shard"].max() < num_shards)
-    header = _HEADER.pack(MAGIC, VERSION, num_shards, len(records), zlib.crc32(np.ascontiguousarray(records)))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(header)
-            records.tofile(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    records = np.ascontiguousarray(records)
+    write_whole(path, _HEADER.pack(MAGIC, VERSION, num_shards, len(records), zlib.crc32(records)), records)
 
 
 def open_index(path: Path, num_shards: int) -> np.ndarray:

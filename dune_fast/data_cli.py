@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dali_pipelines.datasets import DataConfig
+from dali_pipelines.datasets import DataConfig, DataError
 
 
 def _chosen(args: argparse.Namespace) -> tuple[DataConfig, list[str]]:
@@ -84,12 +84,12 @@ def check(args: argparse.Namespace) -> int:
             console.print(f"[{colours[report.status]}]{report.name}[/]: {escape(note)}")
         for path, reason in report.broken:
             console.print(f"{report.name}: broken: {escape(path)} ({escape(reason)})")
-    failed = any(report.status == FAIL for report in reports)
-    if failed and "DUNE_FAST_DATA" not in os.environ:
+    failed = [data.datasets[report.name] for report in reports if report.status == FAIL]
+    if any(own.root.startswith("data/") for own in failed) and "DUNE_FAST_DATA" not in os.environ:
         console.print(
             "The shipped configurations look below the folder that the variable DUNE_FAST_DATA names: set it."
         )
-    return int(failed)
+    return int(bool(failed))
 
 
 def list_keys(args: argparse.Namespace) -> int:
@@ -100,7 +100,12 @@ def list_keys(args: argparse.Namespace) -> int:
     from dali_pipelines.pickle_keys import pickle_keys
 
     paths = [str(Path(args.prefix) / key) for key in pickle_keys(args.file)]
-    args.out.write_text("".join(f"{path}\n" for path in sorted(paths)), encoding="utf-8", errors="surrogateescape")
+    try:
+        args.out.write_text("".join(f"{path}\n" for path in sorted(paths)), encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise DataError(
+            f"{args.out} cannot be written ({error.strerror}): give --out a file in a folder that is there"
+        ) from error
     sys.stdout.write(f"{args.out}: {len(paths):,} paths, the first one {min(paths)}\n")
     return 0
 

@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: dali)")
 pytest.importorskip("psutil")
 
-from bench import data, data_contenders, data_index  # noqa: E402
+from bench import data, data_contenders, data_index, data_turns  # noqa: E402
 from dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -50,6 +52,25 @@ def test_the_transform_draws_the_same_distribution_as_ours(photographs):
     assert ours.shape == theirs.shape
     for statistic in (torch.mean, torch.std):
         assert float(statistic(ours)) == pytest.approx(float(statistic(theirs)), abs=0.06)
+
+
+def test_workers_are_ended_before_they_are_waited_for():
+    """torch's abort now and then where they are left to end by themselves, and are waited for in vain, 5 s each."""
+
+    class Batches:
+        def __init__(self):
+            self.worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+
+        def __next__(self):
+            return torch.zeros(1)
+
+        def close(self):
+            assert self.worker.wait(10) < 0
+
+    contender = data_turns.Running(Batches)
+    contender.warm_up()
+    contender.close()
+    assert contender._batches.worker.poll() is not None
 
 
 def test_a_run_compares_all_three_and_leaves_a_record(tmp_path, photographs, capsys):

@@ -44,6 +44,18 @@ def photos(tmp_path) -> Path:
     return write_photos(tmp_path / "photos", 24)
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> None:
+    """A cache folder of the test's own, cache/ in its temporary one."""
+    monkeypatch.setenv("DUNE_FAST_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def two_folders(tmp_path, write_folder) -> tuple[Path, Path]:
+    """Folders of 11 and of 6 small JPEGs."""
+    return write_folder(tmp_path / "a", 11), write_folder(tmp_path / "b", 6, first_seed=50)
+
+
 @pytest.fixture(scope="session")
 def _sharded_once(tmp_path_factory) -> Path:
     from dali_pipelines.datasets import DataConfig, DatasetConfig

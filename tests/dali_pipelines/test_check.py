@@ -46,8 +46,8 @@ def test_broken_images_are_named_with_the_reason_and_the_rest_is_decoded(photos)
     paths = sorted(photos.iterdir())
     paths[0].write_bytes(b"")
     paths[5].write_bytes(b"<html>404 Not Found</html>")
-    data = paths[7].read_bytes()
-    paths[7].write_bytes(data[:2] + b"\xff\xfe\x00\x06..\xff\xd9" + data[2 : len(data) // 2])  # only decoding shows it
+    Image.open(paths[7]).save(paths[7], "PNG")
+    paths[7].write_bytes(paths[7].read_bytes()[:2000])  # only decoding shows it
     report = check(photos)
     assert report.sampled == 24 and report.status == "fail"
     broken = dict(report.broken)
@@ -77,6 +77,9 @@ def test_a_missing_dataset_hides_no_other_and_says_where_to_ask(photos, tmp_path
     assert {line[0]: line[2] for line in lines} == {"bedlam": "fail", "agora": "ok", "cuffs": "fail"}
     assert cli.main(["data", "check", *overrides, "--only", "agora", "--sample", "3"]) == 0
     assert cli.main(["data", "check", *overrides, "--only", "ours"]) == 2
+    capsys.readouterr()
+    assert cli.main(["data", "check", "data=folder", f"data.datasets.images.root={tmp_path}/no"]) == 1
+    assert "DUNE_FAST_DATA" not in capsys.readouterr().out
 
 
 def test_shards_are_checked_and_damage_is_found_with_full(photos, tmp_path):
@@ -103,7 +106,7 @@ def test_shards_are_checked_and_damage_is_found_with_full(photos, tmp_path):
     assert gone.status == "fail" and "is missing" in gone.notes[0]
 
 
-def test_list_keys_writes_a_list_that_a_dataset_reads(photos, tmp_path):
+def test_list_keys_writes_a_list_that_a_dataset_reads(photos, tmp_path, capsys):
     import pickle
 
     names = sorted(path.name for path in photos.iterdir())
@@ -113,5 +116,7 @@ def test_list_keys_writes_a_list_that_a_dataset_reads(photos, tmp_path):
     assert cli.main(command) == 0
     assert out.read_text().splitlines() == [f"{photos.name}/{name}" for name in names]
     assert check(out, expected_train=24).status == "ok"
+    assert cli.main([*command[:-1], str(tmp_path / "no folder" / "list.txt")]) == 2
+    assert "give --out a file in a folder that is there" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "keys.pkl").write_bytes(b"no pickle")
     assert cli.main(command) == 2

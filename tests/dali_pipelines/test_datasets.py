@@ -1,5 +1,6 @@
 """Finding images: folders, globs, lists, holdouts and the sentences for what goes wrong."""
 
+import errno
 import os
 
 import pytest
@@ -28,6 +29,23 @@ def test_patterns_select_and_do_not_count_twice(tmp_path):
         (tmp_path / name).touch()
     config = DatasetConfig(root=str(tmp_path), pattern="train/**/*.png | train/*/*|test/*.png")
     assert names(index_dataset("d", config).train) == ["3.png", "1.png", "2.jpg"]
+
+
+def test_folder_that_cannot_be_listed_is_not_left_out_without_a_word(photos, monkeypatch, caplog):
+    (photos / "more").mkdir()
+    scandir, reason = os.scandir, [errno.ESTALE]
+
+    def refuse(path):
+        if str(path).endswith("more"):
+            raise OSError(reason[0], os.strerror(reason[0]), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"folder .*/more cannot be listed \(Stale file handle\).*start the same"):
+        index_dataset("d", DatasetConfig(root=str(photos)))
+    reason[0] = errno.EACCES  # lost+found, say
+    assert len(index_dataset("d", DatasetConfig(root=str(photos))).train) == 24
+    assert f"{photos}/more may not be listed" in caplog.text
 
 
 def test_links_that_lead_back_do_not_hang(tmp_path):

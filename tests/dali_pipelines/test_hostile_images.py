@@ -28,6 +28,11 @@ def encode(image: Image.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
+def with_thumbnail(jpeg: bytes, thumbnail: bytes) -> bytes:
+    """As cameras write it: in a segment before the pixels, and with markers of its own."""
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail + jpeg[2:]
+
+
 def png(width: int, height: int, depth: int, colour: int, raw: bytes) -> bytes:
     """A PNG of any header, with any pixels behind it."""
 
@@ -48,12 +53,15 @@ def usable(photo) -> dict[str, tuple[bytes, Image.Image]]:
     """name -> bytes and the RGB image that they should be."""
     rgb, alpha = photo(0, WIDTH, HEIGHT), photo(1, WIDTH, HEIGHT).convert("L")
     gray, jpeg = rgb.convert("L"), encode(rgb, "JPEG", quality=90)
+    thumbnailed = with_thumbnail(jpeg, encode(rgb.resize((24, 16)), "JPEG"))
     frames = [photo(i, WIDTH, HEIGHT) for i in range(3)]
     rgba = Image.merge("RGBA", (*rgb.split(), alpha))
     exif = Image.Exif()
     exif[0x0112] = 6  # turned; stored pixels are what counts
     kinds = {
         "plain.jpg": jpeg,
+        "with a thumbnail.jpg": thumbnailed,
+        "two pictures.jpg": encode(frames[0], "MPO", save_all=True, append_images=frames[1:2]),
         "progressive.jpg": encode(rgb, "JPEG", progressive=True),
         "full chroma.jpg": encode(rgb, "JPEG", subsampling=0),
         "half chroma.jpg": encode(rgb, "JPEG", subsampling=1),
@@ -98,6 +106,7 @@ def broken(photo) -> dict[str, tuple[bytes, str]]:
     """name -> bytes and words of the reason in the log."""
     rgb = photo(0, WIDTH, HEIGHT)
     jpeg, whole = encode(rgb, "JPEG", quality=90), encode(rgb, "PNG")
+    thumbnailed = with_thumbnail(jpeg, encode(rgb.resize((24, 16)), "JPEG"))
     frames = [photo(i, WIDTH, HEIGHT) for i in range(3)]
     size = jpeg.index(b"\xff\xc0") + 5
     return {
@@ -109,8 +118,8 @@ def broken(photo) -> dict[str, tuple[bytes, str]]:
         "truncated.jpg": (jpeg[: len(jpeg) // 2], "ends too early"),
         "without end marker.jpg": (jpeg[:-2], "ends too early"),
         "truncated behind a thumbnail.jpg": (
-            jpeg[:2] + b"\xff\xfe\x00\x06..\xff\xd9" + jpeg[2 : len(jpeg) // 2],
-            "truncated",
+            thumbnailed[: len(thumbnailed) // 2],
+            "ends too early",
         ),
         "truncated.png": (whole[: len(whole) // 2], "truncated"),
         "overwritten.png": (whole[: len(whole) // 2] + b"\x12" * 30 + whole[len(whole) // 2 + 30 :], "image file"),

@@ -156,6 +156,16 @@ def test_weights_become_fractions_that_add_up():
             exact_weights(bad, 8)
 
 
+@pytest.mark.parametrize("weights", [[1, 1e-5], [100_000, 1], [1e-8, 3e-8], [1, 1e-12], [0.123456789, 0.5, 0]])
+def test_weights_in_any_unit_leave_no_group_out(weights):
+    """To 1 / 10,000 of an image a step; a group with a weight is seen at least that often."""
+    exact = exact_weights(weights, 64)
+    assert sum(exact) == 1 and Shares(exact, 64).period <= 10_000
+    for share, weight in zip(exact, weights, strict=True):
+        assert (share > 0) == (weight > 0)
+        assert float(share * 64) == pytest.approx(64 * weight / sum(weights), abs=1.01e-4)
+
+
 def test_any_step_can_be_had_at_once():
     order = SampleOrder([13, 7], [2, 1], seed=5, batch=10)
     streamed = [images_of_step(order, step) for step in range(40)]

@@ -49,6 +49,25 @@ def test_limit_is_one_for_all_ranks(tmp_path):
         ranks[4].add(0, 50, "text")
 
 
+def test_files_that_cannot_be_read_count_on_all_ranks_of_a_run(tmp_path):
+    ranks = [make(tmp_path, rank) for rank in range(5)]
+    for i, rank in enumerate(ranks[:4]):
+        rank.add(0, i, "No such file", lasting=False)
+    assert ranks[0].counts()["a"] == 4
+    with pytest.raises(DataError, match="5 of 100 images are broken"):
+        ranks[4].add(0, 50, "No such file", lasting=False)
+    assert make(tmp_path).counts()["a"] == 0  # the next run tries them again
+
+
+def test_entry_behind_a_torn_line_is_kept(tmp_path):
+    """A machine that went down in the middle of a line; the run goes on in the same file."""
+    (tmp_path / "quarantine.rank0.jsonl").write_text('{"dataset": "a", "ind')
+    make(tmp_path).add(0, 3, "cut off")
+    make(tmp_path).add(0, 4, "cut off")
+    assert make(tmp_path, rank=1).counts()["a"] == 2
+    assert len((tmp_path / "quarantine.rank0.jsonl").read_text().splitlines()) == 3
+
+
 def test_lines_of_other_data_and_torn_lines_are_left_out(tmp_path):
     good = {"dataset": "a", "index": 1, "path": "1.jpg", "reason": "", "lasting": True}
     others = [{**good, "dataset": "c"}, {**good, "path": "other.jpg"}, {**good, "index": 1000}, {"x": 1}, [], None]

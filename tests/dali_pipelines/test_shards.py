@@ -1,31 +1,20 @@
-"""The index, shards of other tools, and the sentences for what is wrong with a folder of shards."""
+"""The index, shards of ours at an address, and the sentences for what is wrong with a folder of them."""
 
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
-import webdataset
+from sharding_helpers import read, upload
 
-from dali_pipelines import foreign_shards, shards
+from dali_pipelines import shards
 from dali_pipelines.datasets import DatasetConfig, index_dataset
 from dali_pipelines.errors import DataError
-from dali_pipelines.foreign_shards import expand_braces, find_shards, open_foreign_shards
 from dali_pipelines.shards import open_manifest_folder
-from dali_pipelines.storage import Reader
-from dali_pipelines.tar_index import RECORD, open_index, scan_tar, write_index
+from dali_pipelines.tar_index import RECORD, open_index, write_index
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DUNE_FAST_CACHE", str(tmp_path / "cache"))
-
-
-def read(images, index: int) -> bytes:
-    return Reader(0).read(images.locate(index)).tobytes()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # -- the index ---------------------------------------------------------------------------------------------------------
@@ -70,173 +59,7 @@ def test_missing_index_is_named(tmp_path):
         open_index(tmp_path / "gone", 1)
 
 
-# -- shards of other tools ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def foreign(tmp_path, photos) -> tuple[Path, list[bytes]]:
-    """Three tar files of the webdataset package, eight images each, and the images."""
-    folder, encoded = tmp_path / "foreign", [path.read_bytes() for path in sorted(photos.iterdir())]
-    folder.mkdir()
-    for shard in range(3):
-        with webdataset.TarWriter(str(folder / f"train-{shard:03d}.tar")) as writer:
-            for i in range(8 * shard, 8 * shard + 8):
-                writer.write({"__key__": f"n{i % 5}/image{i}", "cls": i, "jpg": encoded[i], "json": {"label": i}})
-    return folder, encoded
-
-
-@pytest.mark.parametrize("root", ["{}", "{}/*.tar", "{}/train-{{000..002}}.tar", "{}/train-00{{2,1,0}}.tar"])
-def test_shards_of_the_webdataset_package_are_read(foreign, root):
-    folder, encoded = foreign
-    dataset = index_dataset("d", DatasetConfig(root=root.format(folder)))
-    assert [read(dataset.train, i) for i in range(24)] == encoded and len(dataset.train) == 24
-    assert dataset.train[8].startswith(f"{folder}/train-001.tar@") and dataset.train.size(0) == (0, 0)
-    assert dataset.train.relative(8) == dataset.train[8].removeprefix(f"{folder}/")
-
-
-def test_headers_are_read_once_until_a_file_changes(foreign, monkeypatch):
-    folder, encoded = foreign
-    config = DatasetConfig(root=str(folder))
-    index_dataset("d", config)
-    with monkeypatch.context() as patch:
-        patch.setattr(foreign_shards, "_scan", lambda *_: pytest.fail("the headers were read again"))
-        assert len(index_dataset("d", config).train) == 24
-    with webdataset.TarWriter(str(folder / "train-001.tar")) as writer:
-        writer.write({"__key__": "other", "jpg": encoded[0]})
-    assert len(index_dataset("d", config).train) == 17
-
-
-def test_many_shards_are_scanned_by_several_processes(foreign, monkeypatch):
-    monkeypatch.setattr(foreign_shards, "_PARALLEL_FROM", 2)
-    folder, encoded = foreign
-    images = open_foreign_shards(find_shards(str(folder)), "")
-    assert [read(images, i) for i in range(24)] == encoded
-
-
-def test_holdout_of_shards_is_disjoint_and_does_not_depend_on_the_folder(foreign, tmp_path):
-    folder, encoded = foreign
-    first = index_dataset("d", DatasetConfig(root=str(folder), holdout=5))
-    held = [read(first.val, i) for i in range(5)]
-    rest = [read(first.train, i) for i in range(19)]
-    assert sorted(held + rest) == sorted(encoded)
-    second = index_dataset("d", DatasetConfig(root=str(folder.rename(tmp_path / "moved")), holdout=5))
-    assert [read(second.val, i) for i in range(5)] == held
-
-
-def test_cache_folder_that_cannot_be_written_is_named(foreign, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("DUNE_FAST_CACHE", str(tmp_path / "file"))
-    with pytest.raises(DataError, match="cache folder .*file cannot be written.*DUNE_FAST_CACHE"):
-        index_dataset("d", DatasetConfig(root=str(foreign[0])))
-
-
-def make_tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=format) as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
-
-
-@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_names_and_hostile_names_are_data(tmp_path, format):
-    members = [("../../outside.jpg", b"a"), ("/etc/passwd.png", b"bb"), (f"{'x' * 250}/{'y' * 150}.JPG", b"ccc")]
-    path = make_tar(tmp_path / "a.tar", members, format)
-    images = open_foreign_shards([str(path)], "")
-    assert [read(images, i) for i in range(3)] == [b"a", b"bb", b"ccc"]
-    assert {p.name for p in tmp_path.iterdir()} == {"a.tar", "cache"}
-
-
-def test_one_image_of_a_sample_unless_a_pattern_says_otherwise(tmp_path):
-    names = ["k1.png", "k1.jpg", "k1.txt", "k2.jpg", "k2.mask.png", "a/k2.webp", "a/.hidden.jpg", "k3.png", "k3.jpeg"]
-    path = str(make_tar(tmp_path / "a.tar", [(name, name.encode()) for name in names]))
-
-    def found(pattern: str) -> list[str]:
-        images = open_foreign_shards([path], pattern)
-        return [read(images, i).decode() for i in range(len(images))]
-
-    assert found("") == ["k1.jpg", "k2.jpg", "a/k2.webp", "k3.jpeg"]
-    assert found("*.mask.png | a/*") == ["k2.mask.png", "a/k2.webp", "a/.hidden.jpg"]
-    with pytest.raises(DataError, match=r"no member of .*a\.tar matches '\*\.gif'"):
-        found("*.gif")
-
-
-def test_links_and_folders_in_a_tar_are_no_images(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for name, kind in (("a.jpg", tarfile.SYMTYPE), ("b.jpg", tarfile.DIRTYPE), ("c.jpg", tarfile.LNKTYPE)):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/passwd"
-            archive.addfile(info)
-    assert len(scan_tar(str(tmp_path / "a.tar"), "", 0)) == 0
-
-
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (lambda data: data[: 5 * 1024 + 100], "truncated"),
-        (lambda data: data[: 3 * 1024 + 10], "damaged or truncated after 3 images, at byte 3072"),
-        (lambda data: data[: 3 * 1024] + b"\xff" * 512 + data[3 * 1024 + 512 :], "after 3 images, at byte 3072"),
-        (lambda data: b"<html>" * 1000, "cannot be read as a tar file"),
-        (lambda data: __import__("gzip").compress(data), "compressed.*decompress it"),
-    ],
-)
-def test_damaged_tar_is_refused(tmp_path, damage, message):
-    """Python's tarfile takes a broken header for the end of the archive and says nothing."""
-    path = make_tar(tmp_path / "a.tar", [(f"{i}.jpg", bytes(300)) for i in range(6)])
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=message):
-        index_dataset("d", DatasetConfig(root=str(path)))
-
-
-def test_braces():
-    assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
-    assert expand_braces("{a,b}-{0..1}") == ["a-0", "a-1", "b-0", "b-1"] and expand_braces("x") == ["x"]
-
-
-@pytest.mark.parametrize(
-    "root, message",
-    [
-        ("/no/such/{00..01}.tar", r"/no/such/00\.tar cannot be read: No such file"),
-        ("/no/such/*.tar", r"no tar file matches /no/such/\*\.tar"),
-        ("pipe:curl https://host/a.tar", "pipes and chained"),
-    ],
-)
-def test_missing_tars_are_named(root, message):
-    with pytest.raises(DataError, match=f"dataset 'd'.*{message}"):
-        index_dataset("d", DatasetConfig(root=root))
-
-
-def test_folder_of_images_beside_a_tar_is_a_folder_of_images(foreign):
-    folder, encoded = foreign
-    (folder / "a.jpg").write_bytes(encoded[0])
-    assert list(index_dataset("d", DatasetConfig(root=str(folder))).train) == [str(folder / "a.jpg")]
-
-
-@pytest.mark.parametrize("field, value", [("rotate", "*"), ("shrink", 64)])
-def test_what_cannot_be_done_with_tars_is_refused(foreign, field, value):
-    with pytest.raises(DataError, match=f"{field}=.*has to be done by `dune-fast data shard`"):
-        index_dataset("d", DatasetConfig(root=str(foreign[0]), **{field: value}))
-
-
 # -- addresses ---------------------------------------------------------------------------------------------------------
-
-
-def upload(folder: Path, address: str) -> None:
-    fs = fsspec.filesystem("memory")
-    for path in folder.rglob("*"):
-        if path.is_file():
-            fs.pipe_file(f"{address}/{path.relative_to(folder)}", path.read_bytes())
-
-
-@pytest.mark.parametrize("root", ["{}", "{}/train-{{000..002}}.tar", "{}/*.tar"])
-def test_foreign_shards_at_an_address(foreign, root):
-    folder, encoded = foreign
-    address = f"memory://bucket/{folder.parent.name}"
-    upload(folder, address)
-    for base in (address, f"file://{folder}"):
-        images = index_dataset("d", DatasetConfig(root=root.format(base))).train
-        assert sorted(read(images, i) for i in range(24)) == sorted(encoded)
 
 
 def test_loose_images_at_an_address_and_in_a_list(photos, tmp_path):
@@ -261,6 +84,12 @@ def test_our_shards_at_an_address(sharded, tmp_path):
     for split, images in here.items():
         assert [read(there[split], i) for i in range(len(images))] == [read(images, i) for i in range(len(images))]
     assert shards.verify_shards(address) == []
+    for copy in (tmp_path / "cache" / "shard-index").glob("*.index"):
+        content = copy.read_bytes()
+        copy.unlink()  # it is mapped into memory
+        copy.write_bytes(content[:-5])
+    again = open_manifest_folder(address)  # which fetches it once more
+    assert {split: list(images) for split, images in again.items()} == {split: list(i) for split, i in there.items()}
     fsspec.filesystem("memory").pipe_file(f"{address}/train.index", b"other bytes")
     fsspec.filesystem("memory").pipe_file(f"{address}/val-000000.tar", b"short")
     with pytest.raises(DataError, match=r"val-000000\.tar has 5 bytes instead of"):

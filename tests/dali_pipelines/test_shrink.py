@@ -7,44 +7,91 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset
+from dali_pipelines.errors import BrokenImage
+from dali_pipelines.shard_writer import ShardSettings, prepare
 from dali_pipelines.shrink import shrunk_bytes
+from dali_pipelines.source import ImageSource
+from dali_pipelines.storage import Reader
+
+
+def shrunk(path, cache) -> bytes:
+    return shrunk_bytes(str(path), 100, cache, Reader(0)).tobytes()
 
 
 def test_large_image_is_shrunk_once_and_looks_the_same(tmp_path, photo):
     path, cache = tmp_path / "big.jpg", tmp_path / "cache"
     photo(0, 300, 200).save(path, quality=95)
-    data = shrunk_bytes(str(path), 100, cache)
+    data = shrunk(path, cache)
     small = Image.open(io.BytesIO(data))
     assert small.size == (150, 100) and len(list(cache.iterdir())) == 1
     expected = Image.open(path).resize((150, 100), Image.Resampling.BICUBIC)
     assert np.abs(np.asarray(small).astype(int) - np.asarray(expected)).mean() < 3  # the noise in it is hard on JPEG
     stored = next(cache.iterdir())
     before = stored.stat().st_mtime_ns
-    assert shrunk_bytes(str(path), 100, cache) == data and stored.stat().st_mtime_ns == before
+    assert shrunk(path, cache) == data and stored.stat().st_mtime_ns == before
 
 
 def test_small_image_comes_as_it_is(tmp_path, photo):
     path = tmp_path / "small.png"
     photo(0, 60, 50).save(path)
-    assert shrunk_bytes(str(path), 100, tmp_path / "cache") == path.read_bytes()
+    assert shrunk(path, tmp_path / "cache") == path.read_bytes()
     assert not (tmp_path / "cache").exists()
 
 
 def test_changed_image_is_shrunk_again(tmp_path, photo):
     path = tmp_path / "big.jpg"
     photo(0, 300, 200).save(path)
-    first = shrunk_bytes(str(path), 100, tmp_path / "cache")
+    first = shrunk(path, tmp_path / "cache")
     photo(1, 300, 200).save(path)
     os.utime(path, ns=(1, 1))
-    assert shrunk_bytes(str(path), 100, tmp_path / "cache") != first
+    assert shrunk(path, tmp_path / "cache") != first
 
 
 def test_broken_image_and_unwritable_cache(tmp_path, photo, caplog):
     path = tmp_path / "big.jpg"
     photo(0, 300, 200).save(path)
     (tmp_path / "file").touch()
-    assert shrunk_bytes(str(path), 100, tmp_path / "file" / "cache")  # a folder cannot be made there
+    assert shrunk(path, tmp_path / "file" / "cache")  # a folder cannot be made there
     assert "shrunk again" in caplog.text
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(OSError):
-        shrunk_bytes(str(path), 100, tmp_path / "cache")
+
+
+def cut_off(image: Image.Image, end_marker: bytes = b"") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG")
+    data = buffer.getvalue()
+    return data[:2] + end_marker + data[2 : len(data) // 2]
+
+
+def avif_without_places(image: Image.Image) -> bytes:
+    """PIL raises RuntimeErrors for those; such files are often called .jpg."""
+    buffer = io.BytesIO()
+    image.save(buffer, "AVIF")
+    return buffer.getvalue().replace(b"iloc", b"free")
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (cut_off, "ends too early"),
+        (
+            lambda image: cut_off(image, b"\xff\xfe\x00\x06..\xff\xd9"),
+            "ends too early",
+        ),  # with a thumbnail's end marker
+        (avif_without_places, "Failed to decode"),
+        (lambda image: b"<html>404 Not Found</html>", "no known image format"),
+    ],
+)
+def test_broken_image_is_not_taken_for_storage_that_fails(tmp_path, photo, monkeypatch, make, reason):
+    """Which would be tried again for the whole patience, and then stop the run."""
+    monkeypatch.setenv("DUNE_FAST_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "images" / "big.jpg"
+    path.parent.mkdir()
+    path.write_bytes(make(photo(0, 300, 200)))
+    dataset = index_dataset("d", DatasetConfig(root=str(path.parent), shrink=100))
+    source = ImageSource([dataset], "train", DataConfig(read_patience=0))
+    with pytest.raises(BrokenImage, match=reason) as caught:
+        source.read(0, 0)
+    assert caught.value.lasting
+    with pytest.raises(BrokenImage, match=reason):
+        prepare(np.fromfile(path, np.uint8), ShardSettings(), False)

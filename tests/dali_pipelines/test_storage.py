@@ -11,7 +11,7 @@ import pytest
 
 from dali_pipelines import storage
 from dali_pipelines.errors import BrokenImage, DataError, StorageError
-from dali_pipelines.storage import Location, Reader, patiently
+from dali_pipelines.storage import Location, Reader, patiently, write_whole
 
 DATA = bytes(np.random.default_rng(0).integers(0, 256, 10_000, dtype=np.uint8))
 
@@ -26,7 +26,7 @@ def shard(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """No pauses between tries."""
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(storage, "_FIRST_PAUSE", 0.0)
 
 
 @pytest.mark.parametrize("scheme", ["", "file://", "memory://"])
@@ -145,3 +145,33 @@ def test_open_files_are_bounded_and_a_forgotten_one_can_still_be_read(tmp_path):
         found = pool.map(lambda i: set(reader.read(Location(str(tmp_path / f"{i}.tar"), 10, 200)).tolist()), numbers)
         assert list(found) == [{i} for i in numbers]
     assert len(os.listdir("/proc/self/fd")) <= before + 3
+
+
+def test_reader_that_was_told_to_stop_does_not_try_again(shard, monkeypatch):
+    monkeypatch.setattr(os, "pread", lambda *_: fail(errno.EIO)())
+    reader = Reader(100)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(reader.read, Location(str(shard), 5, 10))
+        with pytest.raises(TimeoutError):
+            reading.result(0.3)
+        reader.stop_waiting()
+        with pytest.raises(StorageError, match=r"a\.tar at 5 was not read"):  # which blames no image
+            reading.result(10)
+
+
+def test_file_is_replaced_as_a_whole_and_is_on_the_disk(tmp_path, monkeypatch):
+    """The content before the name, and the name before the function returns."""
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or replace(*paths))
+    path = tmp_path / "a.bin"
+    for parts, content in (((b"old",), b"old"), ((b"new", np.arange(3, dtype="<u2")), b"new\0\0\1\0\2\0")):
+        write_whole(path, *parts)
+        assert path.read_bytes() == content and os.listdir(tmp_path) == ["a.bin"]
+        partial, *rest = done
+        assert partial.startswith(str(tmp_path / ".a.bin.")) and rest == ["replace", str(tmp_path)]
+        done.clear()
+    monkeypatch.setattr(os, "fsync", lambda fd: fail(errno.ENOSPC)())
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, b"newer")
+    assert path.read_bytes().startswith(b"new\0") and os.listdir(tmp_path) == ["a.bin"]
