@@ -31,7 +31,7 @@ _NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float8_e4m3fn: "fp8e4nv",
-    torch.bool: "i1",
+    torch.bool: "u1",
     torch.uint8: "u8",
     torch.int8: "i8",
     torch.int32: "i32",

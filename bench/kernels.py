@@ -28,6 +28,7 @@ from bench.kernel_cases import (
     IMAGE_SHAPES,
     SHAPES,
     Operation,
+    Shape,
     check,
     counted_flops,
     draw_upstream,
@@ -86,7 +87,7 @@ class Stopwatch:
 
 def measure(
     operation: Operation,
-    shape: tuple[int, int, int],
+    shape: Shape,
     dtype: torch.dtype,
     stopwatch: Stopwatch,
     copy_gb_s: float,
@@ -136,6 +137,13 @@ def measure(
     return rows, correct
 
 
+def shapes_of(operation: Operation, given: Sequence[Shape] | None) -> Sequence[Shape]:
+    """Which of the given shapes are for the operation, those of images having 3 in the middle; all if none is given."""
+    if not given:
+        return IMAGE_SHAPES if operation.on_images else SHAPES
+    return [shape for shape in given if (shape[1] == 3) == operation.on_images]
+
+
 def versions() -> str:
     """Of what the numbers depend on."""
     from kernels.library import triton
@@ -151,7 +159,9 @@ def folder_name(device: str) -> str:
 
 def bench(args: argparse.Namespace, console: Console) -> int:
     """The measurements; returns the exit status."""
-    operations = select(args.only)
+    operations = [operation for operation in select(args.only) if shapes_of(operation, args.shape)]
+    if not operations:
+        raise ValueError("no --shape is for this operation: those on images take IMAGES,3,SIDE, the others do not")
     if not torch.cuda.is_available():
         console.print(
             "bench.kernels measures on a GPU and found none; `python -m bench.kernels --aot sm_90` compiles the "
@@ -161,15 +171,16 @@ def bench(args: argparse.Namespace, console: Console) -> int:
     stopwatch = Stopwatch()
     copy_gb_s = stopwatch.copy_bandwidth()
     console.print(f"{stopwatch.device_name}, {versions()}: a copy reaches {copy_gb_s:.0f} GB/s")
-    rows, correct = [], True
+    everything, correct = [], True
     folder = args.output / folder_name(stopwatch.device_name)
     for operation in operations:
+        rows = []
         for dtype in args.dtype:
-            for shape in args.shape or (IMAGE_SHAPES if operation.on_images else SHAPES):
+            for shape in shapes_of(operation, args.shape):
                 new, right = measure(operation, shape, dtype, stopwatch, copy_gb_s, args.skip, console.print)
                 rows, correct = rows + new, correct and right
                 torch.cuda.empty_cache()
-    everything = write_rows(folder / "kernels.csv", rows)
+        everything = write_rows(folder / "kernels.csv", rows)  # now: what cuts the run short takes no numbers along
     if any(row.bytes for row in everything):
         plot_roofline(folder / "kernels.png", everything)
     console.print(f"written to {folder}")
@@ -221,7 +232,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--shape",
         type=_shape,
         action="append",
-        help="IMAGES,TOKENS,CHANNELS, or IMAGES,3,SIDE; repeatable",
+        help="IMAGES,TOKENS,CHANNELS, or for operations on images IMAGES,3,SIDE; repeatable",
     )
     parser.add_argument(
         "--skip", type=lambda text: text.split(","), default=[], help="implementations to leave out: compile,liger"
@@ -237,7 +248,7 @@ def _dtypes(text: str) -> list[torch.dtype]:
     return [DTYPES[name] for name in text.split(",")]
 
 
-def _shape(text: str) -> tuple[int, int, int]:
+def _shape(text: str) -> Shape:
     numbers = tuple(int(part) for part in text.split(","))
     if len(numbers) != 3 or min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not IMAGES,TOKENS,CHANNELS")

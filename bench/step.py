@@ -14,9 +14,8 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -75,26 +74,20 @@ class Bench:
         """A variant's step, with this bench's sizes."""
         return build(self.cfg, variant, self.loader, timer or (lambda part: nullcontext()))
 
-    def measure(self, variants: Sequence[Variant], warm_up: int) -> list[Measured]:
+    def measure(self, variants: Sequence[Variant], warm_up: int) -> Iterator[Measured]:
         """Times the variants in turns, then looks at each on its own; one that runs out of memory beside the others is
-        left out, with a line that says so."""
+        left out, with a line that says so. A result comes as soon as it is complete."""
         timer = PartTimer(self.device)
         running: dict[str, Running] = {}
         for variant in variants:
             self.console.print(f"{variant.name}: {variant.about}")
-            with self.enough_memory(variant.name, running, timer):
-                running[variant.name] = self.start(variant, timer, warm_up)
+            self.attempt(variant.name, running, timer, partial(self.start, variant, running, timer, warm_up))
         for first in range(warm_up, self.steps - TURN + 1, TURN):
             for name in list(running):
-                with self.enough_memory(name, running, timer):
-                    for i in range(first, first + TURN):
-                        with timer("step"):
-                            running[name].step(i)
-                    running[name].spans += split_steps(timer.collect())
+                self.attempt(name, running, timer, partial(self.turn, name, running, timer, first))
         dtype = autocast_dtype(self.cfg.train.precision, self.device) or torch.float32
         rate = matrix_rate(self.device, dtype, 8192 if self.on_gpu else 1024)
         rate_fp8 = matrix_rate(self.device, E4M3) if self.on_gpu and "ours+fp8" in running else None
-        results = []
         for name, kept in running.items():
             result = Measured.from_spans(name, self.batch, kept.spans, kept.flops, rate, rate_fp8)
             if self.on_gpu:
@@ -102,28 +95,30 @@ class Bench:
                 result.peak_bytes = peak_memory(last, kept.held_bytes)
                 result.host_syncs = host_syncs(last)
                 result.add_profile(profile(last))
-            results.append(result)
-        return results
+            yield result
 
-    def start(self, variant: Variant, timer: PartTimer, warm_up: int) -> Running:
-        """Builds a variant and warms it up."""
+    def start(self, variant: Variant, running: dict[str, Running], timer: PartTimer, warm_up: int) -> None:
+        """Builds a variant, warms it up and puts it among those that run."""
         before = torch.cuda.memory_allocated() if self.on_gpu else 0
         step = self.build(variant, timer)
         for i in range(warm_up):
             step(i)
         held = (torch.cuda.memory_allocated() if self.on_gpu else 0) - before
         timer.collect()
-        return Running(step, held, run_flops(configure(self.cfg, variant)))
+        running[variant.name] = Running(step, held, run_flops(configure(self.cfg, variant)))
 
-    @contextmanager
-    def enough_memory(self, name: str, running: dict[str, Running], timer: PartTimer) -> Iterator[None]:
+    def turn(self, name: str, running: dict[str, Running], timer: PartTimer, first: int) -> None:
+        """Some steps of a variant, timed."""
+        for i in range(first, first + TURN):
+            with timer("step"):
+                running[name].step(i)
+        running[name].spans += split_steps(timer.collect())
+
+    def attempt(self, name: str, running: dict[str, Running], timer: PartTimer, work: Callable[[], None]) -> None:
         """Drops a variant that the device has no memory for, with all that it holds."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step that failed
-        else:
-            return
+        with suppress(torch.OutOfMemoryError):
+            return work()
+        # the error, whose frames hold what the variant does, is gone from here on
         running.pop(name, None)
         timer.collect()
         gc.collect()
@@ -141,6 +136,7 @@ class Bench:
             losses[variant.name] = torch.stack([value.float().cpu() for value in values]).tolist()
             self.console.print(f"{variant.name}: loss {losses[variant.name][0]:.5f} -> {losses[variant.name][-1]:.5f}")
             del step
+            gc.collect()  # wrappers and hooks refer to each other
             if self.on_gpu:
                 torch.cuda.empty_cache()
         return losses
@@ -221,13 +217,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
         needed = [v for v in variants if v.name in ("eager", *CURVE_LIMITS)]
         return compare_curves(Bench(cfg, args.batch, device, args.curve, console).curve(needed), console)
     steps = args.warm_up + -(-args.steps // TURN) * TURN
-    results = Bench(cfg, args.batch, device, steps, console).measure(variants, args.warm_up)
+    name = device_name(device)
+    folder, results, everything = args.output / folder_name(name), [], []
+    for result in Bench(cfg, args.batch, device, steps, console).measure(variants, args.warm_up):
+        results.append(result)  # written one by one: what cuts the run short takes no finished numbers along
+        everything = merge_results(folder / "step.json", args.experiment, name, versions(), [result])
     if not results:
         raise ValueError(f"no variant fits {args.batch} images into the memory; choose a smaller --batch")
     console.print(table(results))
-    name = device_name(device)
-    folder = args.output / folder_name(name)
-    everything = merge_results(folder / "step.json", args.experiment, name, versions(), results)
     plot_parts(folder / f"step_{args.experiment}.png", args.experiment, everything)
     console.print(f"written to {folder}")
     return 0

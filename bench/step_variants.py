@@ -47,6 +47,8 @@ class SyntheticLoader:
         self.num_images, self.device = batch * POOL, device
         self.broken = {"synthetic": 0}
         self._groups = np.arange(batch) % len(GROUPS)
+        # moved once: a copy from memory that is not pinned would make the host wait at every step
+        self._group = torch.from_numpy(self._groups).to(device)
         self._pool = []
         for i in range(POOL):
             generator = torch.Generator().manual_seed(i)
@@ -59,10 +61,10 @@ class SyntheticLoader:
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step."""
         batch = len(self._groups)
-        group = torch.from_numpy(self._groups).to(self.device)
         positions = step * batch + torch.arange(batch, device=self.device)
         return Batch(
-            self._pool[step % POOL], positions, group, torch.zeros_like(group), [""] * batch, step, self._groups
+            self._pool[step % POOL], positions, self._group, torch.zeros_like(self._group), [""] * batch, step,
+            self._groups,
         )
 
     def close(self) -> None:

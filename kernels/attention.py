@@ -8,7 +8,6 @@ Shapes: qkv [B, N, 3, H, D] -> out [B, N, H, D].
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 
 import torch
@@ -39,13 +38,11 @@ backward is slow there: forward and backward of [16, 69, 3, 3, 64] take 6.0 ms a
 against 4.8; forward alone 2.5 against 0.8). Two cores of a Xeon with AMX."""
 
 
-@functools.cache
-def flash_attn_installed() -> bool:
-    """Whether the flash-attn 2 package (the `flash` extra) can be imported."""
-    return importlib.util.find_spec("flash_attn") is not None
+# looked up once, here: torch.compile, which traces `attention`, cannot look into the import system
+FLASH_ATTN_INSTALLED = importlib.util.find_spec("flash_attn") is not None
+"""Whether the flash-attn 2 package (the `flash` extra) can be imported."""
 
 
-@functools.cache
 def _is_hopper(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
@@ -54,12 +51,12 @@ def resolve_backend(backend: str, qkv: Tensor) -> str:
     """The backend that `attention` uses for this tensor: `backend` itself, or the choice that "auto" stands for."""
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    if backend == "flash_attn" and not flash_attn_installed():
+    if backend == "flash_attn" and not FLASH_ATTN_INSTALLED:
         raise ValueError("attention backend 'flash_attn' needs the package flash-attn: pip install 'dune-fast[flash]'")
     half = qkv.dtype in (torch.float16, torch.bfloat16)
     if backend != "auto":
         return backend
-    if qkv.is_cuda and half and qkv.shape[-1] <= 256 and flash_attn_installed():
+    if qkv.is_cuda and half and qkv.shape[-1] <= 256 and FLASH_ATTN_INSTALLED:
         return "flash_attn"
     trained = qkv.requires_grad and torch.is_grad_enabled()
     if qkv.device.type == "cpu" and half and trained and qkv.shape[1] <= _SHORT:

@@ -114,8 +114,9 @@ def prepare(name: str, cfg: TeacherConfig, trunk: Trunk, device: torch.device) -
         if cfg.epilogue_gelu and isinstance(module, Block):
             _require_mlp(name, module)
             module.mlp.epilogue_gelu = True
-    if cfg.stream == "bf16":
-        trunk.vit.stream_dtype = torch.bfloat16
+    if isinstance(trunk, ViTTrunk) and cfg.precision != "fp32":
+        # said outright: where no position table is added, the embedding is bf16, and the stream would be too
+        trunk.vit.stream_dtype = torch.bfloat16 if cfg.stream == "bf16" else torch.float32
     if cfg.attention != "auto":
         _try_attention(name, cfg, trunk, device)
     trunk.to(device)

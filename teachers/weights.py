@@ -30,7 +30,10 @@ def weights_path(weights: str) -> Path:
         return asset_path(weights)
     path = Path(weights).expanduser()
     if not path.is_file():
-        raise TeacherWeightsError(f"there is no weights file {path}; correct the teacher's `weights`, or put it there")
+        raise TeacherWeightsError(
+            f"there is no weights file {path}; put it there (`dune-fast teachers list` says what can be fetched), or "
+            "correct the teacher's `weights`"
+        )
     return path
 
 

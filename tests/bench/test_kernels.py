@@ -56,6 +56,7 @@ def test_without_a_gpu_it_says_so():
         (["--aot", "sm_70"], "'sm_70' is unknown; choose from sm_80"),
         (["--aot", "sm_90", "--only", "nothing"], "choose one of .*moments"),
         (["--only", "nothing"], "choose one of moments"),
+        (["--only", "augment", "--shape", "2,5,64"], "no --shape is for this operation: .* IMAGES,3,SIDE"),
     ],
 )
 def test_messages(arguments, words, capsys, monkeypatch):
@@ -203,6 +204,14 @@ def test_plot(tmp_path):
     assert (tmp_path / "plots" / "kernels.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_roofline(tmp_path / "none.png", [replace(ROW, bytes=0)])
+
+
+def test_a_shape_goes_to_the_operations_that_take_it():
+    """Images of 1024 x 1024 pixels, or features without a whole head, would end the run."""
+    (moments,), (augment,) = select("moments"), select("augment")
+    given = [(2, 5, 64), (2, 3, 28)]
+    assert bench.shapes_of(moments, given) == given[:1] and bench.shapes_of(augment, given) == given[1:]
+    assert bench.shapes_of(augment, None) == bench.IMAGE_SHAPES and bench.shapes_of(moments, []) == bench.SHAPES
 
 
 def test_folder_is_named_for_the_device():

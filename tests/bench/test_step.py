@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import weakref
 
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench import step as module
 from bench.step import Bench, chosen, relative_difference, split_steps
 from bench.step_count import Meter, count_step
-from bench.step_meter import PartTimer, matrix_rate, merged_length
+from bench.step_meter import PartTimer, counted_waits, matrix_rate, merged_length
 from bench.step_results import EVERYTHING_ELSE, Measured, merge_results
 from bench.step_variants import VARIANTS, SyntheticLoader, synthetic_config
 from dune_fast.engine.config import RunConfig, TrainConfig
@@ -68,7 +69,7 @@ def test_fp8_teachers_stay_within_the_limit(curves):
 
 def test_measures_parts_that_add_up(tmp_path):
     device = init_distributed()
-    results = Bench(config(), 3, device, 6, Quiet()).measure(chosen(["eager", "ours"]), warm_up=1)
+    results = list(Bench(config(), 3, device, 6, Quiet()).measure(chosen(["eager", "ours"]), warm_up=1))
     for result in results:
         assert {"student forward", "backward", "optimizer", "loss", "teacher dinov2"} <= set(result.parts_ms)
         assert sum(result.parts_ms.values()) == pytest.approx(result.median_ms, rel=0.2)
@@ -102,10 +103,32 @@ def test_a_variant_without_room_is_left_out(monkeypatch, fails_at):
         return step
 
     monkeypatch.setattr(bench, "build", build)
-    results = bench.measure(chosen(["eager", "ours"]), warm_up=1)
+    results = list(bench.measure(chosen(["eager", "ours"]), warm_up=1))
     assert [result.variant for result in results] == ["ours"]
     assert any(line.startswith("eager: out of memory") and "--only eager" in line for line in console.lines)
     assert held[0]() is None
+
+
+def test_nothing_of_a_variant_stays_when_the_next_draws_its_curve(monkeypatch):
+    bench, held = Bench(config(), 3, CPU, 2, Quiet()), []
+
+    class State:
+        def __init__(self) -> None:
+            self.itself = self  # as hooks of a module that refer to it
+
+    def build(variant):
+        assert all(state() is None for state in held)
+        state = State()
+        held.append(weakref.ref(state))
+        return lambda i: torch.ones(()) if state else None
+
+    monkeypatch.setattr(bench, "build", build)
+    gc.collect()
+    gc.disable()
+    try:
+        assert bench.curve(chosen(["eager", "ours"])) == {"eager": [1.0, 1.0], "ours": [1.0, 1.0]}
+    finally:
+        gc.enable()
 
 
 def test_every_variant_runs_on_images_that_differ():
@@ -140,6 +163,16 @@ def test_the_matrix_rate_is_of_this_device():
     assert 1e-3 < matrix_rate(CPU, torch.float32, 256, 3) < 100
 
 
+def test_waits_that_the_debug_mode_does_not_see_are_counted(monkeypatch):
+    called = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: called.append(device))
+    original = torch.cuda.Stream.synchronize
+    with counted_waits() as found:
+        torch.cuda.synchronize(0)
+    torch.cuda.synchronize(1)
+    assert found == ["torch.cuda"] and called == [0, 1] and torch.cuda.Stream.synchronize is original
+
+
 def test_timer_forgets_what_it_has_told():
     timer = PartTimer(CPU)
     with timer("a"), timer("b"):
@@ -167,8 +200,9 @@ def test_a_step_never_waits_for_the_gpu():
     device = init_distributed()
     bench = Bench(config(), 6, device, 4, Quiet())
     step = bench.build(chosen(["ours"])[0])
-    step(0)
-    assert host_syncs(lambda: step(1)) == 0
+    for i in range(3):  # what happens in the first steps alone is not a step's
+        step(i)
+    assert host_syncs(lambda: step(3)) == 0
     eager = bench.build(chosen(["eager"])[0])
     eager(0)
     assert host_syncs(lambda: eager(1)) > 20

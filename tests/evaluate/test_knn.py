@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.neighbors import KNeighborsClassifier
 
 from dali_pipelines.datasets import Dataset, DatasetConfig
 from dali_pipelines.listing import PathList
 from dune_fast.evaluate.knn import TEMPERATURE, LabelError, choose, knn_predict, labelled
+
+neighbors = pytest.importorskip("sklearn.neighbors")
 
 
 def blobs(count: int, classes: int, spread: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,8 +22,9 @@ def blobs(count: int, classes: int, spread: float, seed: int) -> tuple[torch.Ten
     return x * torch.rand(count, 1, generator=g).add(0.1), labels
 
 
-def sklearn_knn(k: int) -> KNeighborsClassifier:
-    return KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE))
+def sklearn_knn(k: int):
+    weights = lambda distance: np.exp((1 - distance) / TEMPERATURE)  # noqa: E731
+    return neighbors.KNeighborsClassifier(k, metric="cosine", weights=weights)
 
 
 @pytest.mark.parametrize("k", [1, 10, 20])

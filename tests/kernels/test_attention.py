@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels.attention import attention, flash_attn_installed, resolve_backend
+from kernels import attention as module
+from kernels.attention import FLASH_ATTN_INSTALLED, attention, resolve_backend
 
 
 def formula(qkv: torch.Tensor) -> torch.Tensor:
@@ -44,6 +49,18 @@ def test_compiles_whole():
     torch.testing.assert_close(compiled(qkv), attention(qkv))
 
 
+def test_compiles_whole_on_the_path_of_a_gpu(monkeypatch):
+    """Regression: the look for flash-attn was a cached function; torch 2.11 cannot trace it, later ones warn of it."""
+    plain = SimpleNamespace(scaled_dot_product_attention=lambda q, k, v: (q @ k.mT).softmax(-1) @ v)
+    monkeypatch.setattr(module, "F", plain)  # torch's own asks the device
+    monkeypatch.setattr(module, "_is_hopper", lambda device: False)
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="(?s).*lru_cache")
+        qkv = torch.empty(2, 5, 3, 2, 16, dtype=torch.bfloat16, device="cuda")
+        out = torch.compile(attention, fullgraph=True, backend="eager")(qkv)
+    assert out.is_cuda and out.shape == (2, 5, 2, 16)
+
+
 @pytest.mark.parametrize("backend", ["math", "flash"])
 def test_a_forced_backend_is_used(backend):
     qkv = torch.randn(1, 5, 3, 2, 16)
@@ -57,7 +74,7 @@ def test_wrong_input_is_explained():
         attention(torch.zeros(2, 5, 3, 3, 16), "quick")
 
 
-@pytest.mark.skipif(flash_attn_installed(), reason="flash-attn is installed")
+@pytest.mark.skipif(FLASH_ATTN_INSTALLED, reason="flash-attn is installed")
 def test_missing_flash_attn_is_explained():
     with pytest.raises(ValueError, match=r"dune-fast\[flash\]"):
         resolve_backend("flash_attn", torch.zeros(2, 5, 3, 3, 16))

@@ -69,6 +69,16 @@ def test_float8_tokens_stay_near_float32(images):
     assert all(1e-3 < relative(low[token], x) < 5e-2 for token, x in full.items())  # in fact quantized, and not more
 
 
+@pytest.mark.parametrize("stream", ["fp32", "bf16"])
+def test_the_stream_is_what_was_asked_for_without_a_position_table_too(stream, images):
+    """Regression: MASt3R adds no positions to its bf16 embedding, and its stream stayed bf16."""
+    cfg = TeacherConfig("mast3r", "random:0", 14, 192, ["patch"], precision="bf16", stream=stream, layer=2)
+    ensemble, seen = TeacherEnsemble({"a": cfg}, 14), []
+    ensemble.trunks[0].vit.blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    ensemble(images)
+    assert seen == [{"fp32": torch.float32, "bf16": torch.bfloat16}[stream]]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_a_bf16_stream_and_gelu_in_the_epilogue_move_less_and_stay_near(precision, images):
     full = TeacherEnsemble({"a": vit()}, 14)(images)["a"]
