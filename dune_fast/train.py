@@ -11,11 +11,13 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # Launched as a script, this folder comes first in the path: `nn`, `distill`, ... would then exist twice.
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)
 
+from rich.console import Console, Group, RenderableType
 from rich.logging import RichHandler
 
 logger = logging.getLogger("dune_fast")
@@ -36,11 +38,17 @@ _CURES = {
 """What a user can do about an error of the system; those that are not here are ours, and keep their traceback."""
 
 
+class _LineHandler(RichHandler):
+    """A message is one line, however long: addresses and paths that are folded cannot be copied or searched for."""
+
+    def render(self, *, record: Any, traceback: Any, message_renderable: Any) -> RenderableType:
+        line = self.get_level_text(record) + " " + message_renderable
+        return line if traceback is None else Group(line, traceback)
+
+
 def setup_logging(debug: bool, rank: int) -> None:
     """Our own messages on rank 0, warnings of all ranks."""
-    from rich.console import Console
-
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, rich_tracebacks=debug)
+    handler = _LineHandler(console=Console(stderr=True, soft_wrap=True), rich_tracebacks=debug)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     for name in ("dune_fast", "teachers", "dali_pipelines"):
         logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.INFO if rank == 0 else logging.WARNING)
@@ -80,18 +88,25 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     setup_logging(args.debug, rank)
-    output_dir = ""
+    output_dir, go_on = "", "the run had not begun"
     try:
         from dune_fast.engine.config import compose_config
+        from dune_fast.engine.run_folder import how_to_go_on
         from dune_fast.engine.trainer import Trainer
         from dune_fast.evaluate.in_run import InRunEvaluation
 
         cfg = compose_config(args.overrides)
-        output_dir = cfg.output_dir
+        output_dir, go_on = cfg.output_dir, how_to_go_on(cfg)
         with InRunEvaluation(cfg) as evaluate:
             trainer = Trainer(cfg, evaluate)
+            held_out = cfg.evaluation.held_out and any(len(dataset.val) for dataset in trainer.loader.datasets)
+            if rank == 0 and cfg.evaluation.held_out and not held_out:
+                logger.warning(
+                    "no image is held out, so the student will not be compared with its teachers at the end: set "
+                    "data.datasets.<name>.holdout or val_root for that, or evaluation.held_out=false"
+                )
             trainer.run()
-        if rank == 0 and cfg.evaluation.held_out and not trainer.stopped:
+        if rank == 0 and held_out and not trainer.stopped:
             from dune_fast.evaluate.run import evaluate_run
 
             evaluate_run(Path(cfg.output_dir), cfg.evaluation.figures, trainer.device)
@@ -105,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         logger.debug("this is where it came from", exc_info=True)
         return 2
     except KeyboardInterrupt:
-        logger.error("interrupted; the same command goes on from the newest checkpoint")
+        logger.error("interrupted; %s", go_on)
         return 130
     return 0
 

@@ -19,6 +19,7 @@ import torch
 from dune_fast.doctor import FAIL, OK, WARN, Check, Finding
 from dune_fast.engine.devices import peak_tflops
 from dune_fast.engine.provenance import driver_version
+from teachers.assets import cache_dir
 
 _DRIVERS = {13: 580, 12: 525}  # CUDA's major version -> the oldest driver branch that runs it
 _SHARED_MEMORY = 2**30
@@ -243,6 +244,32 @@ def open_files() -> Finding:
     return Finding("open files", OK, "no limit" if soft == resource.RLIM_INFINITY else f"up to {soft} a process")
 
 
+def existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    folder = folder.expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def writable(name: str, folder: Path, otherwise: str, cure: str) -> Finding:
+    """Whether a folder can be written, now or once it is made, `otherwise` if not; nothing is left there."""
+    there = existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"x")
+            file.flush()
+    except OSError as error:
+        return Finding(name, otherwise, f"{folder} cannot be written: {error}", cure)
+    state = "exists" if there == folder.expanduser().absolute() else "will be made"
+    return Finding(name, OK, f"{folder} {state} and can be written")
+
+
+def cache() -> Finding:
+    """Where fetched teachers and demo images, and the listings of shards, are kept."""
+    return writable("cache", cache_dir(), WARN, "set DUNE_FAST_CACHE to another folder, or change its rights")
+
+
 def checks() -> list[tuple[str, Check]]:
     """All of the above, the quick ones first."""
     listed: list[tuple[str, Check]] = [
@@ -252,6 +279,7 @@ def checks() -> list[tuple[str, Check]]:
         ("driver", driver),
         ("shared memory", shared_memory),
         ("open files", open_files),
+        ("cache", cache),
         ("triton", triton),
         ("attention", attention),
         ("dali", dali),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import torch
 from dali_pipelines.datasets import Dataset, index_dataset
 from dune_fast.distill.objective import ownership
 from dune_fast.doctor import FAIL, OK, WARN, Check, Finding
+from dune_fast.doctor.machine import existing, writable
 from dune_fast.engine.config import RunConfig
 from dune_fast.plan import checkpoint_bytes
 from dune_fast.teachers_cli import config_names, load_teacher_config
@@ -130,31 +130,14 @@ def data(cfg: RunConfig, seconds: float = _INDEX_SECONDS) -> Iterator[Finding]:
         yield Finding("data sharing", FAIL, str(error), "correct teachers.*.groups, data.datasets.*.group or `data`")
 
 
-def _existing(folder: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
-    folder = folder.expanduser().absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
-
-
 def output(cfg: RunConfig) -> Finding:
-    """Whether the run's folder can be written; nothing is left there."""
-    folder = _existing(Path(cfg.output_dir))
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"x")
-            file.flush()
-    except OSError as error:
-        cure = "choose another output_dir, or change the folder's rights"
-        return Finding("output", FAIL, f"{cfg.output_dir} cannot be written: {error}", cure)
-    state = "exists" if folder == Path(cfg.output_dir).expanduser().absolute() else "will be made"
-    return Finding("output", OK, f"{cfg.output_dir} {state} and can be written")
+    """Whether the run's folder can be written."""
+    return writable("output", Path(cfg.output_dir), FAIL, "choose another output_dir, or change the folder's rights")
 
 
 def disk(cfg: RunConfig) -> Finding:
     """Free space against what the run will write."""
-    folder = _existing(Path(cfg.output_dir))
+    folder = existing(Path(cfg.output_dir))
     free, needed = shutil.disk_usage(folder).free, checkpoint_bytes(cfg)
     text = f"{free / 2**30:.1f} GiB free, checkpoints and weights take up to {needed / 2**30:.2f} GiB"
     cure = "free some space, choose another output_dir, or lower train.keep_checkpoints"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,18 +26,26 @@ def micro_batch_size(cfg: RunConfig, world_size: int) -> int:
         accumulated = f" x train.accumulation={cfg.train.accumulation}" if cfg.train.accumulation > 1 else ""
         raise ValueError(
             f"train.global_batch={cfg.train.global_batch} is not a multiple of the {world_size} processes"
-            f"{accumulated}; choose for example {math.ceil(cfg.train.global_batch / count) * count}"
+            f"{accumulated}; choose for example {math.ceil(cfg.train.global_batch / count) * count}, or another "
+            "number of processes, if the run is to go on"
         )
     return cfg.train.global_batch // count
 
 
 def split(batch: Batch, count: int) -> list[Batch]:
-    """A batch in `count` equal parts, in order."""
-    size = len(batch) // count
-    parts = (slice(i * size, (i + 1) * size) for i in range(count))
+    """A batch in `count` equal parts: part p has every `count`-th image from the p-th on.
+
+    Ranks hold blocks of the global batch. Split so, a part over all ranks, whose statistics are taken together, holds
+    the same images for any number of ranks.
+    """
+    parts = (slice(i, None, count) for i in range(count))
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     rows = {name: value for name, value in values.items() if isinstance(value, Tensor | np.ndarray | list)}
-    return [dataclasses.replace(batch, **{name: value[part] for name, value in rows.items()}) for part in parts]
+    return [dataclasses.replace(batch, **{name: _taken(value, part) for name, value in rows.items()}) for part in parts]
+
+
+def _taken(rows: Any, part: slice) -> Any:
+    return rows[part].contiguous() if isinstance(rows, Tensor) else rows[part]
 
 
 def part_momentum(momentum: float, count: int) -> float:
@@ -45,8 +54,9 @@ def part_momentum(momentum: float, count: int) -> float:
 
 
 def merge(outputs: list[StepOutput]) -> tuple[dict[str, Tensor], PerImage]:
-    """Metrics averaged over a batch's equal parts, and what is known of its images."""
+    """Metrics averaged over a batch's equal parts, and what is known of its images, in the batch's order."""
     if len(outputs) == 1:
         return outputs[0].metrics, outputs[0].images
     metrics = {name: torch.stack([o.metrics[name] for o in outputs]).mean(0) for name in outputs[0].metrics}
-    return metrics, PerImage(*(torch.cat(parts, dim=1) for parts in zip(*(o.images for o in outputs), strict=True)))
+    images = zip(*(o.images for o in outputs), strict=True)
+    return metrics, PerImage(*(torch.stack(parts, dim=2).flatten(1) for parts in images))

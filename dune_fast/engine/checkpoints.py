@@ -7,12 +7,12 @@ import re
 import shutil
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine.config import RunConfig, dump_config, load_config
-from dune_fast.engine.container import CheckpointError, Manifest, Reader, find_fault
+from dune_fast.engine.container import CheckpointError, Manifest, Reader, find_fault, write_tensors
 from dune_fast.engine.zero_state import ShardedState
 from dune_fast.nn.student import Student, build_student
 from teachers.architecture import architecture_metadata
@@ -42,17 +42,19 @@ def complete_steps(run: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def prune(run: Path, keep: int, keep_every: int = 0) -> None:
-    """Deletes all complete checkpoints but the newest `keep` and those of every `keep_every`-th step (0: of none).
+def prune(run: Path, newest: int, keep: int, keep_every: int = 0) -> None:
+    """Deletes all complete checkpoints but the last `keep` and those of every `keep_every`-th step (0: of none).
 
-    What a kill or a full disk cut short before the newest goes too.
+    Those after the `newest`, the one that was just written, go too: they are broken, or the run would have gone on from
+    them. So does what a kill or a full disk cut short before the newest.
     """
     steps = complete_steps(run)
-    kept = set(steps[-keep:]) | {step for step in steps if keep_every and step % keep_every == 0}
+    good = [step for step in steps if step <= newest]
+    kept = set(good[-keep:]) | {step for step in good if keep_every and step % keep_every == 0}
     for step in steps:
         if step not in kept:
             shutil.rmtree(folder(run) / tag(step), ignore_errors=True)
-    clear_partial(run, before=steps[-1] if steps else 0)
+    clear_partial(run, before=newest)
 
 
 def clear_partial(run: Path, before: int | None = None) -> None:
@@ -111,6 +113,17 @@ def load(
     return manifest, reader.state()
 
 
+def load_statistics(statistics: TeacherStatistics, tensors: dict[str, Tensor]) -> None:
+    """Loads the teachers' statistics; CheckpointError if they are of another convention."""
+    try:
+        statistics.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(
+            "the checkpoint's statistics of the teachers are of another standardization.convention: take that change "
+            "back, or start a new run with another name=..."
+        ) from error
+
+
 def clear(run: Path) -> None:
     """Deletes what an earlier run left in the folder: checkpoints, metrics, results; other files stay."""
     for name in ("checkpoints", "tensorboard"):
@@ -121,13 +134,15 @@ def clear(run: Path) -> None:
         "config.yaml",
         "encoder.safetensors",
         "student.safetensors",
+        "drift.json",
         "held_out.json",
         "pca.png",
         "loss.png",
     ):
         (run / name).unlink(missing_ok=True)
-    for path in run.glob("quarantine.rank*.jsonl"):
-        path.unlink(missing_ok=True)
+    for pattern in ("quarantine.rank*.jsonl", "nonfinite_step_*.safetensors"):
+        for path in run.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _cpu(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
@@ -140,8 +155,11 @@ def export(run: Path, cfg: RunConfig, student: Student, statistics: TeacherStati
     everything = _cpu(student) | _cpu(statistics, "teacher_norms.")
     for name, tensors in (("encoder", _cpu(student.encoder)), ("student", everything)):
         partial = run / f".{name}.safetensors.part"
-        save_file(tensors, partial, metadata=architecture_metadata(cfg.student))
-        partial.replace(run / f"{name}.safetensors")
+        try:
+            write_tensors(partial, tensors, architecture_metadata(cfg.student))
+            partial.replace(run / f"{name}.safetensors")
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def load_run(run: Path) -> tuple[RunConfig, Student, TeacherStatistics]:

@@ -178,7 +178,7 @@ class RunConfig:
     @property
     def steps(self) -> int:
         """Steps of the whole run."""
-        return self.train.steps or iterations(self.train.images, self.train.global_batch)
+        return iterations(self.train.images, self.train.global_batch) if self.train.steps is None else self.train.steps
 
     @property
     def teacher_features(self) -> dict[str, tuple[int, tuple[str, ...]]]:
@@ -230,7 +230,7 @@ def load_config(path: Path) -> RunConfig:
     """Reads the `config.yaml` that a run has dumped."""
     try:
         cfg = OmegaConf.to_object(_strict(OmegaConf.load(path)))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path} does not exist: {path.parent} is not the folder of a run") from None
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{path} is not the configuration of a run: {first_line(error)}") from None
@@ -257,20 +257,23 @@ def validate(cfg: RunConfig) -> None:
         raise ConfigError(
             f"no teacher is configured: choose an experiment, e.g. experiment=demo (there are: {experiments})"
         )
-    if cfg.image_size % cfg.student.patch_size:
-        raise ConfigError(
-            f"image_size={cfg.image_size} is not a multiple of the student's patch size {cfg.student.patch_size}; "
-            f"the nearest are {nearest_multiples(cfg.image_size, cfg.student.patch_size)}"
-        )
-    grid = cfg.image_size // cfg.student.patch_size
     for name, teacher in cfg.teachers.items():
         check_family(name, teacher.family)
-        if grid % teacher.grid_multiple:
-            step = cfg.student.patch_size * teacher.grid_multiple
+    sizes, patch = {"image_size": cfg.image_size}, cfg.student.patch_size
+    sizes |= {"evaluation.figure_size": cfg.evaluation.figure_size} if cfg.evaluation.figures else {}
+    for field_name, size in sizes.items():
+        if size < 1 or size % patch:
             raise ConfigError(
-                f"image_size={cfg.image_size} gives a grid of {grid} patches, but teacher {name!r} needs a multiple of "
-                f"{teacher.grid_multiple}; the nearest image sizes are {nearest_multiples(cfg.image_size, step)}"
+                f"{field_name}={size} is not a multiple of the student's patch size {patch}; the nearest are "
+                f"{nearest_multiples(size, patch)}"
             )
+        for name, teacher in cfg.teachers.items():
+            if size // patch % teacher.grid_multiple:
+                raise ConfigError(
+                    f"{field_name}={size} gives a grid of {size // patch} patches, but teacher {name!r} needs a "
+                    f"multiple of {teacher.grid_multiple}; the nearest image sizes are "
+                    f"{nearest_multiples(size, patch * teacher.grid_multiple)}"
+                )
     if cfg.standardization.convention not in CONVENTIONS:
         raise ConfigError(
             f"standardization.convention={cfg.standardization.convention!r}; choose one of {', '.join(CONVENTIONS)}"
@@ -300,22 +303,19 @@ def validate(cfg: RunConfig) -> None:
         )
     if cfg.train.timeout_minutes <= 0:
         raise ConfigError(f"train.timeout_minutes={cfg.train.timeout_minutes:g}; it must be above 0")
-    if cfg.train.accumulation < 0:
-        raise ConfigError(
-            f"train.accumulation={cfg.train.accumulation}; it must be at least 0, which works it out from the memory"
-        )
-    if cfg.train.keep_every < 0:
-        raise ConfigError(f"train.keep_every={cfg.train.keep_every}; it must be at least 0, which keeps none for good")
-    for path in (
-        "train.global_batch", "train.log_every", "train.checkpoint_every",
-        "train.keep_checkpoints", "standardization.phi_s_batches", "evaluation.batch", "evaluation.knn_images",
-        "evaluation.knn_k",
-    ):  # fmt: skip
+    least = dict.fromkeys((
+        "train.global_batch", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
+        "standardization.phi_s_batches", "evaluation.batch", "evaluation.knn_images", "evaluation.knn_k",
+        "evaluation.figure_images",
+    ), (1, "")) | {
+        "train.accumulation": (0, ", which works it out from the memory"),
+        "train.keep_every": (0, ", which keeps none for good"),
+        "evaluation.every": (0, ", which evaluates never"),
+    }  # fmt: skip
+    for path, (minimum, meaning) in least.items():
         section, key = path.split(".")
-        if getattr(getattr(cfg, section), key) < 1:
-            raise ConfigError(f"{path}={getattr(getattr(cfg, section), key)}; it must be at least 1")
-    if cfg.evaluation.every < 0:
-        raise ConfigError(f"evaluation.every={cfg.evaluation.every}; it must be at least 0, which evaluates never")
+        if (value := getattr(getattr(cfg, section), key)) < minimum:
+            raise ConfigError(f"{path}={value}; it must be at least {minimum}{meaning}")
     if knn := cfg.evaluation.knn_dataset:
         if knn not in cfg.data.datasets:
             known = ", ".join(sorted(cfg.data.datasets)) or "none"

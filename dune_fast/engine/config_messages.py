@@ -46,7 +46,12 @@ def explain(error: Exception, overrides: list[str], kind: type) -> str:
         if key.startswith("deepspeed.options"):
             return "entries of deepspeed.options are added with a plus in front: +deepspeed.options.SECTION.NAME=VALUE"
         close = difflib.get_close_matches(key, field_names(kind), n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(close)}?" if close else "; `dune-fast config` prints all fields"
+        everything = "`dune-fast config experiment=demo` prints all fields"
+        hint = f"; did you mean {' or '.join(close)}?" if close else f"; {everything}"
         return f"the configuration has no field {key!r}{hint}"
+    if "not a subclass of TeacherConfig" in text:
+        return "a teacher is added as a file: write configs/teachers/NAME.yaml and give +teachers@teachers.NAME=NAME"
+    if "not a subclass of DatasetConfig" in text:
+        return "datasets are added in a file: write configs/data/NAME.yaml with all of them and give data=NAME"
     lines = [line.strip() for line in text.split("\n") if line.strip() and "object_type" not in line]
     return f"the configuration cannot be composed from {' '.join(overrides) or 'no override'}: {'; '.join(lines)}"

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dali_pipelines.storage import sync_folder
+from dali_pipelines.storage import write_whole
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -81,8 +81,9 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """As JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        """As JSON, with a checksum of its own."""
+        values = dataclasses.asdict(self)
+        return json.dumps(values | {"sha256": _checksum(values)}, indent=1) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -92,6 +93,8 @@ class Manifest:
             values = json.loads(path.read_text())
             if values["format"] != FORMAT:
                 raise CheckpointError(f"{path} is of format {values['format']}, this version reads {FORMAT}")
+            if (given := values.pop("sha256", None)) is not None and given != _checksum(values):
+                raise CheckpointError(f"{path} is damaged (its checksum does not match)")
             values["pieces"] = {name: [Piece(**p) for p in pieces] for name, pieces in values["pieces"].items()}
             values["files"] = {name: FileInfo(**info) for name, info in values["files"].items()}
             return cls(**values)
@@ -103,28 +106,28 @@ class Manifest:
             raise CheckpointError(f"{path} is damaged ({str(error) or repr(error)})") from None
 
 
+def _checksum(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def write_durably(path: Path, text: str) -> None:
     """Writes a small text file so that readers see all of it or the one before, also after a power cut."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
+    write_whole(path, text.encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileInfo:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> FileInfo:
     """Writes a safetensors file and makes it durable; returns its checksum.
 
     Own code rather than the library's: that one copies every tensor and holds the interpreter's lock while it writes,
-    which would stop the training thread. Here writing and hashing run without it.
+    which would stop the training thread, and its errors are not OSErrors. Here writing and hashing run without it.
 
     Args:
         path: the file.
         tensors: contiguous, on the CPU.
+        metadata: of the file.
     """
-    header, at = {}, 0
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    at = 0
     for name, tensor in tensors.items():
         assert tensor.is_contiguous() and tensor.device.type == "cpu", name
         end = at + tensor.numel() * tensor.element_size()

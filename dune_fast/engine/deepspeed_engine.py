@@ -69,7 +69,8 @@ def init_distributed(timeout_minutes: float = 30.0) -> torch.device:
             backend, init_method=here.init_method, rank=here.rank, world_size=here.world_size,
             timeout=timedelta(minutes=1.25 * timeout_minutes),
         )  # fmt: skip
-        os.environ.setdefault("LOCAL_RANK", str(here.local_rank))  # DeepSpeed insists on it
+        # DeepSpeed insists on it, and takes it for the device's number
+        os.environ["LOCAL_RANK"] = str(here.local_rank if device.index is None else device.index)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     return device
 
@@ -124,6 +125,7 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "gradient_clipping": 0.0,  # the default is 1.0, over all parameters; ours is per parameter
             "steps_per_print": 2**31,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
         }
         if zero_stage in (1, 2):
             config["zero_optimization"]["compute_grad_norm"] = False  # it would be read by the host at every step

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dali_pipelines.loader import Batch
 from dune_fast.distill.step import PerImage
+from dune_fast.engine.container import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -158,13 +158,17 @@ class Guard:
             wrong = [n for n, norm in zip(self.names.parameters, found["norms"], strict=True) if not norm.isfinite()]
             suspects = [f"every image's loss is finite; gradients that are not: {', '.join(wrong[:_SHOWN]) or 'none'}"]
         path = folder / f"nonfinite_step_{step}.safetensors"
+        holds = f"{path.name} in {folder} holds its samples, losses and configuration"
         if not dist.is_initialized() or dist.get_rank() == 0:
             names = {key: list(getattr(self.names, key)) for key in ("teachers", "datasets", "parameters")}
-            save_file(found, path, {"names": json.dumps(names), **self.about})
+            try:
+                write_tensors(path, found, {"names": json.dumps(names), **self.about})
+            except OSError as error:  # what was found is to be said all the same
+                holds = f"{path.name} with its samples could not be written to {folder} ({error})"
         return (
             f"loss or gradients were not finite in {LIMIT} steps in a row, all of them skipped; the first is step "
-            f"{step} ({'; '.join(suspects)}). {path.name} in {folder} holds its samples, losses and configuration; "
-            "the images are a function of train.seed and the step: going on from the last checkpoint leads there again"
+            f"{step} ({'; '.join(suspects)}). {holds}; the images are a function of train.seed and the step: going on "
+            "from the last checkpoint leads there again"
         )
 
 

@@ -93,15 +93,18 @@ class Watchdog:
         while not self._end.wait(min(5.0, self.timeout / 10)):
             try:
                 self._store.set(f"place/{self.rank}", f"{self._count} {self._doing}")
-                stuck = time.monotonic() - self._since > self.timeout
-                places = [self._store.get(f"place/{r}").decode() for r in range(self.world_size)] if stuck else []
+                if time.monotonic() - self._since <= self.timeout:
+                    continue
+                reason = self._describe([self._store.get(f"place/{r}").decode() for r in range(self.world_size)])
             except RuntimeError as error:  # the store is rank 0's
                 if self._end.is_set():
                     return
-                places, stuck = [f"0 not answering ({str(error).splitlines()[0]})"], True
-            if stuck:
-                logger.error("%s", self._describe(places))
-                os._exit(1)  # the training thread is in a collective that nothing else ends
+                reason = (
+                    f"rank 0 has ended or does not answer ({str(error).splitlines()[0]}): see what it wrote; rank "
+                    f"{self.rank} itself: {self._doing}"
+                )
+            logger.error("%s. The same command goes on from the newest checkpoint", reason)
+            os._exit(1)  # the training thread is in a collective that nothing else ends
 
     def _describe(self, places: list[str]) -> str:
         counts = [int(place.partition(" ")[0]) for place in places]
@@ -113,5 +116,5 @@ class Watchdog:
             who = f"it waits for {named}; rank {self.rank} itself: {self._doing}"
         return (
             f"the run timed out: nothing has happened on rank {self.rank} for {self.timeout:.0f} s "
-            f"(train.timeout_minutes); {who}. The same command goes on from the newest checkpoint"
+            f"(train.timeout_minutes); {who}"
         )

@@ -77,11 +77,13 @@ class RecordFile:
     Args:
         path: the file; records of steps after `first_step`, which will be repeated, are dropped from it.
         first_step: where this process starts.
+        evaluation_due: whether it starts with that step's evaluation, whose record is dropped too.
     """
 
-    def __init__(self, path: Path, first_step: int) -> None:
+    def __init__(self, path: Path, first_step: int, evaluation_due: bool = False) -> None:
         self.path = path
         kept = [r for r in read_metrics(path) if r["step"] <= first_step] if path.exists() else []
+        kept = [r for r in kept if not (evaluation_due and r["step"] == first_step and "evaluation_seconds" in r)]
         text = "".join(json.dumps(record) + "\n" for record in kept).encode()
         partial = path.with_suffix(".jsonl.part")
         partial.write_bytes(text)
@@ -134,6 +136,7 @@ class MetricsLog:
         workload: what a step is.
         trackers: further receivers of the records; closed with the log.
         on_estimate: takes the estimate of the run's length, once, see `_make_estimate`.
+        evaluation_due: see `RecordFile`.
     """
 
     def __init__(
@@ -144,9 +147,10 @@ class MetricsLog:
         workload: Workload,
         trackers: Sequence[Tracker] = (),
         on_estimate: Callable[[dict[str, Any]], None] | None = None,
+        evaluation_due: bool = False,
     ) -> None:
         self.path = folder / "metrics.jsonl"
-        self._records = RecordFile(self.path, first_step)
+        self._records = RecordFile(self.path, first_step, evaluation_due)
         self.total_steps, self.workload, self.trackers = total_steps, workload, list(trackers)
         self._step = first_step
         self._last_time, self._last_step = time.perf_counter(), first_step

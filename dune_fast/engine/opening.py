@@ -40,7 +40,9 @@ def open_log(trainer: Trainer, where: dict[str, Any]) -> MetricsLog:
     bf16 = trainer.engine.module.autocast_dtype is torch.bfloat16
     peak = peak_tflops(device_name(trainer.device)) if bf16 else None
     workload = Workload(cfg.train.global_batch, trainer.world_size, trainer.device, flops, peak)
-    return MetricsLog(trainer.run_dir, trainer.step, cfg.steps, workload, trackers, keep)
+    return MetricsLog(
+        trainer.run_dir, trainer.step, cfg.steps, workload, trackers, keep, trainer.evaluation_due
+    )  # fmt: skip
 
 
 def describe(trainer: Trainer) -> None:
@@ -71,6 +73,6 @@ def describe(trainer: Trainer) -> None:
         )  # fmt: skip
     if cfg.train.accumulation > 1:
         logger.warning(
-            "train.accumulation=%d: the teachers' batch statistics are those of a %dth of the global batch",
+            "train.accumulation=%d: the teachers' batch statistics are those of 1/%d of the global batch",
             cfg.train.accumulation, cfg.train.accumulation,
         )  # fmt: skip

@@ -33,6 +33,8 @@ class OptimizerConfig:
                 f"optimizer.clip_per_parameter={self.clip_per_parameter:g} and clip_global={self.clip_global:g}: "
                 "a norm to clip to is above 0, or 0 for none"
             )
+        if not 0 <= self.warmup_fraction <= 1:
+            raise ValueError(f"optimizer.warmup_fraction={self.warmup_fraction:g}; a share of the run is from 0 to 1")
         if self.clip_per_parameter and self.clip_global:
             raise ValueError(
                 f"optimizer.clip_per_parameter={self.clip_per_parameter:g} and clip_global={self.clip_global:g} "

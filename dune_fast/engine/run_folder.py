@@ -2,51 +2,93 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
-from collections.abc import Callable
+import os
+import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
+from dali_pipelines.datasets import Dataset
 from dune_fast.engine import checkpoints
-from dune_fast.engine.config import RunConfig, dump_config
+from dune_fast.engine.config import ConfigError, RunConfig, dump_config
 from dune_fast.engine.config_identity import refuse_changes
 from dune_fast.engine.container import Manifest
 
 logger = logging.getLogger(__name__)
 
+LOCK = ".lock"
+"""In the run's folder: held by its process of rank 0."""
 
-def open_run(cfg: RunConfig, device: torch.device, parts: Callable[[], int]) -> int | None:
+
+def how_to_go_on(cfg: RunConfig) -> str:
+    """What goes on with an interrupted run, for messages."""
+    command = "the command with train.overwrite=false" if cfg.train.overwrite else "the same command"
+    return f"{command} goes on from the newest checkpoint"
+
+
+def open_run(cfg: RunConfig, parts: Callable[[], int]) -> int | None:
     """Rank 0 prepares the folder; all ranks call it.
 
     Args:
         cfg: the run's. Where `train.accumulation` is 0 it becomes that of the checkpoint, or `parts()` at the start:
             it is a part of what is computed.
-        device: of this rank.
         parts: says into how many a step's images are best split here.
 
     Returns:
         The step of the checkpoint to go on from, None at the start.
 
-    Raises:
-        ValueError: `output_dir` is a file, or holds a run that is neither to be resumed nor overwritten.
+    Raises (on every rank):
+        ValueError: `output_dir` is a file, is in use, or holds a run that is neither to be resumed nor overwritten.
         ConfigError: the configuration has changed since the checkpoint.
         CheckpointError: there are checkpoints, all of them broken.
+        OSError: the folder cannot be written.
     """
-    step = (_prepare(cfg, parts) if dist.get_rank() == 0 else None) or -1
-    found = torch.tensor([step, cfg.train.accumulation], device=device)
-    dist.broadcast(found, 0)
-    step, accumulation = found.tolist()
-    if cfg.train.accumulation == 0:
-        cfg.train.accumulation = accumulation
-    return step if step >= 0 else None
+    found: list[Any] = [None, None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = _prepare(cfg, parts)
+        except (ValueError, OSError) as error:
+            found[2] = error
+        found[1] = cfg.train.accumulation
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(found)
+    step, cfg.train.accumulation, error = found
+    if error is not None:
+        raise error
+    return step
+
+
+def _hold(run: Path) -> None:
+    """Locks the folder until this process ends: two runs in it would delete each other's checkpoints."""
+    # never closed, nor opened elsewhere in this process: closing any descriptor of it would give the lock back
+    held = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            logger.debug("the file system of %s has no locks", run, exc_info=True)
+            return
+        holder = os.pread(held, 200, 0).decode(errors="replace").strip()
+        os.close(held)
+        raise ValueError(
+            f"{run} is in use by another training ({holder}): wait until it has ended, end it, or choose another "
+            "name=..."
+        ) from None
+    os.ftruncate(held, 0)
+    os.pwrite(held, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
 def _prepare(cfg: RunConfig, parts: Callable[[], int]) -> int | None:
     run = Path(cfg.output_dir)
     if run.exists() and not run.is_dir():
         raise ValueError(f"output_dir={run} is a file; choose a folder")
+    run.mkdir(parents=True, exist_ok=True)
+    _hold(run)
     holds_run = (run / "metrics.jsonl").exists() or bool(checkpoints.complete_steps(run))
     if holds_run and cfg.train.overwrite:
         logger.info("starting anew in %s: what the earlier run left there is deleted", run)
@@ -56,7 +98,6 @@ def _prepare(cfg: RunConfig, parts: Callable[[], int]) -> int | None:
             f"{run} holds a run: go on with train.resume=true, start anew with train.overwrite=true, "
             "or choose another name=..."
         )
-    run.mkdir(parents=True, exist_ok=True)
     checkpoints.clear_partial(run)
     step = checkpoints.newest_good(run)
     if step is not None:
@@ -73,3 +114,28 @@ def _prepare(cfg: RunConfig, parts: Callable[[], int]) -> int | None:
         cfg.train.accumulation = parts()
     dump_config(cfg, run / "config.yaml")
     return step
+
+
+def count_images(datasets: Sequence[Dataset]) -> dict[str, int]:
+    """Dataset -> images to train on: with the configuration, what the order of all images follows from."""
+    return {dataset.name: len(dataset.train) for dataset in datasets}
+
+
+def refuse_other_images(saved: dict[str, int], found: dict[str, int], allowed: bool) -> None:
+    """Raises ConfigError if a run would go on with more or fewer images: every further step would have others.
+
+    Args:
+        saved: `count_images` at the checkpoint; empty if it is too old to know.
+        found: the same, now.
+        allowed: whether to warn instead.
+    """
+    other = [f"{name}: {count} -> {found.get(name, 0)}" for name, count in saved.items() if found.get(name, 0) != count]
+    if not other:
+        return
+    changed = f"the number of images has changed since the checkpoint was written: {'; '.join(other)}"
+    if not allowed:
+        raise ConfigError(
+            f"{changed}. The steps to come would be of other images: bring the old ones back, go on all the same by "
+            "train.allow_config_change=true, or start anew with train.overwrite=true"
+        )
+    logger.warning("%s", changed)

@@ -168,4 +168,4 @@ class Saver:
         part.rename(final)
         sync_folder(final.parent)
         write_durably(final.parent / checkpoints.LATEST, final.name + "\n")
-        checkpoints.prune(self.run, self.keep, self.keep_every)
+        checkpoints.prune(self.run, manifest.step, self.keep, self.keep_every)

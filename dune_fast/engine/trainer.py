@@ -34,7 +34,7 @@ from dune_fast.engine.memory import fit, smallest_memory
 from dune_fast.engine.metrics import MetricsLog
 from dune_fast.engine.opening import describe, open_log
 from dune_fast.engine.provenance import world
-from dune_fast.engine.run_folder import open_run
+from dune_fast.engine.run_folder import count_images, how_to_go_on, open_run, refuse_other_images
 from dune_fast.engine.saver import Saver
 from dune_fast.engine.schedules import ema_momenta, learning_rates, scaled_learning_rate
 from dune_fast.engine.trackers import check_packages
@@ -78,7 +78,7 @@ class Trainer:
         check_packages(cfg.logging)
         self.run_dir = Path(cfg.output_dir)
         dtype, memory = autocast_dtype(cfg.train.precision, self.device), smallest_memory(self.device)
-        resume_step = open_run(cfg, self.device, lambda: fit(cfg, self.world_size, memory, dtype is not None).parts)
+        resume_step = open_run(cfg, lambda: fit(cfg, self.world_size, memory, dtype is not None).parts)
         freeze(cfg)
         self.fit = fit(cfg, self.world_size, memory, dtype is not None, cfg.train.accumulation)
         """An estimate of what a step takes of the smallest device's memory."""
@@ -132,8 +132,8 @@ class Trainer:
         about = {"config": json.dumps(as_dict(cfg))}
         self.guard = Guard(names, cfg.train.max_loss, self.device, run.get("skipped_in_a_row", 0), about)
         self.stop, self.watchdog = Stop(self.world_size, timeout), Watchdog(self.rank, self.world_size, timeout)
-        self.stopped = False
-        """Whether `run` has ended early, after a signal."""
+        self.stopped, self.evaluation_due = False, run.get("evaluation_due", False)
+        """Whether `run` has ended early, after a signal; whether a signal has broken off this step's evaluation."""
         if self.step == 0 and cfg.standardization.convention == "phi_s":
             self._estimate_statistics()
 
@@ -141,12 +141,12 @@ class Trainer:
         """Loads a checkpoint; returns the run's small state."""
         manifest, tensors = checkpoints.load(self.run_dir, step, self.engine.state, self.engine.shapes)
         self.engine.load_untrained(_below(tensors, "student/"))
-        self.statistics.load_state_dict(_below(tensors, "statistics/"))
+        checkpoints.load_statistics(self.statistics, _below(tensors, "statistics/"))
+        found, allowed = count_images(self.loader.datasets), self.cfg.train.allow_config_change
+        refuse_other_images(manifest.run.get("images", {}), found, allowed)
         if self.rank == 0:
-            logger.info(
-                "going on from step %d of %d, saved by %d x ZeRO %d",
-                step, self.cfg.steps, manifest.world_size, manifest.zero_stage,
-            )  # fmt: skip
+            saved_by = manifest.world_size, manifest.zero_stage
+            logger.info("going on from step %d of %d, saved by %d x ZeRO %d", step, self.cfg.steps, *saved_by)
         return manifest.run
 
     def _estimate_statistics(self) -> None:
@@ -173,11 +173,11 @@ class Trainer:
         """
         where = world(self.device)
         log = None
-        if self.rank == 0:
-            describe(self)
-            log = open_log(self, where)
         try:
             with self.stop, self.watchdog:
+                if self.rank == 0:
+                    describe(self)
+                    log = open_log(self, where)
                 self._loop(log)
                 self._wait_for_save()
         finally:
@@ -186,7 +186,7 @@ class Trainer:
             self.loader.close()
             self.saver.wait(timeout=60.0)
         if self.stopped:
-            logger.info("stopped after step %d of %d; the same command goes on from there", self.step, self.cfg.steps)
+            logger.info("stopped after step %d of %d; %s", self.step, self.cfg.steps, how_to_go_on(self.cfg))
             return self.statistics
         with self.engine.whole_weights() as student:
             if self.rank == 0:
@@ -198,7 +198,8 @@ class Trainer:
 
     def _loop(self, log: MetricsLog | None) -> None:
         train, total = self.cfg.train, self.cfg.steps
-        if self.step >= total:
+        self.stopped = self.evaluation_due and self._evaluate(log)
+        if self.step >= total or self.stopped:
             return
         waited = self.loader.waited_s
         batches = self.loader.batches(self.step)
@@ -215,8 +216,7 @@ class Trainer:
                 waited = self.loader.waited_s
             elif log is not None:
                 log.advance(self.step)
-            broken_off = self._evaluate(log)
-            self.stopped = self.step < total and (broken_off or self.stop.now(self.step))
+            self.stopped = self._evaluate(log) or (self.step < total and self.stop.now(self.step))
             if self.step % train.checkpoint_every == 0 or self.step == total or self.stopped:
                 self._read(metrics)
                 self._save()
@@ -230,10 +230,11 @@ class Trainer:
         began = time.perf_counter()
         values = self.evaluate(self)
         if values is None:
-            logger.info("the evaluation after step %d was broken off and is left out", self.step)
+            logger.info("the evaluation after step %d was broken off: the run goes on with it", self.step)
         elif log is not None:
             log.write_evaluation(self.step, values, time.perf_counter() - began)
-        return values is None
+        self.evaluation_due = values is None
+        return self.evaluation_due
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One step on this rank's part of the global batch; metrics stay on the device."""
@@ -288,11 +289,12 @@ class Trainer:
 
     def _save(self) -> None:
         """Begins a checkpoint; the disk is a thread's matter."""
-        engine = self.engine
+        engine, skipped = self.engine, int(self.guard.in_a_row.item())
+        images, due = count_images(self.loader.datasets), self.evaluation_due
         manifest = Manifest(
             step=self.step, updates=int(engine.state.updates().item()), world_size=self.world_size,
             zero_stage=engine.zero_stage, config_hash=config_hash(self.cfg), config=as_dict(self.cfg),
-            shapes=engine.shapes, run={"skipped_in_a_row": int(self.guard.in_a_row.item())},
+            shapes=engine.shapes, run={"skipped_in_a_row": skipped, "evaluation_due": due, "images": images},
         )  # fmt: skip
         small = {f"student/{name}": x for name, x in engine.untrained().items()}
         small |= {f"statistics/{name}": x for name, x in self.statistics.state_dict().items()}

@@ -34,6 +34,14 @@ def test_this_machine_passes_its_own_checks():
             assert statuses(examine([(name, check)])) == [OK], name
 
 
+def test_the_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DUNE_FAST_CACHE", str(tmp_path / "new"))
+    assert machine.cache().status == OK and not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DUNE_FAST_CACHE", str(tmp_path / "file"))
+    assert machine.cache().status == WARN and "DUNE_FAST_CACHE" in machine.cache().cure
+
+
 @pytest.mark.parametrize(("version", "status"), [((3, 10, 1), FAIL), ((3, 11, 0), OK), ((3, 13, 0), FAIL)])
 def test_python(version, status, monkeypatch):
     monkeypatch.setattr(machine.sys, "version_info", version)

@@ -117,7 +117,7 @@ def test_the_output_folder(cfg, tmp_path, monkeypatch):
     def refuse(**_):
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(run.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(machine.tempfile, "TemporaryFile", refuse)
     cfg.output_dir = str(tmp_path / "run")
     assert "read-only" in run.output(cfg).text
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,17 @@ def photos(tmp_path_factory) -> Path:
         coarse = np.random.default_rng(i).integers(0, 256, (8, 10, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((100, 80), Image.BICUBIC).save(folder / f"{i:02}.jpg", quality=92)
     return folder
+
+
+@contextmanager
+def full_disk(size: int):
+    """Files of this process cannot grow beyond `size` bytes: write(2) fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def small_run(photos: Path, folder: Path) -> list[str]:

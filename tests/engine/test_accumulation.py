@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 
@@ -10,23 +11,44 @@ import pytest
 import torch
 
 from dali_pipelines.loader import Batch
+from dali_pipelines.order import rank_slots
+from dune_fast.distill.step import PerImage, StepOutput
 from dune_fast.engine import trainer
-from dune_fast.engine.accumulation import part_momentum, split
+from dune_fast.engine.accumulation import merge, part_momentum, split
 from dune_fast.engine.config import compose_config, load_config
 from dune_fast.engine.memory import SPARE, fit, image_bytes
 from dune_fast.engine.metrics import read_metrics
 from dune_fast.engine.trainer import Trainer
 
 
-def test_parts_are_the_batch_in_order():
-    index = torch.arange(6)
-    batch = Batch(torch.randn(6, 3, 2, 2), index, index + 10, index + 20, list("abcdef"), 4, np.arange(6))
+def batch_of(size: int) -> Batch:
+    index = torch.arange(size)
+    paths = [str(i) for i in range(size)]
+    return Batch(torch.randn(size, 3, 2, 2), index, index + 10, index + 20, paths, 4, np.arange(size))
+
+
+def test_parts_have_every_image_once_and_are_merged_in_order():
+    batch = batch_of(6)
     parts = split(batch, 3)
-    assert [part.paths for part in parts] == [["a", "b"], ["c", "d"], ["e", "f"]]
+    assert [part.paths for part in parts] == [["0", "3"], ["1", "4"], ["2", "5"]]
     for name in ("images", "positions", "group", "dataset"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
-    assert all(part.step == 4 and len(part) == 2 for part in parts)
-    assert parts[2].group_on_host.tolist() == [4, 5]
+        assert torch.equal(torch.stack([getattr(part, name) for part in parts], 1).flatten(0, 1), getattr(batch, name))
+    assert all(part.step == 4 and len(part) == 2 and part.images.is_contiguous() for part in parts)
+    assert parts[2].group_on_host.tolist() == [2, 5]
+    outputs = [StepOutput(torch.ones(()), {}, PerImage(p.positions[None], p.positions[None] > 11)) for p in parts]
+    _, images = merge(outputs)
+    assert torch.equal(images.losses[0], batch.positions) and torch.equal(images.finite[0], batch.positions > 11)
+
+
+def test_a_part_over_all_ranks_is_the_same_for_any_number_of_ranks():
+    """Its statistics are taken together: a run that goes on with other ranks would not be the same otherwise."""
+    whole, found = batch_of(16), {}
+    for ranks in (1, 2, 4):
+        shares = [whole.positions[rank_slots(16, rank, ranks)] for rank in range(ranks)]
+        batches = [dataclasses.replace(batch_of(16 // ranks), positions=share) for share in shares]
+        parts = zip(*(split(batch, 2) for batch in batches), strict=True)
+        found[ranks] = [sorted(torch.cat([rank.positions for rank in part]).tolist()) for part in parts]
+    assert found[1] == found[2] == found[4]
 
 
 @pytest.mark.parametrize("momentum", [1.0, 0.3, 0.001, 0.0])
@@ -35,16 +57,18 @@ def test_the_past_keeps_its_share_over_all_parts(momentum):
     assert (1 - part_momentum(momentum, 4)) ** 4 == pytest.approx(1 - momentum)
 
 
-def test_a_run_in_parts_follows_the_whole(overrides, tmp_path):
-    """Beside the statistics of the parts everything is the same; with 4 images each they are close."""
+def test_a_run_in_parts_is_the_whole_but_for_the_statistics(overrides, tmp_path):
+    """Those of PHI-S are frozen before the first step: then everything is the same."""
     records = {}
     for accumulation in (1, 2):
         out = tmp_path / str(accumulation)
         more = [f"train.accumulation={accumulation}", f"output_dir={out}", "objective.drop_probability=0"]
+        more += ["standardization.convention=phi_s", "standardization.phi_s_batches=2"]
         Trainer(compose_config([*overrides, *more, "logging.tensorboard=false"])).run()
         records[accumulation] = read_metrics(out / "metrics.jsonl")
     for whole, parts in zip(records[1], records[2], strict=True):
-        assert parts["loss"] == pytest.approx(whole["loss"], rel=0.1)
+        for name in ("loss", "loss/one", "gradient_norm/global"):
+            assert parts[name] == pytest.approx(whole[name], rel=1e-4)
         assert parts["lr"] == whole["lr"] and parts["images"] == whole["images"]
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,9 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from dune_fast.engine import checkpoints, saver
-from dune_fast.engine.config import compose_config
+from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.engine.container import CheckpointError, Manifest, Piece, Reader, find_fault, write_tensors
+from dune_fast.engine.run_folder import LOCK
 from dune_fast.engine.trainer import Trainer
+from tests.engine.conftest import full_disk
 
 
 def train(overrides: list[str], *more: str) -> Trainer:
@@ -86,6 +92,9 @@ def damage(folder: Path, how: str) -> None:
         data.unlink()
     elif how == "no manifest":
         (folder / "manifest.json").unlink()
+    elif how == "digit":
+        text = (folder / "manifest.json").read_text()
+        (folder / "manifest.json").write_text(text.replace('"updates": 6', '"updates": 7'))
     else:
         (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:200])
 
@@ -98,6 +107,7 @@ def damage(folder: Path, how: str) -> None:
         ("missing", "rank_00000.safetensors is missing"),
         ("no manifest", "manifest.json is missing"),
         ("manifest", "manifest.json is damaged"),
+        ("digit", r"manifest.json is damaged \(its checksum does not match\)"),
     ],
 )
 def test_every_damage_is_found_and_named(finished, how, words, caplog):
@@ -198,9 +208,17 @@ def test_the_last_ones_and_every_nth_are_kept(tmp_path):
         (folder / checkpoints.tag(step)).mkdir(parents=True)
     (folder / "step_0000007.part").mkdir()
     (folder / "step_0000011.part").mkdir()
-    checkpoints.prune(tmp_path, keep=2, keep_every=4)
+    checkpoints.prune(tmp_path, 10, keep=2, keep_every=4)
     assert checkpoints.complete_steps(tmp_path) == [4, 8, 9, 10]
     assert [p.name for p in folder.glob("*.part")] == ["step_0000011.part"]
+
+
+def test_a_broken_checkpoint_does_not_outlive_the_good_one_that_was_saved_after_it(tmp_path):
+    """The run went back from 10 to 5 and has saved 7."""
+    for step in (5, 7, 10):
+        (tmp_path / "checkpoints" / checkpoints.tag(step)).mkdir(parents=True)
+    checkpoints.prune(tmp_path, 7, keep=1, keep_every=5)
+    assert checkpoints.complete_steps(tmp_path) == [5, 7]
 
 
 def test_a_changed_configuration_is_named_field_by_field_and_refused(overrides, finished, caplog):
@@ -231,6 +249,59 @@ def test_a_checkpoint_of_an_older_version_lacks_new_fields(finished):
     assert changes(older, cfg) == []
     other["optimizer"]["gone"] = 1
     assert changes(other, cfg) == ["optimizer.gone: 1 -> (none)"]
+
+
+def test_other_numbers_of_images_are_refused(overrides, finished, caplog):
+    """Every further step would be of other images than without the interruption."""
+    checkpoint = finished / "checkpoints" / "step_0000006"
+    manifest = Manifest.read(checkpoint)
+    assert manifest.run["images"] == {"images": 20}
+    more = dataclasses.replace(manifest, run=manifest.run | {"images": {"images": 21}})
+    (checkpoint / "manifest.json").write_text(more.to_json())
+    with pytest.raises(ConfigError, match="the number of images has changed .*: images: 21 -> 20.*allow_config_change"):
+        Trainer(compose_config(overrides))
+    with caplog.at_level(logging.WARNING):
+        trainer = Trainer(compose_config([*overrides, "train.allow_config_change=true"]))
+    assert trainer.step == 6 and "images: 21 -> 20" in caplog.text
+
+
+def test_statistics_of_another_convention_are_refused(overrides, finished):
+    changed = [*overrides, "standardization.convention=phi_s", "train.allow_config_change=true"]
+    with pytest.raises(CheckpointError, match="another standardization.convention: take that change back"):
+        Trainer(compose_config(changed))
+
+
+def test_a_disk_that_is_full_at_the_end_costs_nothing(overrides, finished, monkeypatch):
+    """The weights cannot be exported: an error of the system, nothing half written, and the next start does it."""
+    (finished / "student.safetensors").unlink()
+    trainer = Trainer(compose_config([*overrides, "logging.tensorboard=false"]))
+    with full_disk(100_000), pytest.raises(OSError, match="File too large"):
+        trainer.run()
+    assert not list(finished.glob(".*.part")) and not (finished / "student.safetensors").exists()
+    train(overrides)
+    assert (finished / "student.safetensors").exists()
+
+
+def test_a_folder_in_use_is_refused(overrides, finished):
+    """By another process; what that one holds is free again when it has ended, however it ends."""
+    hold = "import fcntl, os, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+    hold += "file.write(f'process {os.getpid()}'); file.flush(); print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(finished / LOCK)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )  # fmt: skip
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"in use by another training .process {other.pid}.: .*another name="):
+            Trainer(compose_config([*overrides, "train.overwrite=true"]))
+        assert checkpoints.complete_steps(finished) == [3, 6]
+    finally:
+        other.kill()
+        other.wait()
+    assert Trainer(compose_config(overrides)).step == 6
+    try_it = "import fcntl, sys; file = open(sys.argv[1], 'r+'); print(file.read()); "
+    try_it += "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    tried = subprocess.run([sys.executable, "-c", try_it, str(finished / LOCK)], capture_output=True, text=True)
+    assert tried.stdout.startswith(f"process {os.getpid()} on ") and "BlockingIOError" in tried.stderr
 
 
 def test_a_checkpoint_of_another_student_is_refused(overrides, finished):

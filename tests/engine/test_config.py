@@ -32,7 +32,7 @@ def test_every_experiment_composes(name):
 def test_every_choice_of_a_group_composes(group):
     for path in (config_dir() / group).glob("*.yaml"):
         patch = yaml.safe_load(path.read_text()).get("patch_size", 14)
-        compose_config([DEMO, f"{group}={path.stem}", f"image_size={8 * patch}"])
+        compose_config([DEMO, f"{group}={path.stem}", f"image_size={8 * patch}", f"evaluation.figure_size={8 * patch}"])
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,8 @@ def test_every_choice_of_a_group_composes(group):
     [
         (["experiment=dmeo"], "no experiment 'dmeo': did you mean demo"),
         ([DEMO, "+teachers@teachers.x=xfaet"], "no teacher 'xfaet': did you mean xfeat"),
+        ([DEMO, "+teachers.x={family: xfeat}"], r"configs/teachers/NAME.yaml and give \+teachers@teachers.NAME=NAME"),
+        ([DEMO, "+data.datasets.more.root=/x"], "configs/data/NAME.yaml with all of them and give data=NAME"),
         ([DEMO, "data=dmo"], "no dataset 'dmo': did you mean demo"),
         ([DEMO, "student=vit_tny14"], "no student 'vit_tny14': did you mean vit_tiny14"),
         ([DEMO, "train.stps=5"], "no field 'train.stps'; did you mean train.steps"),
@@ -54,9 +56,15 @@ def test_every_choice_of_a_group_composes(group):
         ([DEMO, "deepspeed.gradient_dtype=fp16"], "choose fp32 or bf16"),
         ([DEMO, "deepspeed.options={zero_optimization:{x:1}}"], r"\+deepspeed.options.SECTION.NAME=VALUE"),
         ([DEMO, "train.global_batch=0"], "at least 1"),
+        ([DEMO, "train.steps=0"], "the run has 0 steps"),
+        ([DEMO, "optimizer.warmup_fraction=1.5"], "warmup_fraction=1.5; a share of the run is from 0 to 1"),
         ([DEMO, "train.accumulation=-1"], "at least 0, which works it out"),
         ([DEMO, "evaluation.every=-1"], "at least 0, which evaluates never"),
         ([DEMO, "evaluation.knn_k=0"], "at least 1"),
+        ([DEMO, "evaluation.figure_images=0"], "evaluation.figure_images=0; it must be at least 1"),
+        ([DEMO, "evaluation.figure_size=100"], "evaluation.figure_size=100 is not a multiple .* 14; .* 98 and 112"),
+        ([DEMO, "evaluation.figure_size=350"], "evaluation.figure_size=350 .* 'geometric' .* 336 and 392"),
+        ([DEMO, "image_size=0"], "image_size=0 is not a multiple .*; the nearest are 14"),
         ([DEMO, "evaluation.knn_dataset=nature"], "'nature' is not a dataset of this run.*: interior, natural"),
         ([DEMO, "evaluation.knn_dataset=natural"], "evaluates never: set both"),
         ([DEMO, "train.keep_every=-1"], "at least 0"),

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from dune_fast.engine import deepspeed_engine as module
 from dune_fast.engine.deepspeed_engine import Engine, init_distributed
 from dune_fast.engine.optimizer import OptimizerConfig
 
@@ -134,3 +139,18 @@ def test_stage_3_leaves_everybody_elses_linear_layers_alone(data):
     run = engine(3)
     run(data[0])
     assert nn.functional.linear is before
+
+
+@pytest.mark.parametrize(("devices", "index"), [(1, 0), (4, 3)])
+def test_a_process_may_see_its_own_device_alone(devices, index, monkeypatch):
+    """Regression: DeepSpeed took the local rank, 3, for the number of the one device that srun shows the process."""
+    launched = {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    for name, value in (("is_available", True), ("device_count", devices), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    deepspeed = SimpleNamespace(init_distributed=lambda *_, **__: None)
+    monkeypatch.setattr(module, "_import_deepspeed", lambda: deepspeed)
+    assert init_distributed() == torch.device("cuda", index) and os.environ["LOCAL_RANK"] == str(index)

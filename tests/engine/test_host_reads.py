@@ -1,10 +1,11 @@
-"""A training step on tensors reads nothing from the device: counted, on the CPU, by what a host read is made of."""
+"""A training step never reads from the device nor waits for it: counted, on the CPU, by what that is made of."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dune_fast.distill.objective import ObjectiveConfig, ownership
@@ -32,11 +33,13 @@ METHODS = ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__",
 
 
 class HostReads(TorchDispatchMode):
-    """Counts host reads: dispatched operations, and Python conversions, which on a CPU tensor dispatch nothing."""
+    """Counts host reads: dispatched operations, and Python conversions, which on a CPU tensor dispatch nothing; and
+    DeepSpeed's waits for the device, which do nothing on a CPU."""
 
     def __init__(self, monkeypatch):
         super().__init__()
         self.found: list[str] = []
+        monkeypatch.setattr(type(get_accelerator()), "synchronize", lambda *_: self.found.append("synchronize"))
         for name in METHODS:
             original = getattr(torch.Tensor, name)
 

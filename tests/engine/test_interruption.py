@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 
@@ -10,9 +11,30 @@ import torch
 from safetensors.torch import load_file
 
 from dune_fast.engine import checkpoints
+from dune_fast.engine import trainer as trainer_module
 from dune_fast.engine.config import compose_config
 from dune_fast.engine.interruption import Watchdog
 from dune_fast.engine.trainer import Trainer
+
+
+def test_a_signal_while_the_log_is_opened_saves_and_stops(overrides, tmp_path, monkeypatch, caplog):
+    """Services of logging take their time to connect. And a run that overwrites does not go on by the same command."""
+    plain = trainer_module.open_log
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*arguments)
+
+    monkeypatch.setattr(trainer_module, "open_log", interrupted)
+    caplog.set_level(logging.INFO, "dune_fast")
+    trainer = Trainer(compose_config([*overrides, "logging.tensorboard=false", "train.overwrite=true"]))
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the run does not take the signal"))
+    try:
+        trainer.run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert trainer.stopped and trainer.step == 1 and checkpoints.complete_steps(tmp_path / "run") == [1]
+    assert "stopped after step 1 of 6; the command with train.overwrite=false goes on" in caplog.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -50,3 +72,23 @@ def test_the_watchdog_names_the_rank_that_is_behind():
     assert "nothing has happened on rank 0 for 60 s" in text
     text = dog._describe(["21 step 7, backward", "21 step 7, backward"])
     assert "all ranks are at the same place: step 7, backward" in text
+
+
+def test_the_watchdog_of_a_run_whose_first_rank_has_ended_says_so(monkeypatch, caplog):
+    """The store is rank 0's; that nothing has happened for so long is not true then."""
+
+    class Gone:
+        def set(self, *_):
+            raise RuntimeError("Broken pipe")
+
+    def exited(code):
+        raise SystemExit(code)
+
+    dog = Watchdog(1, 1, 0.1)
+    dog.world_size, dog._store = 2, Gone()
+    dog.at("step 7, backward")
+    monkeypatch.setattr(os, "_exit", exited)
+    with pytest.raises(SystemExit, match="1"):
+        dog._watch()
+    assert "rank 0 has ended or does not answer (Broken pipe)" in caplog.text and "timed out" not in caplog.text
+    assert "rank 1 itself: step 7, backward. The same command goes on" in caplog.text

@@ -5,12 +5,10 @@ from __future__ import annotations
 import io
 import json
 import logging
-import resource
 import subprocess
 import sys
 import threading
 import types
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -24,6 +22,7 @@ from dune_fast.engine.metrics import MetricsLog, Workload, read_metrics
 from dune_fast.engine.provenance import RunRecord, git_state, versions, world
 from dune_fast.engine.trackers import Service, open_trackers
 from dune_fast.engine.trainer import Trainer
+from tests.engine.conftest import full_disk
 
 CPU = torch.device("cpu")
 WORK = Workload(global_batch=64, world_size=4, device=CPU, flops=10**12, peak_tflops=20.0)
@@ -148,17 +147,6 @@ def test_a_log_that_goes_on_drops_what_is_repeated(tmp_path):
     log.write(10, {"loss": 2.0}, 0.0)
     log.close()
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [(1, 1.0), (5, 1.0), (10, 2.0)]
-
-
-@contextmanager
-def full_disk(size: int):
-    """Files of this process cannot grow beyond `size` bytes: write(2) fails."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_records_that_a_full_disk_refuses_are_written_when_it_has_room(tmp_path, caplog):

@@ -15,6 +15,7 @@ from dune_fast.engine.config import compose_config
 from dune_fast.engine.metrics import CLOCK, read_metrics
 from dune_fast.engine.trainer import DivergedError, Trainer
 from dune_fast.evaluate.run import evaluate_run
+from tests.engine.conftest import full_disk
 
 
 def train(overrides: list[str], *more: str) -> Trainer:
@@ -72,9 +73,11 @@ def test_a_finished_run_is_not_trained_again(overrides, tmp_path):
 def test_overwrite_starts_anew_and_keeps_foreign_files(overrides, tmp_path):
     run = tmp_path / "run"
     train(overrides)
-    (run / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "drift.json", "nonfinite_step_3.safetensors"):
+        (run / name).write_text("mine, or the earlier run's")
     trainer = Trainer(compose_config([*overrides, "train.overwrite=true"]))
     assert trainer.step == 0 and checkpoints.complete_steps(run) == [] and (run / "notes.txt").exists()
+    assert not (run / "drift.json").exists() and not list(run.glob("nonfinite*"))
 
 
 def test_a_folder_with_a_run_is_not_touched_unasked(overrides):
@@ -128,6 +131,14 @@ def test_three_steps_in_a_row_that_are_not_finite_stop_the_run_and_are_named(ove
     assert found["positions"].tolist() == list(range(112, 120)) and found["step"].item() == 14
     assert found["finite"].tolist() == [[i != 1 for i in range(8)]] * 2
     assert not found["losses"].isfinite().any()  # that image has spoilt the statistics of all
+
+
+def test_what_was_not_finite_is_named_though_the_disk_is_full(overrides, tmp_path):
+    trainer = Trainer(compose_config([*overrides, "logging.tensorboard=false"]))
+    poison(trainer, 0, 1, 2)
+    with full_disk(4_000), pytest.raises(DivergedError, match="teacher 'one' .*'images', positions 1;") as caught:
+        trainer.run()
+    assert "nonfinite_step_0.safetensors with its samples could not be written" in str(caught.value)
 
 
 def test_a_broken_image_is_skipped_counted_and_named(overrides, photos, tmp_path, caplog):

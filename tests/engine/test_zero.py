@@ -155,3 +155,8 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(two_ranks):
     for rank in (0, 1):
         changed = json.loads((two_ranks / f"skipped_{rank}.json").read_text())
         assert changed == {str(stage): False for stage in STAGES}
+
+
+def test_a_changed_configuration_is_refused_by_every_rank(two_ranks):
+    for rank in (0, 1):
+        assert "train.seed: 0 -> 3" in (two_ranks / f"refused_{rank}.txt").read_text()

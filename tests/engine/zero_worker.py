@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.case import Case
 from bench.train_case import Trajectory
-from dune_fast.engine.config import compose_config
+from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.engine.deepspeed_engine import init_distributed
 from dune_fast.engine.trainer import Trainer
 
@@ -70,6 +70,14 @@ def same_stage(folder: Path, overrides: list[str]) -> None:
         trainer(overrides, parts, stage).run()
 
 
+def refused(folder: Path, overrides: list[str]) -> None:
+    """What rank 0 finds in the run's folder stops every rank with its sentence, not with a broken connection."""
+    try:
+        trainer([*overrides, "train.seed=3"], folder / f"{WHOLE}_0", 0)
+    except ConfigError as error:
+        (folder / f"refused_{dist.get_rank()}.txt").write_text(str(error))
+
+
 def other_stage(folder: Path, overrides: list[str]) -> None:
     """Goes on from what two ranks have saved, with another number of ranks and under another stage."""
     for stage, then in ((1, 3), (3, 2)):
@@ -120,6 +128,7 @@ def main() -> None:
     if dist.get_world_size() == 2:
         same_stage(folder, overrides)
         skipped(folder, overrides)
+        refused(folder, overrides)
     else:
         other_stage(folder, overrides)
 

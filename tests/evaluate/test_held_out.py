@@ -119,3 +119,14 @@ def test_figures_are_written_and_not_blank(teachers, tmp_path):
     for name in ("pca.png", "loss.png"):
         pixels = np.asarray(Image.open(tmp_path / name).convert("L"))
         assert pixels.std() > 10
+
+
+def test_titles_are_whole_and_apart(teachers, tmp_path):
+    """The rows of pixels above the pictures: blank at the top, and between the titles of the columns."""
+    student = build_student(ViTConfig(56, embed_dim=48, depth=2, num_heads=3), ProjectorConfig(), WIDTHS)
+    students = {"dune_vitbase14_448_paper_another_try": student, "multihmr_vitlarge_14_672_another_try": student}
+    pca_figure(torch.randn(1, 3, 56, 56), teachers, students, tmp_path / "pca.png")
+    pixels = np.asarray(Image.open(tmp_path / "pca.png").convert("L"))
+    assert (pixels[0] == 255).all()
+    quarter = pixels.shape[1] // 4
+    assert (pixels[:20, 3 * quarter - 2 : 3 * quarter + 2] == 255).all()

@@ -90,7 +90,9 @@ def test_knn_of_a_dataset_whose_folders_are_classes(overrides, classes, tmp_path
     assert 0 <= record["knn/images"] < 1 and "broken.jpg" in caplog.text
 
 
-def test_a_signal_breaks_the_evaluation_off_and_the_run_goes_on_from_there(overrides, trained_run, tmp_path):
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_signal_breaks_the_evaluation_off_and_the_run_goes_on_with_it(overrides, trained_run, tmp_path, step):
+    """At a step on the way, and at the last one."""
     run = tmp_path / "run"
     arguments = [*overrides, "evaluation.every=2", "evaluation.batch=1", "train.checkpoint_every=100"]
     trainer, evaluate = started(arguments)
@@ -98,20 +100,24 @@ def test_a_signal_breaks_the_evaluation_off_and_the_run_goes_on_from_there(overr
 
     def at(doing):
         said.append(doing)
-        if doing == "evaluation after step 4, held-out images, batch 2 of 4":
+        if doing == f"evaluation after step {step}, held-out images, batch 2 of 4":
             os.kill(os.getpid(), signal.SIGTERM)
         plain(doing)
 
     trainer.watchdog.at = at
     with evaluate:
         trainer.run()
-    assert trainer.stopped and trainer.step == 4 and checkpoints.complete_steps(run) == [4]
-    assert "evaluation after step 4, held-out images, batch 3 of 4" not in said
-    assert [r["step"] for r in records(run)[1]] == [2]
-    trainer, evaluate = started(arguments)
-    with evaluate:
-        trainer.run()
-    assert [r["step"] for r in records(run)[1]] == [2, 6] and same_weights(run, trained_run)
+    assert trainer.stopped and trainer.step == step and checkpoints.complete_steps(run) == [step]
+    assert f"evaluation after step {step}, held-out images, batch 3 of 4" not in said
+    assert [r["step"] for r in records(run)[1]] == [2, 4][: step // 2 - 1]
+    for _ in range(2 if step == 4 else 1):  # as if a kill had hit the first before it saved again
+        shutil.copytree(run / "checkpoints", tmp_path / "kept", dirs_exist_ok=True)
+        trainer, evaluate = started(arguments)
+        with evaluate:
+            trainer.run()
+        assert [r["step"] for r in records(run)[1]] == [2, 4, 6] and same_weights(run, trained_run)
+        shutil.rmtree(run / "checkpoints")
+        shutil.copytree(tmp_path / "kept", run / "checkpoints")
 
 
 def test_shares_of_ranks_add_up_to_the_whole():
