@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test setup lint clean
 
 demo: $(STAMP)
-	$(BIN)/dune-fast distill experiment=demo
+	$(BIN)/dune-fast distill experiment=demo train.overwrite=true
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 
 from dune_fast import data_cli, export_cli, planning_cli, teachers_cli
 
@@ -20,6 +23,8 @@ def distill(args: argparse.Namespace) -> int:
     from dune_fast.engine.config import compose_config
     from dune_fast.engine.launch import free_port
 
+    if args.processes < 0:
+        raise ValueError(f"--processes is {args.processes}; give how many to start, at least 1")
     compose_config(args.overrides)  # a wrong configuration is said once, before anything is launched
     command = [
         sys.executable,
@@ -33,7 +38,33 @@ def distill(args: argparse.Namespace) -> int:
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # the launcher would warn that it found no other
-    return subprocess.run(command, env=environment, check=False).returncode
+    return run_launcher(command, environment)
+
+
+def run_launcher(command: list[str], environment: dict[str, str]) -> int:
+    """Runs DeepSpeed's launcher to its end, so that the ranks save and end before this process does.
+
+    Ctrl-C reaches all processes of the terminal: everybody ignores it but the launcher's second process, which sends
+    SIGTERM to the ranks. SIGTERM and SIGUSR1 may reach this process alone (`kill`, a container's end), which passes
+    them on to the ranks.
+    """
+    import psutil  # the launcher needs it too
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            first = psutil.Process(launcher.pid)
+            ranks = [rank for second in first.children() for rank in second.children()]
+            for process in ranks or [*first.children(), first]:
+                process.send_signal(number)
+
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}  # the launcher inherits it
+    try:
+        with subprocess.Popen(command, env=environment) as launcher:
+            before |= {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+            return launcher.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -101,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    from dune_fast.train import logger, setup_logging
+    from dune_fast.train import explain_system_error, logger, setup_logging
 
     args = build_parser().parse_args(argv)
     setup_logging(args.debug, rank=0)
@@ -109,6 +140,11 @@ def main(argv: list[str] | None = None) -> int:
         return args.run_command(args)
     except ValueError as error:
         logger.error("%s", error, exc_info=args.debug)
+        return 2
+    except OSError as error:
+        if (sentence := explain_system_error(error, "")) is None:
+            raise
+        logger.error("%s", sentence, exc_info=args.debug)
         return 2
     except KeyboardInterrupt:
         return 130

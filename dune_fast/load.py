@@ -36,8 +36,9 @@ PUBLISHED = (
 )
 """Checkpoints that DUNE's authors have published, by the stems of their files: whole students."""
 
-PUBLISHED_ENCODERS = ("unic", "unic_l")
-"""Checkpoints that UNIC's authors have published, by the stems of their files: the encoder is read, nothing else."""
+PUBLISHED_ENCODERS = {"unic": "unic_vitb16", "unic_l": "unic_vitl14"}
+"""Checkpoints that UNIC's authors have published, by the stems of their files: the encoder is read, nothing else. They
+are teachers too, by the names on the right."""
 
 _ARCHIVES = (".pth", ".pt")
 
@@ -114,7 +115,9 @@ def load_encoder(path_or_name: str | os.PathLike, device: torch.device | str = "
     if path.is_dir():
         path = path / "encoder.safetensors"
         if not path.is_file():
-            raise ModelNotFoundError(f"{path} does not exist: the run has not ended; go on with it first")
+            begun = (path.parent / "config.yaml").is_file()
+            why = "the run has not ended; go on with it first" if begun else f"{path.parent} is not the folder of a run"
+            raise ModelNotFoundError(f"{path} does not exist: {why}")
     state = encoder_state(container_state(read_container(path), path), path)
     if path.suffix == ".safetensors":
         architecture = stored_architecture(path) or load_config(path.parent / "config.yaml").student
@@ -171,8 +174,9 @@ def locate(path_or_name: str | os.PathLike) -> Path:
             if (folder / f"{name}{suffix}").is_file():
                 return folder / f"{name}{suffix}"
         raise ModelNotFoundError(
-            f"the weights of {name} are not here: get {name}.pth from its publishers and put it at "
-            f"{folder / name}.pth (set DUNE_FAST_WEIGHTS for another folder), or give the file's path"
+            f"the weights of {name} are not here: `dune-fast teachers fetch {PUBLISHED_ENCODERS.get(name, name)}` gets "
+            f"them from their publishers; or put it at {folder / name}.pth yourself (set DUNE_FAST_WEIGHTS for another "
+            "folder), or give the file's path"
         )
     here = [known for known in published if (folder / f"{known}.pth").is_file()]
     runs = sorted(str(found.parent) for found in Path("runs").glob("*/encoder.safetensors"))

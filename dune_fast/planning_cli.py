@@ -56,8 +56,9 @@ def plan(args: argparse.Namespace) -> int:
         raise ValueError(f"--tflops is {args.tflops:g}; give what one device reaches, e.g. 400")
     if min(args.gpus) < 1:
         raise ValueError(f"--gpus is {' '.join(map(str, args.gpus))}; give numbers of devices, e.g. 1 8")
-    experiments = [name for name in args.arguments if "=" not in name]
-    overrides = [name for name in args.arguments if "=" in name]
+    given = [argument.removeprefix("experiment=") for argument in args.arguments]
+    experiments = [name for name in given if "=" not in name]
+    overrides = [name for name in given if "=" in name]
     if not experiments:
         raise ValueError("name an experiment, e.g. `dune-fast plan dune_336 dune_448`")
     for name in experiments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -241,6 +242,17 @@ def test_command_line(run, tmp_path, caplog):
         export(run, "timm", tmp_path / "file")
     with pytest.raises(ExportError, match="timm, hf, onnx, safetensors, dune"):
         export(run, "tflite")
+
+
+@pytest.mark.parametrize("target", ["timm", "hf", "safetensors"])
+def test_colleagues_may_read_what_is_exported(run, target, tmp_path):
+    """The safetensors library makes files that no other user may read."""
+    before = os.umask(0o022)
+    try:
+        files = export(run, target, tmp_path / "out").files
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o644"}
 
 
 def test_timm_configuration_says_how_images_are_normalised(tmp_path):

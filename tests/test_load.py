@@ -137,8 +137,13 @@ def test_unknown_names_list_what_exists(run, tmp_path, monkeypatch):
     with pytest.raises(ModelNotFoundError, match="neither"):
         dune_fast.load_encoder(tmp_path / "notes.txt")
     (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelNotFoundError, match="empty is not the folder of a run"):
+        dune_fast.load_encoder(tmp_path / "empty")
+    (tmp_path / "empty" / "config.yaml").write_text("")
     with pytest.raises(ModelNotFoundError, match="has not ended"):
         dune_fast.load_encoder(tmp_path / "empty")
+    with pytest.raises(ModelNotFoundError, match="`dune-fast teachers fetch unic_vitl14`"):
+        dune_fast.load_encoder("unic_l")
 
 
 def test_hub_has_every_published_model_twice(hub, container, monkeypatch, tmp_path):

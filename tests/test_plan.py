@@ -102,6 +102,12 @@ def test_the_command(capsys, monkeypatch, tmp_path):
     assert f"{hours:,.0f} GPU-hours" in out and "at 500 TFLOP/s, as given" in out and "2 GPUs" in out
 
 
+def test_an_experiment_may_be_named_as_in_other_commands(capsys):
+    assert cli.main(["plan", "demo", "experiment=tiny_cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "demo: 160 steps of 16 images at 112 px" in out and "tiny_cpu: 40 steps of 16 images at 56 px" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

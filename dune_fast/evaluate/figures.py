@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -47,9 +48,10 @@ def pca_figure(images: Tensor, teachers: TeacherEnsemble, students: Mapping[str,
         for axis, tokens in zip(axes[row, 1:], columns.values(), strict=True):
             axis.imshow(pca_rgb(tokens[row].float().cpu(), height, width).numpy(), interpolation="nearest")
     for axis, title in zip(axes[0], ["held-out photograph", *columns], strict=True):
-        axis.set_title(title, fontsize=11)
-    for axis in axes.flat:
-        axis.set_axis_off()
+        axis.set_title(textwrap.fill(title, 24), fontsize=11)  # what a column of this width takes
+    for axis in axes.flat:  # an axis that is off has its title left out of the layout
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -78,6 +80,7 @@ def loss_figure(metrics: Path, path: Path) -> None:
         axis.plot(steps, smooth(values, max(1, len(values) // 20)), label=label, **style)
         axis.plot(steps, values, color=style["color"], linewidth=0.6, alpha=0.3)
     axis.set(xlabel="step", ylabel="loss", xlim=(steps[0], steps[-1]), ylim=(0, None))
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     figure.savefig(path, dpi=120)

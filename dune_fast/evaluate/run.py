@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dali_pipelines.loader import ValLoader
 from dune_fast.engine.checkpoints import load_run
-from dune_fast.engine.config import RunConfig
+from dune_fast.engine.config import RunConfig, validate
 from dune_fast.engine.devices import autocast_dtype
 from dune_fast.engine.warm_start import initial_student
 from dune_fast.evaluate.figures import loss_figure, pca_figure
@@ -35,20 +35,32 @@ def evaluate_run(run: Path, figures: bool, device: torch.device | None = None) -
 
     Args:
         run: folder of a finished run.
-        figures: whether to draw.
+        figures: whether to draw; the losses only where the run's `metrics.jsonl` is still there.
         device: the first GPU where there is one, by default.
 
     Returns:
         "before" and "after" -> teacher -> token type -> cosine.
+
+    Raises:
+        ConfigError: `run` is not a run's folder, or its configuration does not allow figures.
+        TeacherWeightsError: the run has not ended, its weights are damaged, or a teacher's weights are not here.
+        ValueError: the run's data has no held-out image.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg, trained, statistics = load_run(run)
+    cfg.evaluation.figures = figures
+    validate(cfg)  # a run that draws nothing has not looked at the figures' size
     students: dict[str, Student] = {"before": initial_student(cfg).eval().to(device), "after": trained.to(device)}
     dtype = autocast_dtype(cfg.train.precision, device)
     for student in students.values():
         student.autocast_dtype = dtype
     teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype, device)
     with ValLoader(cfg.data, cfg.image_size, cfg.evaluation.batch, 0, 1, device) as loader:
+        if not loader.num_images:
+            raise ValueError(
+                f"{run} has no held-out image: name a folder of images that it has not seen in {run / 'config.yaml'}, "
+                "data.datasets.<name>.val_root"
+            )
         result = held_out_cosines(students, teachers, statistics.to(device), loader)
     (run / "held_out.json").write_text(json.dumps({"images": loader.num_images, **result}, indent=2) + "\n")
     console = Console(highlight=False)
@@ -57,6 +69,9 @@ def evaluate_run(run: Path, figures: bool, device: torch.device | None = None) -
     if figures:
         titles = {"student, before": students["before"], "student, after": students["after"]}
         pca_figure(figure_batch(cfg, loader.num_images, device), teachers, titles, run / "pca.png")
-        loss_figure(run / "metrics.jsonl", run / "loss.png")
-        console.print(f"figures: {run / 'pca.png'}, {run / 'loss.png'}")
+        drawn = [run / "pca.png"]
+        if (run / "metrics.jsonl").is_file():
+            loss_figure(run / "metrics.jsonl", run / "loss.png")
+            drawn.append(run / "loss.png")
+        console.print(f"figures: {', '.join(map(str, drawn))}", soft_wrap=True)
     return result

@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from dune_fast.engine.container import write_tensors
 from dune_fast.export.check import ExportError, Outputs, Reader
 from dune_fast.nn.block import LAYER_NORM_EPS
 from dune_fast.nn.vit import VisionTransformer, ViTConfig
@@ -185,6 +185,5 @@ def _quiet():
 
 
 def _save(state: dict[str, Tensor], folder: Path) -> None:
-    # copies: slices of one tensor share its memory, which safetensors refuses
-    tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})

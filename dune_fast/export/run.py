@@ -8,9 +8,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from dune_fast.engine.config import load_config
+from dune_fast.engine.container import write_tensors
 from dune_fast.export import TARGETS, foreign, onnx_graph, published
 from dune_fast.export.check import ExportError, Reader, compare, encoder_outputs, sizes
 from dune_fast.load import load_encoder, load_model, locate
@@ -120,7 +119,7 @@ def _read_back(target: str, part: Path) -> Reader:
 def write_safetensors(encoder: VisionTransformer, folder: Path) -> None:
     """Writes `encoder.safetensors`, with the architecture in its metadata."""
     state = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-    save_file(state, folder / _SAFETENSORS, metadata=architecture_metadata(encoder.cfg))
+    write_tensors(folder / _SAFETENSORS, state, architecture_metadata(encoder.cfg))
 
 
 def read_safetensors_export(folder: Path) -> Reader:

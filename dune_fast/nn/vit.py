@@ -71,7 +71,7 @@ class ViTConfig:
 def nearest_multiples(size: int, step: int) -> str:
     """The multiples of `step` on both sides of `size`, for error messages: "98 and 112"."""
     below = size // step * step
-    return f"{below} and {below + step}" if below else str(step)
+    return f"{below} and {below + step}" if below > 0 else str(step)
 
 
 def resize_positions(

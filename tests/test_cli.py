@@ -1,0 +1,112 @@
+"""`dune-fast` itself: signals reach the ranks, messages are whole lines, errors are sentences."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dune_fast import cli, train
+from dune_fast.evaluate import run as evaluation
+
+RANK = """
+import signal, sys, time
+def leave(number, _):
+    open(sys.argv[1] + ".end", "w").write(signal.Signals(number).name)
+    sys.exit(0)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, leave)
+open(sys.argv[1], "w").close()
+time.sleep(60)
+"""
+SECOND = """
+import signal, subprocess, sys, time
+asked = []
+ranks = [subprocess.Popen([sys.executable, sys.argv[1], f"{sys.argv[2]}/rank{i}"]) for i in range(2)]
+def stop(*_):
+    asked.append(True)
+    for rank in ranks:
+        rank.terminate()
+signal.signal(signal.SIGINT, stop)
+while any(rank.poll() is None for rank in ranks):
+    time.sleep(0.05)
+sys.exit(1 if asked else max(rank.returncode for rank in ranks))
+"""
+FIRST = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))"
+
+
+@pytest.mark.parametrize(
+    ("number", "everybody", "status"), [("SIGTERM", False, 0), ("SIGUSR1", False, 0), ("SIGINT", True, 1)]
+)
+def test_signals_end_the_ranks_before_the_command(number, everybody, status, tmp_path):
+    """The launcher's tree of processes, as DeepSpeed's: one that has one that has the ranks."""
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "second.py").write_text(SECOND)
+    tree = [sys.executable, "-c", FIRST, *map(str, (tmp_path / "second.py", tmp_path / "rank.py", tmp_path))]
+    code = (
+        "import os, signal, sys; from dune_fast.cli import run_launcher\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"sys.exit(run_launcher({tree!r}, dict(os.environ)))"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    try:
+        limit = time.monotonic() + 60
+        while not all((tmp_path / f"rank{i}").exists() for i in range(2)):
+            assert command.poll() is None and time.monotonic() < limit
+            time.sleep(0.05)
+        os.killpg(command.pid, getattr(signal, number)) if everybody else command.send_signal(getattr(signal, number))
+        assert command.wait(30) == status
+        told = "SIGTERM" if everybody else number
+        assert [(tmp_path / f"rank{i}.end").read_text() for i in range(2)] == [told] * 2
+    finally:
+        if command.poll() is None:
+            os.killpg(command.pid, signal.SIGKILL)
+
+
+def test_a_long_message_is_one_line(capsys):
+    address = "https://example.org/" + "weights/" * 30 + "file.pth"
+    try:
+        train.setup_logging(debug=False, rank=0)
+        logging.getLogger("dune_fast").info("no answer from %s [1]", address)
+    finally:
+        logging.getLogger().handlers.clear()
+    assert capsys.readouterr().err == f"INFO     no answer from {address} [1]\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["distill", "experiment=demo", "-n", "-2"], "--processes is -2"),
+        (["evaluate", __file__], "is not the folder of a run"),
+        (["config", "wxyz=1"], "`dune-fast config experiment=demo` prints all fields"),
+    ],
+)
+def test_mistakes_are_explained(arguments, words, capsys):
+    assert cli.main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_errors_of_the_system_are_sentences(monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "/runs/demo/held_out.json")
+
+    monkeypatch.setattr(evaluation, "evaluate_run", full)
+    assert cli.main(["evaluate", "/runs/demo"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ERROR    No space left on device: /runs/demo/held_out.json. Please make room")
+
+
+def test_every_published_name_has_a_teacher_to_be_fetched_by():
+    from dune_fast.load import PUBLISHED, PUBLISHED_ENCODERS
+    from dune_fast.teachers_cli import load_teacher_config
+
+    for stem, teacher in {**dict.fromkeys(PUBLISHED), **PUBLISHED_ENCODERS}.items():
+        found = load_teacher_config(teacher or stem)
+        assert Path(found.weights).name == f"{stem}.pth" and found.url.endswith(f"/{stem}.pth")
