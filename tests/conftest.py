@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 from pathlib import Path
 
+import numpy as np
 import torch
 
 if not torch.cuda.is_available():
@@ -43,6 +45,14 @@ def own_loggers_speak() -> None:
             logger = logging.getLogger(name)
             logger.disabled, logger.propagate = False, True
             logger.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """A test sees the same random numbers whatever has run before it."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 @pytest.fixture(scope="session")

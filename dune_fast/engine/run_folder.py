@@ -57,9 +57,11 @@ def open_run(cfg: RunConfig, parts: Callable[[], int]) -> int | None:
         found[1] = cfg.train.accumulation
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(found)
-    step, cfg.train.accumulation, error = found
+    step, accumulation, error = found
     if error is not None:
         raise error
+    if cfg.train.accumulation == 0:  # rank 0's is filled in already
+        cfg.train.accumulation = accumulation
     return step
 
 

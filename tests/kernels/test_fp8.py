@@ -43,8 +43,9 @@ def check_quantized(found: FP8Rows, exact: Tensor) -> None:
     values, scale, exact = found.values.double().cpu(), found.scale.double().cpu(), exact.double().cpu()
     assert values.shape == exact.shape and scale.shape == (*exact.shape[:-1], 1) and found.values.dtype == E4M3
     amax = exact.abs().amax(-1, keepdim=True) if exact.numel() else exact.new_zeros(scale.shape)
-    torch.testing.assert_close(scale, amax.clamp_min(1e-12) / 448, rtol=1e-5, atol=0)
-    before = 1e-5 * amax  # float32's own error
+    # float32's own error; GELU's where it comes near 0 is one of its argument, a few units
+    torch.testing.assert_close(scale, amax.clamp_min(1e-12) / 448, rtol=1e-5, atol=2**-21 / 448)
+    before = 1e-5 * amax + 2**-21
     allowed = torch.maximum(exact.abs() * 2**-4, scale * 2**-10) + before
     assert ((values * scale - exact).abs() <= allowed).all()
 

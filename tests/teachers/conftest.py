@@ -140,9 +140,9 @@ def server(tmp_path: Path) -> Iterator[WheelServer]:
             self.end_headers()
             if state.cuts:
                 body = body[: state.cuts.pop(0)]
+            state.sent += len(body)  # before the client has all of it and looks
             with contextlib.suppress(ConnectionError):  # the client may have read enough
                 self.wfile.write(body)
-            state.sent += len(body)
             self.close_connection = True
 
         def log_message(self, *args: object) -> None:
