@@ -91,8 +91,9 @@ class RecordFile:
         self._size, self._waiting, self._warned = len(text), b"", False
 
     def append(self, record: dict[str, Any]) -> None:
-        """Writes a record."""
-        self._waiting += json.dumps(record).encode() + b"\n"
+        """Writes a record; a number that is not finite, which JSON has none for, as null."""
+        strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._waiting += json.dumps(strict, allow_nan=False).encode() + b"\n"
         self.flush()
 
     def flush(self) -> None:

@@ -74,7 +74,7 @@ def loss_figure(metrics: Path, path: Path) -> None:
     teachers = sorted(key for key in records[-1] if key.startswith("loss/") and key.count("/") == 1)
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for index, key in enumerate(["loss", *teachers]):
-        values = [record[key] for record in records]
+        values = np.array([record[key] for record in records], float)  # null, which was not finite, is a gap
         style = {"color": "black", "linewidth": 2.2} if key == "loss" else {"color": f"C{index - 1}", "linewidth": 1.4}
         label = "after teacher dropping" if key == "loss" else key.removeprefix("loss/")
         axis.plot(steps, smooth(values, max(1, len(values) // 20)), label=label, **style)

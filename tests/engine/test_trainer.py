@@ -14,6 +14,7 @@ from dune_fast.engine import checkpoints
 from dune_fast.engine.config import compose_config
 from dune_fast.engine.metrics import CLOCK, read_metrics
 from dune_fast.engine.trainer import DivergedError, Trainer
+from dune_fast.evaluate.figures import loss_figure
 from dune_fast.evaluate.run import evaluate_run
 from tests.engine.conftest import full_disk
 
@@ -111,9 +112,13 @@ def poison(trainer: Trainer, *steps: int) -> None:
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(overrides, tmp_path):
     trainer = Trainer(compose_config([*overrides, "train.log_every=6", "train.checkpoint_every=2"]))
-    poison(trainer, 2, 4)
+    poison(trainer, 2, 5)
     trainer.run()
-    record = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    path = tmp_path / "run" / "metrics.jsonl"
+    record = read_metrics(path)[-1]
+    assert record["step"] == 6 and record["loss"] is None  # as JSON knows no NaN
+    assert "NaN" not in path.read_text()
+    loss_figure(path, tmp_path / "loss.png")
     assert record["skipped_steps"] == 2 and trainer.engine.state.updates() == 4
     weights = load_file(tmp_path / "run" / "student.safetensors")
     assert all(torch.isfinite(x).all() for x in weights.values())
