@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,3 +62,9 @@ def trained_run(photos, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     Trainer(compose_config([*small_run(photos, folder), "logging.tensorboard=false"])).run()
     return folder
+
+
+@pytest.fixture
+def finished(trained_run, tmp_path) -> Path:
+    """A run of six steps with checkpoints after 3 and 6, this test's own copy."""
+    return shutil.copytree(trained_run, tmp_path / "run")
