@@ -27,8 +27,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dali_pipelines.storage import write_whole
-
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE_FILE = "state.safetensors"
@@ -108,11 +106,6 @@ class Manifest:
 
 def _checksum(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Writes a small text file so that readers see all of it or the one before, also after a power cut."""
-    write_whole(path, text.encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> FileInfo:

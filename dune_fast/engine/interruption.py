@@ -68,10 +68,11 @@ class Watchdog:
     Args:
         rank, world_size: of this process.
         timeout: seconds.
+        go_on: how the run goes on when it has ended, for the message.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout: float) -> None:
-        self.rank, self.world_size, self.timeout = rank, world_size, timeout
+    def __init__(self, rank: int, world_size: int, timeout: float, go_on: str) -> None:
+        self.rank, self.world_size, self.timeout, self._go_on = rank, world_size, timeout, go_on
         self._count, self._doing, self._since = 0, "starting", time.monotonic()
         self._end = threading.Event()
         self._store = dist.distributed_c10d._get_default_store() if world_size > 1 else None
@@ -103,7 +104,7 @@ class Watchdog:
                     f"rank 0 has ended or does not answer ({str(error).splitlines()[0]}): see what it wrote; rank "
                     f"{self.rank} itself: {self._doing}"
                 )
-            logger.error("%s. The same command goes on from the newest checkpoint", reason)
+            logger.error("%s; %s", reason, self._go_on)
             os._exit(1)  # the training thread is in a collective that nothing else ends
 
     def _describe(self, places: list[str]) -> str:

@@ -17,6 +17,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from dali_pipelines.storage import write_whole
 from dune_fast.engine.devices import peak_memory
 from dune_fast.engine.trackers import Tracker
 
@@ -85,9 +86,7 @@ class RecordFile:
         kept = [r for r in read_metrics(path) if r["step"] <= first_step] if path.exists() else []
         kept = [r for r in kept if not (evaluation_due and r["step"] == first_step and "evaluation_seconds" in r)]
         text = "".join(json.dumps(record) + "\n" for record in kept).encode()
-        partial = path.with_suffix(".jsonl.part")
-        partial.write_bytes(text)
-        partial.replace(path)
+        write_whole(path, text)
         self._size, self._waiting, self._warned = len(text), b"", False
 
     def append(self, record: dict[str, Any]) -> None:

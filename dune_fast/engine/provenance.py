@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dali_pipelines.storage import write_whole
 from dune_fast.engine.devices import device_name
 
 logger = logging.getLogger(__name__)
@@ -147,9 +148,7 @@ class RunRecord:
 
     def save(self) -> None:
         """Writes the file; a disk that refuses it costs a warning, not the run."""
-        partial = self.path.with_suffix(".json.part")
         try:
-            partial.write_text(json.dumps(self.content, indent=1) + "\n")
-            partial.replace(self.path)
+            write_whole(self.path, f"{json.dumps(self.content, indent=1)}\n".encode())
         except OSError as error:
             logger.warning("%s cannot be written: %s", self.path, error)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dali_pipelines.storage import sync_folder
+from dali_pipelines.storage import sync_folder, write_whole
 from dune_fast.engine import checkpoints
 from dune_fast.engine.container import (
     MANIFEST,
@@ -27,7 +27,6 @@ from dune_fast.engine.container import (
     FileInfo,
     Manifest,
     Piece,
-    write_durably,
     write_tensors,
 )
 from dune_fast.engine.zero_state import ShardedState
@@ -119,7 +118,7 @@ class Saver:
             part.mkdir(parents=True, exist_ok=True)
             name = f"rank_{self.rank:05}.safetensors"
             record = {"info": dataclasses.asdict(write_tensors(part / name, mine)), "pieces": pieces}
-            write_durably(self._record(part, self.rank), json.dumps(record))
+            write_whole(self._record(part, self.rank), json.dumps(record).encode())
             if self.rank == 0:
                 manifest.files[STATE_FILE] = write_tensors(part / STATE_FILE, whole)
                 self._commit(manifest, part, final)
@@ -141,7 +140,7 @@ class Saver:
     def _report(self, part: Path) -> None:
         """Tells rank 0, if the disk lets us, that this rank's file will not come."""
         try:
-            write_durably(self._record(part, self.rank), json.dumps({"fault": self.fault}))
+            write_whole(self._record(part, self.rank), json.dumps({"fault": self.fault}).encode())
         except OSError:
             logger.debug("no record of the failed save could be written", exc_info=True)
 
@@ -162,10 +161,10 @@ class Saver:
             for parameter, (start, numel) in record["pieces"].items():
                 manifest.pieces.setdefault(parameter, []).append(Piece(name, start, numel))
             path.unlink()
-        write_durably(part / MANIFEST, manifest.to_json())
+        write_whole(part / MANIFEST, manifest.to_json().encode())
         if final.exists():  # one that was found broken, at the step that has now been reached again
             shutil.rmtree(final)
         part.rename(final)
         sync_folder(final.parent)
-        write_durably(final.parent / checkpoints.LATEST, final.name + "\n")
+        write_whole(final.parent / checkpoints.LATEST, f"{final.name}\n".encode())
         checkpoints.prune(self.run, manifest.step, self.keep, self.keep_every)

@@ -131,7 +131,8 @@ class Trainer:
         names = Names(list(cfg.teachers), self.loader.dataset_names, list(self.engine.shapes))
         about = {"config": json.dumps(as_dict(cfg))}
         self.guard = Guard(names, cfg.train.max_loss, self.device, run.get("skipped_in_a_row", 0), about)
-        self.stop, self.watchdog = Stop(self.world_size, timeout), Watchdog(self.rank, self.world_size, timeout)
+        self.stop = Stop(self.world_size, timeout)
+        self.watchdog = Watchdog(self.rank, self.world_size, timeout, how_to_go_on(cfg))
         self.stopped, self.evaluation_due = False, run.get("evaluation_due", False)
         """Whether `run` has ended early, after a signal; whether a signal has broken off this step's evaluation."""
         if self.step == 0 and cfg.standardization.convention == "phi_s":

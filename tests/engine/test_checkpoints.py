@@ -124,7 +124,7 @@ def test_a_run_with_broken_checkpoints_alone_is_not_started_anew_unasked(overrid
         Trainer(compose_config(overrides))
 
 
-@pytest.mark.parametrize("at", ["write_tensors", "write_durably"])
+@pytest.mark.parametrize("at", ["write_tensors", "write_whole"])
 def test_what_a_kill_cuts_short_is_not_taken_for_a_checkpoint(overrides, tmp_path, monkeypatch, at):
     """The process ends inside a save: at the data, at the record, at the manifest."""
     plain, calls = getattr(saver, at), []

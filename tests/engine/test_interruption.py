@@ -65,7 +65,7 @@ def test_a_signal_saves_stops_and_the_run_goes_on_from_there(overrides, tmp_path
 
 
 def test_the_watchdog_names_the_rank_that_is_behind():
-    dog = Watchdog(0, 1, 60.0)
+    dog = Watchdog(0, 1, 60.0, "")
     dog.at("step 7, backward")
     text = dog._describe(["21 step 7, backward", "19 waiting for images", "21 step 7, backward"])
     assert "timed out" in text and "rank 1: waiting for images" in text and "rank 2" not in text
@@ -84,11 +84,11 @@ def test_the_watchdog_of_a_run_whose_first_rank_has_ended_says_so(monkeypatch, c
     def exited(code):
         raise SystemExit(code)
 
-    dog = Watchdog(1, 1, 0.1)
+    dog = Watchdog(1, 1, 0.1, "this goes on")
     dog.world_size, dog._store = 2, Gone()
     dog.at("step 7, backward")
     monkeypatch.setattr(os, "_exit", exited)
     with pytest.raises(SystemExit, match="1"):
         dog._watch()
     assert "rank 0 has ended or does not answer (Broken pipe)" in caplog.text and "timed out" not in caplog.text
-    assert "rank 1 itself: step 7, backward. The same command goes on" in caplog.text
+    assert "rank 1 itself: step 7, backward; this goes on" in caplog.text
