@@ -224,6 +224,9 @@ def test_counts_without_running():
     assert ours.held_bytes < eager.held_bytes and ours.peak_bytes < eager.peak_bytes
     assert lean.operations["teacher multihmr"] == ours.operations["teacher multihmr"] - 12 + 1  # GELUs, one cast
     assert routed.host_reads == 0 and routed.peak_bytes < ours.peak_bytes
+    small.train.activation_checkpointing = True
+    (again,) = (count_step(small, variant) for variant in chosen(["ours"]))  # the blocks' operations once more
+    assert sum(again.operations.values()) > sum(ours.operations.values()) and again.peak_bytes < ours.peak_bytes
 
 
 def test_the_count_knows_how_much_is_alive():
