@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dune_fast.engine.interruption import PATIENCE
 from dune_fast.engine.launch import place
 from dune_fast.engine.optimizer import OptimizerConfig, build_optimizer, scale_gradients
 from dune_fast.engine.zero_state import sharded_state
@@ -67,7 +68,7 @@ def init_distributed(timeout_minutes: float = 30.0) -> torch.device:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, init_method=here.init_method, rank=here.rank, world_size=here.world_size,
-            timeout=timedelta(minutes=1.25 * timeout_minutes),
+            timeout=timedelta(minutes=PATIENCE * timeout_minutes),
         )  # fmt: skip
         # DeepSpeed insists on it, and takes it for the device's number
         os.environ["LOCAL_RANK"] = str(here.local_rank if device.index is None else device.index)

@@ -18,8 +18,9 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What asks a run to save and to end well: SLURM's and Kubernetes' way to announce the end of a job."""
 AGREE_EVERY = 10
-"""Several ranks agree at every so manieth step whether to stop: they must save after the same one. It is a word between
-hosts, in which no device takes part."""
+"""Ranks agree every 10 steps whether to stop, over gloo on the CPU: they must save after the same step."""
+PATIENCE = 1.25
+"""Collectives wait for this many timeouts: the watchdog, which can name the missing rank, must be the first to end."""
 
 
 class Stop:
@@ -27,12 +28,13 @@ class Stop:
 
     Args:
         world_size: number of ranks.
-        timeout: seconds that a rank waits for the others' word.
+        timeout: the watchdog's, in seconds.
     """
 
     def __init__(self, world_size: int, timeout: float) -> None:
         self._asked = False
-        self._hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if world_size > 1 else None
+        patience = timedelta(seconds=PATIENCE * timeout)
+        self._hosts = dist.new_group(backend="gloo", timeout=patience) if world_size > 1 else None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Stop:
@@ -62,8 +64,8 @@ class Stop:
 class Watchdog:
     """Ends a run of several ranks in which nothing has happened for too long, and names the rank that is behind.
 
-    A thread of every rank tells the others through the store of the process group where its rank is. It works where
-    the training thread is stuck in a collective, and for a rank whose process stands still.
+    A thread of every rank writes where its rank is, and when, to the process group's store. So a rank whose training
+    thread is stuck is behind, and a rank whose whole process stands still is silent.
 
     Args:
         rank, world_size: of this process.
@@ -93,7 +95,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._end.wait(min(5.0, self.timeout / 10)):
             try:
-                self._store.set(f"place/{self.rank}", f"{self._count} {self._doing}")
+                self._store.set(f"place/{self.rank}", f"{time.time():.1f} {self._count} {self._doing}")
                 if time.monotonic() - self._since <= self.timeout:
                     continue
                 reason = self._describe([self._store.get(f"place/{r}").decode() for r in range(self.world_size)])
@@ -108,12 +110,16 @@ class Watchdog:
             os._exit(1)  # the training thread is in a collective that nothing else ends
 
     def _describe(self, places: list[str]) -> str:
-        counts = [int(place.partition(" ")[0]) for place in places]
-        behind = [rank for rank, count in enumerate(counts) if count == min(counts)]
+        """The sentence for every rank's "unix-time count place"."""
+        times, counts, doing = zip(*(place.split(" ", 2) for place in places), strict=True)
+        latest = max(map(float, times))
+        # all write every few seconds; half the timeout leaves room for clocks of hosts that differ
+        silent = [rank for rank, then in enumerate(times) if latest - float(then) > self.timeout / 2]
+        behind = silent or [rank for rank, count in enumerate(counts) if int(count) == min(map(int, counts))]
         if len(behind) == len(places):
-            who = f"all ranks are at the same place: {places[0].partition(' ')[2]}"
+            who = f"all ranks are at the same place: {doing[0]}"
         else:
-            named = "; ".join(f"rank {rank}: {places[rank].partition(' ')[2]}" for rank in behind)
+            named = "; ".join(f"rank {rank}: {doing[rank]}" + " (silent since)" * (rank in silent) for rank in behind)
             who = f"it waits for {named}; rank {self.rank} itself: {self._doing}"
         return (
             f"the run timed out: nothing has happened on rank {self.rank} for {self.timeout:.0f} s "

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from dune_fast.engine import checkpoints
 from dune_fast.engine import trainer as trainer_module
 from dune_fast.engine.config import compose_config
-from dune_fast.engine.interruption import Watchdog
+from dune_fast.engine.interruption import Stop, Watchdog
 from dune_fast.engine.trainer import Trainer
 
 
@@ -67,11 +67,29 @@ def test_a_signal_saves_stops_and_the_run_goes_on_from_there(overrides, tmp_path
 def test_the_watchdog_names_the_rank_that_is_behind():
     dog = Watchdog(0, 1, 60.0, "")
     dog.at("step 7, backward")
-    text = dog._describe(["21 step 7, backward", "19 waiting for images", "21 step 7, backward"])
+    text = dog._describe(["90.0 21 step 7, backward", "90.1 19 waiting for images", "90.2 21 step 7, backward"])
     assert "timed out" in text and "rank 1: waiting for images" in text and "rank 2" not in text
     assert "nothing has happened on rank 0 for 60 s" in text
-    text = dog._describe(["21 step 7, backward", "21 step 7, backward"])
+    text = dog._describe(["90.0 21 step 7, backward", "90.2 21 step 7, backward"])
     assert "all ranks are at the same place: step 7, backward" in text
+
+
+def test_the_watchdog_names_a_process_that_stands_still_at_the_place_of_the_others():
+    """Stopped within the phase in which the others wait for it, its count is theirs."""
+    dog = Watchdog(0, 1, 60.0, "")
+    dog.at("step 7, backward")
+    text = dog._describe(["1090.0 21 step 7, backward", "1028.0 21 step 7, backward", "1090.2 22 step 7, update"])
+    assert "it waits for rank 1: step 7, backward (silent since)" in text and "rank 2" not in text
+
+
+def test_the_collectives_are_more_patient_than_the_watchdog(monkeypatch):
+    """Whichever is first ends the run, and only the watchdog can name the rank that is missing."""
+    seen = {}
+    monkeypatch.setattr("torch.distributed.new_group", lambda **options: seen.update(options))
+    timeout = 15.0
+    Stop(2, timeout)
+    slowest_watch = timeout + min(5.0, timeout / 10)
+    assert seen["timeout"].total_seconds() > 1.1 * slowest_watch
 
 
 def test_the_watchdog_of_a_run_whose_first_rank_has_ended_says_so(monkeypatch, caplog):
