@@ -8,33 +8,53 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from dune_fast import data_cli, export_cli, planning_cli, teachers_cli
+import argcomplete
+
+from dune_fast import __version__, data_cli, export_cli, planning_cli, teachers_cli
+from dune_fast.completion import complete_overrides
 
 TRAIN_SCRIPT = Path(__file__).with_name("train.py")
 
 
 def distill(args: argparse.Namespace) -> int:
     """Launches the training on this machine's accelerators, through DeepSpeed's launcher."""
+    return launch_training(args, None)
+
+
+def resume(args: argparse.Namespace) -> int:
+    """Goes on with a run, or finishes it, under the configuration that its folder holds.
+
+    Overrides change what a run may change when it goes on, e.g. deepspeed=zero2.
+    """
+    return launch_training(args, args.run)
+
+
+def launch_training(args: argparse.Namespace, run: Path | None) -> int:
+    """Starts the ranks of a new run or, with `run`, of one that goes on; the exit status."""
     import torch
 
-    from dune_fast.engine.config import compose_config
     from dune_fast.engine.launch import free_port
+    from dune_fast.train import run_config
 
     if args.processes < 0:
         raise ValueError(f"--processes is {args.processes}; give how many to start, at least 1")
-    compose_config(args.overrides)  # a wrong configuration is said once, before anything is launched
+    run_config(run, args.overrides)  # a wrong configuration is said once, before anything is launched
     command = [
         sys.executable,
         "-m",
         "deepspeed.launcher.runner",
+        "--log_level",
+        "info" if args.debug else "error",
         "--num_accelerators",
         str(args.processes or max(1, torch.cuda.device_count())),
     ]
     command += ["--master_port", str(args.port or free_port())]
-    command += [str(TRAIN_SCRIPT), *(["--debug"] if args.debug else []), *args.overrides]
+    command += [str(TRAIN_SCRIPT), *(["--debug"] if args.debug else []), *(["--run", str(run)] if run else [])]
+    command += args.overrides  # --config-dir reaches the ranks as a variable
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # the launcher would warn that it found no other
@@ -98,17 +118,21 @@ def fetch(args: argparse.Namespace) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
     parser = argparse.ArgumentParser(prog="dune-fast", description="Multi-teacher distillation of vision encoders.")
-    parser.add_argument("--debug", action="store_true", help="log more, show tracebacks")
+    parser.add_argument("--version", action="version", version=f"dune-fast {__version__}")
+    add_common_options(parser, False, None)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     hydra = {"nargs": "*", "metavar": "OVERRIDE", "help": "Hydra overrides, e.g. experiment=demo train.steps=100"}
 
     sub = commands.add_parser("distill", help="train a student", description=distill.__doc__)
     sub.add_argument("overrides", **hydra)
-    sub.add_argument(
-        "-n", "--processes", type=int, default=0, help="processes on this machine (default: one a GPU, else one)"
-    )
-    sub.add_argument("--port", type=int, default=0, help="port of the rendezvous (default: a free one)")
+    _add_launcher_options(sub)
     sub.set_defaults(run_command=distill)
+
+    sub = commands.add_parser("resume", help="go on with a run", description=resume.__doc__)
+    sub.add_argument("run", type=Path, help="folder of the run, e.g. runs/mine")
+    sub.add_argument("overrides", **hydra)
+    _add_launcher_options(sub)
+    sub.set_defaults(run_command=resume)
 
     sub = commands.add_parser("evaluate", help="evaluate a finished run", description=evaluate.__doc__)
     sub.add_argument("run", type=Path, help="folder of the run, e.g. runs/demo")
@@ -127,14 +151,46 @@ def build_parser() -> argparse.ArgumentParser:
     export_cli.add_parser(commands)
     data_cli.add_parser(commands)
     planning_cli.add_parsers(commands)
+    for sub in all_commands(commands):
+        add_common_options(sub, argparse.SUPPRESS, argparse.SUPPRESS)
+        for action in sub._actions:
+            if action.dest == "overrides":
+                action.completer = complete_overrides
     return parser
+
+
+def all_commands(commands: argparse._SubParsersAction) -> Iterator[argparse.ArgumentParser]:
+    """The parsers of all commands, and of theirs."""
+    for sub in commands.choices.values():
+        yield sub
+        for action in sub._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                yield from all_commands(action)
+
+
+def add_common_options(parser: argparse.ArgumentParser, debug: object, config_dir: object) -> None:
+    """Options that stand before or after the command; the arguments are their defaults."""
+    parser.add_argument("--debug", action="store_true", default=debug, help="log more, show tracebacks")
+    parser.add_argument(
+        "--config-dir", metavar="DIR", default=config_dir, help="a folder of your own files, like configs/"
+    )
+
+
+def _add_launcher_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-n", "--processes", type=int, default=0, help="processes on this machine (default: one a GPU, else one)"
+    )
+    parser.add_argument("--port", type=int, default=0, help="port of the rendezvous (default: a free one)")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    from dune_fast.train import explain_system_error, logger, setup_logging
+    from dune_fast.run_log import setup_logging
+    from dune_fast.train import explain_system_error, logger, parse_mixed
 
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    argcomplete.autocomplete(parser)
+    args = parse_mixed(parser, argv)
     setup_logging(args.debug, rank=0)
     try:
         return args.run_command(args)

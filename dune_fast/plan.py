@@ -6,6 +6,7 @@ rate that the user gives.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.flops import Flops, run_flops
-from dune_fast.engine.memory import ADAM_BYTES, SPARE, fit, memory_bytes, teacher_parameters, trained_parameters
+from dune_fast.engine.memory import SPARE, disk_bytes, fit, memory_bytes, teacher_parameters, trained_parameters
 from dune_fast.engine.metrics import duration
 from dune_fast.engine.schedules import scaled_learning_rate
 
@@ -28,14 +29,6 @@ _GPU_GIB = (16, 24, 40, 80)
 def default_results() -> Path:
     """Where this checkout keeps its measurements."""
     return Path(__file__).resolve().parents[1] / "bench" / "results"
-
-
-def checkpoint_bytes(cfg: RunConfig) -> int:
-    """The most that a run has on its disk at once: checkpoints, one of them being written, and the exported weights."""
-    encoder, projectors = trained_parameters(cfg)
-    forever = cfg.steps // cfg.train.keep_every if cfg.train.keep_every else 0
-    checkpoint = (encoder + projectors) * (4 + ADAM_BYTES)
-    return checkpoint * (cfg.train.keep_checkpoints + forever + 1) + 4 * (encoder + projectors + encoder)
 
 
 @dataclass(frozen=True)
@@ -127,8 +120,8 @@ def describe(
         if cfg.objective.route_by_dataset:
             lines.append("  (means over images: each goes to the teachers that it counts for, route_by_dataset)")
     for count in gpus:
-        lines += _memory(cfg, count)
-    lines.append(f"  disk: {checkpoint_bytes(cfg) / 2**30:.2f} GiB at most")
+        lines += _memory(cfg, experiment, count)
+    lines.append(f"  disk: {disk_bytes(cfg) / 2**30:.2f} GiB at most")
     rates = measured_rates(cfg, experiment, flops, results or default_results())
     if tflops is not None and flops.training is not None:
         rates.append(Rate("a device", tflops * 1e12 / flops.training, f"at {tflops:g} TFLOP/s, as given"))
@@ -146,7 +139,44 @@ def describe(
     return lines
 
 
-def _memory(cfg: RunConfig, count: int) -> list[str]:
+_REMEDIES = (
+    (),
+    ("train.activation_checkpointing=true",),
+    ("deepspeed=zero2",),
+    ("train.activation_checkpointing=true", "deepspeed=zero2"),
+    ("train.activation_checkpointing=true", "deepspeed=zero3"),
+)
+"""What is tried for a device that is too small, beside more parts (train.accumulation=0): the mildest first."""
+
+
+def remedy(cfg: RunConfig, experiment: str, count: int, available: int) -> str:
+    """The command of the mildest change with which a run fits its devices, or a sentence if there is none.
+
+    Args:
+        cfg: the run's.
+        experiment: its name.
+        count: devices.
+        available: bytes of each.
+    """
+    for overrides in _REMEDIES:
+        changed = copy.deepcopy(cfg)
+        changed.train.accumulation = 0
+        for override in overrides:
+            if override.startswith("deepspeed="):
+                changed.deepspeed.zero_stage = int(override[-1])
+            else:
+                changed.train.activation_checkpointing = True
+        found = fit(changed, count, available)
+        if found.fits:
+            more = " ".join(["train.accumulation=0", *overrides])
+            return f"{found}, by `dune-fast distill -n {count} experiment={experiment} {more}`"
+    return (
+        "no number of parts, activation checkpointing or ZeRO stage makes it fit: take more devices, a smaller student "
+        "or image_size, or teachers in precision=fp8"
+    )
+
+
+def _memory(cfg: RunConfig, experiment: str, count: int) -> list[str]:
     """What lies on each of `count` GPUs, and in how many parts a step's images go there."""
     memory, batch, parts = memory_bytes(cfg, count), cfg.train.global_batch, cfg.train.accumulation
     shown = ", ".join(f"{name} {_gib(value)}" for name, value in memory.items())
@@ -160,6 +190,8 @@ def _memory(cfg: RunConfig, count: int) -> list[str]:
     for size in _GPU_GIB[-1:] if parts else _GPU_GIB:
         found = fit(cfg, count, size * 2**30, parts=parts or None)
         lines.append(f"      {found}" + ("" if found.fits else ": that does not fit"))
+        if not found.fits:
+            lines.append(f"        instead {remedy(cfg, experiment, count, found.available)}")
     return lines
 
 

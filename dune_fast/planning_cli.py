@@ -56,7 +56,7 @@ def plan(args: argparse.Namespace) -> int:
         raise ValueError(f"--tflops is {args.tflops:g}; give what one device reaches, e.g. 400")
     if min(args.gpus) < 1:
         raise ValueError(f"--gpus is {' '.join(map(str, args.gpus))}; give numbers of devices, e.g. 1 8")
-    given = [argument.removeprefix("experiment=") for argument in args.arguments]
+    given = [argument.removeprefix("experiment=") for argument in args.overrides]
     experiments = [name for name in given if "=" not in name]
     overrides = [name for name in given if "=" in name]
     if not experiments:
@@ -75,7 +75,7 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
 
     sub = commands.add_parser("plan", help="say what runs will take", description=plan.__doc__)
     help_text = "experiments and overrides, e.g. dune_336 train.global_batch=256"
-    sub.add_argument("arguments", nargs="+", metavar="EXPERIMENT", help=help_text)
+    sub.add_argument("overrides", nargs="+", metavar="EXPERIMENT", help=help_text)
     sub.add_argument("--gpus", type=int, nargs="+", default=[1, 8], metavar="N", help="devices to plan for (1 8)")
     sub.add_argument("--tflops", type=float, default=None, metavar="X", help="plan with X TFLOP/s a device, too")
     sub.set_defaults(run_command=plan)

@@ -15,27 +15,20 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Column, Table
 
+from dune_fast.engine.overrides import config_names
 from teachers.config import TeacherConfig
 
 _SHOWN = 12  # names of tensors, per kind of fault
 
 
-def config_names() -> list[str]:
-    """Teachers that have a file in `configs/teachers`."""
-    from dune_fast.engine.config import config_dir
-
-    return sorted(path.stem for path in (config_dir() / "teachers").glob("*.yaml"))
-
-
 def load_teacher_config(name: str) -> TeacherConfig:
     """One teacher's file, typed and resolved; ValueError if there is none or it is wrong."""
-    from dune_fast.engine.config import config_dir
-
-    if name not in config_names():
-        close = difflib.get_close_matches(name, config_names(), n=3, cutoff=0.4)
+    known = config_names("teachers")
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise ValueError(f"there is no teacher {name!r}: {hint}known are {', '.join(config_names())}")
-    path = config_dir() / "teachers" / f"{name}.yaml"
+        raise ValueError(f"there is no teacher {name!r}: {hint}known are {', '.join(sorted(known))}")
+    path = known[name]
     try:
         merged = OmegaConf.merge(OmegaConf.structured(TeacherConfig), OmegaConf.load(path))
         cfg = OmegaConf.to_object(merged)
@@ -62,7 +55,7 @@ def presence(cfg: TeacherConfig) -> str:
 
 def list_teachers(args: argparse.Namespace) -> int:
     """A table of all configured teachers."""
-    names = config_names()
+    names = sorted(config_names("teachers"))
     name_column = Column("name", min_width=max(map(len, names)))  # a name cut short is of no use
     table = Table(name_column, "family", "patch", "channels", "tokens", "weights here?", box=None, pad_edge=False)
     for name in names:

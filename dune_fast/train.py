@@ -9,16 +9,20 @@ import argparse
 import errno
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 # Launched as a script, this folder comes first in the path: `nn`, `distill`, ... would then exist twice.
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)
 
-from rich.console import Console, Group, RenderableType
-from rich.logging import RichHandler
+from dune_fast.engine.overrides import CONFIGS
+from dune_fast.run_log import setup_logging
+
+if TYPE_CHECKING:
+    from dune_fast.engine.config import RunConfig
 
 logger = logging.getLogger("dune_fast")
 
@@ -38,29 +42,45 @@ _CURES = {
 """What a user can do about an error of the system; those that are not here are ours, and keep their traceback."""
 
 
-class _LineHandler(RichHandler):
-    """A message is one line, however long: addresses and paths that are folded cannot be copied or searched for."""
-
-    def render(self, *, record: Any, traceback: Any, message_renderable: Any) -> RenderableType:
-        line = self.get_level_text(record) + " " + message_renderable
-        return line if traceback is None else Group(line, traceback)
-
-
-def setup_logging(debug: bool, rank: int) -> None:
-    """Our own messages on rank 0, warnings of all ranks."""
-    handler = _LineHandler(console=Console(stderr=True, soft_wrap=True), rich_tracebacks=debug)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
-    for name in ("dune_fast", "teachers", "dali_pipelines"):
-        logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.INFO if rank == 0 else logging.WARNING)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """Our flags and the launcher's; everything else is a Hydra override."""
     parser = argparse.ArgumentParser(prog="dune_fast/train.py", description=__doc__)
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--debug", action="store_true", help="log more, show tracebacks")
+    parser.add_argument("--config-dir", help="a folder of your own files, like configs/ (also: ./configs)")
+    parser.add_argument("--run", type=Path, help="go on with the run in this folder, under its own configuration")
     parser.add_argument("overrides", nargs="*", help="e.g. experiment=demo train.steps=100 deepspeed=zero2")
-    return parser.parse_args(argv)
+    return parse_mixed(parser, argv)
+
+
+def parse_mixed(parser: argparse.ArgumentParser, argv: list[str] | None, dest: str = "overrides") -> argparse.Namespace:
+    """Parses overrides that have options between them, which argparse on its own refuses."""
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, dest) or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        setattr(args, dest, [*getattr(args, dest), *rest])
+    if getattr(args, "config_dir", None):
+        os.environ[CONFIGS] = os.pathsep.join(filter(None, [args.config_dir, os.environ.get(CONFIGS)]))
+    return args
+
+
+def run_config(run: Path | None, overrides: list[str]) -> RunConfig:
+    """The configuration of a start: composed from `configs/`, or that of a run that goes on.
+
+    Args:
+        run: folder of the run that goes on; None for a new one.
+        overrides: Hydra overrides.
+
+    Raises:
+        ConfigError: it cannot be composed, or `run` is not a run's folder.
+    """
+    from dune_fast.engine.config import compose_config
+
+    if run is None:
+        return compose_config(overrides)
+    going_on = ["train.resume=true", "train.overwrite=false", f"output_dir={run}"]
+    return compose_config([*overrides, *going_on], run)
 
 
 def explain_system_error(error: OSError, output_dir: str) -> str | None:
@@ -83,6 +103,15 @@ def explain_system_error(error: OSError, output_dir: str) -> str | None:
     return f"{error.strerror or error}: {place}. Please {_CURES[error.errno]}, then start the command again"
 
 
+def what_next(run: str) -> str:
+    """What a user does with a run that has ended, in commands that can be copied."""
+    folder = shlex.quote(run)
+    return (
+        f"done. Next: `dune-fast evaluate {folder}`, `dune-fast export {folder} --to timm` (or hf, onnx, safetensors, "
+        f"dune), in Python dune_fast.load_encoder({run!r})"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of one rank; returns the exit status."""
     args = parse(sys.argv[1:] if argv is None else argv)
@@ -90,12 +119,11 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(args.debug, rank)
     output_dir, go_on = "", "the run had not begun"
     try:
-        from dune_fast.engine.config import compose_config
         from dune_fast.engine.run_folder import how_to_go_on
         from dune_fast.engine.trainer import Trainer
         from dune_fast.evaluate.in_run import InRunEvaluation
 
-        cfg = compose_config(args.overrides)
+        cfg = run_config(args.run, args.overrides)
         output_dir, go_on = cfg.output_dir, how_to_go_on(cfg)
         with InRunEvaluation(cfg) as evaluate:
             trainer = Trainer(cfg, evaluate)
@@ -110,18 +138,24 @@ def main(argv: list[str] | None = None) -> int:
             from dune_fast.evaluate.run import evaluate_run
 
             evaluate_run(Path(cfg.output_dir), cfg.evaluation.figures, trainer.device)
+        if rank == 0 and not trainer.stopped:
+            logger.info("%s", what_next(cfg.output_dir))
     except ValueError as error:  # the user's: a sentence; --debug shows where it came from
         logger.error("%s", error, exc_info=args.debug)
         return 2
     except OSError as error:
         if (sentence := explain_system_error(error, output_dir)) is None:
-            raise
+            logger.critical("an error that should not be", exc_info=True)
+            return 1
         logger.error("%s", sentence)
         logger.debug("this is where it came from", exc_info=True)
         return 2
     except KeyboardInterrupt:
         logger.error("interrupted; %s", go_on)
         return 130
+    except Exception:  # ours; the traceback goes to the run's folder too
+        logger.critical("an error that should not be", exc_info=True)
+        return 1
     return 0
 
 

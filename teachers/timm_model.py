@@ -6,7 +6,6 @@ downloaded: `weights` is a file in timm's own names, as its published `model.saf
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from collections.abc import Hashable
 from types import ModuleType
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from teachers.containers import container_state, read_container
 from teachers.protocol import Teacher, Trunk, map_tokens
 from teachers.registry import register
+from teachers.torchvision_operators import declare
 from teachers.weights import check_fit, compare, random_seed, weights_path
 
 _CLASSIFIERS = ("head.", "fc.", "classifier.", "head_dist.", "pre_logits.")
@@ -92,10 +92,7 @@ def import_torchvision() -> ModuleType:
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-        for operator in ("nms", "qnms"):
-            signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            with contextlib.suppress(RuntimeError):  # defined before
-                torch.library.define(f"torchvision::{operator}", signature)
+        declare()
         return importlib.import_module("torchvision")
 
 

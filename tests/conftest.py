@@ -16,8 +16,9 @@ if not torch.cuda.is_available():
 try:  # torchvision is built for CUDA: beside a CPU torch, its import looks for two operators that are not there
     import torchvision  # noqa: F401
 except RuntimeError:
-    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from teachers.torchvision_operators import declare
+
+    declare()
     import torchvision  # noqa: F401
 
 import pytest  # noqa: E402

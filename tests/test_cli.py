@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from dune_fast import cli, train
+import dune_fast
+from dune_fast import cli, run_log
+from dune_fast.completion import complete_overrides
 from dune_fast.evaluate import run as evaluation
 
 RANK = """
@@ -73,7 +75,7 @@ def test_signals_end_the_ranks_before_the_command(number, everybody, status, tmp
 def test_a_long_message_is_one_line(capsys):
     address = "https://example.org/" + "weights/" * 30 + "file.pth"
     try:
-        train.setup_logging(debug=False, rank=0)
+        run_log.setup_logging(debug=False, rank=0)
         logging.getLogger("dune_fast").info("no answer from %s [1]", address)
     finally:
         logging.getLogger().handlers.clear()
@@ -91,6 +93,33 @@ def test_a_long_message_is_one_line(capsys):
 def test_mistakes_are_explained(arguments, words, capsys):
     assert cli.main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_options_may_stand_anywhere(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(cli, "launch_training", lambda args, run: seen.update(vars(args)) or 0)
+    monkeypatch.delenv("DUNE_FAST_CONFIGS", raising=False)
+    assert cli.main(["distill", "experiment=demo", "-n", "2", "train.steps=4", "--debug", "~teachers.geometric"]) == 0
+    assert seen["overrides"] == ["experiment=demo", "train.steps=4", "~teachers.geometric"]
+    assert seen["processes"] == 2 and seen["debug"]
+    with pytest.raises(SystemExit):
+        cli.main(["distill", "experiment=demo", "--stps", "4"])
+
+
+def test_the_version_and_the_module(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0 and capsys.readouterr().out == f"dune-fast {dune_fast.__version__}\n"
+    done = subprocess.run([sys.executable, "-m", "dune_fast", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"dune-fast {dune_fast.__version__}\n"
+
+
+def test_a_shell_is_offered_experiments_and_fields():
+    assert complete_overrides("experiment=dem") == ["experiment=demo"]
+    assert complete_overrides("train.st") == ["train.steps="]
+    parsers = list(cli.all_commands(next(a for a in cli.build_parser()._actions if a.dest == "command")))
+    offered = [action for parser in parsers for action in parser._actions if action.dest == "overrides"]
+    assert len(offered) > 5 and all(action.completer is complete_overrides for action in offered)
 
 
 def test_errors_of_the_system_are_sentences(monkeypatch, capsys):

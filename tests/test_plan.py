@@ -134,8 +134,12 @@ def test_parts_are_worked_out_for_gpus_of_several_sizes(tmp_path):
 
 
 def test_parts_that_are_given_are_looked_at(dune, tmp_path):
-    (text,) = [line for line in describe(dune, "dune_336", [1], results=tmp_path) if "does not fit" in line]
+    lines = describe(dune, "dune_336", [1], results=tmp_path)
+    (text,) = [line for line in lines if "does not fit" in line]
     assert "at once" in text
+    (cure,) = [line for line in lines if "instead" in line]
+    assert "in 8 parts" in cure or "in 16 parts" in cure
+    assert "`dune-fast distill -n 1 experiment=dune_336 train.accumulation=0`" in cure
     half = compose_config(["experiment=dune_336", "train.accumulation=2"])
     text = "\n".join(describe(half, "dune_336", [8, 3], results=tmp_path))
     assert "in 2 parts of 64" in text and "cannot be shared by 3 GPUs x train.accumulation=2" in text

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,10 +66,25 @@ def test_traceback_is_there_for_those_who_ask(monkeypatch, messages):
 @pytest.mark.parametrize(
     "error", [FileNotFoundError(errno.ENOENT, "No such file", "x"), OSError("no number"), RuntimeError("bug")]
 )
-def test_errors_that_are_bugs_keep_their_traceback(monkeypatch, error):
+def test_errors_that_are_bugs_keep_their_traceback(monkeypatch, messages, error):
+    """It goes where all messages go, so to the run's log too."""
     raising(monkeypatch, error)
-    with pytest.raises(type(error)):
-        train.main(DEMO)
+    assert train.main(DEMO) == 1
+    assert messages.records[-1].exc_info[1] is error
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_a_folder_that_nobody_can_make_is_a_sentence(messages):
+    assert train.main([*DEMO, "output_dir=/proc/nope"]) == 2
+    assert "output_dir=/proc/nope cannot be made" in messages.records[-1].getMessage()
+    assert not messages.records[-1].exc_info
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_said_before_the_start(monkeypatch, messages, tmp_path):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 2**40 - 2**20, 2**20))
+    assert train.main([*DEMO, f"output_dir={tmp_path / 'run'}"]) == 2
+    assert "a checkpoint of this run takes" in messages.records[-1].getMessage()
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_real_folder_that_cannot_be_made(messages, tmp_path):

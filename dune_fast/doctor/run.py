@@ -18,8 +18,9 @@ from dune_fast.distill.objective import ownership
 from dune_fast.doctor import FAIL, OK, WARN, Check, Finding
 from dune_fast.doctor.machine import existing, writable
 from dune_fast.engine.config import RunConfig
-from dune_fast.plan import checkpoint_bytes
-from dune_fast.teachers_cli import config_names, load_teacher_config
+from dune_fast.engine.memory import disk_bytes
+from dune_fast.engine.overrides import config_names
+from dune_fast.teachers_cli import load_teacher_config
 from teachers.assets import cache_dir
 from teachers.config import TeacherConfig
 from teachers.registry import family_class
@@ -37,7 +38,7 @@ def _cached(address: str) -> bool:
 
 def _fetching(cfg: TeacherConfig) -> str:
     """How to get a teacher's file."""
-    for name in config_names():
+    for name in config_names("teachers"):
         if load_teacher_config(name).weights == cfg.weights:
             return f"dune-fast teachers fetch {name}" if cfg.url else f"see the comment in configs/teachers/{name}.yaml"
     return "correct its `weights`"
@@ -138,7 +139,7 @@ def output(cfg: RunConfig) -> Finding:
 def disk(cfg: RunConfig) -> Finding:
     """Free space against what the run will write."""
     folder = existing(Path(cfg.output_dir))
-    free, needed = shutil.disk_usage(folder).free, checkpoint_bytes(cfg)
+    free, needed = shutil.disk_usage(folder).free, disk_bytes(cfg)
     text = f"{free / 2**30:.1f} GiB free, checkpoints and weights take up to {needed / 2**30:.2f} GiB"
     cure = "free some space, choose another output_dir, or lower train.keep_checkpoints"
     if free < needed:

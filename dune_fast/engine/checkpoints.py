@@ -130,6 +130,7 @@ def clear(run: Path) -> None:
         shutil.rmtree(run / name, ignore_errors=True)
     for name in (
         "metrics.jsonl",
+        "log.txt",
         "run.json",
         "config.yaml",
         "encoder.safetensors",

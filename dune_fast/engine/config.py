@@ -17,9 +17,18 @@ from dali_pipelines.datasets import DataConfig
 from dune_fast.distill.objective import ObjectiveConfig
 from dune_fast.distill.phi_s import HadamardError, hadamard_base
 from dune_fast.distill.standardization import CONVENTIONS
+from dune_fast.engine.config_limits import find_fault
 from dune_fast.engine.config_messages import explain, explain_missing, first_line
 from dune_fast.engine.optimizer import OptimizerConfig
-from dune_fast.engine.schedules import iterations
+from dune_fast.engine.overrides import (
+    config_names,
+    expand_home,
+    own_folders,
+    packaged_folder,
+    quoted,
+    take_text_literally,
+)
+from dune_fast.engine.schedules import iterations, scaled_learning_rate
 from dune_fast.nn.projectors import ProjectorConfig
 from dune_fast.nn.vit import ViTConfig, nearest_multiples
 from teachers.config import TeacherConfig
@@ -186,31 +195,31 @@ class RunConfig:
         return {name: (t.num_features, tuple(t.token_types)) for name, t in self.teachers.items()}
 
 
-def config_dir() -> Path:
-    """The folder `configs/` of this installation."""
-    return Path(__file__).resolve().parents[2] / "configs"
-
-
 def compose_config(overrides: list[str], folder: Path | None = None, complete: bool = True) -> RunConfig:
     """Composes and checks a configuration.
 
     Args:
         overrides: Hydra overrides, e.g. ["experiment=demo", "train.steps=10"].
-        folder: where the groups are; `configs/` by default.
+        folder: of a run, whose `config.yaml` is what the overrides change; the groups of `configs/` by default, the
+            packaged ones and the user's (`own_folders`).
         complete: whether it is of a run, teachers and all; False for a command that needs a part of it.
 
     Raises:
         ConfigError: an unknown experiment, teacher, field or value; the message names close ones.
     """
-    folder = (folder or config_dir()).resolve()
+    literal = take_text_literally(overrides, RunConfig)
+    if folder is not None and not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder / 'config.yaml'} does not exist: {folder} is not the folder of a run")
     ConfigStore.instance().store(name="schema", node=RunConfig)
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            composed = compose("config", overrides=overrides)
+        if folder is None:
+            literal.append(f"hydra.searchpath=[{','.join(quoted(f'file://{path}') for path in own_folders())}]")
+        with initialize_config_dir(str((folder or packaged_folder()).resolve()), version_base="1.3"):
+            composed = compose("config", overrides=literal)
         cfg = OmegaConf.to_object(_strict(OmegaConf.to_container(composed, resolve=True)))
     except MissingConfigException as error:
-        raise ConfigError(explain_missing(error, folder)) from None
+        raise ConfigError(explain_missing(error)) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error, overrides, RunConfig)) from None
     except ValueError as error:  # a dataclass refused its values
@@ -223,13 +232,13 @@ def compose_config(overrides: list[str], folder: Path | None = None, complete: b
 
 def _strict(values: Any) -> DictConfig:
     """Values under the schema; a field that it does not have is an error, even one added with Hydra's `+`."""
-    return OmegaConf.merge(OmegaConf.structured(RunConfig), values)
+    return OmegaConf.merge(OmegaConf.structured(RunConfig), expand_home(values))
 
 
 def load_config(path: Path) -> RunConfig:
     """Reads the `config.yaml` that a run has dumped."""
     try:
-        cfg = OmegaConf.to_object(_strict(OmegaConf.load(path)))
+        cfg = OmegaConf.to_object(_strict(OmegaConf.to_container(OmegaConf.load(path))))
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path} does not exist: {path.parent} is not the folder of a run") from None
     except (OmegaConfBaseException, ValueError) as error:
@@ -250,19 +259,32 @@ def as_dict(cfg: RunConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values as dotted name -> leaf; lists and empty dictionaries are leaves."""
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    return {
+        name: leaf
+        for key, value in values.items()
+        for name, leaf in flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
 def validate(cfg: RunConfig) -> None:
     """Checks what no single field shows; ConfigError with a sentence."""
     if not cfg.teachers:
-        experiments = ", ".join(sorted(p.stem for p in (config_dir() / "experiment").glob("*.yaml")))
+        experiments = ", ".join(sorted(config_names("experiment")))
         raise ConfigError(
             f"no teacher is configured: choose an experiment, e.g. experiment=demo (there are: {experiments})"
         )
     for name, teacher in cfg.teachers.items():
         check_family(name, teacher.family)
+    if fault := find_fault(flatten(as_dict(cfg))):
+        raise ConfigError(fault)
     sizes, patch = {"image_size": cfg.image_size}, cfg.student.patch_size
     sizes |= {"evaluation.figure_size": cfg.evaluation.figure_size} if cfg.evaluation.figures else {}
     for field_name, size in sizes.items():
-        if size < 1 or size % patch:
+        if size % patch:
             raise ConfigError(
                 f"{field_name}={size} is not a multiple of the student's patch size {patch}; the nearest are "
                 f"{nearest_multiples(size, patch)}"
@@ -292,8 +314,6 @@ def validate(cfg: RunConfig) -> None:
         )
     if cfg.train.precision not in ("auto", "bf16", "fp32"):
         raise ConfigError(f"train.precision={cfg.train.precision!r}; choose auto, bf16 or fp32")
-    if cfg.deepspeed.zero_stage not in (0, 1, 2, 3):
-        raise ConfigError(f"deepspeed.zero_stage={cfg.deepspeed.zero_stage}; choose 0, 1, 2 or 3")
     if cfg.deepspeed.gradient_dtype not in ("fp32", "bf16"):
         raise ConfigError(f"deepspeed.gradient_dtype={cfg.deepspeed.gradient_dtype!r}; choose fp32 or bf16")
     if cfg.train.compile and cfg.deepspeed.zero_stage == 3:
@@ -301,26 +321,17 @@ def validate(cfg: RunConfig) -> None:
             "train.compile=true with deepspeed.zero_stage=3: the compiler does not see DeepSpeed gather weights; "
             "choose stage 0, 1 or 2, or compile=false"
         )
-    if cfg.train.timeout_minutes <= 0:
-        raise ConfigError(f"train.timeout_minutes={cfg.train.timeout_minutes:g}; it must be above 0")
-    least = dict.fromkeys((
-        "train.global_batch", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
-        "standardization.phi_s_batches", "evaluation.batch", "evaluation.knn_images", "evaluation.knn_k",
-        "evaluation.figure_images",
-    ), (1, "")) | {
-        "train.accumulation": (0, ", which works it out from the memory"),
-        "train.keep_every": (0, ", which keeps none for good"),
-        "evaluation.every": (0, ", which evaluates never"),
-    }  # fmt: skip
-    for path, (minimum, meaning) in least.items():
-        section, key = path.split(".")
-        if (value := getattr(getattr(cfg, section), key)) < minimum:
-            raise ConfigError(f"{path}={value}; it must be at least {minimum}{meaning}")
     if knn := cfg.evaluation.knn_dataset:
         if knn not in cfg.data.datasets:
             known = ", ".join(sorted(cfg.data.datasets)) or "none"
             raise ConfigError(f"evaluation.knn_dataset={knn!r} is not a dataset of this run; there are: {known}")
         if not cfg.evaluation.every:
             raise ConfigError("evaluation.knn_dataset is set, but evaluation.every=0 evaluates never: set both")
+    peak = scaled_learning_rate(cfg.optimizer.lr_per_256, cfg.train.global_batch)
+    if cfg.optimizer.min_lr > peak:
+        raise ConfigError(
+            f"optimizer.min_lr={cfg.optimizer.min_lr:g} is above the peak of the learning rate, {peak:.3g} "
+            f"(optimizer.lr_per_256={cfg.optimizer.lr_per_256:g} x train.global_batch / 256): lower it"
+        )
     if cfg.steps < 2:
         raise ConfigError(f"the run has {cfg.steps} steps; set train.steps or train.images for at least 2")

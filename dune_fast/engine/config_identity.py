@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dune_fast.engine.config import ConfigError, RunConfig, as_dict
+from dune_fast.engine.config import ConfigError, RunConfig, as_dict, flatten
 
 FREE = (
     "name", "output_dir", "evaluation", "deepspeed.zero_stage", "deepspeed.options", "data.num_threads",
@@ -21,17 +21,6 @@ FREE = (
     "train.activation_checkpointing",
 )  # fmt: skip
 """Fields, and sections, that a run may change when it goes on: they do not change what is computed beyond rounding."""
-
-
-def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested values as dotted name -> leaf; lists and empty dictionaries are leaves."""
-    if not isinstance(values, dict) or not values:
-        return {prefix: values}
-    return {
-        name: leaf
-        for key, value in values.items()
-        for name, leaf in flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
 
 
 def counted(values: dict[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from pathlib import Path
 from typing import Any
 
 from hydra.errors import MissingConfigException
+
+from dune_fast.engine.overrides import config_names
 
 
 def first_line(error: Exception) -> str:
@@ -16,14 +17,17 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def explain_missing(error: MissingConfigException, folder: Path) -> str:
+def explain_missing(error: MissingConfigException) -> str:
     """'experiment/dmeo' -> a sentence with the close names and all names."""
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
-    names = sorted(path.stem for path in (folder / group).glob("*.yaml"))
+    names = sorted(config_names(group))
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     kind = {"teachers": "teacher", "data": "dataset"}.get(group, group or "configuration")
-    return f"there is no {kind} {name!r}: {hint}known are {', '.join(names) or 'none'} (files in configs/{group})"
+    return (
+        f"there is no {kind} {name!r}: {hint}known are {', '.join(names) or 'none'}. An own one is a file "
+        f"configs/{group}/{name}.yaml in the current folder, or below --config-dir"
+    )
 
 
 def field_names(kind: Any, prefix: str = "") -> list[str]:

@@ -56,6 +56,18 @@ def teacher_parameters(cfg: RunConfig) -> dict[str, int | None]:
     return counts
 
 
+def checkpoint_bytes(cfg: RunConfig) -> int:
+    """Bytes of one checkpoint: float32 weights and AdamW's moments; teachers' statistics are little."""
+    return sum(trained_parameters(cfg)) * (4 + ADAM_BYTES)
+
+
+def disk_bytes(cfg: RunConfig) -> int:
+    """The most that a run has on its disk at once: checkpoints, one of them being written, and the exported weights."""
+    encoder, projectors = trained_parameters(cfg)
+    forever = cfg.steps // cfg.train.keep_every if cfg.train.keep_every else 0
+    return checkpoint_bytes(cfg) * (cfg.train.keep_checkpoints + forever + 1) + 4 * (2 * encoder + projectors)
+
+
 def memory_bytes(cfg: RunConfig, ranks: int, low_precision: bool = True) -> dict[str, int | None]:
     """Bytes on each device before the first image: by what they are for; None where that is not known.
 

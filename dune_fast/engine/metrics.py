@@ -137,6 +137,7 @@ class MetricsLog:
         trackers: further receivers of the records; closed with the log.
         on_estimate: takes the estimate of the run's length, once, see `_make_estimate`.
         evaluation_due: see `RecordFile`.
+        evaluation_every: steps between evaluations, which the time that is left counts in; 0 for none.
     """
 
     def __init__(
@@ -148,7 +149,9 @@ class MetricsLog:
         trackers: Sequence[Tracker] = (),
         on_estimate: Callable[[dict[str, Any]], None] | None = None,
         evaluation_due: bool = False,
+        evaluation_every: int = 0,
     ) -> None:
+        self._evaluation_every, self._evaluation_seconds = evaluation_every, 0.0
         self.path = folder / "metrics.jsonl"
         self._records = RecordFile(self.path, first_step, evaluation_due)
         self.total_steps, self.workload, self.trackers = total_steps, workload, list(trackers)
@@ -191,7 +194,7 @@ class MetricsLog:
         elapsed, steps = now - self._last_time, max(step - self._last_step, 1)
         self._last_time, self._last_step = now, step
         rate = steps * self.workload.global_batch / elapsed
-        left = (self.total_steps - step) * elapsed / steps
+        left = self._seconds_left(step, elapsed / steps)
         memory = peak_memory(self.workload.device) / 2**30
         record = {"step": step, "images": step * self.workload.global_batch, **metrics}
         record |= {
@@ -228,6 +231,9 @@ class MetricsLog:
         self._last_time += seconds
         if self._began is not None:
             self._began += seconds
+        first, self._evaluation_seconds = not self._evaluation_seconds, seconds
+        if first and self._estimated:  # which did not know what an evaluation takes
+            self._make_estimate(step, (time.perf_counter() - self._began) / (step - self._first_step))
         record = {"step": step, "images": step * self.workload.global_batch, **values, "evaluation_seconds": seconds}
         self._records.append(record)
         for tracker in self.trackers:
@@ -238,10 +244,20 @@ class MetricsLog:
         lines += [f"k-NN {name[4:]} {100 * x:.1f} %" for name, x in values.items() if name.startswith("knn/")]
         logger.info("evaluation after step %d  %s  (%s)", step, "  ".join(lines), duration(seconds))
 
+    def _seconds_left(self, step: int, seconds: float) -> float:
+        """What is left after `step` steps, at so many seconds a step and the last evaluation's for each to come."""
+        evaluations = 0
+        if every := self._evaluation_every:  # one at each multiple, and one at the end
+            evaluations = math.ceil(self.total_steps / every) - step // every
+        return (self.total_steps - step) * seconds + evaluations * self._evaluation_seconds
+
     def _make_estimate(self, step: int, seconds: float) -> None:
-        """Length of the whole run from the mean time of the first steps; checkpoints and evaluation are not counted."""
+        """Length of the whole run from the mean time of the first steps; saving checkpoints is not counted.
+
+        Evaluations are, once there has been one.
+        """
         self._estimated = True
-        total, left = self.total_steps * seconds, (self.total_steps - step) * seconds
+        total, left = self._seconds_left(0, seconds), self._seconds_left(step, seconds)
         end = datetime.now(UTC) + timedelta(seconds=left)
         device_hours = total / 3600 * self.workload.world_size
         logger.info(

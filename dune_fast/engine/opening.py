@@ -41,7 +41,8 @@ def open_log(trainer: Trainer, where: dict[str, Any]) -> MetricsLog:
     peak = peak_tflops(device_name(trainer.device)) if bf16 else None
     workload = Workload(cfg.train.global_batch, trainer.world_size, trainer.device, flops, peak)
     return MetricsLog(
-        trainer.run_dir, trainer.step, cfg.steps, workload, trackers, keep, trainer.evaluation_due
+        trainer.run_dir, trainer.step, cfg.steps, workload, trackers, keep, trainer.evaluation_due,
+        cfg.evaluation.every,
     )  # fmt: skip
 
 
@@ -70,6 +71,11 @@ def describe(trainer: Trainer) -> None:
             "by this estimate less than %.0f %% of the memory is left, and the run may end for want of it: take more "
             "devices, train.activation_checkpointing=true, deepspeed=zero2, a smaller student or, for a new run, a "
             "higher train.accumulation or a smaller train.global_batch", 100 * SPARE,
+        )  # fmt: skip
+    if cfg.train.global_batch > trainer.loader.num_images:
+        logger.warning(
+            "train.global_batch=%d is more than the %d images in training: a step sees images several times",
+            cfg.train.global_batch, trainer.loader.num_images,
         )  # fmt: skip
     if cfg.train.accumulation > 1:
         logger.warning(

@@ -28,13 +28,8 @@ class OptimizerConfig:
     """L2 norm that all gradients together are clipped to; 0 for none of this kind. Set `clip_per_parameter` to 0."""
 
     def __post_init__(self) -> None:
-        if min(self.clip_per_parameter, self.clip_global) < 0:
-            raise ValueError(
-                f"optimizer.clip_per_parameter={self.clip_per_parameter:g} and clip_global={self.clip_global:g}: "
-                "a norm to clip to is above 0, or 0 for none"
-            )
-        if not 0 <= self.warmup_fraction <= 1:
-            raise ValueError(f"optimizer.warmup_fraction={self.warmup_fraction:g}; a share of the run is from 0 to 1")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas={list(self.betas)}; give two numbers from 0 to below 1")
         if self.clip_per_parameter and self.clip_global:
             raise ValueError(
                 f"optimizer.clip_per_parameter={self.clip_per_parameter:g} and clip_global={self.clip_global:g} "

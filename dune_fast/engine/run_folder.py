@@ -6,6 +6,8 @@ import errno
 import fcntl
 import logging
 import os
+import shlex
+import shutil
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ from dune_fast.engine import checkpoints
 from dune_fast.engine.config import ConfigError, RunConfig, dump_config
 from dune_fast.engine.config_identity import refuse_changes
 from dune_fast.engine.container import Manifest
+from dune_fast.engine.memory import checkpoint_bytes
+from dune_fast.run_log import open_run_log
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +31,8 @@ LOCK = ".lock"
 
 def how_to_go_on(cfg: RunConfig) -> str:
     """What goes on with an interrupted run, for messages."""
-    command = "the command with train.overwrite=false" if cfg.train.overwrite else "the same command"
-    return f"{command} goes on from the newest checkpoint"
+    same = "" if cfg.train.overwrite else ", or the same command,"
+    return f"`dune-fast resume {shlex.quote(cfg.output_dir)}`{same} goes on from the newest checkpoint"
 
 
 def open_run(cfg: RunConfig, parts: Callable[[], int]) -> int | None:
@@ -44,7 +48,7 @@ def open_run(cfg: RunConfig, parts: Callable[[], int]) -> int | None:
 
     Raises (on every rank):
         ValueError: `output_dir` is a file, is in use, or holds a run that is neither to be resumed nor overwritten.
-        ConfigError: the configuration has changed since the checkpoint.
+        ConfigError: the configuration has changed since the checkpoint, or the disk has no room for a checkpoint.
         CheckpointError: there are checkpoints, all of them broken.
         OSError: the folder cannot be written.
     """
@@ -89,7 +93,12 @@ def _prepare(cfg: RunConfig, parts: Callable[[], int]) -> int | None:
     run = Path(cfg.output_dir)
     if run.exists() and not run.is_dir():
         raise ValueError(f"output_dir={run} is a file; choose a folder")
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EINVAL, errno.ELOOP, errno.ENOTSUP):
+            raise  # the others are explained where the command ends
+        raise ValueError(f"output_dir={run} cannot be made ({error.strerror}): choose another folder") from None
     _hold(run)
     holds_run = (run / "metrics.jsonl").exists() or bool(checkpoints.complete_steps(run))
     if holds_run and cfg.train.overwrite:
@@ -100,6 +109,7 @@ def _prepare(cfg: RunConfig, parts: Callable[[], int]) -> int | None:
             f"{run} holds a run: go on with train.resume=true, start anew with train.overwrite=true, "
             "or choose another name=..."
         )
+    open_run_log(run)
     checkpoints.clear_partial(run)
     step = checkpoints.newest_good(run)
     if step is not None:
@@ -114,6 +124,12 @@ def _prepare(cfg: RunConfig, parts: Callable[[], int]) -> int | None:
             logger.warning("%s", error)
     if cfg.train.accumulation == 0:
         cfg.train.accumulation = parts()
+    free, needed = shutil.disk_usage(run).free, checkpoint_bytes(cfg)
+    if free < needed:
+        raise ConfigError(
+            f"a checkpoint of this run takes {needed / 2**30:.2f} GiB, and {run} has {free / 2**30:.2f} GiB left: make "
+            "room, or choose another output_dir"
+        )
     dump_config(cfg, run / "config.yaml")
     return step
 

@@ -123,14 +123,14 @@ def test_the_output_folder(cfg, tmp_path, monkeypatch):
 
 
 def test_the_disk(cfg, monkeypatch):
-    needed = run.checkpoint_bytes(cfg)
+    needed = run.disk_bytes(cfg)
     weights = 12 * sum((5_530_000, 520_000))  # ViT-Ti/14 and one projector, float32 with two moments
     assert needed == pytest.approx(weights * 3 + 4 * 2 * 5_800_000, rel=0.1)
     for free, status in ((needed - 1, FAIL), (int(1.2 * needed), WARN), (2 * needed, OK)):
         monkeypatch.setattr(run.shutil, "disk_usage", lambda folder, free=free: types.SimpleNamespace(free=free))
         assert run.disk(cfg).status == status
     cfg.train.keep_checkpoints = 12
-    assert run.checkpoint_bytes(cfg) > 3 * needed
+    assert run.disk_bytes(cfg) > 3 * needed
 
 
 def test_the_batch(cfg):

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dune_fast.engine.config import (
     ConfigError,
     RunConfig,
     as_dict,
     compose_config,
-    config_dir,
     dump_config,
     load_config,
 )
 from dune_fast.engine.config_identity import FREE, config_hash, flatten, freeze
+from dune_fast.engine.config_limits import LIMITS
+from dune_fast.engine.overrides import CONFIGS, packaged_folder, quoted
 
 DEMO = "experiment=demo"
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (config_dir() / "experiment").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(p.stem for p in (packaged_folder() / "experiment").glob("*.yaml")))
 def test_every_experiment_composes(name):
     cfg = compose_config([f"experiment={name}"])
     assert cfg.teachers and cfg.data.datasets and cfg.steps % 2 == 0
@@ -30,7 +33,7 @@ def test_every_experiment_composes(name):
 
 @pytest.mark.parametrize("group", ["student", "projector", "deepspeed"])
 def test_every_choice_of_a_group_composes(group):
-    for path in (config_dir() / group).glob("*.yaml"):
+    for path in (packaged_folder() / group).glob("*.yaml"):
         patch = yaml.safe_load(path.read_text()).get("patch_size", 14)
         compose_config([DEMO, f"{group}={path.stem}", f"image_size={8 * patch}", f"evaluation.figure_size={8 * patch}"])
 
@@ -52,25 +55,31 @@ def test_every_choice_of_a_group_composes(group):
         ([DEMO, "image_size=126"], "'geometric' needs a multiple of 4; the nearest image sizes are 112 and 168"),
         ([DEMO, "objective.sharing=most"], "full, none, generic"),
         ([DEMO, "standardization.convention=phis"], "dune, unic"),
-        ([DEMO, "deepspeed.zero_stage=5"], "choose 0, 1, 2 or 3"),
+        ([DEMO, "deepspeed.zero_stage=5"], "zero_stage=5; it must be from 0 to 3"),
         ([DEMO, "deepspeed.gradient_dtype=fp16"], "choose fp32 or bf16"),
         ([DEMO, "deepspeed.options={zero_optimization:{x:1}}"], r"\+deepspeed.options.SECTION.NAME=VALUE"),
         ([DEMO, "train.global_batch=0"], "at least 1"),
         ([DEMO, "train.steps=0"], "the run has 0 steps"),
-        ([DEMO, "optimizer.warmup_fraction=1.5"], "warmup_fraction=1.5; a share of the run is from 0 to 1"),
+        ([DEMO, "optimizer.warmup_fraction=1.5"], "warmup_fraction=1.5; it must be from 0 to 1"),
         ([DEMO, "train.accumulation=-1"], "at least 0, which works it out"),
         ([DEMO, "evaluation.every=-1"], "at least 0, which evaluates never"),
         ([DEMO, "evaluation.knn_k=0"], "at least 1"),
         ([DEMO, "evaluation.figure_images=0"], "evaluation.figure_images=0; it must be at least 1"),
         ([DEMO, "evaluation.figure_size=100"], "evaluation.figure_size=100 is not a multiple .* 14; .* 98 and 112"),
         ([DEMO, "evaluation.figure_size=350"], "evaluation.figure_size=350 .* 'geometric' .* 336 and 392"),
-        ([DEMO, "image_size=0"], "image_size=0 is not a multiple .*; the nearest are 14"),
+        ([DEMO, "image_size=0"], "image_size=0; it must be at least 1"),
         ([DEMO, "evaluation.knn_dataset=nature"], "'nature' is not a dataset of this run.*: interior, natural"),
         ([DEMO, "evaluation.knn_dataset=natural"], "evaluates never: set both"),
         ([DEMO, "train.keep_every=-1"], "at least 0"),
         ([DEMO, "train.compile=true", "deepspeed=zero3"], "choose stage 0, 1 or 2"),
         ([DEMO, "train.timeout_minutes=0"], "above 0"),
         ([DEMO, "optimizer.clip_global=1"], "exclude each other"),
+        ([DEMO, "optimizer.lr_per_256=-0.1"], "lr_per_256=-0.1; it must be above 0 up to 10"),
+        ([DEMO, "optimizer.weight_decay=1000"], "weight_decay=1000.0; it must be from 0 to 10"),
+        ([DEMO, "optimizer.eps=nan"], "eps=nan; it must be above 0 up to 1"),
+        ([DEMO, "optimizer.min_lr=1"], "min_lr=1 is above the peak of the learning rate, 0.00187"),
+        ([DEMO, "optimizer.betas=[0.9]"], r"betas=\[0.9\]; give two numbers"),
+        ([DEMO, "student.depth=-1"], "student.depth=-1; it must be at least 1"),
         ([DEMO, "train.precision=fp8"], "auto, bf16 or fp32"),
         ([DEMO, "no equals sign"], "cannot be composed"),
         ([], "no teacher is configured: choose an experiment"),
@@ -123,13 +132,61 @@ def test_every_free_field_exists():
     assert {"data.num_threads", "data.prefetch", "data.read_ahead", "data.read_patience"} <= set(FREE)
 
 
+def test_every_number_has_a_limit():
+    """Whoever adds a field says which values make sense; datasets and teachers check their own."""
+    numbers = {
+        name
+        for name, value in flatten(as_dict(compose_config([DEMO]))).items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and not name.startswith(("data.", "teachers."))
+    }
+    assert numbers <= set(LIMITS)
+    assert set(LIMITS) <= set(flatten(as_dict(RunConfig())))
+
+
+@pytest.mark.parametrize(
+    "text", ["/data/a=b", "/data/\u732b", "/data/p(1)", "/data/a,b", "/data/a b", "it's", "/a[1]", "{x}", "1.10", "true"]
+)
+def test_text_is_taken_as_it_stands(text):
+    """Hydra's grammar would refuse it, or make a list, a dictionary or a number of it."""
+    cfg = compose_config([DEMO, f"name={text}", f"data.datasets.natural.root={text}", f"teachers.semantic.weights={text}"])
+    assert cfg.name == cfg.data.datasets["natural"].root == cfg.teachers["semantic"].weights == text
+    assert compose_config([DEMO, "name='quoted, by hand'"]).name == "quoted, by hand"
+
+
+def test_a_quoted_text_is_read_back_by_hydra():
+    draw = random.Random(0)
+    for _ in range(200):
+        text = "".join(draw.choice("ab\\'\"=,()[]{} ~/:1.") for _ in range(draw.randint(0, 8)))
+        assert OverridesParser.create().parse_override(f"key={quoted(text)}").value() == text
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert compose_config([DEMO, "output_dir=~/runs/x"]).output_dir == str(tmp_path / "runs" / "x")
+
+
+def test_own_files_are_found_in_the_current_folder_and_by_the_variable(monkeypatch, tmp_path):
+    text = (packaged_folder() / "experiment" / "demo.yaml").read_text()
+    for folder, name in ((tmp_path / "configs", "here"), (tmp_path / "else,where", "there")):
+        (folder / "experiment").mkdir(parents=True)
+        (folder / "experiment" / f"{name}.yaml").write_text(text.replace("name: demo", f"name: {name}"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(CONFIGS, str(tmp_path / "else,where"))
+    assert [compose_config([f"experiment={name}"]).name for name in ("here", "there", "demo")] == ["here", "there", "demo"]
+    with pytest.raises(ConfigError, match="did you mean here or there"):
+        compose_config(["experiment=heere"])
+    (tmp_path / "configs" / "experiment" / "demo.yaml").write_text("# other\n")
+    with pytest.raises(ValueError, match="has the name of a configuration that dune_fast brings, experiment/demo"):
+        compose_config([DEMO])
+
+
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(ConfigError, match="not the folder of a run"):
         load_config(tmp_path / "config.yaml")
 
 
 def test_every_yaml_file_says_what_it_is():
-    for path in config_dir().rglob("*.yaml"):
+    for path in packaged_folder().rglob("*.yaml"):
         text = path.read_text()
         assert text.startswith("#"), path
         yaml.safe_load(text)

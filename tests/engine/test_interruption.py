@@ -34,7 +34,7 @@ def test_a_signal_while_the_log_is_opened_saves_and_stops(overrides, tmp_path, m
     finally:
         signal.signal(signal.SIGTERM, before)
     assert trainer.stopped and trainer.step == 1 and checkpoints.complete_steps(tmp_path / "run") == [1]
-    assert "stopped after step 1 of 6; the command with train.overwrite=false goes on" in caplog.text
+    assert f"stopped after step 1 of 6; `dune-fast resume {tmp_path / 'run'}` goes on" in caplog.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from dune_fast import teachers_cli
+from dune_fast.engine.overrides import config_names
 from dune_fast.cli import main
 from dune_fast.nn.vit import ViTConfig
 from teachers.architecture import random_vit_state
@@ -41,7 +42,7 @@ def weights_dir(tmp_path, monkeypatch):
 def test_list_names_every_teacher(capsys, weights_dir):
     assert main(["teachers", "list"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert set(teachers_cli.config_names()) == set(lines) - {"name"}
+    assert set(config_names("teachers")) == set(lines) - {"name"}
     assert "no, fetch" in lines["mast3r_vitl16"] and "drawn" in lines["conv_patchify"]
     weights_dir.mkdir()
     (weights_dir / "dinov2_vits14_pretrain.pth").touch()
@@ -49,7 +50,7 @@ def test_list_names_every_teacher(capsys, weights_dir):
     assert " yes" in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("dinov2_vits14 "))
 
 
-@pytest.mark.parametrize("name", teachers_cli.config_names())
+@pytest.mark.parametrize("name", config_names("teachers"))
 def test_show_is_yaml_with_the_architecture(name, capsys, weights_dir):
     assert main(["teachers", "show", name]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)

@@ -1,0 +1,73 @@
+"""What a process says, on the terminal and in the run's folder (`log.txt`)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.logging import RichHandler
+
+NAME = "log.txt"
+_EARLY = 1000
+"""Records that are kept until the run's folder is known."""
+
+
+class _LineHandler(RichHandler):
+    """A message is one line, however long: addresses and paths that are folded cannot be copied or searched for."""
+
+    def render(self, *, record: Any, traceback: Any, message_renderable: Any) -> RenderableType:
+        line = self.get_level_text(record) + " " + message_renderable
+        return line if traceback is None else Group(line, traceback)
+
+
+class _File(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A disk that is full must not stop a run, nor fill the terminal: what matters is said there anyway."""
+
+
+class RunLog(logging.Handler):
+    """Writes to `log.txt` of the run's folder, once that is open; keeps the records from before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._early: list[logging.LogRecord] = []
+        self._file: _File | None = None
+
+    def open(self, folder: Path) -> None:
+        """Appends to the folder's log from now on."""
+        self._file = _File(folder / NAME, delay=True)
+        self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        for record in self._early:
+            self._file.handle(record)
+        self._early.clear()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._file is not None:
+            self._file.handle(record)
+        elif len(self._early) < _EARLY:
+            self._early.append(record)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
+
+def setup_logging(debug: bool, rank: int) -> None:
+    """Our own messages on rank 0, warnings of all ranks; rank 0 keeps its own for the run's folder."""
+    handlers: list[logging.Handler] = [
+        _LineHandler(console=Console(stderr=True, soft_wrap=True), rich_tracebacks=debug),
+        *([RunLog()] if rank == 0 else []),
+    ]
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=handlers, force=True)
+    for name in ("dune_fast", "teachers", "dali_pipelines"):
+        logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.INFO if rank == 0 else logging.WARNING)
+
+
+def open_run_log(folder: Path) -> None:
+    """Lets what this process has said and will say go to the folder too."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, RunLog):
+            handler.open(folder)

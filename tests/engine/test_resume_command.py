@@ -1,0 +1,64 @@
+"""`dune-fast resume RUN`, and the log in the run's folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dune_fast import run_log, train
+from dune_fast.engine.config import compose_config
+from dune_fast.engine.trainer import Trainer
+
+
+@pytest.fixture
+def handlers():
+    """Puts the log's handlers back: `train.main` sets its own."""
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = before
+    root.setLevel(level)
+
+
+def test_a_run_goes_on_from_its_folder_alone(overrides, trained_run, tmp_path, monkeypatch, handlers):
+    """The same weights as the run that nothing interrupted; `train.overwrite` of the first start does not count."""
+    run = tmp_path / "run"
+    trainer = Trainer(compose_config([*overrides, "logging.tensorboard=false", "train.overwrite=true"]))
+    plain = trainer.train_step
+
+    def interrupted(batch):
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(batch)
+
+    trainer.train_step = interrupted
+    trainer.run()
+    assert trainer.stopped and trainer.step == 4
+    moved = run.rename(tmp_path / "moved, to = here")
+    assert train.main(["--run", str(moved), "train.log_every=2", "evaluation.held_out=false"]) == 0
+    ours, theirs = (load_file(folder / "student.safetensors") for folder in (moved, trained_run))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and not run.exists()
+    text = (moved / run_log.NAME).read_text()
+    assert "going on from step 4 of 6" in text and "Next: `dune-fast evaluate" in text
+
+
+def test_what_was_said_before_the_folder_was_known_is_in_its_log(tmp_path, handlers):
+    run_log.setup_logging(debug=False, rank=0)
+    logging.getLogger("dune_fast").info("early [1]")
+    run_log.open_run_log(tmp_path)
+    try:
+        raise RuntimeError("a bug")
+    except RuntimeError:
+        logging.getLogger("dune_fast").critical("late", exc_info=True)
+    early, late, *traceback = (tmp_path / run_log.NAME).read_text().splitlines()
+    assert early.endswith(" INFO early [1]") and late.endswith(" CRITICAL late") and traceback[-1] == "RuntimeError: a bug"
+
+
+def test_a_folder_that_holds_no_run_is_named(tmp_path, handlers, capsys):
+    assert train.main(["--run", str(tmp_path)]) == 2
+    assert f"{tmp_path} is not the folder of a run" in capsys.readouterr().err
