@@ -232,7 +232,7 @@ class MetricsLog:
         if self._began is not None:
             self._began += seconds
         first, self._evaluation_seconds = not self._evaluation_seconds, seconds
-        if first and self._estimated:  # which did not know what an evaluation takes
+        if first and self._estimated and self._evaluation_every:  # which did not know what an evaluation takes
             self._make_estimate(step, (time.perf_counter() - self._began) / (step - self._first_step))
         record = {"step": step, "images": step * self.workload.global_batch, **values, "evaluation_seconds": seconds}
         self._records.append(record)

@@ -72,6 +72,21 @@ def test_the_time_of_an_evaluation_is_not_the_steps(tmp_path, clock, caplog):
     assert "evaluation after step 3  held-out loss a 0.5000  k-NN y 25.0 %  (5m 00s)" in caplog.text
 
 
+def test_the_time_that_is_left_counts_the_evaluations_to_come(tmp_path, clock):
+    found = []
+    log = MetricsLog(tmp_path, 0, 100, WORK, on_estimate=found.append, evaluation_every=30)
+    for step in range(1, 31):
+        clock.now += 2
+        log.advance(step)
+    clock.now += 300
+    log.write_evaluation(30, {}, 300.0)  # of four: at 30, 60, 90 and 100
+    clock.now += 2
+    log.write(31, {"loss": 1.0}, 0.0)
+    log.close()
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["hours_left"] == pytest.approx((69 * 62 / 31 + 3 * 300) / 3600)
+    assert [estimate["hours"] for estimate in found] == pytest.approx([200 / 3600, (200 + 4 * 300) / 3600])
+
+
 def test_an_unknown_device_has_no_mfu_and_an_unknown_teacher_no_flops():
     assert "mfu" not in Workload(64, 4, CPU, 10**12, None).rates(32.0)
     assert Workload(64, 4, CPU, None, 20.0).rates(32.0) == {}
