@@ -27,7 +27,15 @@ from rich.table import Table
 from bench.kernels import RESULTS, folder_name, versions
 from bench.step_count import count_step
 from bench.step_meter import PartTimer, host_syncs, matrix_rate, peak_memory, profile
-from bench.step_results import Measured, merge_results, plot_parts
+from bench.step_results import (
+    CURVE_LIMITS,
+    Measured,
+    merge_results,
+    plot_curves,
+    plot_parts,
+    relative_difference,
+    write_curves,
+)
 from bench.step_variants import VARIANTS, Step, SyntheticLoader, Variant, build, configure, synthetic_config
 from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.engine.deepspeed_engine import init_distributed
@@ -37,8 +45,6 @@ from kernels.fp8 import E4M3
 
 TURN = 5
 """Steps that a variant runs before it is the next one's turn."""
-CURVE_LIMITS = {"ours": 0.005, "ours+lean": 0.005, "ours+fp8": 0.02}
-"""Mean relative difference of the losses from the eager step's; routing trains on other losses and has none."""
 
 
 def chosen(names: Sequence[str]) -> list[Variant]:
@@ -127,19 +133,18 @@ class Bench:
         others = f" beside {', '.join(running)}" if running else ""
         self.console.print(f"{name}: out of memory{others}, left out; to measure it alone: --only {name}")
 
-    def curve(self, variants: Sequence[Variant]) -> dict[str, list[float]]:
-        """variant -> the loss of every step, each trained on its own from the same start."""
-        losses = {}
+    def curve(self, variants: Sequence[Variant]) -> Iterator[tuple[str, list[float]]]:
+        """(variant, the loss of every step), each trained on its own from the same start."""
         for variant in variants:
             step = self.build(variant)
             values = [step(i) for i in range(self.steps)]
-            losses[variant.name] = torch.stack([value.float().cpu() for value in values]).tolist()
-            self.console.print(f"{variant.name}: loss {losses[variant.name][0]:.5f} -> {losses[variant.name][-1]:.5f}")
+            losses = torch.stack([value.float().cpu() for value in values]).tolist()
+            self.console.print(f"{variant.name}: loss {losses[0]:.5f} -> {losses[-1]:.5f}")
             del step
             gc.collect()  # wrappers and hooks refer to each other
             if self.on_gpu:
                 torch.cuda.empty_cache()
-        return losses
+            yield variant.name, losses
 
 
 def split_steps(spans: Sequence[tuple[str, float]]) -> list[list[tuple[str, float]]]:
@@ -153,9 +158,16 @@ def split_steps(spans: Sequence[tuple[str, float]]) -> list[list[tuple[str, floa
     return steps
 
 
-def relative_difference(losses: Sequence[float], reference: Sequence[float]) -> float:
-    """Mean over steps of |a - b| / b."""
-    return sum(abs(a - b) / b for a, b in zip(losses, reference, strict=True)) / len(reference)
+def curves(bench: Bench, variants: Sequence[Variant], folder: Path, experiment: str) -> int:
+    """Trains the eager step and those of the variants that have a limit, and compares; the exit status."""
+    compared, losses = [variant for variant in variants if variant.name in CURVE_LIMITS], {}
+    if not compared:
+        raise ValueError(f"--curve compares {', '.join(CURVE_LIMITS)} with the eager step; --only names none of them")
+    for name, values in bench.curve([*chosen(["eager"]), *compared]):
+        losses[name] = values
+        write_curves(folder / f"curve_{experiment}.csv", losses)  # now: what cuts the run short takes no curve along
+    plot_curves(folder / f"curve_{experiment}.png", experiment, losses)
+    return compare_curves(losses, bench.console)
 
 
 def compare_curves(losses: dict[str, list[float]], console: Console) -> int:
@@ -213,12 +225,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     cfg = compose_config([f"experiment={args.experiment}", *args.overrides])
     if args.count:
         return count(cfg, args.batch, variants, console)
-    if args.curve:
-        needed = [v for v in variants if v.name in ("eager", *CURVE_LIMITS)]
-        return compare_curves(Bench(cfg, args.batch, device, args.curve, console).curve(needed), console)
-    steps = args.warm_up + -(-args.steps // TURN) * TURN
     name = device_name(device)
-    folder, results, everything = args.output / folder_name(name), [], []
+    folder = args.output / folder_name(name)
+    if args.curve:
+        return curves(Bench(cfg, args.batch, device, args.curve, console), variants, folder, args.experiment)
+    steps = args.warm_up + -(-args.steps // TURN) * TURN
+    results, everything = [], []
     for result in Bench(cfg, args.batch, device, steps, console).measure(variants, args.warm_up):
         results.append(result)  # written one by one: what cuts the run short takes no finished numbers along
         everything = merge_results(folder / "step.json", args.experiment, name, versions(), [result])

@@ -14,7 +14,7 @@ from bench import step as module
 from bench.step import Bench, chosen, relative_difference, split_steps
 from bench.step_count import Meter, count_step
 from bench.step_meter import PartTimer, counted_waits, matrix_rate, merged_length
-from bench.step_results import EVERYTHING_ELSE, Measured, merge_results
+from bench.step_results import EVERYTHING_ELSE, Measured, merge_results, read_curves
 from bench.step_variants import VARIANTS, SyntheticLoader, synthetic_config
 from dune_fast.engine.config import RunConfig, TrainConfig
 from dune_fast.engine.deepspeed_engine import init_distributed
@@ -53,7 +53,7 @@ def curves() -> dict[str, list[float]]:
     """Losses of a few steps of the eager step, ours, and ours with FP8 teachers."""
     device = init_distributed()
     bench = Bench(config(), 6, device, 8, Quiet())
-    return bench.curve(chosen(["eager", "ours", "ours+fp8"]))
+    return dict(bench.curve(chosen(["eager", "ours", "ours+fp8"])))
 
 
 def test_eager_and_ours_train_alike(curves):
@@ -126,9 +126,30 @@ def test_nothing_of_a_variant_stays_when_the_next_draws_its_curve(monkeypatch):
     gc.collect()
     gc.disable()
     try:
-        assert bench.curve(chosen(["eager", "ours"])) == {"eager": [1.0, 1.0], "ours": [1.0, 1.0]}
+        assert dict(bench.curve(chosen(["eager", "ours"]))) == {"eager": [1.0, 1.0], "ours": [1.0, 1.0]}
     finally:
         gc.enable()
+
+
+def test_a_finished_curve_is_kept_when_the_next_one_fails(tmp_path, monkeypatch):
+    """And the eager one, which the others are compared with, is drawn whatever --only says."""
+    bench, fails = Bench(config(), 3, CPU, 2, Quiet()), True
+
+    def build(variant):
+        if variant.name == "ours+fp8" and fails:
+            raise RuntimeError("no FP8 here")
+        return lambda i: torch.tensor(2.0 if variant.name == "ours+lean" else 1.0 + i)
+
+    monkeypatch.setattr(bench, "build", build)
+    with pytest.raises(RuntimeError, match="no FP8"):
+        module.curves(bench, chosen(["ours", "ours+fp8"]), tmp_path / "gpu", "small")
+    assert read_curves(tmp_path / "gpu" / "curve_small.csv") == {"eager": [1.0, 2.0], "ours": [1.0, 2.0]}
+    fails = False
+    assert module.curves(bench, chosen(["ours", "ours+routing"]), tmp_path, "small") == 0
+    assert (tmp_path / "curve_small.png").stat().st_size > 5_000
+    assert module.curves(bench, chosen(["ours+lean"]), tmp_path, "small") == 1  # beyond its limit
+    with pytest.raises(ValueError, match="names none of them"):
+        module.curves(bench, chosen(["ours+routing"]), tmp_path, "small")
 
 
 def test_every_variant_runs_on_images_that_differ():
@@ -141,7 +162,7 @@ def test_every_variant_runs_on_images_that_differ():
 
 def test_the_routing_variant_trains():
     device = init_distributed()
-    losses = Bench(config(), 3, device, 2, Quiet()).curve(chosen(["ours+routing"]))["ours+routing"]
+    ((_, losses),) = Bench(config(), 3, device, 2, Quiet()).curve(chosen(["ours+routing"]))
     assert all(0 < loss < 10 for loss in losses)
 
 
