@@ -89,7 +89,7 @@ def jobs(images: int = 128) -> list[Job]:
         Job(1, "gpu-tests", "GPU tests: graph capture, no synchronisation, GPU decoding",
             ("pytest", "tests", "-m", "gpu"), 2, 4, ("pytest",)),
         Job(1, "kernel-tests", "kernel tests, compiled instead of interpreted",
-            ("pytest", "tests/kernels", *workers), 2, 4, ("pytest",)),
+            ("pytest", "tests/kernels", "-m", "not gpu", *workers), 2, 4, ("pytest",)),
         Job(2, "kernels", "kernels at the targets' shapes, with torch.compile",
             ("bench.kernels", *shapes("577,1024", "3,336")), 2, 6),
         Job(3, "step", "the training step: plain PyTorch, ours, lean, FP8, routing",

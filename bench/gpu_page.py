@@ -16,8 +16,8 @@ IMAGENET_100 = 100 * 1_281_167
 """Images of 100 epochs of ImageNet-1K."""
 VARIANTS = (
     "Forward of student and teachers, loss, backward and update, on images that are on the device. *eager*: plain "
-    "PyTorch with the published structure, *+compile* under torch.compile. *ours*: this project in bf16, *+lean* with a "
-    "bf16 token stream in the teachers, *+fp8* with FP8 teachers, *+routing* with each teacher on its own images only."
+    "PyTorch with the published structure, *+compile* under torch.compile. *ours*: this project in bf16, *+lean* with "
+    "a bf16 token stream in the teachers, *+fp8* with FP8 teachers, *+routing* with each teacher on its own images alone."
 )
 MARKS = {True: "met", False: "**missed**", None: "not measured"}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -115,6 +115,20 @@ def measured(content: dict, experiment: str) -> list[Measured]:
 def relative_difference(losses: Sequence[float], reference: Sequence[float]) -> float:
     """Mean over steps of |a - b| / b."""
     return sum(abs(a - b) / b for a, b in zip(losses, reference, strict=True)) / len(reference)
+
+
+def compare_curves(losses: dict[str, list[float]], say: Callable[[str], None]) -> bool:
+    """Says how far each variant's losses are from the eager ones; whether all are within their limits."""
+    good = True
+    for name, limit in CURVE_LIMITS.items():
+        if name in losses:
+            difference = relative_difference(losses[name], losses["eager"])
+            good &= difference < limit
+            say(
+                f"{name}: mean relative difference of {len(losses[name])} losses from eager {difference:.2%} "
+                f"(limit {limit:.1%}) {'ok' if difference < limit else 'FAIL'}"
+            )
+    return good
 
 
 def write_curves(path: Path, losses: dict[str, list[float]]) -> None:
