@@ -101,7 +101,7 @@ def jobs(images: int = 128) -> list[Job]:
         Job(6, "step-448", "the training step at 448 px",
             ("bench.step", "--experiment", "dune_448", "--only", "ours,ours+fp8", *batch), 3, 6, step),
         Job(7, "data", "images a second of the loader, GPU decoding",
-            ("bench.data",), 3, 8, ("nvidia.dali", "hydra", "torchvision", "webdataset")),
+            ("bench.data",), 3, 8, ("nvidia.dali", "torchvision", "webdataset")),
         Job(8, "step-compile", "the training step: plain PyTorch under torch.compile",
             ("bench.step", "--only", "eager+compile,ours", *batch), 5, 8, step),
         Job(9, "compile-float32", "kernels in float32, with torch.compile",

@@ -12,6 +12,7 @@ from bench.gpu_jobs import jobs
 from bench.gpu_page import markdown, page, read_predicted
 from bench.gpu_runner import Outcome, Tests
 from bench.gpu_targets import BOTH, FORWARD, OF_COPY, Results, missed, targets
+from bench.kernel_cases import OPERATIONS
 from bench.kernel_results import Row, write_rows
 from bench.step_results import Measured, merge_results, write_curves
 
@@ -48,7 +49,8 @@ def full_run(folder: Path) -> None:
     """A made-up run in which GELU, the arithmetic of the step and one test fall short; two jobs have no result."""
     measured = [row for key in OF_COPY for row in rows(*key, 75 if key == ("bias_gelu", FORWARD) else 91)]
     write_rows(folder / "kernels.csv", [*measured, *rows("moments", FORWARD, 60, dtype="float32")])
-    steps = step("eager", 1500, 619), step("ours", 540), step("ours+lean", 488), step("ours+fp8", 430, fp8=1500)
+    steps = [step("eager", 1500, 619), step("ours", 540), step("ours+lean", 488), step("ours+fp8", 430, fp8=1500)]
+    steps.append(step("ours+routing", 300))  # the fastest, but it does less
     merge_results(folder / "step.json", "dune_336", "Made-up GPU", VERSIONS, steps)
     merge_results(folder / "step.json", "dune_448", "Made-up GPU", VERSIONS, [step("ours", 1100)])
     losses = {"eager": [2.0, 1.0], "ours": [2.001, 1.001], "ours+lean": [2.001, 1.002], "ours+fp8": [2.01, 1.01]}
@@ -90,7 +92,8 @@ def test_the_page_says_what_matters_first(folder):
 
 
 def test_the_page_shows_predicted_beside_measured(folder):
-    predicted = {**read_predicted(), "kernels": {("moments", FORWARD, "bfloat16", "128x577x1024"): 88.0}}
+    us = 300_000_000 / 3000e3 / 0.88
+    predicted = {**read_predicted(), "kernels": {("moments", FORWARD, "bfloat16", "128x577x1024"): us}}
     text = page(folder, jobs(), predicted)
     assert line(text, "| `moments` | forward | 110 |") == (
         "| `moments` | forward | 110 | 88 % | 91.0 % | 85 % met | 9.00 x | 1.30 x |"
@@ -105,7 +108,7 @@ def test_the_page_shows_predicted_beside_measured(folder):
     assert "| 1 | gpu-tests | **failed**: exit status 1 | 1.8 |" in text and "3 of 64 differ" in text
     assert "- failed: `tests/kernels/test_fp8.py::test_same_bits`" in text
     assert "skipped, 1 of gpu-tests: DALI is not installed" in text
-    assert "share of a copy's bandwidth | all | 14 of 15, of 15 in all | **missed** |" in text
+    assert f"share of a copy's bandwidth | all | {len(OF_COPY) - 1} of {len(OF_COPY)} | **missed** |" in text
     left = text.partition("## Not run yet")[2]
     assert "eager+compile,ours" in left and "bench.data" not in left
 
@@ -145,6 +148,29 @@ def test_waits_losses_and_memory_that_miss(folder):
     assert found["128 images a step at 448 px"] == "no result"
     assert found["losses of ours against plain PyTorch's"] == "2.50 % over 2 steps"
     assert "nan" in found["losses of ours+lean against plain PyTorch's"]
+
+
+def test_launches_of_a_prediction_add_up(tmp_path):
+    """The CSV has a line a launch, forward and backward apart; what does not compile has no time."""
+    (tmp_path / "predicted.json").write_text(json.dumps({"copy_gb_s": 3000}))
+    assert read_predicted(tmp_path) == {"copy_gb_s": 3000, "kernels": {}}
+    lines = [
+        "sm_90,rope2d,forward,bfloat16,128x577x1024,a,10.5", "sm_90,rope2d,backward,bfloat16,128x577x1024,a,20",
+        "sm_90,rope2d,backward,bfloat16,128x577x1024,b,5", "sm_80,rope2d,forward,bfloat16,128x577x1024,a,99",
+        "sm_90,moments,forward,bfloat16,128x577x1024,a,",
+    ]  # fmt: skip
+    header = "target,operation,passes,dtype,shape,kernel,us"
+    (tmp_path / "predicted_sm_90.csv").write_text("\n".join([header, *lines]))
+    case = "bfloat16", "128x577x1024"
+    assert read_predicted(tmp_path)["kernels"] == {("rope2d", FORWARD, *case): 10.5, ("rope2d", BOTH, *case): 35.5}
+    assert set(read_predicted()) >= {"device", "source", "copy_gb_s", "step", "kernels"}  # the committed ones
+
+
+def test_every_feature_kernel_has_a_target():
+    files = {"moments", "distill_loss", "layer_norm", "gelu", "rope2d", "fp8"}
+    wanted = {(op.name, FORWARD) for op in OPERATIONS if op.file in files}
+    wanted |= {(op.name, BOTH) for op in OPERATIONS if op.file in files and op.bytes[1]}
+    assert wanted <= set(OF_COPY)
 
 
 def test_predictions_are_for_full_batches(folder):
