@@ -112,6 +112,7 @@ def _verdict(results: Results, found: Sequence[Target]) -> Iterator[str]:
     runs = [results.outcomes[name] for name in ("gpu-tests", "kernel-tests") if name in results.outcomes]
     passed = sum(run.tests.passed for run in runs if run.tests)
     failed = sum(len(run.tests.failed) for run in runs if run.tests)
+    skipped = sum(sum(run.tests.skipped.values()) for run in runs if run.tests)
     if failed or any(run.status == "failed" for run in runs):
         yield (
             f"**Correctness: FAILED**, {failed} of {passed + failed} tests. Numbers of what is wrong mean nothing."
@@ -119,7 +120,7 @@ def _verdict(results: Results, found: Sequence[Target]) -> Iterator[str]:
     elif len(runs) < 2 or any(run.status != "done" for run in runs):
         yield f"**Correctness: not tested in full**; {passed} tests passed."
     else:
-        yield f"**Correctness: passed**, {passed} tests."
+        yield f"**Correctness: passed**, {passed} tests; {skipped} were skipped, for the reasons below."
     ours = [line for line in results.steps.get(EXPERIMENT, []) if is_published(line)]
     if ours:
         best, eager = max(ours, key=lambda line: line.images_per_second), results.variant("eager")
