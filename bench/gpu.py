@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from bench.gpu_jobs import Job, images_for, install_command, installed, jobs
+from bench.gpu_jobs import Job, install_command, installed, jobs
 from bench.gpu_page import page, read_predicted
 from bench.gpu_runner import ROOT, Outcome, now, run_job
 from bench.gpu_targets import read_record
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None, describe: Callable[[], dict | None] 
     except ValueError as error:
         say(str(error))
         return 2
-    everything = jobs(images_for(device["memory"]))
+    everything = jobs(device["memory"])
     folder = args.output.resolve() / device["folder"]
     session = Session(folder, device, everything, began + args.minutes * 60)
     say(f"{device['name']}, {device['versions']}: results go to {folder}")

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FULL_MEMORY = 70 * 2**30
-"""Bytes of device memory from which on a step has 128 images."""
+"""Bytes of device memory from which on a step has 128 images, what targets and predictions are for."""
+WORKER_MEMORY = FULL_MEMORY // 8
+"""Bytes that one process of kernel tests takes: tensors of more than 2^31 elements, and CUDA's own."""
 PACKAGES = {
     "deepspeed": "deepspeed", "hydra": "hydra-core", "nvidia.dali": "nvidia-dali-cuda130", "numpy": "numpy",
     "matplotlib": "matplotlib", "pytest": "pytest", "rich": "rich", "timm": "timm", "torch": "torch",
@@ -72,14 +74,12 @@ def images_for(memory: int) -> int:
     return images
 
 
-def jobs(images: int = 128) -> list[Job]:
-    """All of them, the most telling ones first.
-
-    Args:
-        images: of a step and of the kernels' inputs; 128 is what targets and predictions are for.
-    """
+def jobs(memory: int = FULL_MEMORY) -> list[Job]:
+    """All of them, the most telling ones first, in sizes for a device with so many bytes of memory."""
+    images = images_for(memory)
     batch = () if images == 128 else ("--batch", str(images))
-    workers = ("-n", str(min(8, os.cpu_count() or 1))) if installed("xdist") else ()
+    workers = min(8, os.cpu_count() or 1, max(1, memory // WORKER_MEMORY))
+    parallel = ("-n", str(workers)) if workers > 1 and installed("xdist") else ()
     step = ("deepspeed", "hydra")
 
     def shapes(*given: str, dtype: str = "bfloat16") -> tuple[str, ...]:
@@ -89,7 +89,7 @@ def jobs(images: int = 128) -> list[Job]:
         Job(1, "gpu-tests", "GPU tests: graph capture, no synchronisation, GPU decoding",
             ("pytest", "tests", "-m", "gpu"), 2, 4, ("pytest",)),
         Job(1, "kernel-tests", "kernel tests, compiled instead of interpreted",
-            ("pytest", "tests/kernels", "-m", "not gpu", *workers), 2, 4, ("pytest",)),
+            ("pytest", "tests/kernels", "-m", "not gpu", *parallel), 2, 4, ("pytest",)),
         Job(2, "kernels", "kernels at the targets' shapes, with torch.compile",
             ("bench.kernels", *shapes("577,1024", "3,336")), 2, 6),
         Job(3, "step", "the training step: plain PyTorch, ours, lean, FP8, routing",

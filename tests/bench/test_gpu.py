@@ -69,7 +69,7 @@ def run(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(gpu_runner, "GRACE", 0.5)
 
     def call(chosen: list[Job], *arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(gpu, "jobs", lambda images=128: chosen)
+        monkeypatch.setattr(gpu, "jobs", lambda memory=0: chosen)
         status = gpu.main([*arguments, "--output", str(tmp_path / "results")])
         path = tmp_path / "results" / "made-up-gpu" / "README.md"
         return status, capfd.readouterr().out, path.read_text() if path.exists() else ""
@@ -173,7 +173,7 @@ def test_a_termination_ends_the_job_and_leaves_the_page(tmp_path):
     code = (
         "import sys; from bench import gpu, gpu_runner; from bench.gpu_jobs import Job; gpu_runner.GRACE = 0.5\n"
         f"gpu.in_own_process = lambda describe: {DEVICE!r}\n"
-        "gpu.jobs = lambda images=128: [Job(1, 'hang', 'hangs', ('fake_hang',), 0.01, 5)]\n"
+        "gpu.jobs = lambda memory=0: [Job(1, 'hang', 'hangs', ('fake_hang',), 0.01, 5)]\n"
         f"sys.exit(gpu.main(['--output', {str(tmp_path / 'results')!r}]))"
     )
     environment = {**os.environ, "PYTHONPATH": f"{gpu_runner.ROOT}{os.pathsep}{tmp_path}"}
@@ -234,8 +234,9 @@ def test_every_part_fits_half_an_hour_in_pieces():
 def test_a_small_device_gets_fewer_images():
     assert images_for(80 * 2**30) == images_for(FULL_MEMORY) == 128
     assert (images_for(40 * 2**30), images_for(24 * 2**30), images_for(2**30)) == (64, 32, 8)
-    small = {job.name: job.command for job in jobs(32)}
+    small = {job.name: job.command for job in jobs(24 * 2**30)}
     assert "--shape 32,577,1024" in small["kernels"] and "--batch 32" in small["step"]
+    assert "-n" not in next(job for job in jobs(8 * 2**30) if job.name == "kernel-tests").arguments
 
 
 def test_reads_pytests_report_and_hides_where_it_ran(tmp_path):
