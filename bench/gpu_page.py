@@ -276,7 +276,7 @@ def _ran(results: Results, jobs: Sequence[Job]) -> str:
         if (outcome := results.outcomes.get(job.name)) is None:
             continue
         status = {"done": "done", "running": "**cut off**"}.get(outcome.status, f"**{outcome.status}**")
-        reason = "" if outcome.status == "running" else f": {outcome.reason}" if outcome.reason else ""
+        reason = {"done": "", "running": ", or still running"}.get(outcome.status, f": {outcome.reason}")
         lines.append((
             f"{job.part}", job.name, status + reason, f"{outcome.seconds / 60:.1f}", outcome.date, outcome.commit,
             f"`{outcome.command}`",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -203,6 +204,19 @@ def test_without_a_gpu_one_sentence_says_what_to_do(tmp_path, capsys, monkeypatc
     assert gpu.main(["--output", str(tmp_path)]) == 2
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "found none" in out and "--aot sm_90" in out and not list(tmp_path.iterdir())
+
+
+def test_describes_the_device(monkeypatch):
+    found = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=1, major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr("dune_fast.engine.provenance.driver_version", lambda: "580.1")
+    device = gpu.describe_device()
+    assert (device["folder"], device["capability"], device["driver"]) == ("nvidia-h100-80gb-hbm3", "9.0", "580.1")
+    assert set(device) == set(DEVICE) and f"torch {torch.__version__}" in device["versions"]
+    git = {"commit": "0123456789abcdef", "changed": ["bench/results/a/step.json"]}
+    assert gpu.source(git) == "0123456789ab"
+    assert gpu.source(git | {"changed": ["bench/step.py"]}) == "0123456789ab + changes"
 
 
 def test_bad_requests_and_the_list(capsys):
