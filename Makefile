@@ -8,13 +8,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test setup lint clean
+.PHONY: demo test gpu setup lint clean
 
 demo: $(STAMP)
 	$(BIN)/dune-fast distill experiment=demo train.overwrite=true
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+# on a CUDA GPU: tests and measures everything, a page in bench/results/<device>/; or say make gpu MINUTES=60, PART=3
+gpu: $(STAMP)
+	$(BIN)/python -m bench.gpu $(if $(MINUTES),--minutes $(MINUTES)) $(if $(PART),--part $(PART))
 
 setup: $(STAMP)
 

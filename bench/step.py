@@ -14,8 +14,9 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,15 @@ from rich.table import Table
 from bench.kernels import RESULTS, folder_name, versions
 from bench.step_count import count_step
 from bench.step_meter import PartTimer, host_syncs, matrix_rate, peak_memory, profile
-from bench.step_results import Measured, merge_results, plot_parts
+from bench.step_results import (
+    CURVE_LIMITS,
+    Measured,
+    compare_curves,
+    merge_results,
+    plot_curves,
+    plot_parts,
+    write_curves,
+)
 from bench.step_variants import VARIANTS, Step, SyntheticLoader, Variant, build, configure, synthetic_config
 from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.engine.deepspeed_engine import init_distributed
@@ -37,8 +46,6 @@ from kernels.fp8 import E4M3
 
 TURN = 5
 """Steps that a variant runs before it is the next one's turn."""
-CURVE_LIMITS = {"ours": 0.005, "ours+lean": 0.005, "ours+fp8": 0.02}
-"""Mean relative difference of the losses from the eager step's; routing trains on other losses and has none."""
 
 
 def chosen(names: Sequence[str]) -> list[Variant]:
@@ -67,6 +74,8 @@ class Bench:
     def __init__(self, cfg: RunConfig, batch: int, device: torch.device, steps: int, console: Console) -> None:
         self.cfg, self.batch, self.steps = synthetic_config(cfg, batch, steps), batch, steps
         self.device, self.console = device, console
+        self.failed: list[str] = []
+        """What ended in an error that is not the device's lack of something."""
         self.loader = SyntheticLoader(batch, cfg.image_size, device)
         self.on_gpu = device.type == "cuda"
 
@@ -75,8 +84,8 @@ class Bench:
         return build(self.cfg, variant, self.loader, timer or (lambda part: nullcontext()))
 
     def measure(self, variants: Sequence[Variant], warm_up: int) -> Iterator[Measured]:
-        """Times the variants in turns, then looks at each on its own; one that runs out of memory beside the others is
-        left out, with a line that says so. A result comes as soon as it is complete."""
+        """Times the variants in turns, then looks at each on its own; one that fails, or runs out of memory beside the
+        others, is left out, with a line that says so. A result comes as soon as it is complete."""
         timer = PartTimer(self.device)
         running: dict[str, Running] = {}
         for variant in variants:
@@ -91,11 +100,23 @@ class Bench:
         for name, kept in running.items():
             result = Measured.from_spans(name, self.batch, kept.spans, kept.flops, rate, rate_fp8)
             if self.on_gpu:
-                last = partial(kept.step, self.steps - 1)
-                result.peak_bytes = peak_memory(last, kept.held_bytes)
-                result.host_syncs = host_syncs(last)
-                result.add_profile(profile(last))
+                self.inspect(result, kept)
             yield result
+
+    def inspect(self, result: Measured, kept: Running) -> None:
+        """Memory, waits and launches of one more step each; what cannot be looked at does not cost the times."""
+        last = partial(kept.step, self.steps - 1)
+        looks = {
+            "peak memory": lambda: setattr(result, "peak_bytes", peak_memory(last, kept.held_bytes)),
+            "host syncs": lambda: setattr(result, "host_syncs", host_syncs(last)),
+            "launches and gaps": lambda: result.add_profile(profile(last)),
+        }
+        for name, look in looks.items():
+            try:
+                look()
+            except Exception as error:
+                self.failed.append(f"{result.variant}, {name}")
+                self.console.print(f"{result.variant}: {name} not measured: {type(error).__name__}: {error}")
 
     def start(self, variant: Variant, running: dict[str, Running], timer: PartTimer, warm_up: int) -> None:
         """Builds a variant, warms it up and puts it among those that run."""
@@ -114,32 +135,49 @@ class Bench:
                 running[name].step(i)
         running[name].spans += split_steps(timer.collect())
 
-    def attempt(self, name: str, running: dict[str, Running], timer: PartTimer, work: Callable[[], None]) -> None:
-        """Drops a variant that the device has no memory for, with all that it holds."""
-        with suppress(torch.OutOfMemoryError):
+    def attempt(
+        self, name: str, running: dict[str, Running], timer: PartTimer | None, work: Callable[[], None]
+    ) -> None:
+        """Drops a variant that the device cannot run or has no memory for, with all that it holds."""
+        try:
             return work()
+        except torch.OutOfMemoryError:
+            others = ", ".join(other for other in running if other != name)
+            beside = f" beside {others}" if others else ""
+            reason = f"out of memory{beside}, left out; to measure it alone: --only {name}"
+        except ValueError as error:  # what this device does not have, such as float8
+            reason = f"left out: {error}"
+        except Exception:
+            self.failed.append(name)
+            reason = f"left out, failed:\n{traceback.format_exc()}"
         # the error, whose frames hold what the variant does, is gone from here on
+        self.console.print(f"{name}: {reason}")
         running.pop(name, None)
-        timer.collect()
+        if timer is not None:
+            timer.collect()
+        self.free()
+
+    def free(self) -> None:
+        """Gives back what a variant held; its wrappers and hooks refer to each other."""
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
-        others = f" beside {', '.join(running)}" if running else ""
-        self.console.print(f"{name}: out of memory{others}, left out; to measure it alone: --only {name}")
 
-    def curve(self, variants: Sequence[Variant]) -> dict[str, list[float]]:
-        """variant -> the loss of every step, each trained on its own from the same start."""
-        losses = {}
+    def curve(self, variants: Sequence[Variant]) -> Iterator[tuple[str, list[float]]]:
+        """(variant, the loss of every step), each trained on its own from the same start."""
         for variant in variants:
-            step = self.build(variant)
-            values = [step(i) for i in range(self.steps)]
-            losses[variant.name] = torch.stack([value.float().cpu() for value in values]).tolist()
-            self.console.print(f"{variant.name}: loss {losses[variant.name][0]:.5f} -> {losses[variant.name][-1]:.5f}")
-            del step
-            gc.collect()  # wrappers and hooks refer to each other
-            if self.on_gpu:
-                torch.cuda.empty_cache()
-        return losses
+            found: list[float] = []
+            self.attempt(variant.name, {}, None, partial(self.train, variant, found))
+            self.free()
+            if found:
+                self.console.print(f"{variant.name}: loss {found[0]:.5f} -> {found[-1]:.5f}")
+                yield variant.name, found
+
+    def train(self, variant: Variant, losses: list[float]) -> None:
+        """Adds the loss of every step to `losses`, read when all have run."""
+        step = self.build(variant)
+        values = [step(i) for i in range(self.steps)]
+        losses += torch.stack([value.float().cpu() for value in values]).tolist()
 
 
 def split_steps(spans: Sequence[tuple[str, float]]) -> list[list[tuple[str, float]]]:
@@ -153,24 +191,20 @@ def split_steps(spans: Sequence[tuple[str, float]]) -> list[list[tuple[str, floa
     return steps
 
 
-def relative_difference(losses: Sequence[float], reference: Sequence[float]) -> float:
-    """Mean over steps of |a - b| / b."""
-    return sum(abs(a - b) / b for a, b in zip(losses, reference, strict=True)) / len(reference)
-
-
-def compare_curves(losses: dict[str, list[float]], console: Console) -> int:
-    """Prints how far each variant's losses are from the eager ones; 1 if one is beyond its limit."""
-    status = 0
-    for name, limit in CURVE_LIMITS.items():
-        if name in losses:
-            difference = relative_difference(losses[name], losses["eager"])
-            good = difference < limit
-            status |= not good
-            console.print(
-                f"{name}: mean relative difference of {len(losses[name])} losses from eager {difference:.2%} "
-                f"(limit {limit:.1%}) {'ok' if good else 'FAIL'}"
-            )
-    return status
+def curves(bench: Bench, variants: Sequence[Variant], folder: Path, experiment: str) -> int:
+    """Trains the eager step and those of the variants that have a limit, and compares; the exit status."""
+    compared = [variant for variant in variants if variant.name in CURVE_LIMITS]
+    if not compared:
+        raise ValueError(f"--curve compares {', '.join(CURVE_LIMITS)} with the eager step; --only names none of them")
+    losses = dict(bench.curve(chosen(["eager"])))
+    if not losses:
+        raise ValueError("without the eager step's losses there is nothing to compare with")
+    for name, values in bench.curve(compared):
+        losses[name] = values
+        write_curves(folder / f"curve_{experiment}.csv", losses)  # now: what cuts the run short takes no curve along
+        plot_curves(folder / f"curve_{experiment}.png", experiment, losses)
+    good = compare_curves(losses, bench.console.print)
+    return 0 if good and not bench.failed else 1
 
 
 def table(results: Sequence[Measured]) -> Table:
@@ -213,21 +247,24 @@ def run(args: argparse.Namespace, console: Console) -> int:
     cfg = compose_config([f"experiment={args.experiment}", *args.overrides])
     if args.count:
         return count(cfg, args.batch, variants, console)
-    if args.curve:
-        needed = [v for v in variants if v.name in ("eager", *CURVE_LIMITS)]
-        return compare_curves(Bench(cfg, args.batch, device, args.curve, console).curve(needed), console)
-    steps = args.warm_up + -(-args.steps // TURN) * TURN
     name = device_name(device)
-    folder, results, everything = args.output / folder_name(name), [], []
-    for result in Bench(cfg, args.batch, device, steps, console).measure(variants, args.warm_up):
+    folder = args.output / folder_name(name)
+    if args.curve:
+        return curves(Bench(cfg, args.batch, device, args.curve, console), variants, folder, args.experiment)
+    steps = args.warm_up + -(-args.steps // TURN) * TURN
+    results, everything = [], []
+    bench = Bench(cfg, args.batch, device, steps, console)
+    for result in bench.measure(variants, args.warm_up):
         results.append(result)  # written one by one: what cuts the run short takes no finished numbers along
         everything = merge_results(folder / "step.json", args.experiment, name, versions(), [result])
     if not results:
-        raise ValueError(f"no variant fits {args.batch} images into the memory; choose a smaller --batch")
+        raise ValueError(f"no variant could be measured, see above; where memory lacks, --batch below {args.batch}")
     console.print(table(results))
     plot_parts(folder / f"step_{args.experiment}.png", args.experiment, everything)
     console.print(f"written to {folder}")
-    return 0
+    if bench.failed:
+        console.print(f"failed, see above: {'; '.join(bench.failed)}")
+    return 1 if bench.failed else 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -1,17 +1,25 @@
-"""Results of `python -m bench.step`: one JSON file a device, and a bar of parts for every variant."""
+"""Results of `python -m bench.step`: one JSON file a device, a bar of parts for every variant, loss curves.
+
+Reading them needs neither torch nor Hydra, which `bench.step` does.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
+from typing import TYPE_CHECKING
 
-from bench.step_meter import Profile
-from dune_fast.engine.flops import Flops
+if TYPE_CHECKING:
+    from bench.step_meter import Profile
+    from dune_fast.engine.flops import Flops
 
 EVERYTHING_ELSE = "everything else"
+CURVE_LIMITS = {"ours": 0.005, "ours+lean": 0.005, "ours+fp8": 0.02}
+"""Mean relative difference of the losses from the eager step's; routing trains on other losses and has none."""
 
 
 @dataclass
@@ -95,7 +103,64 @@ def merge_results(
         lines[result.variant] = asdict(result) | {"versions": versions}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
+    return measured(content, experiment)
+
+
+def measured(content: dict, experiment: str) -> list[Measured]:
+    """The variants of one experiment of what `read_results` gives; none if it was not measured."""
+    lines = content["experiments"].get(experiment, {})
     return [Measured(**{k: v for k, v in line.items() if k != "versions"}) for line in lines.values()]
+
+
+def relative_difference(losses: Sequence[float], reference: Sequence[float]) -> float:
+    """Mean over steps of |a - b| / b."""
+    return sum(abs(a - b) / b for a, b in zip(losses, reference, strict=True)) / len(reference)
+
+
+def compare_curves(losses: dict[str, list[float]], say: Callable[[str], None]) -> bool:
+    """Says how far each variant's losses are from the eager ones; whether all are within their limits."""
+    good = True
+    for name, limit in CURVE_LIMITS.items():
+        if name in losses:
+            difference = relative_difference(losses[name], losses["eager"])
+            good &= difference < limit
+            say(
+                f"{name}: mean relative difference of {len(losses[name])} losses from eager {difference:.2%} "
+                f"(limit {limit:.1%}) {'ok' if difference < limit else 'FAIL'}"
+            )
+    return good
+
+
+def write_curves(path: Path, losses: dict[str, list[float]]) -> None:
+    """Losses as a CSV: a line a step, a column a variant."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", *losses])
+        for step, values in enumerate(zip(*losses.values(), strict=True)):
+            writer.writerow([step, *(f"{value:.6g}" for value in values)])
+
+
+def read_curves(path: Path) -> dict[str, list[float]]:
+    """variant -> losses of a CSV that `write_curves` wrote; empty if there is no file."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        header, *lines = csv.reader(file)
+    return {name: [float(line[i]) for line in lines] for i, name in enumerate(header) if i > 0}
+
+
+def plot_curves(path: Path, experiment: str, losses: dict[str, list[float]]) -> None:
+    """The loss of every variant over the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, values in losses.items():
+        axes.plot(values, label=name, linewidth=1)
+    axes.set(xlabel="step", ylabel="loss", title=f"{experiment}, same images and seeds")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def plot_parts(path: Path, experiment: str, results: Sequence[Measured]) -> None:

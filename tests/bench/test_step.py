@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import weakref
 
 import pytest
@@ -11,10 +12,18 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import step as module
-from bench.step import Bench, chosen, relative_difference, split_steps
+from bench.step import Bench, Running, chosen, split_steps
 from bench.step_count import Meter, count_step
 from bench.step_meter import PartTimer, counted_waits, matrix_rate, merged_length
-from bench.step_results import EVERYTHING_ELSE, Measured, merge_results
+from bench.step_results import (
+    CURVE_LIMITS,
+    EVERYTHING_ELSE,
+    Measured,
+    compare_curves,
+    merge_results,
+    read_curves,
+    relative_difference,
+)
 from bench.step_variants import VARIANTS, SyntheticLoader, synthetic_config
 from dune_fast.engine.config import RunConfig, TrainConfig
 from dune_fast.engine.deepspeed_engine import init_distributed
@@ -53,7 +62,7 @@ def curves() -> dict[str, list[float]]:
     """Losses of a few steps of the eager step, ours, and ours with FP8 teachers."""
     device = init_distributed()
     bench = Bench(config(), 6, device, 8, Quiet())
-    return bench.curve(chosen(["eager", "ours", "ours+fp8"]))
+    return dict(bench.curve(chosen(["eager", "ours", "ours+fp8"])))
 
 
 def test_eager_and_ours_train_alike(curves):
@@ -64,7 +73,7 @@ def test_eager_and_ours_train_alike(curves):
 
 def test_fp8_teachers_stay_within_the_limit(curves):
     difference = relative_difference(curves["ours+fp8"], curves["eager"])
-    assert 1e-6 < difference < module.CURVE_LIMITS["ours+fp8"]
+    assert 1e-6 < difference < CURVE_LIMITS["ours+fp8"]
 
 
 def test_measures_parts_that_add_up(tmp_path):
@@ -84,8 +93,17 @@ def test_measures_parts_that_add_up(tmp_path):
     assert (tmp_path / "step.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("fails_at", [0, 2], ids=["in the warm-up", "in a turn"])
-def test_a_variant_without_room_is_left_out(monkeypatch, fails_at):
+@pytest.mark.parametrize(
+    ("fails_at", "error", "says"),
+    [
+        (0, torch.OutOfMemoryError("no room"), "eager: out of memory, left out; .*--only eager"),
+        (2, torch.OutOfMemoryError("no room"), "eager: out of memory beside ours, left out; .*--only eager"),
+        (0, ValueError("float8 needs a newer GPU"), "eager: left out: float8 needs a newer GPU"),
+        (2, RuntimeError("no kernel image"), "(?s)eager: left out, failed:.*RuntimeError: no kernel image"),
+    ],
+    ids=["no room in the warm-up", "no room in a turn", "not on this device", "an error"],
+)
+def test_a_variant_that_fails_is_left_out(monkeypatch, fails_at, error, says):
     """The others are measured all the same, and nothing of the failed one stays."""
     console = Quiet()
     bench = Bench(config(), 3, init_distributed(), 6, console)
@@ -97,7 +115,7 @@ def test_a_variant_without_room_is_left_out(monkeypatch, fails_at):
 
         def step(i: int) -> torch.Tensor:
             if variant.name == "eager" and i == fails_at:
-                raise torch.OutOfMemoryError("no room")
+                raise error.with_traceback(None)
             return state.sum()
 
         return step
@@ -105,8 +123,28 @@ def test_a_variant_without_room_is_left_out(monkeypatch, fails_at):
     monkeypatch.setattr(bench, "build", build)
     results = list(bench.measure(chosen(["eager", "ours"]), warm_up=1))
     assert [result.variant for result in results] == ["ours"]
-    assert any(line.startswith("eager: out of memory") and "--only eager" in line for line in console.lines)
+    assert any(re.match(says, line) for line in console.lines)
+    assert bench.failed == (["eager"] if isinstance(error, RuntimeError) and "kernel" in says else [])
+    error.__traceback__ = None  # of this test's own reference to it
     assert held[0]() is None
+
+
+def test_what_cannot_be_inspected_does_not_cost_the_times(monkeypatch):
+    """A profiler without the right to read counters, or a step that has no room under it, came after all timing."""
+    console = Quiet()
+    bench = Bench(config(), 3, CPU, 6, console)
+    monkeypatch.setattr(bench, "build", lambda variant, timer: lambda i: torch.zeros(()))
+    monkeypatch.setattr(module, "peak_memory", lambda step, own: own + 1)
+    monkeypatch.setattr(module, "host_syncs", lambda step: int(step()))
+
+    def no_counters(step):
+        raise ValueError("max() iterable argument is empty")
+
+    monkeypatch.setattr(module, "profile", no_counters)
+    result = Measured("ours", 3, 1.0, 1.0, 1.0, {}, 3000.0)
+    bench.inspect(result, Running(lambda i: torch.tensor(2.0), 10, None))
+    assert (result.peak_bytes, result.host_syncs, result.kernels) == (11, 2, None)
+    assert bench.failed == ["ours, launches and gaps"] and "launches and gaps not measured" in console.lines[-1]
 
 
 def test_nothing_of_a_variant_stays_when_the_next_draws_its_curve(monkeypatch):
@@ -126,9 +164,32 @@ def test_nothing_of_a_variant_stays_when_the_next_draws_its_curve(monkeypatch):
     gc.collect()
     gc.disable()
     try:
-        assert bench.curve(chosen(["eager", "ours"])) == {"eager": [1.0, 1.0], "ours": [1.0, 1.0]}
+        assert dict(bench.curve(chosen(["eager", "ours"]))) == {"eager": [1.0, 1.0], "ours": [1.0, 1.0]}
     finally:
         gc.enable()
+
+
+def test_a_finished_curve_is_kept_when_the_next_one_fails(tmp_path, monkeypatch):
+    """And the eager one, which the others are compared with, is drawn whatever --only says."""
+    console, errors = Quiet(), {"ours+fp8": RuntimeError("no kernel image")}
+    bench = Bench(config(), 3, CPU, 2, console)
+
+    def build(variant):
+        if variant.name in errors:
+            raise errors[variant.name]
+        return lambda i: torch.tensor(1.0 + i)
+
+    monkeypatch.setattr(bench, "build", build)
+    assert module.curves(bench, chosen(["ours", "ours+fp8", "ours+routing"]), tmp_path, "small") == 1
+    assert bench.failed == ["ours+fp8"] and "no kernel image" in "\n".join(console.lines)
+    assert read_curves(tmp_path / "curve_small.csv") == {"eager": [1.0, 2.0], "ours": [1.0, 2.0]}
+    assert (tmp_path / "curve_small.png").stat().st_size > 5_000
+    with pytest.raises(ValueError, match="names none of them"):
+        module.curves(bench, chosen(["ours+routing"]), tmp_path, "small")
+    errors["eager"] = ValueError("another family")
+    with pytest.raises(ValueError, match="nothing to compare with"):
+        module.curves(bench, chosen(["ours"]), tmp_path, "small")
+    assert not compare_curves({"eager": [1.0], "ours": [1.0], "ours+lean": [1.1]}, console.print)
 
 
 def test_every_variant_runs_on_images_that_differ():
@@ -141,7 +202,7 @@ def test_every_variant_runs_on_images_that_differ():
 
 def test_the_routing_variant_trains():
     device = init_distributed()
-    losses = Bench(config(), 3, device, 2, Quiet()).curve(chosen(["ours+routing"]))["ours+routing"]
+    ((_, losses),) = Bench(config(), 3, device, 2, Quiet()).curve(chosen(["ours+routing"]))
     assert all(0 < loss < 10 for loss in losses)
 
 
