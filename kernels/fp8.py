@@ -109,7 +109,7 @@ def _quantize_kernel(
     inside = (row < rows)[:, None] & (col < C)[None, :]
     value = tl.load(x + row[:, None] * stride_x + col[None, :], mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
-        value = gelu(value + tl.load(bias + col, mask=col < C, other=0.0).to(tl.float32)[None, :])
+        value = gelu(value + tl.load(bias + col, mask=col < C, other=0.0).to(tl.float32)[None, :], values.dtype.element_ty)
     _store_quantized(value, values, scale, row, col, rows, C)
 
 

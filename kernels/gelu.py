@@ -48,45 +48,73 @@ def _backward_reference(dh, x, bias):
 
 
 @jit
-def gelu(u):
-    """Exact GELU of float32 values."""
-    return 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
+def _clamped(u):
+    """|u|, at most 14.5, where Q has underflowed: so inf * 0 never happens. NaN stays NaN."""
+    return tl.minimum(tl.abs(u), 14.5, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit
-def _gelu_slope(u):
+def _upper_tail(x):
+    """Q(x) for x in [0, 14.5]: 2 to the power of a polynomial, one MUFU."""
+    p = 3.9858438327655676e-08 * x - 2.4335611215065e-06
+    p = p * x + 6.290317833190784e-05
+    p = p * x - 0.0009122294140979648
+    p = p * x + 0.00839838944375515
+    p = p * x - 0.05373644456267357
+    p = p * x - 0.45864999294281006
+    p = p * x - 1.1511977910995483
+    return tl.exp2(p * x - 0.9999979734420776)
+
+
+@jit
+def gelu(u, DTYPE: tl.constexpr):
+    """GELU of float32 values, for a result of type DTYPE."""
+    if DTYPE == tl.float32:
+        return 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
+    x = _clamped(u)
+    return tl.maximum(u, 0.0) - x * _upper_tail(x)
+
+
+@jit
+def _gelu_slope(u, DTYPE: tl.constexpr):
     """The derivative of `gelu`."""
-    return 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * tl.exp(-0.5 * u * u) * 0.3989422804014327
+    if DTYPE == tl.float32:
+        return 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * tl.exp(-0.5 * u * u) * 0.3989422804014327
+    x = _clamped(u)
+    density = tl.exp2(x * -0.7213475204444817 * x - 1.3257480647361593)  # exp(-x^2 / 2) / sqrt(2 pi)
+    below = _upper_tail(x) - x * density
+    return tl.where(u > 0, 1.0 - below, below)
 
 
 @jit
-def _forward_kernel(x, bias, h, rows, F, stride_x, ROWS: tl.constexpr, BLOCK_F: tl.constexpr):
-    blocks = tl.cdiv(F, BLOCK_F)
+def _forward_kernel(x, bias, h, rows, stride_x, F: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr):
+    blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # 64 bits: rows * F passes 2^31
     col = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
-    inside = (row < rows)[:, None] & (col < F)[None, :]
+    keep = (col < F) | (F % BLOCK_F == 0)
+    inside = (row < rows)[:, None] & keep[None, :]
     u = tl.load(x + row[:, None] * stride_x + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    u += tl.load(bias + col, mask=col < F, other=0.0).to(tl.float32)[None, :]
-    tl.store(h + row[:, None] * F + col[None, :], gelu(u).to(h.dtype.element_ty), mask=inside)
+    u += tl.load(bias + col, mask=keep, other=0.0).to(tl.float32)[None, :]
+    tl.store(h + row[:, None] * F + col[None, :], gelu(u, h.dtype.element_ty).to(h.dtype.element_ty), mask=inside)
 
 
 @jit
 def _backward_kernel(
-    dh, x, bias, dx, partials, rows, F, stride_dh, stride_x, ROWS: tl.constexpr, BLOCK_F: tl.constexpr
+    dh, x, bias, dx, partials, rows, stride_dh, stride_x, F: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr
 ):  # fmt: skip
     """One program: a block of columns in one stripe of rows (every stripes-th tile)."""
-    blocks = tl.cdiv(F, BLOCK_F)
+    blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     stripe, stripes = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
     col = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
-    keep = col < F
+    keep = (col < F) | (F % BLOCK_F == 0)
     b = tl.load(bias + col, mask=keep, other=0.0).to(tl.float32)[None, :]
     dbias = tl.zeros([ROWS, BLOCK_F], tl.float32)
-    for start in range(stripe * ROWS, rows, stripes * ROWS):
+    for start in tl.range(stripe * ROWS, rows, stripes * ROWS, num_stages=3):
         row = start + tl.arange(0, ROWS).to(tl.int64)
         inside = (row < rows)[:, None] & keep[None, :]
         u = tl.load(x + row[:, None] * stride_x + col[None, :], mask=inside, other=0.0).to(tl.float32) + b
         up = tl.load(dh + row[:, None] * stride_dh + col[None, :], mask=inside, other=0.0).to(tl.float32)
-        grad = up * _gelu_slope(u)  # 0 outside
+        grad = up * _gelu_slope(u, x.dtype.element_ty)  # 0 outside
         tl.store(dx + row[:, None] * F + col[None, :], grad.to(dx.dtype.element_ty), mask=inside)
         dbias += grad
     tl.store(partials + stripe * F + col, tl.sum(dbias, 0), mask=keep)
@@ -108,7 +136,7 @@ def _forward_fused(x, bias):
     rows, channels = x.shape
     options = choose(FORWARD, x.device, channels)
     grid = triton.cdiv(rows, options["ROWS"]) * triton.cdiv(channels, options["BLOCK_F"])
-    launch(_forward_kernel, (grid,), x, bias.contiguous(), h, rows, channels, x.stride(0), **options)
+    launch(_forward_kernel, (grid,), x, bias.contiguous(), h, rows, x.stride(0), F=channels, **options)
     return h
 
 
@@ -123,7 +151,7 @@ def _backward_fused(dh, x, bias):
     partials = x.new_empty(stripes, channels, dtype=torch.float32)
     launch(
         _backward_kernel, (stripes * blocks,), dh, x, bias.contiguous(), dx, partials,
-        rows, channels, dh.stride(0), x.stride(0), **options,
+        rows, dh.stride(0), x.stride(0), F=channels, **options,
     )  # fmt: skip
     return dx, partials.sum(0)
 
