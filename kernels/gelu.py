@@ -100,7 +100,8 @@ def _forward_kernel(x, bias, h, rows, stride_x, F: tl.constexpr, ROWS: tl.conste
 
 @jit
 def _backward_kernel(
-    dh, x, bias, dx, partials, rows, stride_dh, stride_x, F: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr
+    dh, x, bias, dx, partials, rows, stride_dh, stride_x,
+    F: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of columns in one stripe of rows (every stripes-th tile)."""
     blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
@@ -109,7 +110,7 @@ def _backward_kernel(
     keep = (col < F) | (F % BLOCK_F == 0)
     b = tl.load(bias + col, mask=keep, other=0.0).to(tl.float32)[None, :]
     dbias = tl.zeros([ROWS, BLOCK_F], tl.float32)
-    for start in tl.range(stripe * ROWS, rows, stripes * ROWS, num_stages=3):
+    for start in tl.range(stripe * ROWS, rows, stripes * ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS).to(tl.int64)
         inside = (row < rows)[:, None] & keep[None, :]
         u = tl.load(x + row[:, None] * stride_x + col[None, :], mask=inside, other=0.0).to(tl.float32) + b
@@ -120,12 +121,26 @@ def _backward_kernel(
     tl.store(partials + stripe * F + col, tl.sum(dbias, 0), mask=keep)
 
 
-_EVIDENCE = "not yet measured: 16 elements a thread, 2 loads of 16 bytes of each tensor; 256 divides every ViT's MLP"
-
-FORWARD = {"default": [Launch(65536, {"ROWS": 8, "BLOCK_F": 256, "num_warps": 4}, _EVIDENCE)]}
+FORWARD = {
+    "default": [
+        Launch(
+            65536, {"ROWS": 8, "BLOCK_F": 256, "num_warps": 4},
+            "not yet measured: 16 elements a thread, 2 loads of 16 bytes; 19 instructions an element, so that bytes are "
+            "the limit; 256 divides every ViT's MLP; 32 registers let 64 warps be resident",
+        ),
+    ]
+}  # fmt: skip
 """By channels; the tile of a program."""
-BACKWARD = {"default": [Launch(65536, {"ROWS": 8, "BLOCK_F": 256, "num_warps": 4, "per_processor": 5}, _EVIDENCE)]}
-"""By channels; the tile of an iteration, and how many programs share a multiprocessor (96 registers allow 5)."""
+BACKWARD = {
+    "default": [
+        Launch(
+            65536, {"ROWS": 8, "BLOCK_F": 256, "STAGES": 3, "per_processor": 8, "num_warps": 4},
+            "not yet measured: 16 elements a thread; 64 registers allow 8 programs, whose 1 to 2 tiles of 8 KiB on their "
+            "way are 64 to 128 KiB a multiprocessor where 40 would do; 28 instructions an element",
+        ),
+    ]
+}  # fmt: skip
+"""By channels; the tile of an iteration, and how many programs share a multiprocessor where x has two bytes."""
 
 # ---------------------------------------------------------------- implementation
 
@@ -146,8 +161,8 @@ def _backward_fused(dh, x, bias):
     rows, channels = x.shape
     options = choose(BACKWARD, x.device, channels)
     blocks = triton.cdiv(channels, options["BLOCK_F"])
-    stripes = triton.cdiv(options.pop("per_processor") * processors(x.device), blocks)
-    stripes = min(triton.cdiv(rows, options["ROWS"]), stripes)
+    resident = options.pop("per_processor") * 2 // x.element_size() * processors(x.device)
+    stripes = max(1, min(triton.cdiv(rows, options["ROWS"]), resident // blocks))  # all at once: no second wave
     partials = x.new_empty(stripes, channels, dtype=torch.float32)
     launch(
         _backward_kernel, (stripes * blocks,), dh, x, bias.contiguous(), dx, partials,
