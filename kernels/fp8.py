@@ -88,7 +88,8 @@ def _layer_norm_fused(x, y, gamma, weight, bias, eps):
     gamma, weight, bias = (None if p is None else p.contiguous() for p in (gamma, weight, bias))
     launch(
         layer_norm_kernel, grid, x, y, gamma, weight, bias, out, values, scale,
-        x.shape[0], x.stride(0), 0 if y is None else y.stride(0), eps, BLOCK_C=triton.next_power_of_2(x.shape[1]), **options,
+        x.shape[0], x.stride(0), 0 if y is None else y.stride(0), eps,
+        BLOCK_C=triton.next_power_of_2(x.shape[1]), **options,
     )  # fmt: skip
     return out, values, scale
 

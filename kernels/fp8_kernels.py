@@ -83,9 +83,9 @@ def quantize_kernel(
 
 _EVIDENCE = "not yet measured: 16 elements a thread, a whole row in the registers of one program for its amax"
 _QUANTIZE_EVIDENCE = (
-    "not yet measured: a whole row in the registers of one program for its amax; 32 elements a thread share the cost of "
-    "sums and addresses (22 instructions an element with GELU, 25 with 16 elements), and 48 registers let 40 warps be "
-    "resident, with 64 bytes a thread on their way"
+    "not yet measured: a whole row in the registers of one program for its amax; 32 elements a thread share the cost "
+    "of sums and addresses (22 instructions an element with GELU, 25 with 16 elements), and 48 registers let 40 warps "
+    "be resident, with 64 bytes a thread on their way"
 )
 
 LAYER_NORM = {
