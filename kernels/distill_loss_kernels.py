@@ -5,7 +5,8 @@
     gradient kernel   s, t, saved, upstream [B] -> ds [tokens, C]
 
 The first and the last move all the bytes. Their programs hold whole tokens in registers and take every num_programs-th
-tile of them; mean and inv_std they load once. Roots and quotients are left to the image kernel, once a token.
+tile of them, while the next ones are copied to shared memory; mean and inv_std they load once. Roots and quotients are
+left to the image kernel, once a token.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from kernels.launching import Launch, choose, launch, processors
 from kernels.library import as_rows, jit, row_offsets, tl
 
 EPS = 1e-8
+SMALLEST_BETA = 2.0**-60
+"""Smaller ones, and 0, count as this one: L1 but for 2^-61 a value; float32 has the inverse and the products."""
 MAX_CHANNELS = 4096
 """Of one token in registers."""
 
@@ -45,21 +48,22 @@ def _load_tokens(x, token, channel, valid, PERIOD: tl.constexpr, outer_stride, i
 
 @jit(do_not_specialize=["tokens"])
 def _token_kernel(
-    student, teacher, mean, inv_std, sums, tokens, s_outer, s_inner, t_outer, t_inner, beta, half_inverse_beta,
+    student, teacher, mean, inv_std, sums, tokens, s_outer, s_inner, t_outer, t_inner, beta,
     S_PERIOD: tl.constexpr, T_PERIOD: tl.constexpr, STANDARDIZE: tl.constexpr, CHANNELS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """sums [tokens, 4] = s.y, |s|^2, |y|^2, smooth-L1; a program takes every num_programs-th tile of tokens."""
     channel = tl.arange(0, BLOCK_C)
     shift, scale = _standardizer(mean, inv_std, channel, CHANNELS, STANDARDIZE, BLOCK_C)
-    for first in range(tl.program_id(0) * BLOCK_R, tokens, tl.num_programs(0) * BLOCK_R):
+    for first in tl.range(tl.program_id(0) * BLOCK_R, tokens, tl.num_programs(0) * BLOCK_R, num_stages=STAGES):
         token = first + tl.arange(0, BLOCK_R)
         valid = (token < tokens)[:, None] & (channel < CHANNELS)[None, :]
         s = _load_tokens(student, token, channel, valid, S_PERIOD, s_outer, s_inner)
         t = _load_tokens(teacher, token, channel, valid, T_PERIOD, t_outer, t_inner)
         y = (t - shift[None, :]) * scale[None, :]
         size = tl.abs(s - y)
-        l1 = tl.where(size < beta, size * size * half_inverse_beta, size - 0.5 * beta)
+        bounded = tl.minimum(size, beta, propagate_nan=tl.PropagateNan.ALL)
+        l1 = bounded * (size - 0.5 * bounded)  # beta times smooth-L1: the square below beta, linear above
         # joined, the four sums cost the barriers of one
         four = tl.sum(tl.join(tl.join(s * y, y * y), tl.join(s * s, l1)), 1)  # [R, 2, 2]
         at = sums + token[:, None] * 4 + tl.arange(0, 4)[None, :]
@@ -68,7 +72,7 @@ def _token_kernel(
 
 @jit
 def _image_kernel(
-    sums, saved, total, cosine, smooth_l1, cosine_weight, smooth_l1_weight,
+    sums, saved, total, cosine, smooth_l1, cosine_weight, smooth_l1_weight, inverse_beta,
     EPS: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Means over the patches of one image a program, and what the backward needs of each."""
@@ -95,7 +99,7 @@ def _image_kernel(
         tl.store(saved + token * 2, of_s, mask=inside)
         tl.store(saved + token * 2 + 1, tl.div_rn(tl.div_rn(1.0, s_norm), y_norm), mask=inside)
     cos = tl.sum(cosines, 0) / PATCHES
-    l1 = tl.sum(l1s, 0) / PATCHES
+    l1 = tl.sum(l1s, 0) * inverse_beta / PATCHES
     tl.store(total + image, cosine_weight * cos + smooth_l1_weight * l1)
     tl.store(cosine + image, cos)
     tl.store(smooth_l1 + image, l1)
@@ -104,14 +108,14 @@ def _image_kernel(
 @jit(do_not_specialize=["tokens"])
 def _gradient_kernel(
     student, teacher, mean, inv_std, saved, upstream, gradient, tokens, s_outer, s_inner, t_outer, t_inner,
-    cosine_weight, smooth_l1_weight, beta, inverse_beta,
+    cosine_weight, smooth_l1_weight, inverse_beta,
     S_PERIOD: tl.constexpr, T_PERIOD: tl.constexpr, STANDARDIZE: tl.constexpr,
-    PATCHES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    PATCHES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """gradient [tokens, C] of the student; a program takes every num_programs-th tile of tokens."""
     channel = tl.arange(0, BLOCK_C)
     shift, scale = _standardizer(mean, inv_std, channel, CHANNELS, STANDARDIZE, BLOCK_C)
-    for first in range(tl.program_id(0) * BLOCK_R, tokens, tl.num_programs(0) * BLOCK_R):
+    for first in tl.range(tl.program_id(0) * BLOCK_R, tokens, tl.num_programs(0) * BLOCK_R, num_stages=STAGES):
         token = first + tl.arange(0, BLOCK_R)
         inside = token < tokens
         valid = inside[:, None] & (channel < CHANNELS)[None, :]
@@ -124,29 +128,30 @@ def _gradient_kernel(
         of_l1 = smooth_l1_weight * g / CHANNELS
 
         y = (t - shift[None, :]) * scale[None, :]
-        d = s - y
-        sign = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0))
-        slope = tl.where(tl.abs(d) < beta, d * inverse_beta, sign)
+        slope = tl.clamp((s - y) * inverse_beta, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
         out = of_s[:, None] * s - of_y[:, None] * y + of_l1[:, None] * slope
         at = token.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
         tl.store(gradient + at, out.to(gradient.dtype.element_ty), mask=valid)
 
 
 _REASON = (
-    "not yet measured: reasoned for sm_90 from 16 values of each operand a thread (8 at 2048 channels, where 16 spill "
-    "on sm_80), two 16-byte loads of each in bf16, and as many programs a multiprocessor as their registers allow "
-    "(56 at 1024 channels), so that some load while others reduce"
+    "not yet measured: reasoned for sm_90 from 32 values of each operand a thread, so that up to 1024 channels one "
+    "warp sums a token without a barrier (16 instructions a value; 25 with four warps a token); 12 warps a "
+    "multiprocessor keep 48 to 96 KiB in flight where 40 would do, and stay resident with up to 168 registers "
+    "(at most 128 are used)"
 )
 _TABLE = {
     "default": [
-        Launch(64, {"BLOCK_R": 32, "BLOCK_C": 64, "PROGRAMS": 8, "num_warps": 4}, _REASON),
-        Launch(256, {"BLOCK_R": 8, "BLOCK_C": 256, "PROGRAMS": 8, "num_warps": 4}, _REASON),
-        Launch(512, {"BLOCK_R": 4, "BLOCK_C": 512, "PROGRAMS": 8, "num_warps": 4}, _REASON),
-        Launch(1024, {"BLOCK_R": 2, "BLOCK_C": 1024, "PROGRAMS": 8, "num_warps": 4}, _REASON),
-        Launch(2048, {"BLOCK_R": 1, "BLOCK_C": 2048, "PROGRAMS": 5, "num_warps": 8}, _REASON),
-        Launch(MAX_CHANNELS, {"BLOCK_R": 1, "BLOCK_C": 4096, "PROGRAMS": 3, "num_warps": 8}, _REASON),
+        Launch(64, {"BLOCK_R": 16, "BLOCK_C": 64, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}, _REASON),
+        Launch(256, {"BLOCK_R": 4, "BLOCK_C": 256, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}, _REASON),
+        Launch(512, {"BLOCK_R": 2, "BLOCK_C": 512, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}, _REASON),
+        Launch(1024, {"BLOCK_R": 1, "BLOCK_C": 1024, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}, _REASON),
+        Launch(2048, {"BLOCK_R": 1, "BLOCK_C": 2048, "PROGRAMS": 6, "STAGES": 3, "num_warps": 2}, _REASON),
+        Launch(MAX_CHANNELS, {"BLOCK_R": 1, "BLOCK_C": 4096, "PROGRAMS": 3, "STAGES": 3, "num_warps": 4}, _REASON),
     ]
 }
+"""By channels; PROGRAMS a multiprocessor where both operands have two bytes, else fewer in the same shared memory.
+All must be resident at once: a second wave would take as long as the first."""
 
 
 def _prepare(
@@ -155,7 +160,8 @@ def _prepare(
     """What both passes share: the operands with adjacent channels, tokens, programs, strides and constants."""
     s, t, channels = as_rows(student), as_rows(teacher), student.shape[-1]
     options = choose(_TABLE, student.device, channels)
-    programs = min(-(-s.count // options["BLOCK_R"]), options.pop("PROGRAMS") * processors(student.device))
+    resident = options.pop("PROGRAMS") * 4 // (student.element_size() + teacher.element_size())
+    programs = min(-(-s.count // options["BLOCK_R"]), resident * processors(student.device))
     options |= {
         "s_outer": s.outer_stride,
         "s_inner": s.inner_stride,
@@ -178,14 +184,12 @@ def forward_triton(
     total, cosine, smooth_l1 = (student.new_empty(len(student), dtype=torch.float32) for _ in range(3))
     sums, saved = (student.new_empty(tokens, n, dtype=torch.float32) for n in (4, 2))
     *weights, beta = terms
-    half = 0.5 / beta if beta > 0 else 0.0
-    launch(
-        _token_kernel, (programs,), *operands, sums, tokens, beta=beta, half_inverse_beta=half, **options
-    )  # fmt: skip
+    beta = max(beta, SMALLEST_BETA)
+    launch(_token_kernel, (programs,), *operands, sums, tokens, beta=beta, **options)
     patches = tokens // len(student)
     block = min(1024, 1 << (patches - 1).bit_length())
     launch(
-        _image_kernel, (len(student),), sums, saved, total, cosine, smooth_l1, *weights,
+        _image_kernel, (len(student),), sums, saved, total, cosine, smooth_l1, *weights, 1.0 / beta,
         EPS=EPS, PATCHES=patches, CHANNELS=student.shape[-1], BLOCK_P=block, num_warps=4,
     )  # fmt: skip
     return total, cosine, smooth_l1, saved
@@ -201,7 +205,7 @@ def backward_triton(
     launch(
         _gradient_kernel, (programs,), *operands, saved, upstream.contiguous(), gradient, tokens,
         cosine_weight=cosine_weight, smooth_l1_weight=smooth_l1_weight,
-        beta=beta, inverse_beta=1.0 / beta if beta > 0 else 0.0,
+        inverse_beta=1.0 / max(beta, SMALLEST_BETA),
         PATCHES=tokens // len(student), **options,
     )  # fmt: skip
     return gradient

@@ -19,18 +19,18 @@ Shapes: x [..., C] -> values float8_e4m3fn [..., C], scale float32 [..., 1].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kernels.gelu import bias_gelu_reference, gelu, guard_bias_gelu
+from kernels.fp8_kernels import LAYER_NORM, QUANTIZE, layer_norm_kernel, quantize_kernel
+from kernels.gelu import bias_gelu_reference, guard_bias_gelu
 from kernels.launching import VIT_CHANNELS, Launch, architecture, choose, launch
 from kernels.layer_norm import flat_rows, guard_layer_norm, layer_norm_reference
-from kernels.layer_norm_kernels import normalize_rows, residual_rows
-from kernels.library import guard, guard_device, jit, register, tl, triton, use_triton
+from kernels.library import guard, guard_device, register, triton, use_triton
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -68,86 +68,28 @@ def _bias_gelu_reference(x, bias):
     return quantize_rows_reference(bias_gelu_reference(x.float(), bias))
 
 
-# ---------------------------------------------------------------- kernels
-
-
-@jit
-def _store_quantized(x, values, scale, row, col, rows, C: tl.constexpr):
-    """Quantizes and stores float32 [ROWS, BLOCK_C]; channels past C must be 0."""
-    amax = tl.maximum(tl.max(tl.abs(x), 1), 1e-12)
-    # the product may round past the largest number; a NaN must not be clamped to a number
-    scaled = tl.clamp(x * (448.0 / amax)[:, None], -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    inside = (row < rows)[:, None] & (col < C)[None, :]
-    tl.store(values + row[:, None] * C + col[None, :], scaled.to(tl.float8e4nv), mask=inside)
-    tl.store(scale + row, amax / 448.0, mask=row < rows)
-
-
-@jit
-def _layer_norm_kernel(
-    x, y, gamma, weight, bias, out, values, scale, rows, stride_x, stride_y, eps,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.arange(0, BLOCK_C)
-    inside = (row < rows)[:, None] & (col < C)[None, :]
-    value = residual_rows(x, y, gamma, row, col, inside, stride_x, stride_y, C)
-    if y is not None:
-        stored = value.to(out.dtype.element_ty)
-        tl.store(out + row[:, None] * C + col[None, :], stored, mask=inside)
-        value = stored.to(tl.float32)
-    h, _, _ = normalize_rows(value, weight, bias, col, eps, C)
-    _store_quantized(h, values, scale, row, col, rows, C)
-
-
-@jit
-def _quantize_kernel(
-    x, bias, values, scale, rows, stride_x, C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    """Quantizes x, or gelu(x + bias) where there is a bias."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.arange(0, BLOCK_C)
-    inside = (row < rows)[:, None] & (col < C)[None, :]
-    value = tl.load(x + row[:, None] * stride_x + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    if bias is not None:
-        value = gelu(value + tl.load(bias + col, mask=col < C, other=0.0).to(tl.float32)[None, :])
-    _store_quantized(value, values, scale, row, col, rows, C)
-
-
-_EVIDENCE = "not yet measured: 16 elements a thread, a whole row in the registers of one program for its amax"
-
-TABLE = {
-    "default": [
-        Launch(256, {"ROWS": 8, "num_warps": 4}, _EVIDENCE),
-        Launch(512, {"ROWS": 4, "num_warps": 4}, _EVIDENCE),
-        Launch(1024, {"ROWS": 2, "num_warps": 4}, _EVIDENCE),
-        Launch(2048, {"ROWS": 1, "num_warps": 4}, _EVIDENCE),
-        Launch(4096, {"ROWS": 1, "num_warps": 8}, _EVIDENCE),
-        Launch(16384, {"ROWS": 1, "num_warps": 16}, _EVIDENCE),
-    ]
-}
-"""By channels; ROWS a program."""
-
 # ---------------------------------------------------------------- implementation
 
 
-def _options(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """(grid, constants) for rows x [rows, C]."""
+def _options(x: Tensor, table: Mapping[str, Sequence[Launch]]) -> tuple[tuple[int], dict[str, int]]:
+    """(grid, constants but the block's) for rows x [rows, C]."""
     if x.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 9)):
         name = architecture(x.device)
         raise ValueError(f"float8 needs an NVIDIA GPU of compute capability 8.9 or newer, {x.device} is {name}")
     rows, channels = x.shape
-    options = choose(TABLE, x.device, channels) | {"C": channels, "BLOCK_C": triton.next_power_of_2(channels)}
+    options = choose(table, x.device, channels) | {"C": channels}
     return (triton.cdiv(rows, options["ROWS"]),), options
 
 
 def _layer_norm_fused(x, y, gamma, weight, bias, eps):
     out, values, scale = _layer_norm_fake(x, y, gamma, weight, bias, eps)
     x, y = flat_rows(x), None if y is None else flat_rows(y)
-    grid, options = _options(x)
+    grid, options = _options(x, LAYER_NORM)
     gamma, weight, bias = (None if p is None else p.contiguous() for p in (gamma, weight, bias))
     launch(
-        _layer_norm_kernel, grid, x, y, gamma, weight, bias, out, values, scale,
-        x.shape[0], x.stride(0), 0 if y is None else y.stride(0), eps, **options,
+        layer_norm_kernel, grid, x, y, gamma, weight, bias, out, values, scale,
+        x.shape[0], x.stride(0), 0 if y is None else y.stride(0), eps,
+        BLOCK_C=triton.next_power_of_2(x.shape[1]), **options,
     )  # fmt: skip
     return out, values, scale
 
@@ -155,9 +97,14 @@ def _layer_norm_fused(x, y, gamma, weight, bias, eps):
 def _bias_gelu_fused(x, bias):
     values, scale = _quantize_fake(x)
     x = flat_rows(x)
-    grid, options = _options(x)
+    grid, options = _options(x, QUANTIZE)
     bias = None if bias is None else bias.contiguous()
-    launch(_quantize_kernel, grid, x, bias, values, scale, x.shape[0], x.stride(0), **options)
+    channels = x.shape[1]
+    block = 1 << (channels.bit_length() - 1)  # 3072 as 2048 + 1024: every width of a ViT without padding
+    rest = triton.next_power_of_2(channels - block) if channels > block else 0
+    launch(
+        quantize_kernel, grid, x, bias, values, scale, x.shape[0], x.stride(0), BLOCK_C=block, REST=rest, **options
+    )  # fmt: skip
     return values, scale
 
 

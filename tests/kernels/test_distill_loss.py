@@ -85,11 +85,12 @@ def test_weights_and_beta(terms, device, fused, no_worse):
     assert_right(arguments((2, 5, 24), device=device), fused, no_worse, *terms)
 
 
-def test_equal_features_at_beta_zero(device, fused):
-    """The sign of 0 is 0."""
+@pytest.mark.parametrize("beta", [0.0, 1e-42])
+def test_equal_features_at_beta_zero(beta, device, fused):
+    """The sign of 0 is 0, and 0 over a beta of which float32 has no inverse is not NaN."""
     x = torch.randn(2, 3, 8, device=device)
     with fused():
-        total, _, _, gradient = losses_and_gradient(distill_loss, (x, x.clone(), None, None), 0.0, 1.0, 0.0)
+        total, _, _, gradient = losses_and_gradient(distill_loss, (x, x.clone(), None, None), 0.0, 1.0, beta)
     assert not total.any() and not gradient.any()
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels import gelu as module
 from kernels.gelu import bias_gelu, bias_gelu_backward_op, bias_gelu_op, bias_gelu_reference, linear_gelu
+from kernels.library import INTERPRETER, jit, tl
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -53,6 +58,49 @@ def test_tails(size, device, fused, no_worse):
     exact = output_and_gradients(bias_gelu_reference, [t.detach().double().requires_grad_() for t in inputs], upstream)
     for found, theirs, truth in zip(ours, other, exact, strict=True):
         no_worse(found, theirs, truth)
+
+
+_gelu, _gelu_slope = module.gelu, module._gelu_slope
+
+
+@jit
+def _unrounded(u, h, slope, BLOCK: tl.constexpr):
+    """The form for half precision, in float32."""
+    at = tl.arange(0, BLOCK)
+    value = tl.load(u + at)
+    tl.store(h + at, _gelu(value, tl.bfloat16))
+    tl.store(slope + at, _gelu_slope(value, tl.bfloat16))
+
+
+@pytest.mark.skipif(not (INTERPRETER or torch.cuda.is_available()), reason="no triton here")
+def test_errors_of_the_polynomial(device):
+    """What the header of `kernels.gelu` states: absolute, relative to the value, and far out in the tail."""
+    u = torch.linspace(-15, 15, 2**16, device=device)
+    h, slope = torch.empty_like(u), torch.empty_like(u)
+    _unrounded[(1,)](u, h, slope, BLOCK=2**16)
+    u = u.double().cpu()
+    tail = torch.special.log_ndtr(u).exp()  # Phi, to all digits where it is tiny
+    exact, error = u * tail, (h.double().cpu() - u * tail).abs()
+    assert error.max() < 5e-7
+    for least, relative in ((-1, 3e-6), (-3, 1e-5), (-12.6, 2**-9)):  # below, Q is a subnormal float32
+        assert (error <= relative * exact.abs())[u >= least].all(), least
+    assert not h.cpu()[u <= -14.5].any()  # where the argument stops, Q has underflowed
+    density = torch.exp(-u * u / 2) / math.sqrt(2 * math.pi)
+    assert (slope.double().cpu() - (tail + u * density)).abs().max() < 1.2e-6
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_limits_and_nan(dtype, device, fused):
+    """inf * 0 is nowhere: -inf and the largest numbers give the limits, NaN stays NaN and in its place."""
+    inf, largest, tiny = float("inf"), torch.finfo(dtype).max, torch.finfo(dtype).tiny
+    x = torch.tensor([inf, largest, 20, tiny, 0, -0.0, -tiny, -20, -largest, -inf, torch.nan], dtype=dtype)
+    inputs = [x[None].to(device).requires_grad_(), torch.zeros(len(x), device=device, requires_grad=True)]
+    with fused(), np.errstate(over="ignore"):  # the interpreter's numpy squares what it then leaves out
+        found = output_and_gradients(bias_gelu, inputs, torch.ones(1, len(x), device=device))
+    h = torch.tensor([inf, largest, 20, tiny / 2, 0, 0, -tiny / 2, 0, 0, 0, torch.nan], dtype=torch.float64)
+    slope = torch.tensor([1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0, 0, 0, torch.nan], dtype=torch.float64)
+    for ours, expected in zip(found, (h, slope, slope), strict=True):
+        torch.testing.assert_close(ours.double().cpu().view(-1), expected, rtol=2e-4, atol=1e-10, equal_nan=True)
 
 
 def test_half_precision_bias(device, fused):
