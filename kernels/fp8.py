@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from kernels.gelu import bias_gelu_reference, gelu, guard_bias_gelu
 from kernels.launching import VIT_CHANNELS, Launch, architecture, choose, launch
-from kernels.layer_norm import flat_rows, guard_layer_norm, layer_norm_reference
-from kernels.layer_norm_kernels import normalize_rows, residual_rows
+from kernels.layer_norm import guard_layer_norm, layer_norm_reference
+from kernels.layer_norm_kernels import contiguous, flat_rows, forward_options, normed_rows
 from kernels.library import guard, guard_device, jit, register, tl, triton, use_triton
 
 E4M3 = torch.float8_e4m3fn
@@ -90,12 +90,7 @@ def _layer_norm_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK_C)
     inside = (row < rows)[:, None] & (col < C)[None, :]
-    value = residual_rows(x, y, gamma, row, col, inside, stride_x, stride_y, C)
-    if y is not None:
-        stored = value.to(out.dtype.element_ty)
-        tl.store(out + row[:, None] * C + col[None, :], stored, mask=inside)
-        value = stored.to(tl.float32)
-    h, _, _ = normalize_rows(value, weight, bias, col, eps, C)
+    h, _, _ = normed_rows(x, y, gamma, None, weight, bias, out, row, col, inside, stride_x, stride_y, eps, C)
     _store_quantized(h, values, scale, row, col, rows, C)
 
 
@@ -130,11 +125,16 @@ TABLE = {
 # ---------------------------------------------------------------- implementation
 
 
-def _options(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """(grid, constants) for rows x [rows, C]."""
+def _require_float8(x: Tensor) -> None:
+    """ValueError if x lies on a GPU without float8."""
     if x.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 9)):
         name = architecture(x.device)
         raise ValueError(f"float8 needs an NVIDIA GPU of compute capability 8.9 or newer, {x.device} is {name}")
+
+
+def _options(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """(grid, constants) for rows x [rows, C]."""
+    _require_float8(x)
     rows, channels = x.shape
     options = choose(TABLE, x.device, channels) | {"C": channels, "BLOCK_C": triton.next_power_of_2(channels)}
     return (triton.cdiv(rows, options["ROWS"]),), options
@@ -143,10 +143,11 @@ def _options(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
 def _layer_norm_fused(x, y, gamma, weight, bias, eps):
     out, values, scale = _layer_norm_fake(x, y, gamma, weight, bias, eps)
     x, y = flat_rows(x), None if y is None else flat_rows(y)
-    grid, options = _options(x)
-    gamma, weight, bias = (None if p is None else p.contiguous() for p in (gamma, weight, bias))
+    _require_float8(x)
+    options = forward_options(x)
+    grid = (triton.cdiv(len(x), options["ROWS"]),)
     launch(
-        _layer_norm_kernel, grid, x, y, gamma, weight, bias, out, values, scale,
+        _layer_norm_kernel, grid, x, y, *contiguous(gamma, weight, bias), out, values, scale,
         x.shape[0], x.stride(0), 0 if y is None else y.stride(0), eps, **options,
     )  # fmt: skip
     return out, values, scale
