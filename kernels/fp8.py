@@ -144,10 +144,10 @@ def _layer_norm_fused(x, y, gamma, weight, bias, eps):
     out, values, scale = _layer_norm_fake(x, y, gamma, weight, bias, eps)
     x, y = flat_rows(x), None if y is None else flat_rows(y)
     _require_float8(x)
-    options = forward_options(x)
-    grid = (triton.cdiv(len(x), options["ROWS"]),)
+    parameters = contiguous(gamma, weight, bias)
+    options = forward_options(x, y, *parameters)
     launch(
-        _layer_norm_kernel, grid, x, y, *contiguous(gamma, weight, bias), out, values, scale,
+        _layer_norm_kernel, (triton.cdiv(len(x), options["ROWS"]),), x, y, *parameters, out, values, scale,
         x.shape[0], x.stride(0), 0 if y is None else y.stride(0), eps, **options,
     )  # fmt: skip
     return out, values, scale

@@ -156,7 +156,7 @@ def backward_kernel(
         tl.store(sums, tl.sum(total, 0), mask=keep)
 
 
-_FORWARD = "not yet measured: 16 bytes of x a thread; all loads before the first barrier in 32 registers"
+_FORWARD = "not yet measured: 16 bytes a thread of the widest type; all loads before the first barrier in 32 registers"
 _BACKWARD = "not yet measured: 4 elements a thread keep four sums in 64 registers, which let 32 warps be resident"
 _INTERPRETER = "not yet measured: its cost is per program and iteration"
 
@@ -170,7 +170,7 @@ FORWARD = {
     ],
     "interpreter": [Launch(4096, {"ROWS": 8, "num_warps": 4}, _INTERPRETER)],
 }
-"""By channels; ROWS a program, warps for a float32 x: see `forward_options`."""
+"""By channels; ROWS a program, and its warps where float32 is read: see `forward_options`."""
 BACKWARD = {
     "default": [
         Launch(256, {"ROWS": 1, "STAGES": 2, "num_warps": 2, "per_processor": 16, "maxnreg": 64}, _BACKWARD),
@@ -187,11 +187,11 @@ BACKWARD = {
 multiprocessor, and the registers that this allows."""
 
 
-def forward_options(x: Tensor) -> dict[str, int]:
-    """Constants and warps of a forward kernel over rows x [rows, C]: 16 bytes of x a thread."""
+def forward_options(x: Tensor, *parameters: Tensor | None) -> dict[str, int]:
+    """Constants and warps of a forward kernel over rows x [rows, C]: 16 bytes a thread of the widest type read."""
     channels = x.shape[1]
     options = choose(FORWARD, x.device, channels)
-    if x.element_size() == 2:
+    if max(t.element_size() for t in (x, *parameters) if t is not None) == 2:
         options["num_warps"] //= 2
     return options | {"C": channels, "BLOCK_C": triton.next_power_of_2(channels)}
 
@@ -210,10 +210,10 @@ def contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
 def launch_forward(x, y, gamma, branch_bias, weight, bias, out, h, mean, rstd, eps):
     """`forward_kernel` on inputs [..., C]; out, h, mean and rstd are contiguous."""
     x, y = flat_rows(x), None if y is None else flat_rows(y)
-    options = forward_options(x)
+    parameters = contiguous(gamma, branch_bias, weight, bias)
+    options = forward_options(x, y, *parameters)
     launch(
-        forward_kernel, (triton.cdiv(len(x), options["ROWS"]),),
-        x, y, *contiguous(gamma, branch_bias, weight, bias), out, h, mean, rstd,
+        forward_kernel, (triton.cdiv(len(x), options["ROWS"]),), x, y, *parameters, out, h, mean, rstd,
         len(x), x.stride(0), 0 if y is None else y.stride(0), eps, **options,
     )  # fmt: skip
 
