@@ -6,11 +6,12 @@
 Backward, with dh and dx' (the gradient that reaches x' past the norm), n = (x' - mean) * rstd and g = dh * weight:
 
     dx = dx' + rstd * (g - mean_c(g) - n * mean_c(g * n)),   dy = gamma * dx,   db = gamma * sum_rows dx
-    dgamma = sum_rows dx * (y + b) = sum_rows dx * y + b * sum_rows dx,   dweight = sum_rows dh * n,   dbias = sum_rows dh
+    dgamma = sum_rows dx * (y + b) = sum_rows dx * y + b * sum_rows dx
+    dweight = sum_rows dh * n,   dbias = sum_rows dh
 
 gamma and b may be missing. b is here and not in the product so that its gradient comes out of the pass that makes dx,
-instead of one of its own over dy. `kernels.residual` is x' alone. Arithmetic is float32 whatever is stored. h is the norm of x' as stored: the backward, which reads that, sees the same
-numbers.
+instead of one of its own over dy. `kernels.residual` is x' alone. Arithmetic is float32 whatever is stored. h is the
+norm of x' as stored: the backward, which reads that, sees the same numbers.
 
 Minimal bytes moved for each element, fp32 stream and bf16 branch [all bf16]: forward x 4 + y 2 + x' 4 + h 2 = 12 [8],
 where multiply, add, norm and cast apart move 32; backward dh 2 + dx' 4 + x' 4 + y 2 + dx 4 + dy 2 = 18 [12]. Kept for

@@ -29,7 +29,7 @@ def channels(parameter, col, C: tl.constexpr):
 
 @jit
 def residual_rows(x, y, gamma, branch_bias, out, row, col, inside, stride_x, stride_y, C: tl.constexpr):
-    """x' = x + gamma * (y + branch_bias) of some rows, stored and as it is then, float32 [ROWS, BLOCK_C]; x without y."""
+    """x' = x + gamma * (y + branch_bias), stored, and as it is then, float32 [ROWS, BLOCK_C]; x itself without y."""
     value = tl.load(x + row[:, None] * stride_x + col[None, :], mask=inside, other=0.0).to(tl.float32)
     if y is not None:
         branch = tl.load(y + row[:, None] * stride_y + col[None, :], mask=inside, other=0.0).to(tl.float32)

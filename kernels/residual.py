@@ -136,7 +136,7 @@ def residual(
 
 
 def aot_calls(device: torch.device) -> Iterator[tuple[str, Callable]]:
-    """What to compile ahead of time: the ends of encoder (out in x's type) and projector (out in bf16), bf16 branches."""
+    """What to compile ahead of time: the ends of an encoder (out in x's type) and of a projector (out in bf16)."""
     fp32, bf16 = torch.float32, torch.bfloat16
     for channels in VIT_CHANNELS:
         p = torch.empty(channels, device=device)

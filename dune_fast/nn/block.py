@@ -3,8 +3,9 @@
     x = x + ls1 * Attention(LN(x));  x = x + ls2 * MLP(LN(x))
 
 Every residual addition is one pass with the norm that reads its result, which for the second is the next block's: see
-`run_blocks`. On a GPU a bias that is trained is left to the pass that reads its product, whose backward makes its
-gradient: fc1's to GELU, proj's and fc2's to the residual addition. A product adds a frozen one for free. Parameter names are those of DINOv2's releases.
+`run_blocks`. On a GPU a trained bias is added by the pass that reads the product, whose backward makes its gradient:
+fc1's with GELU, proj's and fc2's with the residual addition. A frozen one is added by the product, which costs nothing.
+Parameter names are those of DINOv2's releases.
 """
 
 from __future__ import annotations
