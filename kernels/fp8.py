@@ -19,17 +19,18 @@ Shapes: x [..., C] -> values float8_e4m3fn [..., C], scale float32 [..., 1].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kernels.fp8_kernels import LAYER_NORM, QUANTIZE, layer_norm_kernel, quantize_kernel
+from kernels.fp8_kernels import QUANTIZE, layer_norm_kernel, quantize_kernel
 from kernels.gelu import bias_gelu_reference, guard_bias_gelu
-from kernels.launching import VIT_CHANNELS, Launch, architecture, choose, launch
-from kernels.layer_norm import flat_rows, guard_layer_norm, layer_norm_reference
+from kernels.launching import VIT_CHANNELS, architecture, choose, launch
+from kernels.layer_norm import guard_layer_norm, layer_norm_reference
+from kernels.layer_norm_kernels import contiguous, flat_rows, forward_options
 from kernels.library import guard, guard_device, register, triton, use_triton
 
 E4M3 = torch.float8_e4m3fn
@@ -71,25 +72,22 @@ def _bias_gelu_reference(x, bias):
 # ---------------------------------------------------------------- implementation
 
 
-def _options(x: Tensor, table: Mapping[str, Sequence[Launch]]) -> tuple[tuple[int], dict[str, int]]:
-    """(grid, constants but the block's) for rows x [rows, C]."""
+def _require_float8(x: Tensor) -> None:
+    """ValueError if x lies on a GPU without float8."""
     if x.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 9)):
         name = architecture(x.device)
         raise ValueError(f"float8 needs an NVIDIA GPU of compute capability 8.9 or newer, {x.device} is {name}")
-    rows, channels = x.shape
-    options = choose(table, x.device, channels) | {"C": channels}
-    return (triton.cdiv(rows, options["ROWS"]),), options
 
 
 def _layer_norm_fused(x, y, gamma, weight, bias, eps):
     out, values, scale = _layer_norm_fake(x, y, gamma, weight, bias, eps)
     x, y = flat_rows(x), None if y is None else flat_rows(y)
-    grid, options = _options(x, LAYER_NORM)
-    gamma, weight, bias = (None if p is None else p.contiguous() for p in (gamma, weight, bias))
+    _require_float8(x)
+    parameters = contiguous(gamma, weight, bias)
+    options = forward_options(x, y, *parameters)
     launch(
-        layer_norm_kernel, grid, x, y, gamma, weight, bias, out, values, scale,
-        x.shape[0], x.stride(0), 0 if y is None else y.stride(0), eps,
-        BLOCK_C=triton.next_power_of_2(x.shape[1]), **options,
+        layer_norm_kernel, (triton.cdiv(len(x), options["ROWS"]),), x, y, *parameters, out, values, scale,
+        x.shape[0], x.stride(0), 0 if y is None else y.stride(0), eps, **options,
     )  # fmt: skip
     return out, values, scale
 
@@ -97,13 +95,14 @@ def _layer_norm_fused(x, y, gamma, weight, bias, eps):
 def _bias_gelu_fused(x, bias):
     values, scale = _quantize_fake(x)
     x = flat_rows(x)
-    grid, options = _options(x, QUANTIZE)
-    bias = None if bias is None else bias.contiguous()
-    channels = x.shape[1]
+    _require_float8(x)
+    rows, channels = x.shape
+    options = choose(QUANTIZE, x.device, channels)
     block = 1 << (channels.bit_length() - 1)  # 3072 as 2048 + 1024: every width of a ViT without padding
     rest = triton.next_power_of_2(channels - block) if channels > block else 0
     launch(
-        quantize_kernel, grid, x, bias, values, scale, x.shape[0], x.stride(0), BLOCK_C=block, REST=rest, **options
+        quantize_kernel, (triton.cdiv(rows, options["ROWS"]),), x, *contiguous(bias), values, scale,
+        rows, x.stride(0), C=channels, BLOCK_C=block, REST=rest, **options,
     )  # fmt: skip
     return values, scale
 

@@ -1,4 +1,4 @@
-"""Triton kernels of `kernels.fp8`, and their launch tables; formulas and minimal bytes are there.
+"""Triton kernels of `kernels.fp8`, and `quantize_kernel`'s launch table; formulas and minimal bytes are there.
 
     layer_norm_kernel   x, y, gamma, weight, bias -> x', values, scale    a row is padded to a power of two
     quantize_kernel     x, bias -> values, scale                          a row is two tiles, so ViTs' need no padding
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from kernels.gelu import gelu
 from kernels.launching import Launch
-from kernels.layer_norm_kernels import normalize_rows, residual_rows
+from kernels.layer_norm_kernels import normed_rows
 from kernels.library import jit, tl
 
 
@@ -37,12 +37,7 @@ def layer_norm_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK_C)
     inside = (row < rows)[:, None] & (col < C)[None, :]
-    value = residual_rows(x, y, gamma, row, col, inside, stride_x, stride_y, C)
-    if y is not None:
-        stored = value.to(out.dtype.element_ty)
-        tl.store(out + row[:, None] * C + col[None, :], stored, mask=inside)
-        value = stored.to(tl.float32)
-    h, _, _ = normalize_rows(value, weight, bias, col, eps, C)
+    h, _, _ = normed_rows(x, y, gamma, None, weight, bias, out, row, col, inside, stride_x, stride_y, eps, C)
     factor, row_scale = _scales(tl.max(tl.abs(h), 1))
     _store_scaled(h, factor, values, row, col, rows, C, False)
     tl.store(scale + row, row_scale, mask=row < rows)
@@ -81,32 +76,20 @@ def quantize_kernel(
     tl.store(scale + row, row_scale, mask=row < rows)
 
 
-_EVIDENCE = "not yet measured: 16 elements a thread, a whole row in the registers of one program for its amax"
-_QUANTIZE_EVIDENCE = (
+_EVIDENCE = (
     "not yet measured: a whole row in the registers of one program for its amax; 32 elements a thread share the cost "
     "of sums and addresses (22 instructions an element with GELU, 25 with 16 elements), and 48 registers let 40 warps "
     "be resident, with 64 bytes a thread on their way"
 )
 
-LAYER_NORM = {
-    "default": [
-        Launch(256, {"ROWS": 8, "num_warps": 4}, _EVIDENCE),
-        Launch(512, {"ROWS": 4, "num_warps": 4}, _EVIDENCE),
-        Launch(1024, {"ROWS": 2, "num_warps": 4}, _EVIDENCE),
-        Launch(2048, {"ROWS": 1, "num_warps": 4}, _EVIDENCE),
-        Launch(4096, {"ROWS": 1, "num_warps": 8}, _EVIDENCE),
-        Launch(16384, {"ROWS": 1, "num_warps": 16}, _EVIDENCE),
-    ]
-}
-"""By channels; ROWS a program."""
 QUANTIZE = {
     "default": [
-        Launch(256, {"ROWS": 16, "num_warps": 4}, _QUANTIZE_EVIDENCE),
-        Launch(512, {"ROWS": 8, "num_warps": 4}, _QUANTIZE_EVIDENCE),
-        Launch(1024, {"ROWS": 4, "num_warps": 4}, _QUANTIZE_EVIDENCE),
-        Launch(2048, {"ROWS": 2, "num_warps": 4}, _QUANTIZE_EVIDENCE),
-        Launch(4096, {"ROWS": 1, "num_warps": 4}, _QUANTIZE_EVIDENCE),
-        Launch(16384, {"ROWS": 1, "num_warps": 16}, _QUANTIZE_EVIDENCE),
+        Launch(256, {"ROWS": 16, "num_warps": 4}, _EVIDENCE),
+        Launch(512, {"ROWS": 8, "num_warps": 4}, _EVIDENCE),
+        Launch(1024, {"ROWS": 4, "num_warps": 4}, _EVIDENCE),
+        Launch(2048, {"ROWS": 2, "num_warps": 4}, _EVIDENCE),
+        Launch(4096, {"ROWS": 1, "num_warps": 4}, _EVIDENCE),
+        Launch(16384, {"ROWS": 1, "num_warps": 16}, _EVIDENCE),
     ]
 }
 """By channels; ROWS a program."""

@@ -1,103 +1,141 @@
-"""Triton kernels of `kernels.layer_norm`, and their launch tables; formulas and minimal bytes are there.
+"""Triton kernels of `kernels.layer_norm` and `kernels.residual`, their launch tables and launches.
 
-    forward_kernel    x, y, gamma, weight, bias -> x', h, mean, rstd    ROWS whole rows a program, in registers
-    backward_kernel   dh, dx', x', y, ...       -> dx, dy, partials     every program walks its share of the rows
+    forward_kernel    x, y, gamma, ... -> x', h, mean, rstd    ROWS whole rows a program, in registers
+    backward_kernel   dh, dx', x', y, ... -> dx, dy, sums      every program walks its share of the rows
 
-The two functions before them serve the float8 forms too. A pointer that is None leaves its part of a kernel out at
-compile time. All arithmetic is float32. partials float32 [sums, programs, C]: dweight and dbias if there is a weight,
-then dgamma if there is a y; their sum over the programs, in a fixed order, is the gradient.
+Formulas and minimal bytes are in those files. A pointer that is None leaves its part of a kernel out at compile time;
+without h and dh there is no norm. All arithmetic is float32. A program loads all that it needs before its first
+reduction, so that it waits for memory once; the backward loads the next rows meanwhile. partials float32
+[sums, programs, C]: dweight and dbias if there is a weight, dgamma if there is a y, the gradient of the branch's bias
+if it has one; their sum over the programs, in a fixed order, is the gradient.
 """
 
 from __future__ import annotations
 
-from kernels.launching import Launch
-from kernels.library import jit, tl
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.launching import Launch, choose, launch, processors
+from kernels.library import jit, tl, triton
 
 
 @jit
-def residual_rows(x, y, gamma, row, col, inside, stride_x, stride_y, C: tl.constexpr):
-    """x + gamma * y of some rows, float32 [ROWS, BLOCK_C]; y or gamma may be None."""
+def channels(parameter, col, C: tl.constexpr):
+    """A parameter [C] as float32 [1, BLOCK_C]."""
+    return tl.load(parameter + col, mask=col < C, other=0.0).to(tl.float32)[None, :]
+
+
+@jit
+def residual_rows(x, y, gamma, branch_bias, out, row, col, inside, stride_x, stride_y, C: tl.constexpr):
+    """x' = x + gamma * (y + branch_bias), stored, and as it is then, float32 [ROWS, BLOCK_C]; x itself without y."""
     value = tl.load(x + row[:, None] * stride_x + col[None, :], mask=inside, other=0.0).to(tl.float32)
     if y is not None:
         branch = tl.load(y + row[:, None] * stride_y + col[None, :], mask=inside, other=0.0).to(tl.float32)
+        if branch_bias is not None:
+            branch += channels(branch_bias, col, C)
         if gamma is not None:
-            branch *= tl.load(gamma + col, mask=col < C, other=0.0).to(tl.float32)[None, :]
-        value += branch
+            branch *= channels(gamma, col, C)
+        stored = (value + branch).to(out.dtype.element_ty)
+        tl.store(out + row[:, None] * C + col[None, :], stored, mask=inside)
+        value = stored.to(tl.float32)
     return value
 
 
 @jit
-def normalize_rows(value, weight, bias, col, eps, C: tl.constexpr):
-    """LN of float32 [ROWS, BLOCK_C] (0 in channels past C), with its mean and rstd [ROWS]."""
+def normed_rows(
+    x, y, gamma, branch_bias, weight, bias, out, row, col, inside, stride_x, stride_y, eps, C: tl.constexpr
+):  # fmt: skip
+    """LN(x') of `residual_rows`, float32 [ROWS, BLOCK_C] (0 in channels past C), with its mean and rstd [ROWS]."""
+    if weight is not None:  # loads come before the reductions, which wait for them together
+        w = channels(weight, col, C)
+    if bias is not None:
+        b = channels(bias, col, C)
+    value = residual_rows(x, y, gamma, branch_bias, out, row, col, inside, stride_x, stride_y, C)
     mean = tl.sum(value, 1) / C
     # two passes over registers: E[x^2] - E[x]^2 would lose the variance of rows far from zero
     centred = tl.where(col[None, :] < C, value - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
     h = centred * rstd[:, None]
     if weight is not None:
-        h *= tl.load(weight + col, mask=col < C, other=0.0).to(tl.float32)[None, :]
+        h *= w
     if bias is not None:
-        h += tl.load(bias + col, mask=col < C, other=0.0).to(tl.float32)[None, :]
+        h += b
     return h, mean, rstd
 
 
 @jit
 def forward_kernel(
-    x, y, gamma, weight, bias, out, h, mean, rstd, rows, stride_x, stride_y, eps,
+    x, y, gamma, branch_bias, weight, bias, out, h, mean, rstd, rows, stride_x, stride_y, eps,
     C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # 64 bits: rows * C passes 2^31
     col = tl.arange(0, BLOCK_C)
     inside = (row < rows)[:, None] & (col < C)[None, :]
-    value = residual_rows(x, y, gamma, row, col, inside, stride_x, stride_y, C)
-    to = row[:, None] * C + col[None, :]
-    if y is not None:
-        stored = value.to(out.dtype.element_ty)
-        tl.store(out + to, stored, mask=inside)
-        value = stored.to(tl.float32)
-    normed, row_mean, row_rstd = normalize_rows(value, weight, bias, col, eps, C)
-    tl.store(h + to, normed.to(h.dtype.element_ty), mask=inside)
-    tl.store(mean + row, row_mean, mask=row < rows)
-    tl.store(rstd + row, row_rstd, mask=row < rows)
+    if h is None:
+        residual_rows(x, y, gamma, branch_bias, out, row, col, inside, stride_x, stride_y, C)
+    else:
+        normed, row_mean, row_rstd = normed_rows(
+            x, y, gamma, branch_bias, weight, bias, out, row, col, inside, stride_x, stride_y, eps, C
+        )
+        tl.store(h + row[:, None] * C + col[None, :], normed.to(h.dtype.element_ty), mask=inside)
+        tl.store(mean + row, row_mean, mask=row < rows)
+        tl.store(rstd + row, row_rstd, mask=row < rows)
 
 
 @jit
 def backward_kernel(
-    dh, dout, x, y, gamma, weight, mean, rstd, dx, dy, partials, rows, stride_dh, stride_dout, stride_x, stride_y,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+    dh, dout, x, y, gamma, branch_bias, weight, mean, rstd, dx, dy, partials,
+    rows, stride_dh, stride_dout, stride_x, stride_y,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     col = tl.arange(0, BLOCK_C)
     keep = col < C
     if weight is not None:
-        w = tl.load(weight + col, mask=keep, other=0.0).to(tl.float32)[None, :]
+        w = channels(weight, col, C)
     if gamma is not None:
-        scale = tl.load(gamma + col, mask=keep, other=0.0).to(tl.float32)[None, :]
+        scale = channels(gamma, col, C)
     dweight = tl.zeros([ROWS, BLOCK_C], tl.float32)
     dbias = tl.zeros([ROWS, BLOCK_C], tl.float32)
     dgamma = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    for start in range(program * ROWS, rows, programs * ROWS):
+    total = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    for start in tl.range(program * ROWS, rows, programs * ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS).to(tl.int64)
         real = row < rows
         inside = real[:, None] & keep[None, :]
         to = row[:, None] * C + col[None, :]
-        up = tl.load(dh + row[:, None] * stride_dh + col[None, :], mask=inside, other=0.0).to(tl.float32)
-        value = tl.load(x + row[:, None] * stride_x + col[None, :], mask=inside, other=0.0).to(tl.float32)
-        row_rstd = tl.load(rstd + row, mask=real, other=0.0)[:, None]
-        normed = (value - tl.load(mean + row, mask=real, other=0.0)[:, None]) * row_rstd
-        if weight is not None:
-            dweight += up * normed
-            dbias += up
-            up *= w
-        # up is 0 in channels past C, so neither sum needs a mask
-        along = tl.sum(up * normed, 1)[:, None] / C
-        grad = (up - tl.sum(up, 1)[:, None] / C - normed * along) * row_rstd
+        # all loads before the first reduction, which waits for them together
+        if dh is not None:
+            up = tl.load(dh + row[:, None] * stride_dh + col[None, :], mask=inside, other=0.0)
+            value = tl.load(x + row[:, None] * stride_x + col[None, :], mask=inside, other=0.0)
+            row_mean = tl.load(mean + row, mask=real, other=0.0)[:, None]
+            row_rstd = tl.load(rstd + row, mask=real, other=0.0)[:, None]
         if dout is not None:
-            grad += tl.load(dout + row[:, None] * stride_dout + col[None, :], mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx + to, grad.to(dx.dtype.element_ty), mask=inside)
+            past = tl.load(dout + row[:, None] * stride_dout + col[None, :], mask=inside, other=0.0)
         if y is not None:
-            branch = tl.load(y + row[:, None] * stride_y + col[None, :], mask=inside, other=0.0).to(tl.float32)
-            dgamma += grad * branch
+            branch = tl.load(y + row[:, None] * stride_y + col[None, :], mask=inside, other=0.0)
+        if dh is None:
+            grad = past.to(tl.float32)
+        else:
+            up = up.to(tl.float32)
+            normed = (value.to(tl.float32) - row_mean) * row_rstd
+            if weight is not None:
+                dweight += up * normed
+                dbias += up
+                up *= w
+            # up is 0 in channels past C, so neither sum needs a mask
+            along, mean_up = tl.split(tl.sum(tl.join(up * normed, up), 1) / C)
+            grad = (up - mean_up[:, None] - normed * along[:, None]) * row_rstd
+            if dout is not None:
+                grad += past.to(tl.float32)
+        if dx is not None:
+            tl.store(dx + to, grad.to(dx.dtype.element_ty), mask=inside)
+        if y is not None:
+            dgamma += grad * branch.to(tl.float32)
+        if branch_bias is not None:
+            total += grad
         if dy is not None:
             if gamma is not None:
                 grad *= scale
@@ -108,29 +146,92 @@ def backward_kernel(
         tl.store(sums + programs * C, tl.sum(dbias, 0), mask=keep)
         sums += 2 * programs * C
     if y is not None:
+        if branch_bias is not None:  # sum grad * (y + b) = sum grad * y + b * sum grad
+            dgamma += total * channels(branch_bias, col, C)
         tl.store(sums, tl.sum(dgamma, 0), mask=keep)
+        sums += programs * C
+    if branch_bias is not None:
+        if gamma is not None:
+            total *= scale
+        tl.store(sums, tl.sum(total, 0), mask=keep)
 
 
-_FORWARD = "not yet measured: 16 elements a thread, 2 to 4 loads of 16 bytes of each tensor; 40 to 56 registers"
-_BACKWARD = "not yet measured: 8 elements a thread keep three sums in registers, 96 of which let 5 programs be resident"
+_FORWARD = "not yet measured: 16 bytes a thread of the widest type; all loads before the first barrier in 32 registers"
+_BACKWARD = "not yet measured: 4 elements a thread keep four sums in 64 registers, which let 32 warps be resident"
+_INTERPRETER = "not yet measured: its cost is per program and iteration"
 
 FORWARD = {
     "default": [
-        Launch(256, {"ROWS": 8, "num_warps": 4}, _FORWARD),
-        Launch(512, {"ROWS": 4, "num_warps": 4}, _FORWARD),
-        Launch(1024, {"ROWS": 2, "num_warps": 4}, _FORWARD),
-        Launch(2048, {"ROWS": 1, "num_warps": 4}, _FORWARD),
-        Launch(4096, {"ROWS": 1, "num_warps": 8}, _FORWARD),
-    ]
+        Launch(256, {"ROWS": 1, "num_warps": 2}, _FORWARD),
+        Launch(512, {"ROWS": 1, "num_warps": 4}, _FORWARD),
+        Launch(1024, {"ROWS": 1, "num_warps": 8}, _FORWARD),
+        Launch(2048, {"ROWS": 1, "num_warps": 16}, _FORWARD),
+        Launch(4096, {"ROWS": 1, "num_warps": 32}, _FORWARD),
+    ],
+    "interpreter": [Launch(4096, {"ROWS": 8, "num_warps": 4}, _INTERPRETER)],
 }
-"""By channels; ROWS a program."""
+"""By channels; ROWS a program, and its warps where float32 is read: see `forward_options`."""
 BACKWARD = {
     "default": [
-        Launch(256, {"ROWS": 4, "num_warps": 4, "per_processor": 5, "maxnreg": 96}, _BACKWARD),
-        Launch(512, {"ROWS": 2, "num_warps": 4, "per_processor": 5, "maxnreg": 96}, _BACKWARD),
-        Launch(1024, {"ROWS": 1, "num_warps": 4, "per_processor": 5, "maxnreg": 96}, _BACKWARD),
-        Launch(2048, {"ROWS": 1, "num_warps": 8, "per_processor": 2, "maxnreg": 128}, _BACKWARD),
-        Launch(4096, {"ROWS": 1, "num_warps": 16, "per_processor": 1, "maxnreg": 128}, _BACKWARD),
-    ]
+        Launch(256, {"ROWS": 1, "STAGES": 2, "num_warps": 2, "per_processor": 16, "maxnreg": 64}, _BACKWARD),
+        Launch(512, {"ROWS": 1, "STAGES": 2, "num_warps": 4, "per_processor": 8, "maxnreg": 64}, _BACKWARD),
+        Launch(1024, {"ROWS": 1, "STAGES": 2, "num_warps": 8, "per_processor": 4, "maxnreg": 64}, _BACKWARD),
+        Launch(2048, {"ROWS": 1, "STAGES": 2, "num_warps": 16, "per_processor": 2, "maxnreg": 64}, _BACKWARD),
+        Launch(4096, {"ROWS": 1, "STAGES": 2, "num_warps": 32, "per_processor": 1, "maxnreg": 64}, _BACKWARD),
+    ],
+    "interpreter": [
+        Launch(4096, {"ROWS": 4, "STAGES": 1, "num_warps": 4, "per_processor": 2, "maxnreg": 64}, _INTERPRETER)
+    ],
 }
-"""By channels; ROWS an iteration, how many programs share a multiprocessor, and the registers that this allows."""
+"""By channels; ROWS an iteration, how many of them are in shared memory or on the way there, how many programs share a
+multiprocessor, and the registers that this allows."""
+
+
+def forward_options(x: Tensor, *parameters: Tensor | None) -> dict[str, int]:
+    """Constants and warps of a forward kernel over rows x [rows, C]: 16 bytes a thread of the widest type read."""
+    channels = x.shape[1]
+    options = choose(FORWARD, x.device, channels)
+    if max(t.element_size() for t in (x, *parameters) if t is not None) == 2:
+        options["num_warps"] //= 2
+    return options | {"C": channels, "BLOCK_C": triton.next_power_of_2(channels)}
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """x [..., C] as [rows, C] with adjacent channels, a view where one row stride describes it."""
+    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
+    """Parameters [C] with adjacent elements; None stays None."""
+    return [None if p is None else p.contiguous() for p in parameters]
+
+
+def launch_forward(x, y, gamma, branch_bias, weight, bias, out, h, mean, rstd, eps):
+    """`forward_kernel` on inputs [..., C]; out, h, mean and rstd are contiguous."""
+    x, y = flat_rows(x), None if y is None else flat_rows(y)
+    parameters = contiguous(gamma, branch_bias, weight, bias)
+    options = forward_options(x, y, *parameters)
+    launch(
+        forward_kernel, (triton.cdiv(len(x), options["ROWS"]),), x, y, *parameters, out, h, mean, rstd,
+        len(x), x.stride(0), 0 if y is None else y.stride(0), eps, **options,
+    )  # fmt: skip
+
+
+def launch_backward(dh, dout, x, y, gamma, branch_bias, weight, mean, rstd, dx, dy):
+    """`backward_kernel` on inputs [..., C]; the sums over rows, float32 [sums, C], see the head of this file."""
+    inputs = [None if t is None else flat_rows(t) for t in (dh, dout, x, y)]
+    some = next(t for t in inputs if t is not None)
+    rows, channels = some.shape
+    options = choose(BACKWARD, some.device, channels)
+    if torch.version.hip:  # the limit is one of NVIDIA's compiler
+        del options["maxnreg"]
+    programs = min(triton.cdiv(rows, options["ROWS"]), options.pop("per_processor") * processors(some.device))
+    sums = 2 * (weight is not None) + (y is not None) + (branch_bias is not None)
+    partials = some.new_empty(sums, programs, channels, dtype=torch.float32)
+    launch(
+        backward_kernel, (programs,), *inputs, *contiguous(gamma, branch_bias, weight), mean, rstd, dx, dy, partials,
+        rows, *(0 if t is None else t.stride(0) for t in inputs),
+        C=channels, BLOCK_C=triton.next_power_of_2(channels), **options,
+    )  # fmt: skip
+    return partials.sum(1)

@@ -3,7 +3,9 @@
     x = x + ls1 * Attention(LN(x));  x = x + ls2 * MLP(LN(x))
 
 Every residual addition is one pass with the norm that reads its result, which for the second is the next block's: see
-`run_blocks`. Parameter names are those of DINOv2's releases.
+`run_blocks`. On a GPU a trained bias is added by the pass that reads the product, whose backward makes its gradient:
+fc1's with GELU, proj's and fc2's with the residual addition. A frozen one is added by the product, which costs nothing.
+Parameter names are those of DINOv2's releases.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from kernels.fp8 import E4M3, FP8Linear, FP8Rows, bias_gelu_fp8, layer_norm_fp8,
 from kernels.gelu import bias_gelu, linear_gelu
 from kernels.layer_norm import layer_norm, residual_layer_norm
 from kernels.library import use_triton
+from kernels.residual import residual
 from kernels.rope2d import rope2d, rope2d_
 
 LAYER_NORM_EPS = 1e-6
@@ -27,20 +30,32 @@ MLP_KINDS = ("gelu", "swiglu")
 
 
 class LayerNorm(nn.LayerNorm):
-    """LN(x) or, with a branch's output, (x', LN(x')) of x' = x + gamma * branch. x: [..., D]."""
+    """LN(x) or, with a branch's output, (x', LN(x')) of x' = x + gamma * (branch + branch_bias). x: [..., D]."""
 
     def forward(
-        self, x: Tensor, branch: Tensor | None = None, gamma: Tensor | None = None, out_dtype: torch.dtype | None = None
+        self,
+        x: Tensor,
+        branch: Tensor | None = None,
+        gamma: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        branch_bias: Tensor | None = None,
     ) -> Tensor | FP8Rows | tuple[Tensor, Tensor | FP8Rows]:
         """`out_dtype` is the norm's, x's by default; float8_e4m3fn gives `FP8Rows`. x' keeps x's type."""
         parameters = (self.weight, self.bias, self.eps)
-        if out_dtype == E4M3:
+        if out_dtype == E4M3:  # frozen, so the branch has added its bias
             if branch is None:
                 return layer_norm_fp8(x, *parameters)
             return residual_layer_norm_fp8(x, branch, gamma, *parameters)
         if branch is None:
             return layer_norm(x, *parameters, out_dtype)
-        return residual_layer_norm(x, branch, gamma, *parameters, out_dtype)
+        return residual_layer_norm(x, branch, gamma, *parameters, out_dtype, branch_bias)
+
+
+class Linear(nn.Linear):
+    """A linear layer that may leave its bias to what reads the product. [..., in] -> [..., out]."""
+
+    def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
+        return F.linear(x, self.weight, self.bias if add_bias else None)
 
 
 class LayerScale(nn.Module):
@@ -61,15 +76,20 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.backend = backend
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    @property
+    def last(self) -> Linear | FP8Linear:
+        """The layer whose output is the branch's."""
+        return self.proj
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, add_bias: bool = True) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, D / H]
         if rope is not None:
             followed = torch.is_grad_enabled() and qkv.requires_grad
             qkv = rope2d(qkv, *rope) if followed else rope2d_(qkv, *rope)
-        return self.proj(attention(qkv, self.backend).flatten(2))
+        return self.proj(attention(qkv, self.backend).flatten(2), add_bias)
 
 
 class MLP(nn.Module):
@@ -80,17 +100,26 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor | FP8Rows) -> Tensor:
+    @property
+    def last(self) -> Linear | FP8Linear:
+        """The layer whose output is the branch's."""
+        return self.fc2
+
+    def hidden(self, x: Tensor | FP8Rows) -> Tensor | FP8Rows:
+        """GELU of the first layer's output."""
         if isinstance(self.fc1, FP8Linear):
-            return self.fc2(bias_gelu_fp8(self.fc1(x, add_bias=False), self.fc1.bias))
+            return bias_gelu_fp8(self.fc1(x, add_bias=False), self.fc1.bias)
         if self.epilogue_gelu:
-            return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
+            return linear_gelu(x, self.fc1.weight, self.fc1.bias)
         if use_triton(x):  # the bias goes with GELU: its gradient comes out of the pass that makes GELU's
-            return self.fc2(bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
-        return self.fc2(F.gelu(self.fc1(x)))
+            return bias_gelu(self.fc1(x, add_bias=False), self.fc1.bias)
+        return F.gelu(self.fc1(x))
+
+    def forward(self, x: Tensor | FP8Rows, add_bias: bool = True) -> Tensor:
+        return self.fc2(self.hidden(x), add_bias)
 
 
 class SwiGLU(nn.Module):
@@ -101,12 +130,17 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.w12 = nn.Linear(dim, 2 * hidden_dim)
-        self.w3 = nn.Linear(hidden_dim, dim)
+        self.w12 = Linear(dim, 2 * hidden_dim)
+        self.w3 = Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor | FP8Rows) -> Tensor:
+    @property
+    def last(self) -> Linear | FP8Linear:
+        """The layer whose output is the branch's."""
+        return self.w3
+
+    def forward(self, x: Tensor | FP8Rows, add_bias: bool = True) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+        return self.w3(F.silu(gate) * value, add_bias)
 
 
 def swiglu_hidden_dim(dim: int, mlp_ratio: float) -> int:
@@ -121,6 +155,14 @@ def build_mlp(kind: str, dim: int, mlp_ratio: float) -> MLP | SwiGLU:
     if kind == "swiglu":
         return SwiGLU(dim, swiglu_hidden_dim(dim, mlp_ratio))
     return MLP(dim, int(dim * mlp_ratio))
+
+
+def run_branch(branch: SelfAttention | MLP | SwiGLU, x: Tensor | FP8Rows, *args) -> tuple[Tensor, Tensor | None]:
+    """A branch's output, and its last bias where that is trained and so left to the residual addition."""
+    last = branch.last
+    apart = last.bias is not None and last.bias.requires_grad and use_triton(x, last.bias)
+    out = branch(x, *args, add_bias=not apart)
+    return out, last.bias if apart else None  # looked up only now: ZeRO 3 empties it when its layer has run
 
 
 class Block(nn.Module):
@@ -157,16 +199,19 @@ class Block(nn.Module):
             rope: (cos, sin) of `rope2d_angles`, or None.
             normed: norm1(x), where the block before has made it.
             next_norm: the next block's `norm1`.
-            next_dtype: the next block's `input_dtype`; this one's by default.
+            next_dtype: of the normed output: the next block's `input_dtype`, this one's by default. Without
+                `next_norm`, of x: its own by default.
         """
         dtype = self.input_dtype(x)
         if normed is None:
             normed = self.norm1(x, out_dtype=dtype)
-        x, normed = self.norm2(x, self.attn(normed, rope), getattr(self.ls1, "gamma", None), dtype)
-        branch = self.mlp(normed)
+        branch, bias = run_branch(self.attn, normed, rope)
+        x, normed = self.norm2(x, branch, getattr(self.ls1, "gamma", None), dtype, bias)
+        branch, bias = run_branch(self.mlp, normed)
+        gamma = getattr(self.ls2, "gamma", None)
         if next_norm is None:
-            return x + self.ls2(branch)
-        return next_norm(x, branch, getattr(self.ls2, "gamma", None), next_dtype or dtype)
+            return residual(x, branch, gamma, bias, next_dtype)
+        return next_norm(x, branch, gamma, next_dtype or dtype, bias)
 
     def input_dtype(self, x: Tensor) -> torch.dtype:
         """The type in which this block's linear layers want their input, for a stream of tokens like x."""
@@ -193,23 +238,24 @@ def run_blocks(
     x: Tensor,
     rope: tuple[Tensor, Tensor] | None = None,
     recompute: bool = False,
+    last_dtype: torch.dtype | None = None,
 ) -> Iterator[Tensor]:
     """Un-normalised tokens [B, N, D] after each block in turn; x is what the first one takes.
 
-    Each block but the last hands the next its `norm1`, made in the pass that made x. With `recompute` (activation
+    They keep x's type, but the last ones have `last_dtype`, e.g. that of the matrix product that reads them. Each
+    block but the last hands the next its `norm1`, made in the pass that made x. With `recompute` (activation
     checkpointing) nothing but the tokens between blocks is kept for the backward pass, and every block makes its own.
     """
-    if recompute and torch.is_grad_enabled():
-        for block in blocks:
-            x = checkpoint(block, x, rope, use_reentrant=False, preserve_rng_state=False)  # nothing random in a block
-            yield x
-        return
     normed = None
     for i, block in enumerate(blocks):
-        if i + 1 < len(blocks):
-            x, normed = block(x, rope, normed, blocks[i + 1].norm1, blocks[i + 1].input_dtype(x))
+        last = i + 1 == len(blocks)
+        if recompute and torch.is_grad_enabled():
+            inputs = (x, rope, None, None, last_dtype if last else None)
+            x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing random in a block
+        elif last:
+            x = block(x, rope, normed, next_dtype=last_dtype)
         else:
-            x = block(x, rope, normed)
+            x, normed = block(x, rope, normed, blocks[i + 1].norm1, blocks[i + 1].input_dtype(x))
         yield x
 
 

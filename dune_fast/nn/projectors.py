@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dune_fast.nn.block import Block, init_linear, run_blocks
+from dune_fast.nn.block import Block, init_linear, product_dtype, run_blocks
 from dune_fast.nn.routing import Routes
 
 Tokens = Mapping[int, Tensor]
@@ -77,7 +77,7 @@ class TransformerProjector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 1 + N, D] -> [B, 1 + N, C]."""
-        *_, tokens = x, *run_blocks(self.blocks, x)
+        *_, tokens = x, *run_blocks(self.blocks, x, last_dtype=product_dtype(x))
         return self.linear(tokens)
 
 

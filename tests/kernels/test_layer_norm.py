@@ -38,23 +38,26 @@ def values(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def arguments(shape, types=(FP32, FP32), kind="random", device="cpu", scaled=True, affine=True):
-    """(x, y, gamma, weight, bias), leaves that require gradients."""
+def arguments(shape, types=(FP32, FP32), kind="random", device="cpu", scaled=True, affine=True, shifted=False):
+    """(x, y, gamma, weight, bias) and, if `shifted`, the branch's bias: leaves that require gradients."""
     torch.manual_seed(0)
     made = [values(kind, shape, types[0]), values(kind, shape, types[1])]
     made += [torch.randn(shape[-1]) if wanted else None for wanted in (scaled, affine, affine)]
+    made += [torch.randn(shape[-1])] if shifted else []
     return [None if t is None else t.to(device).requires_grad_() for t in made]
 
 
-def eager_residual(x, y, gamma, weight, bias, eps, out_dtype):
+def eager_residual(x, y, gamma, weight, bias, eps, out_dtype, branch_bias=None):
     """What a model without these kernels does: torch's operations in the given types."""
+    y = y if branch_bias is None else (y + branch_bias).to(y.dtype)
     out = (x + (y if gamma is None else y * gamma)).to(x.dtype)
     weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
     return out, F.layer_norm(out, x.shape[-1:], weight, bias, eps).to(out_dtype)
 
 
 def outputs_and_gradients(function, inputs, upstream, *args) -> list[Tensor]:
-    outputs = function(*inputs, EPS, *args)
+    extra = {"branch_bias": inputs[5]} if len(inputs) > 5 else {}
+    outputs = function(*inputs[:5], EPS, *args, **extra)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     upstream = [u.to(o.dtype) for u, o in zip(upstream[-len(outputs) :], outputs, strict=True)]
     leaves = [t for t in inputs if t is not None]
@@ -77,6 +80,37 @@ def test_residual(shape, types, device, fused, no_worse):
     assert [t.dtype for t in ours] == [*types, *(t.dtype for t in inputs)]
     for found, other, truth in zip(ours, eager, exact, strict=True):
         no_worse(found, other, truth)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("types", TYPES)
+def test_the_branchs_bias_is_added_and_gets_its_gradient(scaled, types, device, fused, no_worse):
+    """A linear layer's bias, here and not in its product: values and all gradients against autograd in float64."""
+    shape = (3, 5, 72)
+    inputs = arguments(shape, types, device=device, scaled=scaled, shifted=True)
+    upstream = [torch.randn(shape, device=device).to(t) for t in types]
+    eager = outputs_and_gradients(eager_residual, inputs, upstream, types[1])
+    exact = outputs_and_gradients(residual_layer_norm_reference, in_float64(inputs), upstream)
+    with fused():
+        ours = outputs_and_gradients(residual_layer_norm, inputs, upstream, types[1])
+    assert [t.dtype for t in ours] == [*types, *(t.dtype for t in inputs if t is not None)]
+    for found, other, truth in zip(ours, eager, exact, strict=True):
+        no_worse(found, other, truth)
+
+
+@pytest.mark.parametrize("trained", ["gamma", "branch_bias"])
+def test_gamma_or_the_branchs_bias_may_be_frozen(trained, device, fused):
+    inputs = arguments((6, 40), (FP32, FP32), device=device, shifted=True)
+    frozen = 5 if trained == "gamma" else 2
+    inputs[frozen].requires_grad_(False)
+    exact = in_float64(inputs)
+    with fused():
+        out, h = residual_layer_norm(*inputs[:5], EPS, branch_bias=inputs[5])
+        (out * h).sum().backward()
+    torch.stack(residual_layer_norm_reference(*exact[:5], EPS, branch_bias=exact[5])).prod(0).sum().backward()
+    assert inputs[frozen].grad is None
+    learned = 2 if trained == "gamma" else 5
+    torch.testing.assert_close(inputs[learned].grad.double(), exact[learned].grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["constant", "zero", "large", "offset"])
@@ -174,7 +208,7 @@ def test_gradcheck_of_the_reference():
 
 
 def test_bit_identical_from_run_to_run(device, fused):
-    inputs = arguments((50, 136), (FP32, BF16), device=device)
+    inputs = arguments((50, 136), (FP32, BF16), device=device, shifted=True)
     upstream = [torch.randn(50, 136, device=device), torch.randn(50, 136, device=device).bfloat16()]
     with fused():
         first, second = (outputs_and_gradients(residual_layer_norm, inputs, upstream, BF16) for _ in range(2))
@@ -190,7 +224,7 @@ def test_rows_beyond_2_to_31_elements(device, fused):
     with fused():
         found = layer_norm(x, None, None, EPS)
         _, mean, rstd = layer_norm_op(x, None, None, EPS, FP32)
-        grad = layer_norm_backward_op(x, None, x, None, None, None, mean, rstd, None)[0]
+        grad = layer_norm_backward_op(x, None, x, None, None, None, None, mean, rstd, None)[0]
     near = x.clone().requires_grad_()
     expected = layer_norm_reference(near, None, None, EPS)
     torch.testing.assert_close(found, expected)
@@ -205,10 +239,10 @@ def test_opcheck(triton, device, fused):
     mean, rstd = torch.randn(6, device=device), torch.rand(6, device=device)
     calls = [
         (layer_norm_op, (x, weight, None, EPS, BF16)),
-        (residual_layer_norm_op, (x, y, gamma, weight, bias, EPS, BF16)),
-        (residual_layer_norm_op, (x, y, None, None, None, EPS, FP32)),
-        (layer_norm_backward_op, (y, x, x, y, gamma, weight, mean, rstd, BF16)),
-        (layer_norm_backward_op, (y, None, x, None, None, None, mean, rstd, None)),
+        (residual_layer_norm_op, (x, y, gamma, bias, weight, bias, EPS, BF16)),
+        (residual_layer_norm_op, (x, y, None, None, None, None, EPS, FP32)),
+        (layer_norm_backward_op, (y, x, x, y, gamma, gamma, weight, mean, rstd, BF16)),
+        (layer_norm_backward_op, (y, None, x, None, None, None, None, mean, rstd, None)),
     ]
     if triton:
         with fused():
@@ -221,14 +255,13 @@ def test_opcheck(triton, device, fused):
 
 def test_plain_backward_is_that_of_autograd():
     """The CPU implementation of the registered backward, which `opcheck` and tracing use."""
-    x, y, gamma, weight, bias = arguments((2, 5, 24))
-    out, h, mean, rstd = residual_layer_norm_op(*(t.detach() for t in (x, y, gamma, weight, bias)), EPS, FP32)
+    inputs = arguments((2, 5, 24), shifted=True)
+    x, y, gamma, weight, bias, shift = (t.detach() for t in inputs)
+    out, h, mean, rstd = residual_layer_norm_op(x, y, gamma, shift, weight, bias, EPS, FP32)
     dout, dh = torch.randn_like(out), torch.randn_like(h)
-    dx, dy, sums = layer_norm_backward_op(dh, dout, out, y.detach(), gamma.detach(), weight.detach(), mean, rstd, FP32)
-    exact = outputs_and_gradients(
-        residual_layer_norm_reference, in_float64([x, y, gamma, weight, bias]), [dout, dh]
-    )  # fmt: skip
-    for found, truth in zip((dx, dy, sums[2], sums[0], sums[1]), exact[2:], strict=True):
+    dx, dy, sums = layer_norm_backward_op(dh, dout, out, y, gamma, shift, weight, mean, rstd, FP32)
+    exact = outputs_and_gradients(residual_layer_norm_reference, in_float64(inputs), [dout, dh])
+    for found, truth in zip((dx, dy, sums[2], sums[0], sums[1], sums[3]), exact[2:], strict=True):
         torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dune_fast.nn.block import Block, LayerNorm, run_blocks
@@ -160,3 +163,76 @@ def test_float8_blocks_stay_close(triton):
     for ours, truth in zip(found, exact, strict=True):
         assert ours.dtype == torch.float32
         assert (ours - truth).norm() < 0.1 * truth.norm()
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts what is dispatched, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count[func._schema.name.partition("::")[2]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def dispatched(trained: bool, mlp: str = "gelu") -> Counter[str]:
+    """Operations of two blocks in bf16 on the paths of a GPU, forward and, if trained, backward."""
+    with FakeTensorMode(), library.traced():
+        blocks = nn.ModuleList(Block(64, 2, mlp=mlp) for _ in range(2)).requires_grad_(trained)
+        for block in blocks:
+            block.attn.backend = "flash"  # the plain formula multiplies and adds by itself
+        x = torch.empty(2, 6, 64, requires_grad=trained)
+        with Dispatched() as mode, torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(trained):
+            *_, y = run_blocks(blocks, x)
+            if trained:
+                y.backward(y.detach())
+    return mode.count
+
+
+def test_biases_and_the_last_addition_cost_no_pass_of_their_own():
+    """Products without bias, no sum over rows but qkv's, and of multiplications and additions outside the kernels one:
+
+    the gradients that reach x through the first norm and past it.
+    """
+    count = dispatched(trained=True)
+    assert count["residual_layer_norm"] == 3 and count["residual"] == count["residual_backward"] == 1
+    assert count["addmm"] == count["sum"] == 2 and count["mul"] == 0 and count["add"] == 1
+
+
+def test_a_product_adds_a_frozen_bias():
+    count = dispatched(trained=False)
+    assert count["addmm"] == 6 and count["residual"] == 1  # fc1's bias goes with GELU
+    assert count["sum"] == count["mul"] == count["add"] == 0
+
+
+def test_gradients_of_gated_blocks_are_the_formulas():
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(Block(32, 2, layer_scale=0.3, mlp="swiglu") for _ in range(2)).to(DEVICE)
+    for p in blocks.parameters():
+        nn.init.normal_(p, std=0.2)
+    x = torch.randn(1, 6, 32, device=DEVICE, requires_grad=True)
+    expected = x
+    for block in blocks:  # operation by operation
+        expected = expected + block.ls1(block.attn(F.layer_norm(expected, (32,), *affine(block.norm1), 1e-6)))
+        expected = expected + block.ls2(block.mlp(F.layer_norm(expected, (32,), *affine(block.norm2), 1e-6)))
+    with fused():
+        found = list(run_blocks(blocks, x))[-1:]
+        gradients = loss_and_gradients(found, blocks, x)
+    torch.testing.assert_close(found, [expected], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients, loss_and_gradients([expected], blocks, x), rtol=1e-4, atol=1e-5)
+
+
+def affine(norm: LayerNorm) -> tuple[Tensor, Tensor]:
+    return norm.weight, norm.bias
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_last_tokens_come_in_the_type_that_is_asked_for(recompute):
+    blocks, x = blocks_and_tokens()
+    first, last = run_blocks(blocks, x)
+    with fused():
+        found = list(run_blocks(blocks, x, recompute=recompute, last_dtype=torch.bfloat16))
+    assert [t.dtype for t in found] == [torch.float32, torch.bfloat16]
+    torch.testing.assert_close(found, [first, last.bfloat16()], rtol=1e-2, atol=1e-3)

@@ -1,0 +1,148 @@
+"""Residual addition with LayerScale, where no norm follows: the end of an encoder or a projector.
+
+    out = x + gamma * (y + b)                   y is a branch's last product, b that layer's bias
+
+Backward, with dout, which is dx too:
+
+    dy = gamma * dout,   db = gamma * sum_rows dout,   dgamma = sum_rows dout * y + b * sum_rows dout
+
+gamma and b may be missing. Where a norm follows, `kernels.layer_norm` does both. Minimal bytes moved for each element
+at the end of an encoder (x and out float32, y bf16): forward 10, backward 8, as dout passes through. At the end of a
+projector, whose out is bf16 for the product that reads it: forward 8, backward dout 2 + y 2 + dx 4 + dy 2 = 10.
+Arithmetic is float32. Kept for the backward: y, if gamma is trained. Kernels and the order of sums: see
+`kernels.layer_norm_kernels`.
+
+Shapes: x, y, out [..., C]; gamma, b [C].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.launching import VIT_CHANNELS
+from kernels.layer_norm import branch_gradients, branch_saved, branch_sums, guard_layer_norm, residual_reference
+from kernels.layer_norm_kernels import flat_rows, launch_backward, launch_forward
+from kernels.library import register, use_triton
+
+# ---------------------------------------------------------------- implementation
+
+
+def _forward_fused(x, y, gamma, branch_bias, dtype):
+    out = _forward_fake(x, y, gamma, branch_bias, dtype)
+    launch_forward(x, y, gamma, branch_bias, None, None, out, None, None, None, 0.0)
+    return out
+
+
+def _forward_reference(x, y, gamma, branch_bias, dtype):
+    return residual_reference(x, y, gamma, branch_bias, dtype).contiguous()
+
+
+def _forward_fake(x, y, gamma, branch_bias, dtype):
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _backward_fused(dout, y, gamma, branch_bias, dx_dtype, dy_dtype):
+    dx, dy, _ = _backward_fake(dout, y, gamma, branch_bias, dx_dtype, dy_dtype)
+    written = [None if dtype is None else g for g, dtype in ((dx, dx_dtype), (dy, dy_dtype))]
+    return dx, dy, launch_backward(None, dout, None, y, gamma, branch_bias, None, None, None, *written)
+
+
+def _backward_reference(dout, y, gamma, branch_bias, dx_dtype, dy_dtype):
+    dx, dy, sums = _backward_fake(dout, y, gamma, branch_bias, dx_dtype, dy_dtype)
+    grad = dout.float()
+    if dx_dtype is not None:
+        dx.copy_(grad)
+    if dy_dtype is not None:
+        dy.copy_(grad if gamma is None else grad * gamma.float())
+    for i, value in enumerate(branch_sums(flat_rows(grad), y, gamma, branch_bias)):
+        sums[i] = value
+    return dx, dy, sums
+
+
+def _backward_fake(dout, y, gamma, branch_bias, dx_dtype, dy_dtype):
+    """dx and dy, empty without a type; dgamma if there is a y, then branch_bias's gradient if there is one."""
+    dx, dy = (dout.new_empty(0 if t is None else dout.shape, dtype=t or dout.dtype) for t in (dx_dtype, dy_dtype))
+    sums = (y is not None) + (branch_bias is not None)
+    return dx, dy, dout.new_empty(sums, dout.shape[-1], dtype=torch.float32)
+
+
+residual_op = register(
+    "residual(Tensor x, Tensor y, Tensor? gamma, Tensor? branch_bias, ScalarType dtype) -> Tensor",
+    _forward_fused, _forward_reference, _forward_fake,
+)  # fmt: skip
+residual_backward_op = register(
+    "residual_backward(Tensor dout, Tensor? y, Tensor? gamma, Tensor? branch_bias, ScalarType? dx_dtype, "
+    "ScalarType? dy_dtype) -> (Tensor, Tensor, Tensor)",
+    _backward_fused, _backward_reference, _backward_fake,
+)  # fmt: skip
+
+
+class _Residual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, gamma, branch_bias, dtype):
+        ctx.save_for_backward(*branch_saved(ctx, y, gamma, branch_bias))
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, y, gamma, branch_bias)]
+        return residual_op(x, y, gamma, branch_bias, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        y, gamma, branch_bias = ctx.saved_tensors
+        x_dtype, y_dtype, *parameter_dtypes = ctx.dtypes
+        dx_dtype = None if x_dtype == dout.dtype else x_dtype  # of the gradients that dout itself is not
+        dy_dtype = None if gamma is None and y_dtype == dout.dtype else y_dtype
+        if dx_dtype is dy_dtype is y is branch_bias is None:
+            return dout, dout, None, None, None
+        dx, dy, sums = residual_backward_op(dout, y, gamma, branch_bias, dx_dtype, dy_dtype)
+        found = branch_gradients(sums, y, branch_bias)
+        parameters = (None if g is None else g.to(t) for g, t in zip(found, parameter_dtypes, strict=True))
+        return dout if dx_dtype is None else dx, dout if dy_dtype is None else dy, *parameters, None
+
+
+# ---------------------------------------------------------------- public
+
+
+def residual(
+    x: Tensor,
+    y: Tensor,
+    gamma: Tensor | None = None,
+    branch_bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x + gamma * (y + branch_bias) in one pass.
+
+    Args:
+        x: the residual stream [..., C], fp32, bf16 or fp16 (others take the plain reference), C up to 4096 on a GPU.
+        y: the branch's output, of x's shape, any of these types.
+        gamma: LayerScale [C], or None for 1.
+        branch_bias: of the linear layer whose product y is [C], or None for 0.
+        out_dtype: of the result, e.g. that of the matrix product that reads it; x's by default.
+
+    Returns:
+        [..., C].
+
+    Raises:
+        ValueError: shapes, types or devices do not fit.
+    """
+    guard_layer_norm("residual", x, y, gamma=gamma, branch_bias=branch_bias)
+    if not use_triton(x, y, gamma, branch_bias):
+        return residual_reference(x, y, gamma, branch_bias, out_dtype)
+    return _Residual.apply(x, y, gamma, branch_bias, out_dtype or x.dtype)
+
+
+def aot_calls(device: torch.device) -> Iterator[tuple[str, Callable]]:
+    """What to compile ahead of time: the ends of an encoder (out in x's type) and of a projector (out in bf16)."""
+    fp32, bf16 = torch.float32, torch.bfloat16
+    for channels in VIT_CHANNELS:
+        p = torch.empty(channels, device=device)
+        y = torch.empty(128 * 577, channels, dtype=bf16, device=device)
+        for stream, out in ((fp32, fp32), (fp32, bf16), (bf16, bf16)):
+            kind = f"{str(stream)[6:]} x, {str(out)[6:]} out {channels}"
+            yield f"residual, {kind}", partial(_forward_fused, y.to(stream), y, p, p, out)
+            dx = None if stream == out else stream
+            yield f"residual_backward, {kind}", partial(_backward_fused, y.to(out), y, p, p, dx, bf16)
