@@ -6,7 +6,8 @@ among several sets. Medians and the 20th and 80th percentiles of CUDA events. An
 against float64 is not timed, and the status is 1.
 
 `--aot sm_80,sm_90,sm_100` compiles everything without a GPU instead and prints registers, spills and shared memory;
-the status is 1 if anything spills or does not compile.
+the status is 1 if anything spills or does not compile. `--aot sm_90 --predict` predicts times from the machine code
+(bench/predict.py), beside measured ones where bench/results has some; the status is 1 if a launch does not compile.
 """
 
 from __future__ import annotations
@@ -37,9 +38,12 @@ from bench.kernel_cases import (
     select,
 )
 from bench.kernel_results import Row, plot_roofline, write_rows
+from bench.predict import TARGET_PERCENT, launch_table, predict_all, total_table, totals, write_csv
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PREDICTED: tuple[Shape, ...] = (*SHAPES[:2], IMAGE_SHAPES[0])
+"""Shapes that are predicted unless others are given."""
 REPETITIONS = 60
 WARM_UP = 3
 
@@ -220,10 +224,39 @@ def aot(args: argparse.Namespace, console: Console) -> int:
     return 1 if bad else 0
 
 
+def predict(args: argparse.Namespace, console: Console) -> int:
+    """Predictions for the operations, of ViT-B and L at 336 pixels unless shapes are given; returns the exit status."""
+    start = time.perf_counter()
+    tasks = [
+        (operation.name, shape, dtype)
+        for operation in select(args.only)
+        for dtype in args.dtype
+        for shape in shapes_of(operation, args.shape or PREDICTED)
+    ]
+    lines = predict_all(tasks, args.aot)
+    console.print(launch_table(lines))
+    if any(line.work and line.work.unknown for line in lines):
+        console.print("* has branches that depend on data")
+    found = totals(lines, args.output)
+    console.print(total_table(found))
+    below = [line for line in found if line.below]
+    for line in below:
+        case = f"{line.operation} {line.passes} {line.dtype} {line.shape}"
+        console.print(f"below {TARGET_PERCENT:.0f} %: {case}, {line.percent:.0f} %, limited by {line.limit}")
+    if args.csv:
+        write_csv(args.csv, lines)
+    failed = [line for line in lines if line.error]
+    seconds = time.perf_counter() - start
+    console.print(f"{len(lines)} launches in {seconds:.0f} s, {len(below)} below target, {len(failed)} do not compile")
+    return 1 if failed else 0
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.split("\n\n")[0])
     parser.add_argument("--aot", metavar="TARGETS", help=f"compile for these instead, of {','.join(TARGETS)}")
+    parser.add_argument("--predict", action="store_true", help="with --aot of one target: times, from the machine code")
+    parser.add_argument("--csv", type=Path, help="with --predict: write every launch there")
     parser.add_argument("--quick", action="store_true", help="with --aot: the first case of each file alone")
     parser.add_argument("--verbose", action="store_true", help="with --aot: a line for every case")
     parser.add_argument("--only", metavar="NAME", help="one operation, or all of one file of kernels/")
@@ -258,9 +291,11 @@ def _shape(text: str) -> Shape:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse(argv)
-    console = Console(highlight=False, width=160, soft_wrap=True)
+    console = Console(highlight=False, width=220, soft_wrap=True)
     try:
-        return aot(args, console) if args.aot else bench(args, console)
+        if args.predict and not args.aot:
+            raise ValueError("--predict needs --aot and one target, as in --aot sm_90")
+        return predict(args, console) if args.predict else aot(args, console) if args.aot else bench(args, console)
     except ValueError as error:
         console.print(str(error))
         return 2

@@ -43,6 +43,16 @@ def test_the_quick_look_takes_the_first_case_alone():
     assert result.returncode == 0 and "2 kernels compiled" in result.stdout, result.stdout + result.stderr
 
 
+def test_predictions_are_a_table_and_a_file(tmp_path):
+    path = tmp_path / "predicted.csv"
+    case = ("--only", "quantize_rows", "--shape", "8,257,384", "--dtype", "bfloat16")
+    result = run_bench("--aot", "sm_90", "--predict", *case, "--csv", str(path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "quantize_rows forward bfloat16 8x257x384" in result.stdout and "1 launches in" in result.stdout
+    header, line = path.read_text().splitlines()
+    assert header.count(",") == line.count(",") and line.startswith("sm_90,quantize_rows,forward,bfloat16,8x257x384")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     result = run_bench()
@@ -55,6 +65,8 @@ def test_without_a_gpu_it_says_so():
     [
         (["--aot", "sm_70"], "'sm_70' is unknown; choose from sm_80"),
         (["--aot", "sm_90", "--only", "nothing"], "choose one of .*moments"),
+        (["--aot", "sm_90,sm_80", "--predict"], "'sm_90,sm_80' is unknown; choose from sm_80"),
+        (["--predict"], "--predict needs --aot and one target"),
         (["--only", "nothing"], "choose one of moments"),
         (["--only", "augment", "--shape", "2,5,64"], "no --shape is for this operation: .* IMAGES,3,SIDE"),
     ],
