@@ -88,7 +88,8 @@ class Operation:
 
 def moved_bytes(operation: Operation, shape: Shape, dtype: torch.dtype, backward: bool) -> int:
     """Minimal bytes of a forward pass, or of a forward and a backward pass."""
-    forward, back = (b * dtype.itemsize + fixed for b, fixed in zip(operation.bytes, operation.fixed_bytes, strict=True))
+    units = zip(operation.bytes, operation.fixed_bytes, strict=True)
+    forward, back = (typed * dtype.itemsize + fixed for typed, fixed in units)
     return round((forward + back * backward) * operation.values(shape))
 
 

@@ -13,8 +13,8 @@ executed, but no more than its size, for what is read again comes from a cache. 
 
 plus one memory latency to fill and one to drain; the last wave counts with the programs it has. Where limits are close
 they slow each other: of bytes, the busiest unit and latency the time is the norm with exponent SHARPNESS, not the
-maximum. Not modelled: bank conflicts, sectors that are read in part, threads that do uneven work, what torch launches in
-between. What depends on data (whether an image is blurred) counts as done.
+maximum. Not modelled: bank conflicts, sectors that are read in part, threads that do uneven work, what torch launches
+in between. What depends on data (whether an image is blurred) counts as done.
 """
 
 from __future__ import annotations
@@ -458,7 +458,9 @@ def total_table(lines: Sequence[Total]) -> Table:
     """One line an operation and pass, predicted beside measured."""
     table = Table("operation", "case", "predicted us", "% copy", "limit", "measured us", "% copy", "target", box=None)
     for line in lines:
-        measured = ["-", "-"] if line.measured_us is None else [f"{line.measured_us:.1f}", f"{line.measured_percent:.0f}"]
+        measured = ["-", "-"]
+        if line.measured_us is not None:
+            measured = [f"{line.measured_us:.1f}", f"{line.measured_percent:.0f}"]
         verdict = "" if line.file not in FEATURE_KERNELS else "below" if line.below else "met"
         table.add_row(
             line.operation, f"{line.passes} {line.dtype} {line.shape}", f"{line.us:.1f}", f"{line.percent:.0f}",
@@ -483,7 +485,8 @@ def write_csv(path: Path, predictions: Sequence[Prediction]) -> None:
                 writer.writerow([*label, *[""] * (16 + len(_BY)), line.error])
                 continue
             work, found = line.work, line.limits
-            numbers = [found.occupancy, found.waves, found.in_flight, found.needed, *(found.by[n] for n in _BY), found.us]
+            numbers = [found.occupancy, found.waves, found.in_flight, found.needed]
+            numbers += [*(found.by[name] for name in _BY), found.us]
             writer.writerow(
                 [*label, work.programs, work.warps, work.registers, work.shared, work.bytes, f"{work.requested:.3f}",
                  *work.widths, f"{work.executed['issue']:.0f}", *(f"{x:.3f}" for x in numbers), f"{found.percent:.1f}",

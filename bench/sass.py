@@ -81,6 +81,8 @@ class Instruction:
         # a predicate alone in front goes along with a register: whether a shuffle's source exists, a logical result
         if self.operands[0].kind == "p" and self.op in ("SHFL", "LOP3", "ULOP3", "R2UR", "ATOM", "ATOMG"):
             count = 2
+        if self.op in ("PLOP3", "UPLOP3"):  # which reads predicates too
+            count = 2
         return count
 
     @cached_property
@@ -96,8 +98,10 @@ class Instruction:
     @property
     def _written(self) -> int:
         """Registers that a result takes."""
-        if self.op in ("LDG", "LDS", "LDC", "LDCU", "LDL", "ULDC", "LDSM", "LD"):
-            return int(self.modifiers[-1]) if "M88" in self.modifiers and self.modifiers[-1].isdigit() else max(1, self.bits // 32)
+        if self.op == "LDSM":
+            return int(self.modifiers[-1]) if self.modifiers[-1].isdigit() else 1
+        if self.op in ("LDG", "LDS", "LDC", "LDCU", "LDL", "ULDC", "LD"):
+            return max(1, self.bits // 32)
         double = self.op in ("DADD", "DMUL", "DFMA") or "F64" in self.modifiers[:1]
         return 2 if double or "WIDE" in self.modifiers or self.op == "CS2R" and "32" not in self.modifiers else 1
 
@@ -160,8 +164,7 @@ def _operand(text: str) -> Operand:
         number = float(text.replace("QNAN", "nan").replace("SNAN", "nan"))
         return Operand("i", text, struct.unpack("<I", struct.pack("<f", _fit(number)))[0])
     if "[" in text:
-        descriptor, brackets, address = text.rpartition("[")
-        return Operand("m", registers=tuple(re.findall(r"U?R\d+", address)), name="desc" if "desc" in descriptor else "")
+        return Operand("m", registers=tuple(re.findall(r"U?R\d+", text.rpartition("[")[2])))
     return Operand("s", text.removeprefix("`"))
 
 
@@ -383,7 +386,7 @@ class Thread:
         *factors, high, low = operands[1:]
         value = None
         if all(o.name == "RZ" for o in factors) and high.kind == low.kind == "i":
-            value = sum(int.from_bytes(struct.pack("<e", _float(o.value)), "little") << s for o, s in ((high, 16), (low, 0)))
+            value = _half(high) << 16 | _half(low)
         self._write(operands[0].name, value)
 
     def _imad(self, instruction, operands, modifiers):
@@ -520,8 +523,8 @@ class Thread:
             if own is not None and joined is not None:
                 self.predicates[target.name] = _JOIN[how](own, joined)
             else:
-                absorbing = {"AND": False, "OR": True}.get(how)
-                self.predicates[target.name] = absorbing if absorbing is not None and absorbing in (own, joined) else None
+                decisive = {"AND": False, "OR": True}.get(how, "neither")
+                self.predicates[target.name] = decisive if decisive in (own, joined) else None
 
     def _sel(self, instruction, operands, modifiers):
         chosen = self._predicate(operands[3].name, "!" in operands[3].sign)
@@ -551,7 +554,8 @@ class Thread:
         if "F64" in modifiers or value is None:
             self._write(operands[0].name, None, 2 if "F64" in modifiers else 1)
         else:
-            self._write(operands[0].name, _bits(float(value if modifiers & {"U32", "U16"} else _signed(value)), up=True))
+            number = value if modifiers & {"U32", "U16"} else _signed(value)
+            self._write(operands[0].name, _bits(float(number), up=True))
 
     def _mufu(self, instruction, operands, modifiers):
         value = self._read(operands[1])
@@ -574,6 +578,10 @@ def _next(name: str) -> str:
     """R4 -> R5."""
     letters = name.rstrip("0123456789")
     return name if name[-1] == "Z" else f"{letters}{int(name[len(letters):]) + 1}"
+
+
+def _half(operand: Operand) -> int:
+    return int.from_bytes(struct.pack("<e", _float(operand.value)), "little")
 
 
 def _extreme(values: list[int] | None, least: bool | None, modifiers: set[str]) -> Value:

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from bench.kernel_cases import OPERATIONS, draw_upstream, run_both, select
+from bench.kernel_cases import OPERATIONS, draw_upstream, run_both
 from bench.kernel_results import Row, write_rows
 from bench.predict import DEVICES, Prediction, Work, limits, resident, totals
 from bench.sass import Thread, parse
@@ -116,6 +116,16 @@ def test_what_depends_on_memory_is_done_once_and_said():
     assert slow.trace == [0, 1, 2, 4]
 
 
+def test_a_bound_in_a_uniform_predicate_is_followed():
+    """A logical operation reads predicates; taken for results, they cut a loop short after one iteration."""
+    code = [
+        "UMOV UR9, URZ", "UIADD3 UR9, UR9, 0x1, URZ", "UISETP.GE.AND UP0, UPT, UR9, 0x5, UPT",
+        "PLOP3.LUT P5, PT, PT, PT, UP0, 0x80, 0x0", "@!P5 BRA 0x10",
+    ]  # fmt: skip
+    thread = follow(code)
+    assert len(thread.trace) == 1 + 4 * 5 + 1 and not thread.unknown
+
+
 def test_comparisons_of_64_bits_take_both_halves():
     code = [
         "MOV R2, c[0x0][0x210]", "MOV R3, c[0x0][0x214]", "ISETP.GE.U32.AND P1, PT, R2, 0x5, PT",
@@ -168,14 +178,14 @@ def test_every_operation_records_its_launches_with_their_grid(operation):
 
 
 def test_totals_stand_beside_what_was_measured(tmp_path):
-    (operation,) = select("moments")
+    label = "moments", "moments", "forward", "bfloat16", "128x577x1024"
     shape = (128, 577, 1024)
     lines = [
-        Prediction("moments", "moments", "forward", "bfloat16", "128x577x1024", kernel, "sm_90", WORK, limits(WORK, DEVICES["sm_90"]))
+        Prediction(*label, kernel, "sm_90", WORK, limits(WORK, DEVICES["sm_90"]))
         for kernel in ("split", "merge")
     ]
     name = "NVIDIA H100 80GB HBM3"
-    row = Row("moments", "forward", "bfloat16", "128x577x1024", "ours", 60.0, 59.0, 61.0, 151_257_088, 1, 2950.0, name, "")
+    row = Row("moments", *label[2:], "ours", 60.0, 59.0, 61.0, 151_257_088, 1, 2950.0, name, "")
     write_rows(tmp_path / "h100" / "kernels.csv", [row])
     (total,) = totals([*lines, lines[0]._replace(limits=None, error="no")], tmp_path)
     assert total.us == pytest.approx(2 * lines[0].limits.us) and total.measured_us == 60.0
