@@ -9,8 +9,8 @@ cuDNN's benchmark, every metric read by the host at every step. It runs on the m
 start from the same weights, and draws the same random numbers for dropping: its losses are the reference of the
 curves.
 
-In two places it is kinder than the published code: the angles of RoPE are float32 before they are cast, and no host read
-per block looks for the largest position.
+In two places it is kinder than the published code: the angles of RoPE are float32 before they are cast, and no host
+read per block looks for the largest position.
 """
 
 from __future__ import annotations

@@ -249,7 +249,7 @@ def predict(args: argparse.Namespace, console: Console) -> int:
     lines = predict_all(tasks, args.aot)
     console.print(launch_table(lines))
     if any(line.work and line.work.unknown for line in lines):
-        console.print("* has branches that depend on data")
+        console.print("* has branches that depend on data, which count as not skipped; ** loops too, which count once")
     found = totals(lines, args.output)
     console.print(total_table(found))
     below = [line for line in found if line.below]

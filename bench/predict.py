@@ -141,6 +141,8 @@ class Work:
     """Bits a thread of most bytes loaded and stored."""
     unknown: int
     """Branches that depend on data."""
+    unknown_loops: int = 0
+    """Those of them that would repeat something, which counted once."""
 
 
 class Limits(NamedTuple):
@@ -274,6 +276,7 @@ def study(recorded: Recorded, target: str) -> Work:
     return Work(
         programs, warps, used["registers"], used["shared"], executed, wavefronts, alone, round(traffic),
         sum(moved.values()) / max(1.0, traffic), load_bytes, most, len(unknown),
+        sum(branch.operands[-1].value < branch.address for branch in code if branch.address in unknown),
     )  # fmt: skip
 
 
@@ -449,7 +452,7 @@ def launch_table(predictions: Sequence[Prediction]) -> Table:
             line.kernel, case, str(work.registers), f"{found.occupancy * WARPS:.0f}", f"{found.waves:.1f}",
             f"{found.in_flight / 1024:.0f} of {found.needed / 1024:.0f}", "{}/{}".format(*work.widths),
             f"{work.bytes / 1e6:.1f}", f"{work.requested:.2f}x", *(f"{found.by[name]:.1f}" for name in _BY),
-            f"{found.us:.1f}", f"{found.percent:.0f}", found.limit + (" *" if work.unknown else ""),
+            f"{found.us:.1f}", f"{found.percent:.0f}", found.limit + (" **" if work.unknown_loops else " *" if work.unknown else ""),
         )  # fmt: skip
     return table
 
