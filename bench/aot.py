@@ -13,7 +13,7 @@ import pkgutil
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -136,7 +136,7 @@ def compile_case(module: str, index: int, targets: Sequence[str]) -> list[Resour
                 if (recorded.kernel, source) in done:
                     continue
                 done.append((recorded.kernel, source))
-                used = _compile(recorded.kernel, source, target)
+                used = resources(compile_source(recorded.kernel, source, target))
             except Exception as error:  # one that does not compile is a line of the report, the others still count
                 text = (str(error).strip() or repr(error)).splitlines()[-1]
                 used = {"error": f"{type(error).__name__}: {text}"}
@@ -144,37 +144,56 @@ def compile_case(module: str, index: int, targets: Sequence[str]) -> list[Resour
     return results
 
 
-def _compile(kernel: Any, source: Source, target: str) -> dict[str, int]:
+def compile_source(kernel: Any, source: Source, target: str) -> Any:
+    """triton's compiled kernel: `asm["cubin"]` and `metadata`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    capability = int(target.removeprefix("sm_"))
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(kernel, source.signature, source.constants, source.attributes),
-        target=GPUTarget("cuda", capability, 32),
+        target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32),
         options=source.options,
     )
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers and spilled bytes a thread, shared memory and threads a program."""
     usage = resource_usage(compiled.asm["cubin"])
-    threads = 32 * compiled.metadata.num_warps
     return {
         "registers": usage["REG"],
         "spilled": usage["STACK"] + usage["LOCAL"],
         "shared": compiled.metadata.shared,
-        "threads": threads,
+        "threads": 32 * compiled.metadata.num_warps,
     }
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, LOCAL, ... of the one function in a cubin, from the cuobjdump that triton brings."""
+    """REG, STACK, LOCAL, ... of the one function in a cubin."""
+    found = re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", cuobjdump("-res-usage", cubin))
+    return {name: int(value) for name, value in found}
+
+
+def cuobjdump(option: str, cubin: bytes) -> str:
+    """What the cuobjdump that triton brings says about a cubin."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def check_targets(targets: Sequence[str]) -> None:
+    """ValueError where a target is unknown, triton is absent or its interpreter is on."""
+    from kernels.library import INTERPRETER, triton
+
+    for target in targets:
+        if target not in TARGETS:
+            raise ValueError(f"target {target!r} is unknown; choose from {', '.join(TARGETS)}")
+    if triton is None or INTERPRETER:
+        raise ValueError("compiling ahead of time needs triton, and TRITON_INTERPRET not set when python starts")
 
 
 def compile_all(targets: Sequence[str], only: str | None = None, quick: bool = False) -> list[Resources]:
@@ -183,18 +202,17 @@ def compile_all(targets: Sequence[str], only: str | None = None, quick: bool = F
     Raises:
         ValueError: an unknown target or module, or triton is absent or its interpreter is on.
     """
-    from kernels.library import INTERPRETER, triton
-
-    for target in targets:
-        if target not in TARGETS:
-            raise ValueError(f"target {target!r} is unknown; choose from {', '.join(TARGETS)}")
-    if triton is None or INTERPRETER:
-        raise ValueError("compiling ahead of time needs triton, and TRITON_INTERPRET not set when python starts")
+    check_targets(targets)
     tasks = []
     for module in discover(only):
         cases = list(importlib.import_module(f"kernels.{module}").aot_calls(torch.device("meta")))
         tasks += [(module, index) for index in range(1 if quick else len(cases))]
+    return run_all(compile_case, [(module, index, tuple(targets)) for module, index in tasks])
+
+
+def run_all(function: Callable[..., list], tasks: Sequence[tuple]) -> list:
+    """The lists that the calls return, one after the other; as many processes as processors do the work."""
     # spawned, for triton's compiler and torch keep threads; one compiler a processor
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(compile_case, module, index, tuple(targets)) for module, index in tasks]
+        futures = [pool.submit(function, *task) for task in tasks]
         return [line for future in futures for line in future.result()]

@@ -1,21 +1,28 @@
 """The baseline of `python -m bench.step`: one distillation step as plain PyTorch would write it, with the published
 structure and none of what this project fuses, keeps or leaves out.
 
-Float32 teachers under bf16 autocast, MASt3R's attention with its matrix in memory, LayerNorm, LayerScale, GELU and
-RoPE as operations of their own, the loss in float32, a Python loop over images and teachers for dropping, one over
-parameters for clipping, every metric read by the host at every step. It runs on the modules of this project, so that
-both start from the same weights, and draws the same random numbers for dropping: its losses are the reference of the
+Float32 teachers under bf16 autocast, MASt3R's attention with its matrix in memory and scaled there, q, k and v by
+index after a permutation, LayerNorm, LayerScale, GELU and RoPE as operations of their own (RoPE in the tokens' type),
+features gathered from all ranks to be standardized, the loss in float32, a Python loop over images and teachers for
+dropping, DistributedDataParallel that searches for unused parameters, a loop over parameters for clipping, fused AdamW,
+cuDNN's benchmark, every metric read by the host at every step. It runs on the modules of this project, so that both
+start from the same weights, and draws the same random numbers for dropping: its losses are the reference of the
 curves.
+
+In two places it is kinder than the published code: the angles of RoPE are float32 before they are cast, and no host
+read per block looks for the largest position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine.config import RunConfig
@@ -24,7 +31,6 @@ from dune_fast.nn.block import MLP, Block, SelfAttention
 from dune_fast.nn.projectors import TransformerProjector, split_cls
 from dune_fast.nn.student import Student
 from dune_fast.nn.vit import VisionTransformer
-from kernels.rope2d import rope2d_reference
 from kernels.teacher_drop import drop_uniforms
 from teachers.config import IMAGENET_MEAN, IMAGENET_STD
 from teachers.registry import build_teacher
@@ -39,14 +45,30 @@ def normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE2D of q or k [B, H, N, D] in their own type: each half times cosines, plus its turned halves times sines.
+
+    Args:
+        x: queries or keys.
+        cos, sin: [N, 2, D / 4] in x's type, the rows' angles and the columns'.
+    """
+    halves = []
+    for half, c, s in zip(x.chunk(2, -1), cos.unbind(1), sin.unbind(1), strict=True):
+        u, v = half.chunk(2, -1)
+        halves.append(half * torch.cat([c, c], -1) + torch.cat([-v, u], -1) * torch.cat([s, s], -1))
+    return torch.cat(halves, -1)
+
+
 def attend(attn: SelfAttention, x: Tensor, rope: tuple[Tensor, Tensor] | None, materialize: bool) -> Tensor:
     """[B, N, D] -> [B, N, D]; `materialize` keeps the N x N weights in memory."""
-    qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1))  # [B, N, 3, H, D / H]
+    qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, N, D / H]
+    q, k, v = qkv[0], qkv[1], qkv[2]
     if rope is not None:
-        qkv = rope2d_reference(qkv, *rope)
-    q, k, v = qkv.transpose(1, 3).unbind(2)  # [B, H, N, D / H]
+        cos, sin = (table.to(q.dtype) for table in rope)
+        q, k = turn(q, cos, sin), turn(k, cos, sin)
     if materialize:
-        out = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1).to(v.dtype) @ v
+        weights = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+        out = weights.softmax(-1).to(v.dtype) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v)
     return attn.proj(out.transpose(1, 2).flatten(2))
@@ -124,6 +146,16 @@ def check_plain(cfg: RunConfig, student: Student, teachers: dict[str, object]) -
         raise ValueError("the eager baseline has objective.sharing=full and standardization.convention=dune only")
 
 
+@contextmanager
+def cudnn_benchmark() -> Iterator[None]:
+    """cuDNN measures its convolutions; other variants of the process keep what they had."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 class EagerStep:
     """A whole step: forward, loss, backward, clipping, update, metrics read by the host.
 
@@ -134,6 +166,8 @@ class EagerStep:
         dtype: of autocast; None for float32.
         compile: wrap the student and each teacher in `torch.compile`.
         timer: surrounds the parts of a step.
+        distributed: whether there is a process group, for DistributedDataParallel and the gathering of features.
+            Without one, as for counting on fake tensors, the student runs bare and a copy stands for the gathering.
     """
 
     def __init__(
@@ -144,6 +178,7 @@ class EagerStep:
         dtype: torch.dtype | None,
         compile: bool = False,
         timer: Timer = lambda part: nullcontext(),
+        distributed: bool = True,
     ) -> None:
         teachers = {name: build_teacher(name, teacher) for name, teacher in cfg.teachers.items()}
         check_plain(cfg, student, teachers)
@@ -153,14 +188,20 @@ class EagerStep:
         self.student = EagerStudent(student.to(device))
         self.run_teachers = {name: torch.compile(t) if compile else t for name, t in self.teachers.items()}
         self.run_student = torch.compile(self.student) if compile else self.student
+        self.distributed = distributed
+        if distributed:
+            self.run_student = DistributedDataParallel(
+                self.run_student, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True
+            )
         optimizer = cfg.optimizer
         groups = parameter_groups(student, optimizer.weight_decay)
         self.optimizer = torch.optim.AdamW(
-            groups, lr=0.0, betas=tuple(optimizer.betas), eps=optimizer.eps, foreach=True
+            groups, lr=0.0, betas=tuple(optimizer.betas), eps=optimizer.eps, fused=True
         )
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.statistics = TeacherStatistics(cfg.teacher_features).to(device)
 
+    @cudnn_benchmark()
     def __call__(self, images: Tensor, positions: Tensor, step: int, learning_rate: float, momentum: float) -> float:
         """One step; returns the loss, as the host has read it.
 
@@ -202,7 +243,7 @@ class EagerStep:
             for token, target in tokens.items():
                 with torch.no_grad():
                     target = target.float()
-                    rows = target.flatten(0, -2)
+                    rows = self._gather(target).flatten(0, -2)
                     std, mean = torch.std_mean(rows, 0)
                     running = getattr(self.statistics, name).normalizers[token]
                     running.mean.lerp_(mean, momentum)
@@ -217,17 +258,32 @@ class EagerStep:
             losses.append(torch.stack(per_token).mean(0))
         return torch.stack(losses), parts
 
+    def _gather(self, features: Tensor) -> Tensor:
+        """Whole features of all ranks [ranks * B, ..., C]."""
+        gathered = [torch.ones_like(features) for _ in range(dist.get_world_size() if self.distributed else 1)]
+        if self.distributed:
+            dist.all_gather(gathered, features.contiguous())
+        else:
+            gathered[0].copy_(features)
+        return torch.cat(gathered)
+
     def _drop(self, losses: Tensor, positions: Tensor, step: int) -> Tensor:
         """The hardest teacher of each image and a random part of the others, by a loop over images and teachers."""
         probability = self.cfg.objective.drop_probability
         draws = drop_uniforms(self.cfg.train.seed, step, positions.cpu(), len(losses)).tolist()
-        total, count = losses.new_zeros(()), 0
-        for b in range(losses.shape[1]):
-            values = [losses[t, b].item() for t in range(len(losses))]  # the published loop reads each
-            for t, value in enumerate(values):
-                if value == max(values) or draws[t][b] >= probability:
-                    total, count = total + losses[t, b], count + 1
-        return total / count
+        with torch.no_grad():
+            weights = []
+            for b in range(losses.shape[1]):
+                kept, hardest = torch.ones_like(losses[:, b]), losses[:, b].argmax()
+                for t in range(len(losses)):
+                    if t != hardest and draws[t][b] < probability:  # the host reads each comparison
+                        kept[t] = 0
+                weights.append(kept)
+            weights = torch.stack(weights).t()
+            if not torch.all(weights.sum(0) >= 1):
+                raise RuntimeError("an image has lost all its teachers")
+            weights.div_(weights.sum())
+        return (weights * losses).sum()
 
     def _clip(self) -> None:
         limit = self.cfg.optimizer.clip_per_parameter

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from kernels.augment import ColourParams, augment_colour, augment_colour_reference
 from kernels.distill_loss import distill_loss, distill_loss_reference
-from kernels.fp8 import FP8Rows, layer_norm_fp8, quantize_rows, quantize_rows_reference
+from kernels.fp8 import (
+    FP8Rows,
+    bias_gelu_fp8,
+    layer_norm_fp8,
+    quantize_rows,
+    quantize_rows_reference,
+    residual_layer_norm_fp8,
+)
 from kernels.gelu import bias_gelu
 from kernels.layer_norm import layer_norm, layer_norm_reference, residual_layer_norm, residual_layer_norm_reference
 from kernels.moments import moments, moments_reference
@@ -59,8 +66,8 @@ class Operation:
     liger: Call | None = None
     gold: Call | None = None
     """What inputs in float64 should give, where that is not `eager` of them."""
-    fixed_bytes: float = 0.0
-    """More bytes a value of the forward pass, whatever the dtype."""
+    fixed_bytes: tuple[float, float] = (0.0, 0.0)
+    """More bytes a value, forward and backward, whatever the dtype."""
     on_images: bool = False
     """Whether it takes images [B, 3, side, side], of IMAGE_SHAPES, and not features."""
 
@@ -81,8 +88,9 @@ class Operation:
 
 def moved_bytes(operation: Operation, shape: Shape, dtype: torch.dtype, backward: bool) -> int:
     """Minimal bytes of a forward pass, or of a forward and a backward pass."""
-    forward, back = operation.bytes
-    return round(((forward + back * backward) * dtype.itemsize + operation.fixed_bytes) * operation.values(shape))
+    units = zip(operation.bytes, operation.fixed_bytes, strict=True)
+    forward, back = (typed * dtype.itemsize + fixed for typed, fixed in units)
+    return round((forward + back * backward) * operation.values(shape))
 
 
 def counted_flops(operation: Operation, shape: Shape, backward: bool) -> int:
@@ -187,6 +195,16 @@ def _residual(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     return x, _features(shape, dtype, device).requires_grad_(), _vector(shape[2], device), weight, bias
 
 
+def _stream(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """A float32 residual stream and a branch in the type of the matrix products, as in the student."""
+    x, *others = _residual(shape, dtype, device)
+    return x.detach().float().requires_grad_(), *others
+
+
+def _frozen_residual(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    return tuple(x.detach() for x in _residual(shape, dtype, device))
+
+
 def _frozen(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     return tuple(x.detach() for x in _layer_norm(shape, dtype, device))
 
@@ -194,6 +212,10 @@ def _frozen(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
 def _gelu(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     wide = (*shape[:2], 4 * shape[2])
     return _features(wide, dtype, device).requires_grad_(), _vector(wide[2], device)
+
+
+def _frozen_gelu(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    return tuple(x.detach() for x in _gelu(shape, dtype, device))
 
 
 def _rope(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -205,6 +227,11 @@ def _rope(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
 def _rope_trained(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     qkv, cos, sin = _rope(shape, dtype, device)
     return qkv.requires_grad_(), cos, sin
+
+
+def _residual_fp8_reference(x: Tensor, y: Tensor, *parameters: Tensor) -> tuple[Tensor, FP8Rows]:
+    x, h = residual_layer_norm_reference(x, y, *parameters, EPS)
+    return x, FP8Rows(*quantize_rows_reference(h))
 
 
 def _liger_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -280,6 +307,12 @@ OPERATIONS = (
         bytes=(4, 6), flops=(9, 15),
     ),
     Operation(
+        "residual_layer_norm_stream", "layer_norm", _stream,
+        lambda x, y, *p: residual_layer_norm(x, y, *p, EPS, y.dtype),
+        lambda x, y, *p: residual_layer_norm_reference(x, y, *p, EPS, y.dtype),
+        bytes=(2, 3), fixed_bytes=(8, 12), flops=(9, 15),
+    ),
+    Operation(
         "bias_gelu", "gelu", _gelu,
         bias_gelu, lambda x, bias: F.gelu(x + bias.to(x.dtype)), bytes=(8, 12), flops=(4 * 12, 4 * 20),
     ),
@@ -294,17 +327,27 @@ OPERATIONS = (
     Operation(
         "quantize_rows", "fp8", lambda *x: _frozen(*x)[:1],
         quantize_rows, lambda x: FP8Rows(*quantize_rows_reference(x)),
-        bytes=(1, 0), fixed_bytes=1, flops=(3, 0), gold=lambda x: x,
+        bytes=(1, 0), fixed_bytes=(1, 0), flops=(3, 0), gold=lambda x: x,
     ),
     Operation(
         "layer_norm_fp8", "fp8", _frozen,
         lambda *x: layer_norm_fp8(*x, EPS), lambda *x: FP8Rows(*quantize_rows_reference(layer_norm_reference(*x, EPS))),
-        bytes=(1, 0), fixed_bytes=1, flops=(10, 0), gold=lambda *x: layer_norm_reference(*x, EPS),
+        bytes=(1, 0), fixed_bytes=(1, 0), flops=(10, 0), gold=lambda *x: layer_norm_reference(*x, EPS),
+    ),
+    Operation(
+        "residual_layer_norm_fp8", "fp8", _frozen_residual,
+        lambda *x: residual_layer_norm_fp8(*x, EPS), _residual_fp8_reference,
+        bytes=(3, 0), fixed_bytes=(1, 0), flops=(12, 0), gold=lambda *x: residual_layer_norm_reference(*x, EPS),
+    ),
+    Operation(
+        "bias_gelu_fp8", "fp8", _frozen_gelu,
+        bias_gelu_fp8, lambda x, bias: FP8Rows(*quantize_rows_reference(F.gelu(x + bias.to(x.dtype)))),
+        bytes=(4, 0), fixed_bytes=(4, 0), flops=(4 * 15, 0), gold=lambda x, bias: F.gelu(x + bias),
     ),
     Operation(
         "augment_colour", "augment", _photographs,
         augment_colour, augment_colour_reference,
-        bytes=(1, 0), fixed_bytes=1, flops=(60, 0), gold=_augment_gold, on_images=True,
+        bytes=(1, 0), fixed_bytes=(1, 0), flops=(60, 0), gold=_augment_gold, on_images=True,
     ),
     Operation(
         "resize_normalize", "resize", _resized,

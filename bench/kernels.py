@@ -1,12 +1,13 @@
 """Measures every kernel against eager torch, torch.compile and the bandwidth of a copy: `python -m bench.kernels`.
 
 Times are of the device: the queue is held by a spinning kernel while the host enqueues the call, so that neither Python
-nor launch latency counts (a training step hides both). Before every call the L2 cache is overwritten, and inputs rotate
-among several sets. Medians and the 20th and 80th percentiles of CUDA events. An implementation that fails its check
-against float64 is not timed, and the status is 1.
+nor launch latency counts (a training step hides both). Before every call the L2 cache is filled with other data by
+reading them, and inputs rotate among several sets. Medians and the 20th and 80th percentiles of CUDA events. An
+implementation that fails its check against float64 is not timed, and the status is 1.
 
 `--aot sm_80,sm_90,sm_100` compiles everything without a GPU instead and prints registers, spills and shared memory;
-the status is 1 if anything spills or does not compile.
+the status is 1 if anything spills or does not compile. `--aot sm_90 --predict` predicts times from the machine code
+(bench/predict.py), beside measured ones where bench/results has some; the status is 1 if a launch does not compile.
 """
 
 from __future__ import annotations
@@ -37,22 +38,31 @@ from bench.kernel_cases import (
     select,
 )
 from bench.kernel_results import Row, plot_roofline, write_rows
+from bench.predict import TARGET_PERCENT, launch_table, predict_all, total_table, totals, write_csv
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PREDICTED: tuple[Shape, ...] = (*SHAPES[:2], IMAGE_SHAPES[0])
+"""Shapes that are predicted unless others are given."""
 REPETITIONS = 60
 WARM_UP = 3
 
 
 class Stopwatch:
-    """Times calls on the current CUDA device, with a cold L2 cache and without the host's share."""
+    """Times calls on the current CUDA device, with a cold L2 cache and without the host's share.
+
+    The cache is flushed by reading: a buffer that was written leaves as many dirty lines as the cache holds, 50 MB on
+    an H100, and the timed kernel would pay for writing them back. triton's `do_bench_cudagraph` does not flush between
+    the calls of its graph, and times them together, without percentiles of single calls.
+    """
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(self.device)
         self.device_name = properties.name
         self.l2_bytes = max(properties.L2_cache_size, 32 << 20)
-        self.flush = torch.empty(2 * self.l2_bytes, dtype=torch.uint8, device=self.device)
+        self.other = torch.zeros(2 * self.l2_bytes // 4, device=self.device)
+        self.largest = torch.empty((), device=self.device)
 
     def time(self, calls: Sequence[Callable[[], object]], repetitions: int = REPETITIONS) -> tuple[float, float, float]:
         """(median, 20th, 80th percentile) in microseconds of one call, the calls taking turns."""
@@ -67,7 +77,7 @@ class Stopwatch:
         spin = int(2e9 * (2 * enqueue + 2e-4))
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
         for i, (start, end) in enumerate(events):
-            self.flush.zero_()
+            self.flush()
             torch.cuda._sleep(spin)
             start.record()
             calls[i % len(calls)]()
@@ -76,6 +86,10 @@ class Stopwatch:
         times = torch.tensor([start.elapsed_time(end) * 1e3 for start, end in events])
         low, median, high = times.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
         return median, low, high
+
+    def flush(self) -> None:
+        """Fills the L2 cache with clean lines of a buffer that nobody else reads."""
+        torch.amax(self.other, 0, out=self.largest)
 
     def copy_bandwidth(self) -> float:
         """GB/s of a copy of 1 GiB, bytes read and written."""
@@ -115,7 +129,10 @@ def measure(
             correct = correct and name != "ours"
             continue
         for backward in (False, True) if upstream else (False,):
-            calls = [(lambda x=x: run_both(call, x, upstream)) if backward else (lambda x=x: call(*x)) for x in sets]  # noqa: B023
+            calls = [
+                (lambda x=x: run_both(call, x, upstream)) if backward else (lambda x=x: call(*x))  # noqa: B023
+                for x in sets
+            ]
             row = Row(
                 operation.name,
                 "forward+backward" if backward else "forward",
@@ -220,10 +237,39 @@ def aot(args: argparse.Namespace, console: Console) -> int:
     return 1 if bad else 0
 
 
+def predict(args: argparse.Namespace, console: Console) -> int:
+    """Predictions for the operations, of ViT-B and L at 336 pixels unless shapes are given; returns the exit status."""
+    start = time.perf_counter()
+    tasks = [
+        (operation.name, shape, dtype)
+        for operation in select(args.only)
+        for dtype in args.dtype
+        for shape in shapes_of(operation, args.shape or PREDICTED)
+    ]
+    lines = predict_all(tasks, args.aot)
+    console.print(launch_table(lines))
+    if any(line.work and line.work.unknown for line in lines):
+        console.print("* has branches that depend on data, which count as not skipped; ** loops too, which count once")
+    found = totals(lines, args.output)
+    console.print(total_table(found))
+    below = [line for line in found if line.below]
+    for line in below:
+        case = f"{line.operation} {line.passes} {line.dtype} {line.shape}"
+        console.print(f"below {TARGET_PERCENT:.0f} %: {case}, {line.percent:.0f} %, limited by {line.limit}")
+    if args.csv:
+        write_csv(args.csv, lines)
+    failed = [line for line in lines if line.error]
+    seconds = time.perf_counter() - start
+    console.print(f"{len(lines)} launches in {seconds:.0f} s, {len(below)} below target, {len(failed)} do not compile")
+    return 1 if failed else 0
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.split("\n\n")[0])
     parser.add_argument("--aot", metavar="TARGETS", help=f"compile for these instead, of {','.join(TARGETS)}")
+    parser.add_argument("--predict", action="store_true", help="with --aot of one target: times, from the machine code")
+    parser.add_argument("--csv", type=Path, help="with --predict: write every launch there")
     parser.add_argument("--quick", action="store_true", help="with --aot: the first case of each file alone")
     parser.add_argument("--verbose", action="store_true", help="with --aot: a line for every case")
     parser.add_argument("--only", metavar="NAME", help="one operation, or all of one file of kernels/")
@@ -258,9 +304,11 @@ def _shape(text: str) -> Shape:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parse(argv)
-    console = Console(highlight=False, width=160, soft_wrap=True)
+    console = Console(highlight=False, width=220, soft_wrap=True)
     try:
-        return aot(args, console) if args.aot else bench(args, console)
+        if args.predict and not args.aot:
+            raise ValueError("--predict needs --aot and one target, as in --aot sm_90")
+        return predict(args, console) if args.predict else aot(args, console) if args.aot else bench(args, console)
     except ValueError as error:
         console.print(str(error))
         return 2

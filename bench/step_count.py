@@ -3,7 +3,9 @@
 The step runs on fake tensors, which have shapes and no data, and takes the paths of a GPU. Counted are the operations
 that would launch work (a fused kernel is one, views and allocations are none), the values that the host would read,
 and the bytes of all tensors alive at once. The memory is a lower bound: workspaces, fragmentation and what a library
-keeps inside an operation are not in it. DeepSpeed's engine cannot run on fake tensors: the update is torch's fused
+keeps inside an operation are not in it. The published step's DistributedDataParallel cannot run on fake tensors either:
+its two copies of each gradient, to a bucket and back, and the buckets' bytes are not counted; the features that it
+gathers are, as copies. DeepSpeed's engine cannot run on fake tensors: the update is torch's fused
 AdamW after this project's clipping, as in ZeRO stage 0.
 """
 
@@ -199,7 +201,7 @@ def _plain_step(cfg: RunConfig, timer: Timer) -> Callable[[Batch, int], Tensor]:
 
 def _eager_step(cfg: RunConfig, timer: Timer) -> Callable[[Batch, int], object]:
     student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
-    eager = EagerStep(cfg, student, torch.device("cpu"), torch.bfloat16, timer=timer)
+    eager = EagerStep(cfg, student, torch.device("cpu"), torch.bfloat16, timer=timer, distributed=False)
     return lambda batch, i: eager(batch.images, batch.positions, i, 1e-3, 0.5)
 
 

@@ -44,12 +44,14 @@ class Recorded(NamedTuple):
     kernel: Any
     args: tuple
     options: dict[str, Any]
+    grid: tuple[int, ...] = (1,)
+    """How many programs, in up to three dimensions."""
 
 
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
     """kernel[grid](*args, **options); nothing for an empty grid."""
     if _target is not None:
-        _recorded.append(Recorded(kernel, args, options))
+        _recorded.append(Recorded(kernel, args, options, tuple(grid)))
     elif all(grid):
         kernel[tuple(grid)](*args, **options)
 
@@ -64,6 +66,11 @@ def recording(target: str) -> Iterator[list[Recorded]]:
         yield _recorded
     finally:
         _target = before
+
+
+def is_recording() -> bool:
+    """Whether launches are written down and not made."""
+    return _target is not None
 
 
 @functools.cache

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.launching import is_recording
+
 try:
     import triton
     import triton.language as tl
@@ -61,19 +63,20 @@ def register(schema: str, fused: Callable, reference: Callable, fake: Callable) 
     torch.library.define(qualified, brace + rest)
     torch.library.impl(qualified, "CUDA", on_cuda)
     torch.library.impl(qualified, "CPU", lambda *args: (fused if _interpreted else reference)(*args))
-    torch.library.register_fake(qualified, fake)
+    torch.library.register_fake(qualified, lambda *args: (fused if is_recording() else fake)(*args))
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def use_triton(*tensors: Tensor | None) -> bool:
     """Whether a kernel serves these tensors: all on CUDA, or in `interpreted()`, and of a type in DTYPES or integers.
 
-    None is skipped.
+    None is skipped. While launches are recorded, tensors without data count as being on CUDA.
     """
-    if triton is None or (INTERPRETER and not _interpreted):
+    anywhere = _interpreted or is_recording()
+    if triton is None or (INTERPRETER and not anywhere):
         return False
     given = [tensor for tensor in tensors if tensor is not None]
-    return all((t.is_cuda or _interpreted) and (t.dtype in DTYPES or not t.is_floating_point()) for t in given)
+    return all((t.is_cuda or anywhere) and (t.dtype in DTYPES or not t.is_floating_point()) for t in given)
 
 
 @contextlib.contextmanager

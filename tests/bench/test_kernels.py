@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import kernels as bench
 from bench.aot import Resources, discover, resource_usage, specialize
@@ -43,6 +44,16 @@ def test_the_quick_look_takes_the_first_case_alone():
     assert result.returncode == 0 and "2 kernels compiled" in result.stdout, result.stdout + result.stderr
 
 
+def test_predictions_are_a_table_and_a_file(tmp_path):
+    path = tmp_path / "predicted.csv"
+    case = ("--only", "quantize_rows", "--shape", "8,257,384", "--dtype", "bfloat16")
+    result = run_bench("--aot", "sm_90", "--predict", *case, "--csv", str(path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "quantize_rows forward bfloat16 8x257x384" in result.stdout and "1 launches in" in result.stdout
+    header, line = path.read_text().splitlines()
+    assert header.count(",") == line.count(",") and line.startswith("sm_90,quantize_rows,forward,bfloat16,8x257x384")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     result = run_bench()
@@ -55,6 +66,8 @@ def test_without_a_gpu_it_says_so():
     [
         (["--aot", "sm_70"], "'sm_70' is unknown; choose from sm_80"),
         (["--aot", "sm_90", "--only", "nothing"], "choose one of .*moments"),
+        (["--aot", "sm_90,sm_80", "--predict"], "'sm_90,sm_80' is unknown; choose from sm_80"),
+        (["--predict"], "--predict needs --aot and one target"),
         (["--only", "nothing"], "choose one of moments"),
         (["--only", "augment", "--shape", "2,5,64"], "no --shape is for this operation: .* IMAGES,3,SIDE"),
     ],
@@ -155,6 +168,53 @@ def test_every_case_checks_its_kernel(operation):
         errors = list(check(operation, operation.ours, inputs, upstream))
     assert errors and all(error <= allowed for error, allowed in errors)
     assert bool(upstream) == bool(operation.bytes[1])
+
+
+class FakeEvent:
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        """Nothing runs."""
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 0.01
+
+
+class Writes(TorchDispatchMode):
+    """Which operations write to a tensor, by its storage."""
+
+    def __init__(self, watched: torch.Tensor) -> None:
+        super().__init__()
+        self.watched, self.names, self.reads = watched.untyped_storage().data_ptr(), [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        names = [argument.name for argument in func._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | (kwargs or {})
+        for argument in func._schema.arguments:
+            tensor = given.get(argument.name)
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() == self.watched:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self.names.append(str(func))
+                else:
+                    self.reads += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_cache_is_flushed_without_a_write(monkeypatch):
+    """Dirty lines in the cache would be written back in the timed kernel's time."""
+    for name, stand_in in (("Event", FakeEvent), ("synchronize", lambda: None), ("_sleep", lambda cycles: None)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    stopwatch = bench.Stopwatch.__new__(bench.Stopwatch)
+    stopwatch.other, stopwatch.largest = torch.zeros(1 << 16), torch.empty(())
+    calls = []
+    with Writes(stopwatch.other) as writes:
+        median, low, high = stopwatch.time([lambda: calls.append(0), lambda: calls.append(1)], repetitions=6)
+    assert writes.reads == 6 and not writes.names
+    assert (median, low, high) == (10.0, 10.0, 10.0) and calls[-6:] == [0, 1] * 3
+    with Writes(stopwatch.other) as writes:
+        stopwatch.other.zero_()
+    assert writes.names  # the test sees a write
 
 
 class FakeStopwatch:

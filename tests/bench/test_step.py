@@ -6,12 +6,15 @@ import gc
 import json
 import re
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 
 from bench import step as module
+from bench.eager_step import EagerStep, turn
 from bench.step import Bench, Running, chosen, split_steps
 from bench.step_count import Meter, count_step
 from bench.step_meter import PartTimer, counted_waits, matrix_rate, merged_length
@@ -28,7 +31,9 @@ from bench.step_variants import VARIANTS, SyntheticLoader, synthetic_config
 from dune_fast.engine.config import RunConfig, TrainConfig
 from dune_fast.engine.deepspeed_engine import init_distributed
 from dune_fast.engine.flops import Flops
+from dune_fast.nn.student import build_student
 from dune_fast.nn.vit import ViTConfig
+from kernels.rope2d import grid_positions, rope2d_angles, rope2d_reference
 from teachers.config import TeacherConfig
 
 CPU = torch.device("cpu")
@@ -247,6 +252,44 @@ def test_bad_requests(capsys):
     assert len(chosen([])) == len(VARIANTS)
 
 
+def test_the_baseline_is_the_published_step(monkeypatch):
+    """Each of these made the comparison unfair when it was missing."""
+    device, cfg = init_distributed(), synthetic_config(config(), 3, 4)
+    gathered, seen, gather = [], [], torch.distributed.all_gather
+
+    def noted(parts: list[torch.Tensor], features: torch.Tensor) -> None:
+        gathered.append(features.shape)
+        gather(parts, features)
+
+    @contextmanager
+    def timer(part: str):
+        seen.append((part, torch.backends.cudnn.benchmark))
+        yield
+
+    monkeypatch.setattr(torch.distributed, "all_gather", noted)
+    student = build_student(cfg.student, cfg.projector, cfg.teacher_features, 0)
+    eager = EagerStep(cfg, student, device, None, timer=timer)
+    assert isinstance(eager.run_student, DistributedDataParallel) and eager.run_student.find_unused_parameters
+    assert eager.optimizer.defaults["fused"] and not eager.optimizer.defaults["foreach"]
+    batch = SyntheticLoader(3, 56, CPU)[0]
+    assert 0 < eager(batch.images, batch.positions, 0, 1e-3, 0.5) < 10
+    assert gathered == [(3, 192), (3, 16, 192), (3, 16, 192), (3, 16, 192)]  # whole features
+    assert {on for _, on in seen} == {True} and not torch.backends.cudnn.benchmark
+
+
+def test_the_baseline_turns_queries_in_their_own_type():
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 16, 3, 3, 8)
+    cos, sin = rope2d_angles(grid_positions(4, 4), 8)
+    expected = rope2d_reference(qkv, cos, sin)
+    for i in range(2):
+        heads = qkv[:, :, i].transpose(1, 2)
+        torch.testing.assert_close(turn(heads, cos, sin).transpose(1, 2), expected[:, :, i])
+        half = turn(heads.bfloat16(), cos.bfloat16(), sin.bfloat16())
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.float(), turn(heads, cos, sin), atol=0.05, rtol=0.02)
+
+
 def test_the_baseline_says_what_it_cannot_run():
     cfg = config()
     cfg.teachers["xfeat"] = TeacherConfig("conv_patchify", "random:1", 14, 24)
@@ -277,7 +320,7 @@ def test_counts_without_running():
         count_step(small, variant) for variant in chosen(["eager", "ours", "ours+lean", "ours+routing"])
     )
     trained = 2 * 14 + 5 + 3 * (14 + 2)  # tensors of the blocks, of embedding and positions, of the projectors
-    values, metrics = batch * len(cfg.teachers) + 1, 3 * 4 + 1
+    values, metrics = batch * len(cfg.teachers) + 2, 3 * 4 + 1
     assert (eager.host_reads, ours.host_reads) == (values + metrics + trained, 0)
     assert sum(eager.operations.values()) > 2 * sum(ours.operations.values())
     # 12 blocks: four products, attention, two norms, bias and GELU each; and what goes before and after them

@@ -1,0 +1,92 @@
+"""Kernels whose limits are plain from their source; prints what `bench.predict` finds in them, as JSON.
+
+Run as a program without TRITON_INTERPRET, for pytest's own process has the interpreter on.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from bench.predict import DEVICES, limits, study
+from kernels.launching import launch, recording
+from kernels.library import jit, tl
+
+VALUES = 1 << 26
+BLOCK = 2048
+FMAS = 200
+PROGRAMS = 528
+
+
+@jit
+def copy(x, y, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at))
+
+
+@jit
+def copy_every_second(x, y, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at * 2))
+
+
+@jit
+def polynomial(x, y, BLOCK: tl.constexpr, FMAS: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + at).to(tl.float32)
+    total = value
+    for _ in tl.static_range(FMAS):
+        total = total * value + 0.5
+    tl.store(y + at, total.to(tl.bfloat16))
+
+
+@jit
+def column_sums(x, y, rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
+    """Every program goes over its share of the rows, which the compiler cannot know, ROWS at a time."""
+    columns = tl.arange(0, COLUMNS)
+    share = tl.cdiv(rows, tl.num_programs(0))
+    first = tl.program_id(0) * share
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in tl.range(first, min(first + share, rows), ROWS, num_stages=STAGES):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (columns < COLUMNS)[None, :]
+        total += tl.load(x + row[:, None].to(tl.int64) * COLUMNS + columns[None, :], mask=inside, other=0.0)
+    tl.store(y + tl.program_id(0) * COLUMNS + columns, tl.sum(total, 0))
+
+
+def _launches() -> dict[str, tuple]:
+    x, wide = (torch.empty(n, dtype=torch.bfloat16, device="meta") for n in (VALUES, 2 * VALUES))
+    matrix, sums = torch.empty(VALUES // 512, 512, device="meta"), torch.empty(PROGRAMS, 512, device="meta")
+    grid = (VALUES // BLOCK,)
+    return {
+        "copy": (copy, grid, x, x.clone(), {"BLOCK": BLOCK}),
+        "narrow": (copy_every_second, grid, wide, x, {"BLOCK": BLOCK}),
+        "fmas": (polynomial, grid, x, x.clone(), {"BLOCK": BLOCK, "FMAS": FMAS}),
+        "alone": (copy, (8,), x[: 8 * BLOCK], x[: 8 * BLOCK].clone(), {"BLOCK": BLOCK}),
+        **{
+            f"loop {stages}": (
+                column_sums, (PROGRAMS,), matrix, sums, len(matrix), {"COLUMNS": 512, "ROWS": 4, "STAGES": stages},
+            )
+            for stages in (1, 3)
+        },
+    }  # fmt: skip
+
+
+def main() -> None:
+    found = {}
+    for target in ("sm_80", "sm_90", "sm_100"):
+        with recording(target) as launches:
+            for kernel, grid, *arguments, options in _launches().values():
+                launch(kernel, grid, *arguments, num_warps=4, **options)
+            launches = list(launches)
+        for name, recorded in zip(_launches(), launches, strict=True):
+            if target != "sm_90" and name != "loop 1":
+                continue
+            work = study(recorded, target)
+            found[f"{target} {name}"] = {"work": vars(work), "limits": limits(work, DEVICES[target])._asdict()}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
