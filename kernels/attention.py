@@ -85,7 +85,9 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
         from flash_attn import flash_attn_qkvpacked_func
 
         return flash_attn_qkvpacked_func(qkv)
-    q, k, v = qkv.transpose(1, 3).unbind(2)  # each [B, H, N, D], views
+    # unbound before the transposition: the backward then stacks the three gradients as [B, N, 3, H, D], which the linear
+    # layer before takes as it is; the other way round they come as [B, H, 3, N, D] and are copied once more
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # each [B, H, N, D], views
     if backend != "auto":
         with sdpa_kernel(_SDP[backend]):
             out = F.scaled_dot_product_attention(q, k, v)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dune_fast.distill.objective import ObjectiveConfig, coefficients, combine, teacher_losses
 from dune_fast.distill.standardization import AllReduce, Features, TeacherStatistics
+from dune_fast.nn.patches import SharedPatches
 from dune_fast.nn.routing import Routes, make_routes
 
 
@@ -51,9 +52,9 @@ class DistillationStep:
     """
 
     student: Callable[..., Features]
-    """The student, wrapped or not: images and, where there are any, routes -> teacher -> token type -> projection."""
+    """The student, wrapped or not: images, routes or None, patches -> teacher -> token type -> projection."""
     teachers: Callable[..., Features]
-    """The frozen teachers: images and, where there are any, routes -> teacher -> token type -> raw features."""
+    """The frozen teachers: images, routes or None, patches -> teacher -> token type -> raw features."""
     statistics: TeacherStatistics
     """Updated in place by every step."""
     own: Tensor
@@ -86,7 +87,7 @@ class DistillationStep:
             groups_on_host: `groups` where the host can look at them; needed with `objective.route_by_dataset`.
         """
         routes = self.routes(images, groups_on_host)
-        inputs = (images,) if routes is None else (images, routes)
+        inputs = images, routes, SharedPatches()
         projections = self.student(*inputs)  # teacher -> token type -> [B, C] or [B, N, C]; its images alone if routed
         features = self.statistics.rotated(self.teachers(*inputs))  # the same shapes, frozen
         standardizers = self.statistics.update(features, momentum, self.all_reduce)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dune_fast.nn.block import SelfAttention
 from kernels import attention as module
 from kernels.attention import FLASH_ATTN_INSTALLED, attention, resolve_backend
+from kernels.library import traced
+from kernels.rope2d import grid_positions, rope2d_angles
 
 
 def formula(qkv: torch.Tensor) -> torch.Tensor:
@@ -36,6 +41,27 @@ def test_gradients_equal_those_of_the_formula():
     (ours,) = torch.autograd.grad(attention(qkv), qkv, upstream)
     (expected,) = torch.autograd.grad(formula(qkv), qkv, upstream.double())
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_the_gradient_of_qkv_is_written_once(rope):
+    """Regression: the stacked gradients were copied once more for the linear layer before."""
+    with FakeTensorMode(), traced():
+        layer = SelfAttention(32, 2)
+        angles = rope2d_angles(grid_positions(3, 3), 16) if rope else None
+        x = torch.empty(2, 9, 32, dtype=torch.bfloat16, requires_grad=True)
+        counted = Counter()
+
+        class Names(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                counted[func._schema.name] += 1
+                return func(*args, **(kwargs or {}))
+
+        with Names(), torch.autocast("cpu", torch.bfloat16):
+            out = layer(x, angles)
+            out.backward(torch.empty_like(out))
+    assert counted["aten::stack"] + counted["aten::cat"] == 1
+    assert counted["aten::clone"] + counted["aten::copy_"] + counted["aten::contiguous"] == 0
 
 
 def test_large_logits_do_not_overflow():
