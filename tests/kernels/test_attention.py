@@ -47,7 +47,7 @@ def test_gradients_equal_those_of_the_formula():
 def test_the_gradient_of_qkv_is_written_once(rope):
     """Regression: the stacked gradients were copied once more for the linear layer before."""
     with FakeTensorMode(), traced():
-        layer = SelfAttention(32, 2)
+        layer = SelfAttention(32, 2, "flash")  # a fused kernel, as on a GPU
         angles = rope2d_angles(grid_positions(3, 3), 16) if rope else None
         x = torch.empty(2, 9, 32, dtype=torch.bfloat16, requires_grad=True)
         counted = Counter()
