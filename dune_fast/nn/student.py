@@ -27,6 +27,12 @@ class Student(nn.Module):
 
     autocast_dtype: torch.dtype | None = None
 
+    def compute_in(self, autocast_dtype: torch.dtype | None, stream: str = "fp32") -> None:
+        """Sets the types: of products, and of the tokens between blocks, "fp32" or "bf16" (with bf16 products alone)."""
+        self.autocast_dtype = autocast_dtype
+        bf16 = stream == "bf16" and autocast_dtype is torch.bfloat16
+        self.encoder.stream_dtype = torch.bfloat16 if bf16 else None
+
     def __init__(
         self, encoder: ViTConfig, projector: ProjectorConfig, teachers: Mapping[str, tuple[int, Sequence[str]]]
     ) -> None:
@@ -50,6 +56,8 @@ class Student(nn.Module):
     def tokens(self, images: Tensor, patches: SharedPatches | None = None) -> dict[int, Tensor]:
         """[cls, patches] after the blocks that the projectors read: block -> un-normalised [B, 1 + N, D]."""
         outputs = self.encoder.block_outputs(images, self.projectors.blocks, patches)
+        if (stream := self.encoder.stream_dtype) is not None:  # a gain in float32 makes the last block's tokens float32
+            outputs = {i: x.to(stream) for i, x in outputs.items()}
         prefix = self.encoder.num_prefix_tokens
         if prefix == 1:
             return outputs

@@ -114,7 +114,7 @@ class VisionTransformer(nn.Module):
     activation_checkpointing = False
     """Whether the backward pass computes each block again instead of keeping what is inside."""
     stream_dtype: torch.dtype | None = None
-    """Type of the tokens between blocks; None for the embedding's. For frozen encoders."""
+    """Type of the tokens between blocks; None for the embedding's."""
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
