@@ -94,6 +94,7 @@ class TeacherEnsemble(nn.Module):
                 read runs once on the images that any of them gets: never more than all their images together. One
                 without any does not run.
             patches: of these images, shared with the student; by default the teachers share among themselves.
+                Those of teachers that see other pixels, by size or normalisation, are their own.
 
         Returns:
             teacher name -> {"cls": [n, C], "patch": [n, N, C]}, the token types that its configuration asks for, in
@@ -117,19 +118,22 @@ class TeacherEnsemble(nn.Module):
                 size = (rows * cfg.patch_size, columns * cfg.patch_size)
                 inputs[key] = self._input(images if chosen is None else chosen.take(images), size, cfg)
             with autocast(cfg.precision, images.device):
-                features = self._features(run, inputs[key], patches)
+                # what other networks do not see, the student above all, is not kept for them
+                features = self._features(run, inputs[key], patches if inputs[key] is images else None)
                 tokens = {teacher.name: teacher.read(features) for teacher in readers}
             for name, read in tokens.items():
                 self._check(name, read, rows, columns)
                 outputs[name] = read if chosen is None else _share(read, routes[name], chosen)
         return outputs
 
-    def _features(self, run: tuple[Hashable, Hashable], images: Tensor, patches: SharedPatches) -> Any:
+    def _features(
+        self, run: tuple[Hashable, Hashable], images: Tensor, patches: SharedPatches | None = None
+    ) -> Any:
         """What the run's trunk makes of its input."""
         teacher = self._runs[run][0]
         if not teacher.config.cuda_graph:
             # a compiled network reads nothing that it was not compiled with
-            shares = isinstance(teacher.trunk, ViTTrunk) and not teacher.config.compile
+            shares = patches is not None and isinstance(teacher.trunk, ViTTrunk) and not teacher.config.compile
             return teacher.trunk(images, patches) if shares else teacher.trunk(images)
         # a trunk with two kinds of input has features of both alive at once: a graph for each
         return self._graphs.setdefault(run, GraphedTrunk(teacher.trunk))(images)

@@ -72,6 +72,8 @@ def test_every_choice_of_a_group_composes(group):
         ([DEMO, "train.timeout_minutes=0"], "above 0"),
         ([DEMO, "optimizer.clip_global=1"], "exclude each other"),
         ([DEMO, "train.precision=fp8"], "auto, bf16 or fp32"),
+        ([DEMO, "train.student_stream=fp16"], "student_stream='fp16'; choose fp32 or bf16"),
+        ([DEMO, "train.student_stream=bf16", "train.precision=fp32"], "it belongs to products in bf16; choose"),
         ([DEMO, "no equals sign"], "cannot be composed"),
         ([], "no teacher is configured: choose an experiment"),
     ],
