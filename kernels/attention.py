@@ -25,8 +25,8 @@ _SDP = {
 }
 # torch prefers its FlashAttention-2, which leaves Hopper's warp-group products unused; cuDNN's kernels use them. The
 # others follow for what cuDNN does not take (float32, odd head sizes). Not yet measured here.
-# cuDNN makes a plan at every new (images, tokens, heads, head size, forward or training), which costs the host some time,
-# and torch keeps it. A run has few: for each network one number of images a step, two with `objective.route_by_dataset`
+# cuDNN makes a plan at every new (images, tokens, heads, head size, forward or training), which costs the host some
+# time, and torch keeps it. A run has few: for each network one number of images a step, two with `objective.route_by_dataset`
 # (tests/distill/test_routing.py), those of the drift check, and an evaluation's whole and last batches. They are made
 # where they are first met, in the first steps and the first evaluation: nothing is warmed up or padded for them.
 _HOPPER = [
@@ -37,8 +37,8 @@ _HOPPER = [
 ]
 
 _HOPPER_DETERMINISTIC = [backend for backend in _HOPPER if backend != SDPBackend.CUDNN_ATTENTION]
-"""Under `torch.use_deterministic_algorithms(True)`: torch refuses cuDNN, and the backward passes of the two others add in
-a fixed order."""
+"""Under `torch.use_deterministic_algorithms(True)`, where torch refuses cuDNN, and the backward passes of the others add
+in a fixed order."""
 
 _SHORT = 128
 """Tokens up to which a CPU trains faster in half precision by the plain formula than by torch's flash kernel, whose
@@ -96,8 +96,8 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
         from flash_attn import flash_attn_qkvpacked_func
 
         return flash_attn_qkvpacked_func(qkv, deterministic=torch.are_deterministic_algorithms_enabled())
-    # unbound before the transposition: the backward then stacks the three gradients as [B, N, 3, H, D], which the linear
-    # layer before takes as it is; the other way round they come as [B, H, 3, N, D] and are copied once more
+    # unbound before the transposition: the backward then stacks the three gradients as [B, N, 3, H, D], which the
+    # linear layer before takes as it is; the other way round they come as [B, H, 3, N, D] and are copied once more
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # each [B, H, N, D], views
     if backend != "auto":
         with sdpa_kernel(_SDP[backend]):

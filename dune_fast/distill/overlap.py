@@ -25,7 +25,7 @@ class SideStream:
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
             raise ValueError(
-                f"train.overlap_teachers is true, but the run is on {device}, which has no second stream; set it to false"
+                f"train.overlap_teachers is true, but the run is on {device}, which has no streams; set it to false"
             )
         self._device = device
         self._stream = torch.cuda.Stream(device)

@@ -28,7 +28,7 @@ class Student(nn.Module):
     autocast_dtype: torch.dtype | None = None
 
     def compute_in(self, autocast_dtype: torch.dtype | None, stream: str = "fp32") -> None:
-        """Sets the types: of products, and of the tokens between blocks, "fp32" or "bf16" (with bf16 products alone)."""
+        """Sets the types: of products, and of tokens between blocks, "fp32" or "bf16" (where products are bf16)."""
         self.autocast_dtype = autocast_dtype
         bf16 = stream == "bf16" and autocast_dtype is torch.bfloat16
         self.encoder.stream_dtype = torch.bfloat16 if bf16 else None
@@ -66,7 +66,7 @@ class Student(nn.Module):
     def forward(
         self, images: Tensor, routes: Routes | None = None, patches: SharedPatches | None = None
     ) -> dict[str, Projection]:
-        """`routes`: which n of the images each teacher's projector gets, all of them by default; `patches`: the step's."""
+        """`routes`: which n of the images each teacher's projector gets, all by default; `patches`: the step's."""
         with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             return self.projectors(self.tokens(images, patches), routes)
 
