@@ -26,9 +26,9 @@ _SDP = {
 # torch prefers its FlashAttention-2, which leaves Hopper's warp-group products unused; cuDNN's kernels use them. The
 # others follow for what cuDNN does not take (float32, odd head sizes). Not yet measured here.
 # cuDNN makes a plan at every new (images, tokens, heads, head size, forward or training), which costs the host some
-# time, and torch keeps it. A run has few: for each network one number of images a step, two with `objective.route_by_dataset`
-# (tests/distill/test_routing.py), those of the drift check, and an evaluation's whole and last batches. They are made
-# where they are first met, in the first steps and the first evaluation: nothing is warmed up or padded for them.
+# time, and torch keeps it. A run has few: for each network one number of images a step, two with
+# `objective.route_by_dataset` (tests/distill/test_routing.py), those of the drift check, and an evaluation's whole and
+# last batches. Each is made where it is first met: nothing is warmed up or padded for them.
 _HOPPER = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,

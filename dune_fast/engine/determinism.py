@@ -9,8 +9,8 @@ By default it gives the same numbers but for rounding. Of a step, these add in n
 The project's own kernels use no atomic additions. Under `train.deterministic` torch takes deterministic algorithms and
 refuses operations that have none. It refuses with an error: under `warn_only` torch's attention keeps cuDNN, and the
 backward passes of FlashAttention and of memory-efficient attention stay what they are (sdp_utils.cpp and
-attention_backward.cu in torch's sources). The cost, not yet measured: attention, forward too, by FlashAttention-2 instead
-of cuDNN, and its backward in the slower deterministic form, which takes more memory.
+attention_backward.cu in torch's sources). The cost, not yet measured: attention, forward too, by FlashAttention-2
+instead of cuDNN, and its backward in the slower deterministic form, which takes more memory.
 
 `torch.backends.cudnn.benchmark` is left off in every run, as torch has it: it times all algorithms of a convolution at
 every new shape, picks others from run to run, and our networks have no convolution that would gain.

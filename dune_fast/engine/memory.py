@@ -4,8 +4,8 @@
     batches    the rank's whole batch, several times: in use, being decoded, waiting
     images     of one part, each with N tokens of what the backward pass needs, s bytes a value of the products' type
                (2 under bf16 autocast, 4 without), t of the stream's (2 with `train.student_stream`, 4 without):
-               N D (2 t + s (8 + 2 r)) a block: the stream's tokens before both norms; norms, qkv, attention, its projection,
-                                       both sides of GELU, the MLP's output
+               N D (2 t + s (8 + 2 r)) a block: the stream's tokens before both norms; norms, qkv, attention, its
+                                       projection, both sides of GELU, the MLP's output
                by kind                 the projectors', and twice what student and teachers give, for the gradients
                the larger of           a teacher's forward pass (12 s C a token), the gradients in one block (with
                                        activation checkpointing: the one block that is whole again)

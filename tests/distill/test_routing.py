@@ -155,7 +155,7 @@ def test_routing_needs_images_that_do_not_count():
 @pytest.mark.parametrize("weights", [(1, 1, 1), (19, 1.2, 3.7)])
 @pytest.mark.parametrize(("batch", "ranks"), [(128, 1), (256, 8)])
 def test_a_teacher_gets_at_most_two_numbers_of_images(weights, batch, ranks):
-    """So that what is made for every shape (cuDNN's plans for attention, CUDA graphs, compiled networks) stays little."""
+    """So that what is made for every shape (cuDNN's plans for attention, CUDA graphs, compiled code) stays little."""
     order = SampleOrder([1000] * 3, weights, 0, batch)
     counts = {(rank, group): set() for rank in range(ranks) for group in range(3)}
     for step in range(order.shares.period):
