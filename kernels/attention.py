@@ -37,7 +37,7 @@ _HOPPER = [
 ]
 
 _HOPPER_DETERMINISTIC = [backend for backend in _HOPPER if backend != SDPBackend.CUDNN_ATTENTION]
-"""Under `torch.use_deterministic_algorithms(True)`, where torch refuses cuDNN, and the backward passes of the others add
+"""Under `torch.use_deterministic_algorithms(True)`: torch refuses cuDNN then, and the backward passes of the others add
 in a fixed order."""
 
 _SHORT = 128
