@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dune_fast.nn.block import LAYER_NORM_EPS, MLP_KINDS, Block, LayerNorm, init_linear, run_blocks
+from dune_fast.nn.block import LAYER_NORM_EPS, MLP_KINDS, Block, LayerNorm, init_linear, product_dtype, run_blocks
 from dune_fast.nn.patches import PatchEmbed, SharedPatches
 from kernels.rope2d import grid_positions, rope2d_angles
 
@@ -193,6 +193,10 @@ class VisionTransformer(nn.Module):
             return x
         return torch.cat([*(token.expand(len(x), -1, -1).to(x.dtype) for token in prefix), x], dim=1)
 
+    def stream(self, x: Tensor) -> torch.dtype:
+        """Type of the tokens between blocks, for such as x; products in float32 have a stream in float32."""
+        return x.dtype if self.stream_dtype is None or product_dtype(x) == torch.float32 else self.stream_dtype
+
     def rope(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
         """Angles of RoPE2D for the grid of these images; None where a table holds the positions."""
         if self.cfg.pos_embed != "rope2d":
@@ -220,8 +224,7 @@ class VisionTransformer(nn.Module):
             depth = len(self.blocks)
             raise ValueError(f"blocks {list(blocks)} of an encoder with {depth}: give some of -1 .. {depth - 1}")
         x = self.embed(images, patches)
-        if self.stream_dtype is not None:
-            x = x.to(self.stream_dtype)
+        x = x.to(self.stream(x))
         rope = self.rope(images)
         outputs = {-1: x} if -1 in blocks else {}
         for i, tokens in enumerate(run_blocks(self.blocks[: max(blocks) + 1], x, rope, self.activation_checkpointing)):

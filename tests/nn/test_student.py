@@ -117,13 +117,21 @@ def test_a_bf16_stream_is_bf16_from_the_embedding_to_the_projectors(projector):
     for module in student.modules():
         if isinstance(module, Block):
             module.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
-    tokens = student.tokens(torch.randn(2, 3, 56, 56))
-    seen += [x.dtype for x in tokens.values()]
+    student.projectors.register_forward_pre_hook(lambda _, args: seen.extend(x.dtype for x in args[0].values()))
     outputs = student(torch.randn(2, 3, 56, 56))
     sum(x.float().square().mean() for kinds in outputs.values() for x in kinds.values()).backward()
-    assert set(seen) == {torch.bfloat16}
+    assert len(seen) > len(student.encoder.blocks) and set(seen) == {torch.bfloat16}
     trained = [p for p in student.parameters() if p.requires_grad]
     assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in trained)
+
+
+def test_a_bf16_stream_needs_no_autocast_around_the_encoder():
+    """Regression: figures call the encoder in float32, whose linear layers take no bf16 tokens."""
+    plain, narrow = (build_student(ENCODER, ProjectorConfig(), TEACHERS) for _ in range(2))
+    narrow.compute_in(torch.bfloat16, "bf16")
+    x = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        torch.testing.assert_close(narrow.encoder(x), plain.encoder(x), rtol=0, atol=0)
 
 
 def test_the_stream_follows_the_products():
