@@ -180,18 +180,14 @@ class VisionTransformer(nn.Module):
         """Images [B, 3, H, W] to the tokens before the first block, [B, P + N, D]; `patches` as in `PatchEmbed`."""
         height, width = self.grid(images)
         x = self.patch_embed(images, patches)
-        positions = self.positions(height, width) if self.cfg.pos_embed == "learned" else None
-        at = int(self.cfg.cls_token)
-        if positions is not None:
-            x = x + positions[:, at:]
-        prefix = []
-        if self.cfg.cls_token:
-            prefix.append(self.cls_token if positions is None else self.cls_token + positions[:, :1])
-        if self.cfg.num_registers:
-            prefix.append(self.register_tokens)
-        if not prefix:
-            return x
-        return torch.cat([*(token.expand(len(x), -1, -1).to(x.dtype) for token in prefix), x], dim=1)
+        if self.cfg.pos_embed != "learned":
+            return x  # RoPE2D has no cls and register tokens, see `rope`
+        # cls and registers come with the table, onto rows of zeros: one pass pads, one adds, and they are not rounded to
+        # the patches' type
+        table, at = self.positions(height, width), int(self.cfg.cls_token)
+        cls = [self.cls_token + table[:, :1]] if self.cfg.cls_token else []
+        registers = [self.register_tokens] if self.cfg.num_registers else []
+        return F.pad(x, (0, 0, self.num_prefix_tokens, 0)) + torch.cat([*cls, *registers, table[:, at:]], dim=1)
 
     def stream(self, x: Tensor) -> torch.dtype:
         """Type of the tokens between blocks, for such as x; products in float32 have a stream in float32."""
