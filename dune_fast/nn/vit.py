@@ -182,7 +182,7 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(images, patches)
         if self.cfg.pos_embed != "learned":
             return x  # RoPE2D has no cls and register tokens, see `rope`
-        # cls and registers come with the table, onto rows of zeros: one pass pads, one adds, and they are not rounded to
+        # cls and registers come with the table, onto rows of zeros: one pass pads, one adds, and no token is rounded to
         # the patches' type
         table, at = self.positions(height, width), int(self.cfg.cls_token)
         cls = [self.cls_token + table[:, :1]] if self.cfg.cls_token else []
