@@ -245,6 +245,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     variants = chosen(args.only)
     device = init_distributed()
     cfg = compose_config([f"experiment={args.experiment}", *args.overrides])
+    if device.type == "cpu" and (left_out := [v.name for v in variants if v.gpu_only]):
+        console.print(f"left out without a GPU: {', '.join(left_out)}")
+        variants = [v for v in variants if not v.gpu_only]
     if args.count:
         return count(cfg, args.batch, variants, console)
     name = device_name(device)

@@ -179,7 +179,7 @@ def _plain_step(cfg: RunConfig, timer: Timer) -> Callable[[Batch, int], Tensor]:
     """The trainer's step without DeepSpeed, guard and log."""
     device, dtype = torch.device("cpu"), torch.bfloat16
     student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
-    student.autocast_dtype = dtype
+    student.compute_in(dtype, cfg.train.student_stream)
     student.encoder.activation_checkpointing = cfg.train.activation_checkpointing
     engine = PlainEngine(student, cfg.optimizer)
     norms = TeacherStatistics(cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dune_fast.engine.flops import Flops
 
 EVERYTHING_ELSE = "everything else"
-CURVE_LIMITS = {"ours": 0.005, "ours+lean": 0.005, "ours+fp8": 0.02}
+CURVE_LIMITS = {"ours": 0.005, "ours+lean": 0.005, "ours+fp8": 0.02, "ours+bf16stream": 0.005, "ours+stream": 0.005}
 """Mean relative difference of the losses from the eager step's; routing trains on other losses and has none."""
 
 

@@ -87,6 +87,9 @@ class Variant:
     """What it changes in every teacher's configuration."""
     route: bool = False
     """Data sharing "none", and each teacher on its own images only."""
+    train: Mapping[str, object] = field(default_factory=dict)
+    """What it changes in `train`."""
+    gpu_only: bool = False
 
 
 _LEAN = {"stream": "bf16", "epilogue_gelu": True}
@@ -98,6 +101,8 @@ VARIANTS = (
     Variant("ours+lean", "the same, teachers with a bf16 stream and GELU in the product's epilogue", teachers=_LEAN),
     Variant("ours+fp8", "the same with FP8 teachers, bf16 stream", teachers=_FP8),
     Variant("ours+routing", "the same, each teacher on its own images", route=True),
+    Variant("ours+bf16stream", "the same, the student's tokens in bf16", train={"student_stream": "bf16"}),
+    Variant("ours+stream", "the same, teachers on a second stream", train={"overlap_teachers": True}, gpu_only=True),
 )
 
 
@@ -114,7 +119,7 @@ def synthetic_config(cfg: RunConfig, batch: int, steps: int) -> RunConfig:
 def configure(cfg: RunConfig, variant: Variant) -> RunConfig:
     """What a variant changes in the configuration."""
     teachers = {name: dataclasses.replace(teacher, **variant.teachers) for name, teacher in cfg.teachers.items()}
-    cfg = dataclasses.replace(cfg, teachers=teachers)
+    cfg = dataclasses.replace(cfg, teachers=teachers, train=dataclasses.replace(cfg.train, **variant.train))
     if variant.route:
         cfg = dataclasses.replace(
             cfg, objective=dataclasses.replace(cfg.objective, sharing="none", route_by_dataset=True)
@@ -187,7 +192,7 @@ def time_parts(distill: DistillationStep, engine: Engine, timer: Timer) -> None:
     teachers = distill.teachers
     distill.student = timed(engine, timer, "student forward")
     teachers._features = timed(
-        teachers._features, timer, lambda run, _: "teacher " + "+".join(t.name for t in teachers._runs[run])
+        teachers._features, timer, lambda run, *_: "teacher " + "+".join(t.name for t in teachers._runs[run])
     )
     engine.backward = timed(engine.backward, timer, "backward")
     engine.step = timed(engine.step, timer, "optimizer")

@@ -25,12 +25,20 @@ _SDP = {
 }
 # torch prefers its FlashAttention-2, which leaves Hopper's warp-group products unused; cuDNN's kernels use them. The
 # others follow for what cuDNN does not take (float32, odd head sizes). Not yet measured here.
+# cuDNN makes a plan at every new (images, tokens, heads, head size, forward or training), which costs the host some
+# time, and torch keeps it. A run has few: for each network one number of images a step, two with
+# `objective.route_by_dataset` (tests/distill/test_routing.py), those of the drift check, and an evaluation's whole and
+# last batches. Each is made where it is first met: nothing is warmed up or padded for them.
 _HOPPER = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+
+_HOPPER_DETERMINISTIC = [backend for backend in _HOPPER if backend != SDPBackend.CUDNN_ATTENTION]
+"""Under `torch.use_deterministic_algorithms(True)`: torch refuses cuDNN then, and the backward passes of the others add
+in a fixed order."""
 
 _SHORT = 128
 """Tokens up to which a CPU trains faster in half precision by the plain formula than by torch's flash kernel, whose
@@ -53,6 +61,8 @@ def resolve_backend(backend: str, qkv: Tensor) -> str:
         raise ValueError(f"attention backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "flash_attn" and not FLASH_ATTN_INSTALLED:
         raise ValueError("attention backend 'flash_attn' needs the package flash-attn: pip install 'dune-fast[flash]'")
+    if backend == "cudnn" and torch.are_deterministic_algorithms_enabled():
+        raise ValueError("attention backend 'cudnn' is not deterministic; choose auto, flash or flash_attn")
     half = qkv.dtype in (torch.float16, torch.bfloat16)
     if backend != "auto":
         return backend
@@ -76,7 +86,8 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
         [B, N, H, D], the dtype of `qkv`.
 
     Raises:
-        ValueError: `qkv` is not [B, N, 3, H, D], or the backend is unknown or not installed.
+        ValueError: `qkv` is not [B, N, 3, H, D], or the backend is unknown, not installed, or refused by
+            `torch.use_deterministic_algorithms`.
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"attention takes qkv of shape [B, N, 3, heads, head_dim], got {list(qkv.shape)}")
@@ -84,13 +95,16 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
     if backend == "flash_attn":
         from flash_attn import flash_attn_qkvpacked_func
 
-        return flash_attn_qkvpacked_func(qkv)
-    q, k, v = qkv.transpose(1, 3).unbind(2)  # each [B, H, N, D], views
+        return flash_attn_qkvpacked_func(qkv, deterministic=torch.are_deterministic_algorithms_enabled())
+    # unbound before the transposition: the backward then stacks the three gradients as [B, N, 3, H, D], which the
+    # linear layer before takes as it is; the other way round they come as [B, H, 3, N, D] and are copied once more
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # each [B, H, N, D], views
     if backend != "auto":
         with sdpa_kernel(_SDP[backend]):
             out = F.scaled_dot_product_attention(q, k, v)
     elif qkv.is_cuda and _is_hopper(qkv.device):
-        with sdpa_kernel(_HOPPER, set_priority=True):
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        with sdpa_kernel(_HOPPER_DETERMINISTIC if deterministic else _HOPPER, set_priority=True):
             out = F.scaled_dot_product_attention(q, k, v)
     else:
         out = F.scaled_dot_product_attention(q, k, v)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dune_fast.nn.patches import SharedPatches
 from dune_fast.nn.routing import Route, Routes, union, within
 from kernels.resize import resize_normalize
 from teachers.acceleration import GraphedTrunk
@@ -16,6 +17,7 @@ from teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
 from teachers.precision import autocast, prepare, resolve_precision
 from teachers.protocol import Teacher, Trunk
 from teachers.registry import build_teacher
+from teachers.vit import ViTTrunk
 
 
 class TeacherEnsemble(nn.Module):
@@ -81,7 +83,9 @@ class TeacherEnsemble(nn.Module):
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, routes: Routes | None = None) -> dict[str, dict[str, Tensor]]:
+    def forward(
+        self, images: Tensor, routes: Routes | None = None, patches: SharedPatches | None = None
+    ) -> dict[str, dict[str, Tensor]]:
         """Tokens of every teacher.
 
         Args:
@@ -89,6 +93,8 @@ class TeacherEnsemble(nn.Module):
             routes: which n of these images each teacher gets; all of them by default. A trunk that several teachers
                 read runs once on the images that any of them gets: never more than all their images together. One
                 without any does not run.
+            patches: of these images, shared with the student; by default the teachers share among themselves.
+                Those of teachers that see other pixels, by size or normalisation, are their own.
 
         Returns:
             teacher name -> {"cls": [n, C], "patch": [n, N, C]}, the token types that its configuration asks for, in
@@ -98,6 +104,7 @@ class TeacherEnsemble(nn.Module):
             ValueError: an image size that some teacher cannot take, or tokens that do not cover the student's grid.
         """
         rows, columns = self.grid(images)
+        patches = SharedPatches() if patches is None else patches
         inputs: dict[Hashable, Tensor] = {}
         outputs: dict[str, dict[str, Tensor]] = dict.fromkeys(self.teachers, {})
         for run, readers in self._runs.items():
@@ -111,18 +118,23 @@ class TeacherEnsemble(nn.Module):
                 size = (rows * cfg.patch_size, columns * cfg.patch_size)
                 inputs[key] = self._input(images if chosen is None else chosen.take(images), size, cfg)
             with autocast(cfg.precision, images.device):
-                features = self._features(run, inputs[key])
+                # what other networks do not see, the student above all, is not kept for them
+                features = self._features(run, inputs[key], patches if inputs[key] is images else None)
                 tokens = {teacher.name: teacher.read(features) for teacher in readers}
             for name, read in tokens.items():
                 self._check(name, read, rows, columns)
                 outputs[name] = read if chosen is None else _share(read, routes[name], chosen)
         return outputs
 
-    def _features(self, run: tuple[Hashable, Hashable], images: Tensor) -> Any:
+    def _features(
+        self, run: tuple[Hashable, Hashable], images: Tensor, patches: SharedPatches | None = None
+    ) -> Any:
         """What the run's trunk makes of its input."""
         teacher = self._runs[run][0]
         if not teacher.config.cuda_graph:
-            return teacher.trunk(images)
+            # a compiled network reads nothing that it was not compiled with
+            shares = patches is not None and isinstance(teacher.trunk, ViTTrunk) and not teacher.config.compile
+            return teacher.trunk(images, patches) if shares else teacher.trunk(images)
         # a trunk with two kinds of input has features of both alive at once: a graph for each
         return self._graphs.setdefault(run, GraphedTrunk(teacher.trunk))(images)
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dune_fast.nn.block import LAYER_NORM_EPS, product_dtype
+from dune_fast.nn.patches import SharedPatches
 from dune_fast.nn.vit import VisionTransformer, ViTConfig
 from kernels.layer_norm import layer_norm
 from teachers.architecture import HEAD_DIM, infer_vit, random_vit_state, registers_of, stored_architecture
@@ -43,8 +44,8 @@ class ViTTrunk(Trunk):
         """Frees the blocks beyond the deepest that is read, which never run; for when every reader is known."""
         self.vit.blocks = self.vit.blocks[: max(self.blocks) + 1]
 
-    def forward(self, images: Tensor) -> dict[int, Tensor]:
-        return self.vit.block_outputs(images, sorted(self.blocks))
+    def forward(self, images: Tensor, patches: SharedPatches | None = None) -> dict[int, Tensor]:
+        return self.vit.block_outputs(images, sorted(self.blocks), patches)
 
 
 class ViTTeacher(Teacher):

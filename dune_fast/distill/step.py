@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from dune_fast.distill.objective import ObjectiveConfig, coefficients, combine, teacher_losses
+from dune_fast.distill.overlap import SideStream
 from dune_fast.distill.standardization import AllReduce, Features, TeacherStatistics
+from dune_fast.nn.patches import SharedPatches
 from dune_fast.nn.routing import Routes, make_routes
 
 
@@ -51,9 +53,9 @@ class DistillationStep:
     """
 
     student: Callable[..., Features]
-    """The student, wrapped or not: images and, where there are any, routes -> teacher -> token type -> projection."""
+    """The student, wrapped or not: images, routes or None, patches -> teacher -> token type -> projection."""
     teachers: Callable[..., Features]
-    """The frozen teachers: images and, where there are any, routes -> teacher -> token type -> raw features."""
+    """The frozen teachers: images, routes or None, patches -> teacher -> token type -> raw features."""
     statistics: TeacherStatistics
     """Updated in place by every step."""
     own: Tensor
@@ -61,6 +63,8 @@ class DistillationStep:
     objective: ObjectiveConfig
     seed: int = 0
     all_reduce: AllReduce | None = None
+    side: SideStream | None = None
+    """Where the teachers run beside the student; None for after it, on the same stream."""
 
     def __post_init__(self) -> None:
         # read once: which images a teacher gets is decided on the host
@@ -86,9 +90,16 @@ class DistillationStep:
             groups_on_host: `groups` where the host can look at them; needed with `objective.route_by_dataset`.
         """
         routes = self.routes(images, groups_on_host)
-        inputs = (images,) if routes is None else (images, routes)
-        projections = self.student(*inputs)  # teacher -> token type -> [B, C] or [B, N, C]; its images alone if routed
-        features = self.statistics.rotated(self.teachers(*inputs))  # the same shapes, frozen
+        patches = SharedPatches()
+        if self.side is None:
+            projections = self.student(images, routes, patches)  # teacher -> token type -> [B, C] or [B, N, C]
+            features = self.teachers(images, routes, patches)
+        else:
+            with self.side.fork():  # with patches of their own: the student's belong to the other stream
+                features = self.teachers(images, routes, SharedPatches())
+            projections = self.student(images, routes, patches)
+            self.side.join()
+        features = self.statistics.rotated(features)  # the same shapes, frozen
         standardizers = self.statistics.update(features, momentum, self.all_reduce)
         losses, parts = teacher_losses(projections, features, standardizers, self.objective, routes)  # [T, B]
         c = coefficients(losses, self.own, groups, positions, step, self.seed, self.objective)  # [T, B]

@@ -71,6 +71,17 @@ class TrainConfig:
     """Of initial weights, order of samples, augmentation and teacher dropping."""
     precision: str = "auto"
     """"bf16" (autocast, float32 weights), "fp32", or "auto": bf16 on a GPU and on CPUs with matrix units for it."""
+    student_stream: str = "fp32"
+    """Type of the student's tokens between blocks, in encoder and projectors: "fp32", or "bf16" with products in bf16.
+    bf16 moves half the bytes in every residual addition and norm and keeps half of them for the backward pass; the
+    curve of losses may differ a little (`python -m bench.step --curve 200 --only eager,ours,ours+bf16stream`)."""
+    overlap_teachers: bool = False
+    """On a GPU: run the teachers on a second CUDA stream while the student's forward pass runs, to fill what a kernel
+    leaves of the device. The same numbers; off until it is measured."""
+    deterministic: bool = False
+    """The same bits from every run with as many processes on the same kind of GPU, killed or not, instead of the same
+    numbers within rounding. Costs time and memory in attention: see `dune_fast.engine.determinism`. On a CPU a run is
+    deterministic anyway."""
     log_every: int = 50
     """Steps between reads of the metrics by the host."""
     checkpoint_every: int = 2000
@@ -314,6 +325,13 @@ def validate(cfg: RunConfig) -> None:
         )
     if cfg.train.precision not in ("auto", "bf16", "fp32"):
         raise ConfigError(f"train.precision={cfg.train.precision!r}; choose auto, bf16 or fp32")
+    if cfg.train.student_stream not in ("fp32", "bf16"):
+        raise ConfigError(f"train.student_stream={cfg.train.student_stream!r}; choose fp32 or bf16")
+    if cfg.train.student_stream == "bf16" and cfg.train.precision == "fp32":
+        raise ConfigError(
+            "train.student_stream=bf16 with train.precision=fp32: it belongs to products in bf16; choose "
+            "precision=bf16 or auto, or student_stream=fp32"
+        )
     if cfg.deepspeed.gradient_dtype not in ("fp32", "bf16"):
         raise ConfigError(f"deepspeed.gradient_dtype={cfg.deepspeed.gradient_dtype!r}; choose fp32 or bf16")
     if cfg.train.compile and cfg.deepspeed.zero_stage == 3:

@@ -81,13 +81,22 @@ def sum_over_ranks(x: Tensor) -> None:
     dist.all_reduce(x)
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
+def _check_options(options: Mapping[str, Any], zero_stage: int) -> None:
     """Refuses entries that the engine sets itself, or under which DeepSpeed keeps its state where we do not look."""
     given = {*options, *(f"zero_optimization.{name}" for name in options.get("zero_optimization") or {})}
     if refused := sorted(given & _REFUSED):
         raise ValueError(
             f"deepspeed.options has {', '.join(refused)}: batch, precision, optimizer, clipping and stage are set by "
             "train.*, optimizer.* and deepspeed.*, and offloading is not supported; take them out"
+        )
+    # Under stages 1 and 2 DeepSpeed (0.19.8) then makes the host wait for the whole device, at the end of the backward
+    # pass (`independent_gradient_partition_epilogue`) and in some paths at every bucket (`allreduce_and_copy`): the
+    # launches of the update and of the next step come late, which costs more than the transfer that it hides, for one
+    # bucket holds all gradients. Stage 0 does not read it; stage 3, where it is the default, waits once either way.
+    if zero_stage in (1, 2) and (options.get("zero_optimization") or {}).get("overlap_comm"):
+        raise ValueError(
+            f"deepspeed.options has zero_optimization.overlap_comm: under stage {zero_stage} DeepSpeed then makes the "
+            "host wait for the device in every step; take it out, or choose deepspeed=zero3"
         )
 
 
@@ -132,7 +141,7 @@ class Engine:
             config["zero_optimization"]["compute_grad_norm"] = False  # it would be read by the host at every step
         if zero_stage == 3:  # it would replace torch.nn.functional.linear for everybody, the teachers included
             config["zero_optimization"]["memory_efficient_linear"] = False
-        _check_options(options or {})
+        _check_options(options or {}, zero_stage)
         for key, value in (options or {}).items():
             merge = isinstance(value, Mapping) and isinstance(config.get(key), dict)
             config[key] = {**config[key], **value} if merge else value

@@ -3,9 +3,9 @@
     held       float32 weights, gradients and two moments (what the ZeRO stage shards: a share), frozen teachers
     batches    the rank's whole batch, several times: in use, being decoded, waiting
     images     of one part, each with N tokens of what the backward pass needs, s bytes a value of the products' type
-               (2 under bf16 autocast, 4 without):
-               N D (8 + s (8 + 2 r))   a block: float32 tokens before both norms; norms, qkv, attention, its projection,
-                                       both sides of GELU, the MLP's output
+               (2 under bf16 autocast, 4 without), t of the stream's (2 with `train.student_stream`, 4 without):
+               N D (2 t + s (8 + 2 r)) a block: the stream's tokens before both norms; norms, qkv, attention, its
+                                       projection, both sides of GELU, the MLP's output
                by kind                 the projectors', and twice what student and teachers give, for the gradients
                the larger of           a teacher's forward pass (12 s C a token), the gradients in one block (with
                                        activation checkpointing: the one block that is whole again)
@@ -92,24 +92,24 @@ def memory_bytes(cfg: RunConfig, ranks: int, low_precision: bool = True) -> dict
     }
 
 
-def _block(tokens: int, dim: int, size: int, mlp_ratio: float, mlp: str = "gelu") -> int:
+def _block(tokens: int, dim: int, size: int, stream: int, mlp_ratio: float, mlp: str = "gelu") -> int:
     """Kept of one image in one transformer block."""
     inner = 4 * swiglu_hidden_dim(dim, mlp_ratio) if mlp == "swiglu" else 2 * int(mlp_ratio * dim)
-    return tokens * (8 * dim + size * (8 * dim + inner))
+    return tokens * (2 * stream * dim + size * (8 * dim + inner))
 
 
-def _encoder(cfg: ViTConfig, tokens: int, size: int, recompute: bool) -> int:
+def _encoder(cfg: ViTConfig, tokens: int, size: int, stream: int, recompute: bool) -> int:
     if recompute:  # the tokens between blocks
-        return tokens * 4 * cfg.embed_dim * cfg.depth
-    return _block(tokens, cfg.embed_dim, size, cfg.mlp_ratio, cfg.mlp) * cfg.depth
+        return tokens * stream * cfg.embed_dim * cfg.depth
+    return _block(tokens, cfg.embed_dim, size, stream, cfg.mlp_ratio, cfg.mlp) * cfg.depth
 
 
-def _projector(cfg: RunConfig, channels: int, token_types: list[str], patches: int, size: int) -> int:
+def _projector(cfg: RunConfig, channels: int, token_types: list[str], patches: int, size: int, stream: int) -> int:
     """Kept of one image in one teacher's projector, its output included."""
     p, dim, tokens = cfg.projector, cfg.student.embed_dim, patches + 1
     if p.kind == "tp":
-        blocks = p.num_blocks * _block(tokens, dim, size, p.mlp_ratio)
-        return blocks + tokens * ((4 + size) * dim + size * channels)
+        blocks = p.num_blocks * _block(tokens, dim, size, stream, p.mlp_ratio)
+        return blocks + tokens * ((stream + size) * dim + size * channels)
     if p.kind == "sp":  # norm and GELU in float32, their inputs and outputs
         inner = 1 + (p.num_inner if p.version == 2 else 0)
         return tokens * (size * dim + inner * (2 * size + 8) * p.hidden_dim + size * channels)
@@ -124,21 +124,22 @@ def _projector(cfg: RunConfig, channels: int, token_types: list[str], patches: i
 def image_bytes(cfg: RunConfig, low_precision: bool = True) -> int:
     """Bytes at the peak of a step for every image of a part: see the head of this file."""
     size = 2 if cfg.train.precision == "bf16" or (cfg.train.precision == "auto" and low_precision) else 4
+    stream = 2 if size == 2 and cfg.train.student_stream == "bf16" else 4
     grid = cfg.image_size // cfg.student.patch_size
     patches, dim = grid**2, cfg.student.embed_dim
     tokens = patches + 1 + cfg.student.num_registers
-    total = _encoder(cfg.student, tokens, size, cfg.train.activation_checkpointing)
+    total = _encoder(cfg.student, tokens, size, stream, cfg.train.activation_checkpointing)
     read = len(cfg.projector.which_blocks or range(cfg.student.depth)) if cfg.projector.kind == "lp" else 1
-    total += 4 * dim * (patches + 1) * read  # [cls, patches] without the registers
+    total += stream * dim * (patches + 1) * read  # [cls, patches] without the registers
     features, forward = 0, 0
     for teacher in cfg.teachers.values():
-        total += _projector(cfg, teacher.num_features, teacher.token_types, patches, size)
+        total += _projector(cfg, teacher.num_features, teacher.token_types, patches, size, stream)
         features += patches * size * teacher.num_features
         forward = max(forward, patches * 12 * size * teacher.num_features)
         total += 12 * (grid * teacher.patch_size) ** 2 if teacher.patch_size != cfg.student.patch_size else 0
     backward = features + size * tokens * int(2 * cfg.student.mlp_ratio * dim)
     if cfg.train.activation_checkpointing:  # one block is whole again
-        backward = max(backward, _block(tokens, dim, size, cfg.student.mlp_ratio, cfg.student.mlp))
+        backward = max(backward, _block(tokens, dim, size, stream, cfg.student.mlp_ratio, cfg.student.mlp))
     return total + features + max(forward, backward)
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from dali_pipelines.datasets import Dataset
 from dali_pipelines.loader import Batch, TrainLoader
 from dune_fast.distill.objective import ownership
+from dune_fast.distill.overlap import SideStream
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep
 from dune_fast.engine import checkpoints
@@ -26,6 +28,7 @@ from dune_fast.engine.config_identity import config_hash, freeze
 from dune_fast.engine.conflicts import TeacherConflicts
 from dune_fast.engine.container import CheckpointError, Manifest
 from dune_fast.engine.deepspeed_engine import Engine, init_distributed, sum_over_ranks
+from dune_fast.engine.determinism import deterministic_algorithms, explained
 from dune_fast.engine.devices import autocast_dtype
 from dune_fast.engine.drift import check_teachers
 from dune_fast.engine.guards import DivergedError, Guard, Names, undo_if
@@ -72,6 +75,17 @@ class Trainer:
     def __init__(self, cfg: RunConfig, evaluate: Evaluation | None = None) -> None:
         self.cfg = cfg
         self.evaluate = evaluate if cfg.evaluation.every else None
+        self._algorithms = ExitStack()  # until `run` has ended
+        if cfg.train.deterministic:
+            self._algorithms.enter_context(deterministic_algorithms())
+        try:
+            self._build()
+        except BaseException:
+            self._algorithms.close()
+            raise
+
+    def _build(self) -> None:
+        cfg = self.cfg
         self.device = init_distributed(cfg.train.timeout_minutes)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         micro_batch_size(cfg, self.world_size)  # a batch that cannot be shared out leaves the folder alone
@@ -99,7 +113,7 @@ class Trainer:
             student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
         else:
             student = initial_student(cfg)
-        student.autocast_dtype = dtype
+        student.compute_in(dtype, cfg.train.student_stream)
         student.encoder.activation_checkpointing = cfg.train.activation_checkpointing
         if cfg.train.compile:
             student.compile_blocks()
@@ -113,6 +127,7 @@ class Trainer:
         self.distill = DistillationStep(
             self.engine, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed,
             sum_over_ranks if self.world_size > 1 else None,
+            SideStream(self.device) if cfg.train.overlap_teachers else None,
         )  # fmt: skip
         peak = scaled_learning_rate(cfg.optimizer.lr_per_256, cfg.train.global_batch)
         self.lr = learning_rates(cfg.steps, peak, cfg.optimizer.min_lr, cfg.optimizer.warmup_fraction)
@@ -170,12 +185,13 @@ class Trainer:
 
         Raises:
             DivergedError: the loss exploded.
+            NotDeterministicError: see `train.deterministic`.
             DataError: too many broken images.
         """
         where = world(self.device)
         log = None
         try:
-            with self.stop, self.watchdog:
+            with self.stop, self.watchdog, explained():
                 if self.rank == 0:
                     describe(self)
                     log = open_log(self, where)
@@ -186,6 +202,7 @@ class Trainer:
                 log.close()
             self.loader.close()
             self.saver.wait(timeout=60.0)
+            self._algorithms.close()
         if self.stopped:
             logger.info("stopped after step %d of %d; %s", self.step, self.cfg.steps, how_to_go_on(self.cfg))
             return self.statistics

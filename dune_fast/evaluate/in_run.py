@@ -151,6 +151,7 @@ class InRunEvaluation:
         with trainer.engine.whole_weights() as module:
             student.load_state_dict(module.state_dict())
             student.autocast_dtype = module.autocast_dtype
+            student.encoder.stream_dtype = module.encoder.stream_dtype
         return student.eval()
 
     def _held_out(self, trainer: Trainer, student: Student) -> dict[str, float]:

@@ -53,7 +53,7 @@ def evaluate_run(run: Path, figures: bool, device: torch.device | None = None) -
     students: dict[str, Student] = {"before": initial_student(cfg).eval().to(device), "after": trained.to(device)}
     dtype = autocast_dtype(cfg.train.precision, device)
     for student in students.values():
-        student.autocast_dtype = dtype
+        student.compute_in(dtype, cfg.train.student_stream)
     teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype, device)
     with ValLoader(cfg.data, cfg.image_size, cfg.evaluation.batch, 0, 1, device) as loader:
         if not loader.num_images:

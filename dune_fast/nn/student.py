@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dune_fast.nn.block import Block
+from dune_fast.nn.patches import SharedPatches
 from dune_fast.nn.projectors import Projection, ProjectorConfig, Projectors
 from dune_fast.nn.routing import Routes
 from dune_fast.nn.vit import VisionTransformer, ViTConfig
@@ -25,6 +26,12 @@ class Student(nn.Module):
     """
 
     autocast_dtype: torch.dtype | None = None
+
+    def compute_in(self, autocast_dtype: torch.dtype | None, stream: str = "fp32") -> None:
+        """Sets the types: of products, and of tokens between blocks, "fp32" or "bf16" (where products are bf16)."""
+        self.autocast_dtype = autocast_dtype
+        bf16 = stream == "bf16" and autocast_dtype is torch.bfloat16
+        self.encoder.stream_dtype = torch.bfloat16 if bf16 else None
 
     def __init__(
         self, encoder: ViTConfig, projector: ProjectorConfig, teachers: Mapping[str, tuple[int, Sequence[str]]]
@@ -46,18 +53,22 @@ class Student(nn.Module):
             if isinstance(module, Block):
                 module.compile(**{"dynamic": False, **options})
 
-    def tokens(self, images: Tensor) -> dict[int, Tensor]:
+    def tokens(self, images: Tensor, patches: SharedPatches | None = None) -> dict[int, Tensor]:
         """[cls, patches] after the blocks that the projectors read: block -> un-normalised [B, 1 + N, D]."""
-        outputs = self.encoder.block_outputs(images, self.projectors.blocks)
+        outputs = self.encoder.block_outputs(images, self.projectors.blocks, patches)
+        # a gain in float32 makes the last block's tokens float32
+        outputs = {i: x.to(self.encoder.stream(x)) for i, x in outputs.items()}
         prefix = self.encoder.num_prefix_tokens
         if prefix == 1:
             return outputs
         return {i: torch.cat([x[:, :1], x[:, prefix:]], dim=1) for i, x in outputs.items()}
 
-    def forward(self, images: Tensor, routes: Routes | None = None) -> dict[str, Projection]:
-        """`routes`: which n of the images each teacher's projector gets, all of them by default."""
+    def forward(
+        self, images: Tensor, routes: Routes | None = None, patches: SharedPatches | None = None
+    ) -> dict[str, Projection]:
+        """`routes`: which n of the images each teacher's projector gets, all by default; `patches`: the step's."""
         with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return self.projectors(self.tokens(images), routes)
+            return self.projectors(self.tokens(images, patches), routes)
 
 
 def build_student(

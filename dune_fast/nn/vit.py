@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dune_fast.nn.block import LAYER_NORM_EPS, MLP_KINDS, Block, LayerNorm, init_linear, run_blocks
+from dune_fast.nn.block import LAYER_NORM_EPS, MLP_KINDS, Block, LayerNorm, init_linear, product_dtype, run_blocks
+from dune_fast.nn.patches import PatchEmbed, SharedPatches
 from kernels.rope2d import grid_positions, rope2d_angles
 
 
@@ -103,17 +104,6 @@ def resize_positions(
     return torch.cat([table[:, :prefix], patches.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
-class PatchEmbed(nn.Module):
-    """Cuts an image into patches and projects each. images: [B, 3, H, W] -> [B, H/p * W/p, D], row-major."""
-
-    def __init__(self, patch_size: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
 class VisionTransformer(nn.Module):
     """The encoder.
 
@@ -124,7 +114,7 @@ class VisionTransformer(nn.Module):
     activation_checkpointing = False
     """Whether the backward pass computes each block again instead of keeping what is inside."""
     stream_dtype: torch.dtype | None = None
-    """Type of the tokens between blocks; None for the embedding's. For frozen encoders."""
+    """Type of the tokens between blocks; None for the embedding's."""
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
@@ -186,18 +176,22 @@ class VisionTransformer(nn.Module):
             self.pos_embed, height, width, int(cfg.cls_token), cfg.interpolate_offset, cfg.interpolate_antialias
         )
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to the tokens before the first block, [B, P + N, D]."""
+    def embed(self, images: Tensor, patches: SharedPatches | None = None) -> Tensor:
+        """Images [B, 3, H, W] to the tokens before the first block, [B, P + N, D]; `patches` as in `PatchEmbed`."""
         height, width = self.grid(images)
-        x = self.patch_embed(images)
-        if self.cfg.cls_token:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
-        if self.cfg.pos_embed == "learned":
-            x = x + self.positions(height, width)
-        if self.cfg.num_registers:
-            at = int(self.cfg.cls_token)
-            x = torch.cat([x[:, :at], self.register_tokens.expand(len(x), -1, -1).to(x.dtype), x[:, at:]], dim=1)
-        return x
+        x = self.patch_embed(images, patches)
+        if self.cfg.pos_embed != "learned":
+            return x  # RoPE2D has no cls and register tokens, see `rope`
+        # cls and registers come with the table, onto rows of zeros: one pass pads, one adds, and no token is rounded to
+        # the patches' type
+        table, at = self.positions(height, width), int(self.cfg.cls_token)
+        cls = [self.cls_token + table[:, :1]] if self.cfg.cls_token else []
+        registers = [self.register_tokens] if self.cfg.num_registers else []
+        return F.pad(x, (0, 0, self.num_prefix_tokens, 0)) + torch.cat([*cls, *registers, table[:, at:]], dim=1)
+
+    def stream(self, x: Tensor) -> torch.dtype:
+        """Type of the tokens between blocks, for such as x; products in float32 have a stream in float32."""
+        return x.dtype if self.stream_dtype is None or product_dtype(x) == torch.float32 else self.stream_dtype
 
     def rope(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
         """Angles of RoPE2D for the grid of these images; None where a table holds the positions."""
@@ -208,12 +202,15 @@ class VisionTransformer(nn.Module):
         positions = grid_positions(*self.grid(images), device=images.device)
         return rope2d_angles(positions, self.cfg.embed_dim // self.cfg.num_heads)
 
-    def block_outputs(self, images: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
+    def block_outputs(
+        self, images: Tensor, blocks: Sequence[int], patches: SharedPatches | None = None
+    ) -> dict[int, Tensor]:
         """Un-normalised tokens after chosen blocks.
 
         Args:
             images: [B, 3, H, W].
             blocks: indices from 0; -1 is the embedding before the first block. No block beyond the largest is run.
+            patches: shared with the other networks of a step, see `PatchEmbed`.
 
         Returns:
             block index -> [B, P + N, D].
@@ -222,9 +219,8 @@ class VisionTransformer(nn.Module):
         if unknown or not blocks:
             depth = len(self.blocks)
             raise ValueError(f"blocks {list(blocks)} of an encoder with {depth}: give some of -1 .. {depth - 1}")
-        x = self.embed(images)
-        if self.stream_dtype is not None:
-            x = x.to(self.stream_dtype)
+        x = self.embed(images, patches)
+        x = x.to(self.stream(x))
         rope = self.rope(images)
         outputs = {-1: x} if -1 in blocks else {}
         for i, tokens in enumerate(run_blocks(self.blocks[: max(blocks) + 1], x, rope, self.activation_checkpointing)):

@@ -81,6 +81,22 @@ def test_fp8_teachers_stay_within_the_limit(curves):
     assert 1e-6 < difference < CURVE_LIMITS["ours+fp8"]
 
 
+def test_a_bf16_stream_of_the_student_stays_within_the_limit():
+    cfg = config()
+    cfg.train.precision = "bf16"
+    losses = Bench(cfg, 6, init_distributed(), 8, Quiet()).curve(chosen(["ours", "ours+bf16stream"]))
+    difference = relative_difference(losses["ours+bf16stream"], losses["ours"])
+    assert 0 < difference < module.CURVE_LIMITS["ours+bf16stream"]
+    assert losses["ours"][-1] < losses["ours"][0]
+
+
+def test_variants_of_a_gpu_are_left_out_without_one(capsys, monkeypatch):
+    monkeypatch.setattr(module, "count", lambda cfg, batch, variants, console: print([v.name for v in variants]))
+    module.main(["--count", "--only", "ours,ours+stream"])
+    shown = capsys.readouterr().out
+    assert "left out without a GPU: ours+stream" in shown and "['ours']" in shown
+
+
 def test_measures_parts_that_add_up(tmp_path):
     device = init_distributed()
     results = list(Bench(config(), 3, device, 6, Quiet()).measure(chosen(["eager", "ours"]), warm_up=1))
@@ -316,8 +332,9 @@ def test_counts_without_running():
     """Fused paths launch far less, and our step reads nothing where the published one reads every value."""
     cfg, batch = config(), 6
     small = synthetic_config(cfg, batch, 4)
-    eager, ours, lean, routed = (
-        count_step(small, variant) for variant in chosen(["eager", "ours", "ours+lean", "ours+routing"])
+    eager, ours, lean, routed, narrow = (
+        count_step(small, variant)
+        for variant in chosen(["eager", "ours", "ours+lean", "ours+routing", "ours+bf16stream"])
     )
     trained = 2 * 14 + 5 + 3 * (14 + 2)  # tensors of the blocks, of embedding and positions, of the projectors
     values, metrics = batch * len(cfg.teachers) + 2, 3 * 4 + 1
@@ -327,6 +344,7 @@ def test_counts_without_running():
     assert 12 * 8 <= ours.operations["teacher multihmr"] <= 12 * 8 + 12
     assert ours.held_bytes < eager.held_bytes and ours.peak_bytes < eager.peak_bytes
     assert lean.operations["teacher multihmr"] == ours.operations["teacher multihmr"] - 12 + 1  # GELUs, one cast
+    assert narrow.peak_bytes < ours.peak_bytes
     assert routed.host_reads == 0 and routed.peak_bytes < ours.peak_bytes
     small.train.activation_checkpointing = True
     (again,) = (count_step(small, variant) for variant in chosen(["ours"]))  # the blocks' operations once more

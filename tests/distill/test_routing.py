@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dali_pipelines.order import SampleOrder, rank_slots
 from dune_fast.distill.objective import ObjectiveConfig, ownership
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep
@@ -149,3 +150,16 @@ def test_routes_take_and_put_back():
 def test_routing_needs_images_that_do_not_count():
     with pytest.raises(ValueError, match="sharing=full every teacher counts on every image"):
         ObjectiveConfig(route_by_dataset=True)
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1), (19, 1.2, 3.7)])
+@pytest.mark.parametrize(("batch", "ranks"), [(128, 1), (256, 8)])
+def test_a_teacher_gets_at_most_two_numbers_of_images(weights, batch, ranks):
+    """So that what is made for every shape (cuDNN's plans for attention, CUDA graphs, compiled code) stays little."""
+    order = SampleOrder([1000] * 3, weights, 0, batch)
+    counts = {(rank, group): set() for rank in range(ranks) for group in range(3)}
+    for step in range(order.shares.period):
+        groups, _ = order.step(step)
+        for rank, group in counts:
+            counts[rank, group].add(int((groups[rank_slots(batch, rank, ranks)] == group).sum()))
+    assert all(1 <= len(found) <= 2 for found in counts.values())

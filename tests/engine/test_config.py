@@ -81,6 +81,8 @@ def test_every_choice_of_a_group_composes(group):
         ([DEMO, "optimizer.betas=[0.9]"], r"betas=\[0.9\]; give two numbers"),
         ([DEMO, "student.depth=-1"], "student.depth=-1; it must be at least 1"),
         ([DEMO, "train.precision=fp8"], "auto, bf16 or fp32"),
+        ([DEMO, "train.student_stream=fp16"], "student_stream='fp16'; choose fp32 or bf16"),
+        ([DEMO, "train.student_stream=bf16", "train.precision=fp32"], "it belongs to products in bf16; choose"),
         ([DEMO, "no equals sign"], "cannot be composed"),
         ([], "no teacher is configured: choose an experiment"),
     ],

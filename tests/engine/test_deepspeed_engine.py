@@ -122,6 +122,16 @@ def test_options_that_the_engine_cannot_honour_are_refused():
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_overlapping_that_makes_the_host_wait_is_refused(stage):
+    options = {"zero_optimization": {"overlap_comm": True}}
+    if stage in (1, 2):
+        with pytest.raises(ValueError, match=f"overlap_comm: under stage {stage} .* wait for the device .*zero3"):
+            engine(stage, options=options)
+    else:
+        engine(stage, options=options)
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_frozen_parameters_and_buffers_are_copied_and_loaded(stage):
     run = engine(stage)
     kept = run.untrained()

@@ -22,6 +22,7 @@ GIB = 2**30
         (["experiment=dune_336", "student=vit_small14"], 128, 21.7),
         (["experiment=dune_336", "student=vit_large14"], 128, 86.4),
         (["experiment=dune_336", "train.activation_checkpointing=true"], 128, 15.5),
+        (["experiment=dune_336", "train.student_stream=bf16"], 128, 35.7),
         (["experiment=dune_sp"], 128, 34.4),
         (["experiment=dune_lp"], 128, 38.17),
         (["experiment=unic"], 128, 19.53),

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections import Counter
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dune_fast.nn.block import SelfAttention
 from kernels import attention as module
 from kernels.attention import FLASH_ATTN_INSTALLED, attention, resolve_backend
+from kernels.library import traced
+from kernels.rope2d import grid_positions, rope2d_angles
 
 
 def formula(qkv: torch.Tensor) -> torch.Tensor:
@@ -38,6 +46,27 @@ def test_gradients_equal_those_of_the_formula():
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rope", [False, True])
+def test_the_gradient_of_qkv_is_written_once(rope):
+    """Regression: the stacked gradients were copied once more for the linear layer before."""
+    with FakeTensorMode(), traced():
+        layer = SelfAttention(32, 2, "flash")  # a fused kernel, as on a GPU
+        angles = rope2d_angles(grid_positions(3, 3), 16) if rope else None
+        x = torch.empty(2, 9, 32, dtype=torch.bfloat16, requires_grad=True)
+        counted = Counter()
+
+        class Names(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                counted[func._schema.name] += 1
+                return func(*args, **(kwargs or {}))
+
+        with Names(), torch.autocast("cpu", torch.bfloat16):
+            out = layer(x, angles)
+            out.backward(torch.empty_like(out))
+    assert counted["aten::stack"] + counted["aten::cat"] == 1
+    assert counted["aten::clone"] + counted["aten::copy_"] + counted["aten::contiguous"] == 0
+
+
 def test_large_logits_do_not_overflow():
     qkv = torch.randn(1, 8, 3, 1, 16) * 1e3
     assert torch.isfinite(attention(qkv)).all()
@@ -59,6 +88,73 @@ def test_compiles_whole_on_the_path_of_a_gpu(monkeypatch):
         qkv = torch.empty(2, 5, 3, 2, 16, dtype=torch.bfloat16, device="cuda")
         out = torch.compile(attention, fullgraph=True, backend="eager")(qkv)
     assert out.is_cuda and out.shape == (2, 5, 2, 16)
+
+
+@pytest.fixture
+def backends_asked_for(monkeypatch):
+    """Lists of backends, in order of priority, that attention asks for on a Hopper GPU, which it believes to be on."""
+    asked = []
+
+    @contextmanager
+    def sdpa_kernel(backends, set_priority=False):
+        assert set_priority
+        asked.append(list(backends))
+        yield
+
+    plain = SimpleNamespace(scaled_dot_product_attention=lambda q, k, v: (q @ k.mT).softmax(-1) @ v)
+    monkeypatch.setattr(module, "F", plain)
+    monkeypatch.setattr(module, "sdpa_kernel", sdpa_kernel)
+    monkeypatch.setattr(module, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(module, "FLASH_ATTN_INSTALLED", False)
+    return asked
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def on_a_gpu(attend=attention):
+    with FakeTensorMode():
+        return attend(torch.empty(2, 5, 3, 2, 16, dtype=torch.bfloat16, device="cuda"))
+
+
+def test_hopper_takes_cudnn_first(backends_asked_for):
+    on_a_gpu()
+    assert [asked[0] for asked in backends_asked_for] == [SDPBackend.CUDNN_ATTENTION]
+
+
+def test_hopper_takes_flash_where_algorithms_must_be_deterministic(backends_asked_for, deterministic):
+    """cuDNN's backward is not, and torch refuses it."""
+    on_a_gpu()
+    (asked,) = backends_asked_for
+    assert asked[0] == SDPBackend.FLASH_ATTENTION and SDPBackend.CUDNN_ATTENTION not in asked
+
+
+def test_flash_attn_is_told_to_be_deterministic(monkeypatch, deterministic):
+    told = []
+    package = SimpleNamespace(flash_attn_qkvpacked_func=lambda qkv, **options: told.append(options))
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setattr(module, "FLASH_ATTN_INSTALLED", True)
+    on_a_gpu()
+    torch.use_deterministic_algorithms(False)
+    on_a_gpu()
+    assert told == [{"deterministic": True}, {"deterministic": False}]
+
+
+def test_a_forced_backend_that_is_not_deterministic_is_refused(deterministic):
+    with pytest.raises(ValueError, match="'cudnn' is not deterministic; choose auto, flash or flash_attn"):
+        attention(torch.zeros(2, 5, 3, 3, 16), "cudnn")
+
+
+def test_a_new_choice_of_algorithms_compiles_whole(monkeypatch):
+    plain = SimpleNamespace(scaled_dot_product_attention=lambda q, k, v: (q @ k.mT).softmax(-1) @ v)
+    monkeypatch.setattr(module, "F", plain)
+    monkeypatch.setattr(module, "_is_hopper", lambda device: True)
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    assert on_a_gpu(compiled).shape == (2, 5, 2, 16)
 
 
 @pytest.mark.parametrize("backend", ["math", "flash"])

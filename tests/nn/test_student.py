@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dune_fast.nn.block import Block
 from dune_fast.nn.projectors import ProjectorConfig, Projectors
 from dune_fast.nn.student import build_student
 from dune_fast.nn.vit import ViTConfig
@@ -100,8 +101,43 @@ def test_bf16_reaches_the_matrix_products_under_deepspeed():
 
     device = init_distributed()
     student = build_student(ENCODER, ProjectorConfig(), TEACHERS)
-    student.autocast_dtype = torch.bfloat16
+    student.compute_in(torch.bfloat16)
     engine = Engine(student, OptimizerConfig(), 2, zero_stage=0)
     out = engine(torch.randn(2, 3, 56, 56, device=device))
     assert out["a"]["patch"].dtype == torch.bfloat16
     assert all(parameter.dtype == torch.float32 for parameter in engine.module.parameters())
+
+
+@pytest.mark.parametrize("projector", [ProjectorConfig(), ProjectorConfig("lp", hidden_dim=8, last_hidden_dim=8)])
+def test_a_bf16_stream_is_bf16_from_the_embedding_to_the_projectors(projector):
+    """Every block of encoder and projectors; weights and their gradients stay float32."""
+    student = build_student(ENCODER, projector, TEACHERS)
+    student.compute_in(torch.bfloat16, "bf16")
+    seen = []
+    for module in student.modules():
+        if isinstance(module, Block):
+            module.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    student.projectors.register_forward_pre_hook(lambda _, args: seen.extend(x.dtype for x in args[0].values()))
+    outputs = student(torch.randn(2, 3, 56, 56))
+    sum(x.float().square().mean() for kinds in outputs.values() for x in kinds.values()).backward()
+    assert len(seen) > len(student.encoder.blocks) and set(seen) == {torch.bfloat16}
+    trained = [p for p in student.parameters() if p.requires_grad]
+    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in trained)
+
+
+def test_a_bf16_stream_needs_no_autocast_around_the_encoder():
+    """Regression: figures call the encoder in float32, whose linear layers take no bf16 tokens."""
+    plain, narrow = (build_student(ENCODER, ProjectorConfig(), TEACHERS) for _ in range(2))
+    narrow.compute_in(torch.bfloat16, "bf16")
+    x = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        torch.testing.assert_close(narrow.encoder(x), plain.encoder(x), rtol=0, atol=0)
+
+
+def test_the_stream_follows_the_products():
+    student = build_student(ENCODER, ProjectorConfig(), TEACHERS)
+    for dtype, stream, expected in (
+        (torch.bfloat16, "fp32", None), (None, "bf16", None), (torch.bfloat16, "bf16", torch.bfloat16),
+    ):  # fmt: skip
+        student.compute_in(dtype, stream)
+        assert student.encoder.stream_dtype is expected and student.autocast_dtype is dtype

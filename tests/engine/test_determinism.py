@@ -1,0 +1,137 @@
+"""`train.deterministic`: what it sets and restores, what it refuses, and on a GPU the same bits."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import pytest
+import torch
+
+from bench import step_count
+from bench.step_variants import VARIANTS, synthetic_config
+from dune_fast.engine.config import RunConfig, compose_config
+from dune_fast.engine.determinism import NotDeterministicError, deterministic_algorithms, explained
+from dune_fast.engine.trainer import Trainer
+from dune_fast.nn.vit import ViTConfig
+from teachers.config import TeacherConfig
+
+NO_DETERMINISTIC_FORM = {
+    "aten::upsample_bicubic2d_backward", "aten::_upsample_bicubic2d_aa_backward", "aten::upsample_bilinear2d_backward",
+    "aten::upsample_linear1d_backward", "aten::cumsum", "aten::median", "aten::kthvalue", "aten::histc",
+    "aten::bincount", "aten::put_", "aten::grid_sampler_2d_backward", "aten::nll_loss2d_forward",
+    "aten::adaptive_avg_pool2d_backward", "aten::_adaptive_avg_pool2d_backward", "aten::reflection_pad2d_backward",
+    "aten::avg_pool3d_backward", "aten::max_unpool2d", "aten::_ctc_loss_backward", "aten::scatter_reduce",
+}  # fmt: skip
+"""Operations that torch refuses on CUDA: its list in the documentation of `use_deterministic_algorithms`."""
+CONVOLUTIONS = {"aten::convolution", "aten::convolution_backward", "aten::cudnn_convolution"}
+
+
+def state() -> tuple:
+    return (
+        torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG"), os.environ.get("NCCL_ALGO"),
+    )  # fmt: skip
+
+
+def test_sets_every_flag_and_restores_what_was(monkeypatch):
+    monkeypatch.delenv("NCCL_ALGO", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # deterministic too, so it stays
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    before = state()
+    with pytest.raises(KeyError), deterministic_algorithms():
+        assert state() == (True, False, False, True, False, ":16:8", "^NVLS")
+        raise KeyError
+    assert state() == before and before[4]
+
+
+@pytest.mark.parametrize(("name", "value"), [("CUBLAS_WORKSPACE_CONFIG", ":0:0"), ("NCCL_ALGO", "NVLSTree")])
+def test_an_environment_that_asks_for_the_opposite_is_refused(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    before = state()
+    with pytest.raises(ValueError, match=f"train.deterministic=true, but the variable {name} is '{value}'; unset it"):
+        deterministic_algorithms().__enter__()
+    assert state() == before
+
+
+def test_an_operation_without_a_deterministic_form_is_named_with_its_cure():
+    torchs = "{} does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms(True)'."
+    with pytest.raises(NotDeterministicError, match="upsample_bicubic2d_backward_out_cuda has no .*student.image_size"):
+        with explained():
+            raise RuntimeError(torchs.format("upsample_bicubic2d_backward_out_cuda"))
+    with pytest.raises(NotDeterministicError, match="cumsum_cuda_kernel .* Set train.deterministic=false"):
+        with explained():
+            raise RuntimeError(torchs.format("cumsum_cuda_kernel"))
+    with pytest.raises(RuntimeError, match="^out of luck$"), explained():
+        raise RuntimeError("out of luck")
+
+
+def test_no_operation_of_a_step_lacks_a_deterministic_form(monkeypatch):
+    """Nor is any a convolution, whose benchmark is off and whose gradient cuDNN adds atomically."""
+    half = [0.5] * 3
+    cfg = RunConfig(
+        image_size=168,  # tokens enough for the attention of long sequences
+        student=ViTConfig(image_size=168, embed_dim=48, depth=2, num_heads=3),
+        teachers={
+            "dinov2": TeacherConfig("dinov2", "random:1", 14, 192, image_size=56, num_registers=4, groups=["generic"]),
+            "mast3r": TeacherConfig("mast3r", "random:2", 16, 192, ["patch"], mean=half, std=half, groups=["3d"]),
+        },
+    )
+    seen: Counter[str] = Counter()
+
+    class Names(step_count.Meter):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen[func._schema.name] += 1
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    monkeypatch.setattr(step_count, "Meter", Names)
+    ours = next(variant for variant in VARIANTS if variant.name == "ours")
+    step_count.count_step(synthetic_config(cfg, 4, 4), ours)
+    assert seen["aten::mm"] > 20 and seen["aten::_scaled_dot_product_flash_attention_for_cpu_backward"], "not seen"
+    assert not seen.keys() & (NO_DETERMINISTIC_FORM | CONVOLUTIONS)
+
+
+def test_a_run_sets_the_flags_until_it_has_ended(overrides):
+    before = state()
+    trainer = Trainer(compose_config([*overrides, "train.steps=2", "train.deterministic=true"]))
+    assert state()[:4] == (True, False, False, True)
+    trainer.run()
+    assert state() == before
+
+
+def test_a_run_that_cannot_begin_restores_the_flags(overrides, monkeypatch):
+    before = state()
+    with pytest.raises(ValueError, match="not a multiple"):
+        Trainer(compose_config([*overrides, "train.accumulation=3", "train.deterministic=true"]))
+    assert state() == before
+
+
+@pytest.mark.gpu
+def test_gpu_two_runs_and_one_that_is_killed_give_the_same_bits(overrides, tmp_path):
+    from safetensors.torch import load_file
+
+    vit = ["teachers.one.family=dinov2", "teachers.one.num_features=192", "teachers.one.image_size=56"]
+    common = [*overrides, *vit, "train.precision=bf16", "train.deterministic=true", "logging.tensorboard=false"]
+
+    def run(name: str, *more: str) -> Trainer:
+        return Trainer(compose_config([*common, f"output_dir={tmp_path / name}", *more]))
+
+    for name in ("first", "second"):
+        run(name).run()
+    killed = run("killed")
+    train_step = killed.train_step
+
+    def die(batch):
+        if killed.step == 4:
+            raise KeyboardInterrupt
+        return train_step(batch)
+
+    killed.train_step = die
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    run("killed").run()  # from the checkpoint of step 3
+    first, second, third = (load_file(tmp_path / n / "student.safetensors") for n in ("first", "second", "killed"))
+    assert first.keys() == second.keys() == third.keys()
+    for name, x in first.items():
+        assert torch.equal(x, second[name]) and torch.equal(x, third[name]), name
