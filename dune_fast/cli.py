@@ -132,8 +132,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    from dune_fast.engine.launch import set_openmp
     from dune_fast.train import explain_system_error, logger, setup_logging
 
+    set_openmp(os.environ)  # of this process, and of the ranks that it launches
     args = build_parser().parse_args(argv)
     setup_logging(args.debug, rank=0)
     try:

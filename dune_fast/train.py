@@ -20,6 +20,8 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 from rich.console import Console, Group, RenderableType
 from rich.logging import RichHandler
 
+from dune_fast.engine.launch import set_openmp
+
 logger = logging.getLogger("dune_fast")
 
 _ELSEWHERE = "choose another place (output_dir=... for the run, the variable DUNE_FAST_CACHE for the cache)"
@@ -85,6 +87,7 @@ def explain_system_error(error: OSError, output_dir: str) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of one rank; returns the exit status."""
+    set_openmp(os.environ)
     args = parse(sys.argv[1:] if argv is None else argv)
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     setup_logging(args.debug, rank)

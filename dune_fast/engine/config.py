@@ -61,7 +61,8 @@ class TrainConfig:
     seed: int = 0
     """Of initial weights, order of samples, augmentation and teacher dropping."""
     precision: str = "auto"
-    """"bf16" (autocast, float32 weights), "fp32", or "auto": bf16 on a GPU and on CPUs with matrix units for it."""
+    """"bf16" (autocast, float32 weights), "fp32", or "auto": bf16 on a GPU and on CPUs that have instructions for its
+    products, if that holds for all ranks; a run that goes on keeps what it began with."""
     log_every: int = 50
     """Steps between reads of the metrics by the host."""
     checkpoint_every: int = 2000
