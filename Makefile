@@ -7,8 +7,10 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# the oldest torch and triton that pyproject.toml allows
+OLDEST := .venv.oldest
 
-.PHONY: demo test gpu setup lint clean
+.PHONY: demo test test-oldest gpu setup lint clean
 
 demo: $(STAMP)
 	$(BIN)/dune-fast distill experiment=demo train.overwrite=true
@@ -16,17 +18,26 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n $(JOBS) --dist loadfile
+
 # on a CUDA GPU: tests and measures everything, a page in bench/results/<device>/; or say make gpu MINUTES=60, PART=3
 gpu: $(STAMP)
 	$(BIN)/python -m bench.gpu $(if $(MINUTES),--minutes $(MINUTES)) $(if $(PART),--part $(PART))
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): constraints.txt
+$(OLDEST)/.installed: constraints-oldest.txt constraints.txt
+
+# the first constraint on a package counts: those of the oldest set go before the others
+%/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "dune_fast needs Python 3.11 or 3.12; say make PYTHON=/path/to/python3.12"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dali,demo,test]'
+	test -x $*/bin/python || $(PYTHON) -m venv $*
+	awk -F== '!seen[$$1]++' $(filter constraints%,$^) > $*/constraints.txt
+	$*/bin/python -m pip install --disable-pip-version-check -c $*/constraints.txt torch
+	$*/bin/python -m pip install --disable-pip-version-check -c $*/constraints.txt -e '.[dali,demo,test]'
+	$*/bin/python -m teachers.torchvision_operators
 	touch $@
 
 lint: $(STAMP)
@@ -34,4 +45,4 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) build *.egg-info

@@ -24,6 +24,8 @@ from dune_fast.run_log import setup_logging
 if TYPE_CHECKING:
     from dune_fast.engine.config import RunConfig
 
+from dune_fast.engine.launch import set_openmp
+
 logger = logging.getLogger("dune_fast")
 
 _ELSEWHERE = "choose another place (output_dir=... for the run, the variable DUNE_FAST_CACHE for the cache)"
@@ -114,6 +116,7 @@ def what_next(run: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of one rank; returns the exit status."""
+    set_openmp(os.environ)
     args = parse(sys.argv[1:] if argv is None else argv)
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     setup_logging(args.debug, rank)

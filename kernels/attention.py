@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kernels.cpu import MULTIPLIES_BF16
+
 BACKENDS = ("auto", "flash_attn", "flash", "cudnn", "efficient", "math")
 
 _SDP = {
@@ -40,12 +42,6 @@ _HOPPER_DETERMINISTIC = [backend for backend in _HOPPER if backend != SDPBackend
 """Under `torch.use_deterministic_algorithms(True)`: torch refuses cuDNN then, and the backward passes of the others add
 in a fixed order."""
 
-_SHORT = 128
-"""Tokens up to which a CPU trains faster in half precision by the plain formula than by torch's flash kernel, whose
-backward is slow there: forward and backward of [16, 69, 3, 3, 64] take 6.0 ms against 16.8 in bf16 (in float32 7.4
-against 4.8; forward alone 2.5 against 0.8). Two cores of a Xeon with AMX."""
-
-
 # looked up once, here: torch.compile, which traces `attention`, cannot look into the import system
 FLASH_ATTN_INSTALLED = importlib.util.find_spec("flash_attn") is not None
 """Whether the flash-attn 2 package (the `flash` extra) can be imported."""
@@ -53,6 +49,19 @@ FLASH_ATTN_INSTALLED = importlib.util.find_spec("flash_attn") is not None
 
 def _is_hopper(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _faster_in_float32(qkv: Tensor) -> bool:
+    """Whether a CPU computes this attention faster in float32, conversions included.
+
+    torch's backward pass in half precision multiplies without the CPU's bf16 instructions. Forward + backward in bf16,
+    in float32 as here, and by the plain formula, [16, 69] / [4, 257] / [2, 581] tokens, 3 heads of 64, one core of an
+    EPYC with AVX2: 34 / 92 / 207 ms, 13 / 22 / 46 ms, 16 / 29 / 61 ms. At 69 tokens two cores of a Xeon with AMX took
+    16.8 ms in bf16, 4.8 in float32, 6.0 by the formula; its larger sizes are not measured.
+    """
+    if qkv.device.type != "cpu" or qkv.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return not MULTIPLIES_BF16 or (qkv.requires_grad and torch.is_grad_enabled())
 
 
 def resolve_backend(backend: str, qkv: Tensor) -> str:
@@ -68,9 +77,6 @@ def resolve_backend(backend: str, qkv: Tensor) -> str:
         return backend
     if qkv.is_cuda and half and qkv.shape[-1] <= 256 and FLASH_ATTN_INSTALLED:
         return "flash_attn"
-    trained = qkv.requires_grad and torch.is_grad_enabled()
-    if qkv.device.type == "cpu" and half and trained and qkv.shape[1] <= _SHORT:
-        return "math"
     return "auto"  # scaled_dot_product_attention's own order, or _HOPPER
 
 
@@ -80,7 +86,8 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
     Args:
         qkv: [B, N, 3, H, D], fp32, bf16 or fp16; queries, keys and values along dimension 2.
         backend: "auto" takes flash-attn where it is installed and applies (CUDA, half precision), else the fastest of
-            `torch.nn.functional.scaled_dot_product_attention` on the device; the others force one.
+            `torch.nn.functional.scaled_dot_product_attention` on the device, in float32 where a CPU is faster in it;
+            the others force one.
 
     Returns:
         [B, N, H, D], the dtype of `qkv`.
@@ -91,6 +98,9 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"attention takes qkv of shape [B, N, 3, heads, head_dim], got {list(qkv.shape)}")
+    if backend == "auto" and _faster_in_float32(qkv):
+        with torch.autocast("cpu", enabled=False):  # it would convert back
+            return attention(qkv.float()).to(qkv.dtype)
     backend = resolve_backend(backend, qkv)
     if backend == "flash_attn":
         from flash_attn import flash_attn_qkvpacked_func

@@ -167,7 +167,7 @@ def _blend(x: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
 def rgb_to_hsv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Hue in turns [0, 1), saturation and value in [0, 1], each [B, H, W]; a gray pixel has hue 0."""
     r, g, b = x.unbind(1)
-    low, high = x.aminmax(dim=1)
+    low, high = torch.minimum(torch.minimum(r, g), b), torch.maximum(torch.maximum(r, g), b)
     span = high - low
     divisor = torch.where(span == 0, 1, span)
     sixths = torch.where(

@@ -1,7 +1,7 @@
 """Row-wise scaled float8 (e4m3) for frozen models: quantization, fused with what precedes it, and the linear layer.
 
     amax[r] = max(max_c |x[r, c]|, 1e-12),   scale[r] = amax[r] / 448,   q[r, c] = e4m3(x[r, c] * (448 / amax[r]))
-    linear[r, n] = (q_x q_w^T)[r, n] * scale_x[r] * scale_w[n] + bias[n]        on `torch._scaled_mm`
+    linear[r, n] = (q_x q_w^T)[r, n] * scale_x[r] * scale_w[n] + bias[n]        on `torch._scaled_mm` of a GPU
 
 448 is the largest e4m3 number; a row of zeros gets a tiny scale and stays zero. A value is off by at most 2^-4 of
 itself (2^-10 of the scale, if it is near zero): 2.6 % of the norm of normal numbers, 3.7 % of that of the product of
@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from kernels.fp8_kernels import QUANTIZE, layer_norm_kernel, quantize_kernel
 from kernels.gelu import bias_gelu_reference, guard_bias_gelu
@@ -67,6 +68,12 @@ def _layer_norm_reference(x, y, gamma, weight, bias, eps):
 
 def _bias_gelu_reference(x, bias):
     return quantize_rows_reference(bias_gelu_reference(x.float(), bias))
+
+
+def _product_reference(values, weight, scale, weight_scale, bias, out_dtype):
+    """`torch._scaled_mm` for a CPU, where torch 2.11 has none with a scale for each row."""
+    out = (values.float() @ weight.float().t()) * scale * weight_scale
+    return (out if bias is None else out + bias).to(out_dtype)
 
 
 # ---------------------------------------------------------------- implementation
@@ -219,10 +226,14 @@ class FP8Linear(nn.Module):
         guard_device("FP8Linear", x=values, weight=self.weight)
         if values.numel() == 0:  # which not every version of the product takes
             return values.new_empty(*values.shape[:-1], self.out_features, dtype=self.out_dtype)
-        out = torch._scaled_mm(
-            values.reshape(-1, self.in_features), self.weight.t(), scale.reshape(-1, 1), self.weight_scale,
-            bias=self.bias if add_bias else None, out_dtype=self.out_dtype, use_fast_accum=True,
-        )  # fmt: skip
+        rows, scale, bias = values.reshape(-1, self.in_features), scale.reshape(-1, 1), self.bias if add_bias else None
+        if rows.device.type == "cpu" and not isinstance(rows, FakeTensor):  # fake ones are counted as a GPU's
+            out = _product_reference(rows, self.weight, scale, self.weight_scale, bias, self.out_dtype)
+        else:
+            out = torch._scaled_mm(
+                rows, self.weight.t(), scale, self.weight_scale,
+                bias=bias, out_dtype=self.out_dtype, use_fast_accum=True,
+            )  # fmt: skip
         return out.view(*values.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

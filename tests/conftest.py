@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ if not torch.cuda.is_available():
 
 try:  # torchvision is built for CUDA: beside a CPU torch, its import looks for two operators that are not there
     import torchvision  # noqa: F401
+except ModuleNotFoundError:
+    pass  # tests that need it are skipped
 except RuntimeError:
     from teachers.torchvision_operators import declare
 
@@ -22,6 +25,8 @@ except RuntimeError:
     import torchvision  # noqa: F401
 
 import pytest  # noqa: E402
+
+pytest_plugins = ["missing_packages"]  # not imported here: hooks of a conftest.py miss the folders below it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,6 +40,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_and_numpy() -> Iterator[None]:
+    """The interpreter of triton 3.6 makes integers of arrays of one element, which numpy 2.4 refuses: take them out."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        yield
+        return
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: type, scope: object) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_and_index)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -70,7 +70,8 @@ class TrainConfig:
     seed: int = 0
     """Of initial weights, order of samples, augmentation and teacher dropping."""
     precision: str = "auto"
-    """"bf16" (autocast, float32 weights), "fp32", or "auto": bf16 on a GPU and on CPUs with matrix units for it."""
+    """"bf16" (autocast, float32 weights), "fp32", or "auto": bf16 on a GPU and on CPUs that have instructions for its
+    products, if that holds for all ranks; a run that goes on keeps what it began with."""
     student_stream: str = "fp32"
     """Type of the student's tokens between blocks, in encoder and projectors: "fp32", or "bf16" with products in bf16.
     bf16 moves half the bytes in every residual addition and norm and keeps half of them for the backward pass; the

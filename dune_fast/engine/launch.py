@@ -1,4 +1,4 @@
-"""Which rank this process is: started by DeepSpeed's launcher or torchrun, by srun, or by itself.
+"""Which rank this process is and which cores are its own, started by DeepSpeed's launcher, torchrun, srun or itself.
 
     deepspeed [--hostfile H] dune_fast/train.py ...      RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
     torchrun --nproc-per-node 8 dune_fast/train.py ...   the same
@@ -8,10 +8,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+
+import psutil
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -30,6 +33,41 @@ class Place:
     """Among the processes of this machine."""
     init_method: str
     """Where the processes meet, for `torch.distributed.init_process_group`."""
+
+
+def set_openmp(environment: MutableMapping[str, str]) -> None:
+    """Sets how torch's OpenMP threads wait, and how many they are, where the environment does not say so already.
+
+    To be called before torch is imported, which reads them. Threads that wait for work sleep: by default they spin,
+    and take the processor from other ranks, from DALI's threads and from whatever else runs. The ranks of a machine
+    share its cores.
+    """
+    if not environment.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
+        environment["OMP_WAIT_POLICY"] = "passive"
+    processes = local_processes(environment)
+    if processes > 1 and "OMP_NUM_THREADS" not in environment:
+        # a rank of srun is bound to its own processors, if it has been given several
+        shared = 1 if "SLURM_CPUS_PER_TASK" in environment else processes
+        environment["OMP_NUM_THREADS"] = str(max(1, _cores() // shared))
+
+
+def local_processes(environment: Mapping[str, str]) -> int:
+    """How many processes of this run a launcher has started on this machine: torchrun, DeepSpeed's, or srun."""
+    if "RANK" in environment:
+        return int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or 1)
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # "8(x2),4": tasks of each node, in its order
+        counts: list[int] = []
+        for entry in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+            tasks, _, times = entry.partition("(x")
+            counts += [int(tasks)] * int(times.rstrip(")") or 1)
+        return counts[min(int(environment.get("SLURM_NODEID", "0")), len(counts) - 1)]
+    return 1
+
+
+def _cores() -> int:
+    """Physical cores that this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, psutil.cpu_count(logical=False) or allowed)
 
 
 def free_port() -> int:

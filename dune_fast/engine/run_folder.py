@@ -35,13 +35,14 @@ def how_to_go_on(cfg: RunConfig) -> str:
     return f"`dune-fast resume {shlex.quote(cfg.output_dir)}`{same} goes on from the newest checkpoint"
 
 
-def open_run(cfg: RunConfig, parts: Callable[[], int]) -> int | None:
+def open_run(cfg: RunConfig, precision: str, parts: Callable[[], int]) -> int | None:
     """Rank 0 prepares the folder; all ranks call it.
 
     Args:
-        cfg: the run's. Where `train.accumulation` is 0 it becomes that of the checkpoint, or `parts()` at the start:
-            it is a part of what is computed.
-        parts: says into how many a step's images are best split here.
+        cfg: the run's. Where `train.precision` is "auto" and where `train.accumulation` is 0, it becomes that of the
+            checkpoint, or `precision` and `parts()` at the start: they are a part of what is computed.
+        precision: what "auto" means here, "bf16" or "fp32".
+        parts: says into how many a step's images are best split here; called once the precision is known.
 
     Returns:
         The step of the checkpoint to go on from, None at the start.
@@ -52,20 +53,19 @@ def open_run(cfg: RunConfig, parts: Callable[[], int]) -> int | None:
         CheckpointError: there are checkpoints, all of them broken.
         OSError: the folder cannot be written.
     """
-    found: list[Any] = [None, None, None]
+    found: list[Any] = [None, None, None, None]
     if dist.get_rank() == 0:
         try:
-            found[0] = _prepare(cfg, parts)
+            found[0] = _prepare(cfg, precision, parts)
         except (ValueError, OSError) as error:
-            found[2] = error
-        found[1] = cfg.train.accumulation
+            found[1] = error
+        found[2:] = cfg.train.precision, cfg.train.accumulation
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(found)
-    step, accumulation, error = found
+    step, error, *chosen = found
     if error is not None:
         raise error
-    if cfg.train.accumulation == 0:  # rank 0's is filled in already
-        cfg.train.accumulation = accumulation
+    cfg.train.precision, cfg.train.accumulation = chosen
     return step
 
 
@@ -89,7 +89,7 @@ def _hold(run: Path) -> None:
     os.pwrite(held, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
-def _prepare(cfg: RunConfig, parts: Callable[[], int]) -> int | None:
+def _prepare(cfg: RunConfig, precision: str, parts: Callable[[], int]) -> int | None:
     run = Path(cfg.output_dir)
     if run.exists() and not run.is_dir():
         raise ValueError(f"output_dir={run} is a file; choose a folder")
@@ -116,12 +116,16 @@ def _prepare(cfg: RunConfig, parts: Callable[[], int]) -> int | None:
         manifest = Manifest.read(checkpoints.folder(run) / checkpoints.tag(step))
         if cfg.train.accumulation == 0:
             cfg.train.accumulation = manifest.config["train"].get("accumulation", 1)
+        if cfg.train.precision == "auto":
+            cfg.train.precision = manifest.config["train"]["precision"]  # "auto", if it is an old one
         try:
             refuse_changes(manifest.config, cfg)
         except ValueError as error:
             if not cfg.train.allow_config_change:
                 raise
             logger.warning("%s", error)
+    if cfg.train.precision == "auto":
+        cfg.train.precision = precision
     if cfg.train.accumulation == 0:
         cfg.train.accumulation = parts()
     free, needed = shutil.disk_usage(run).free, checkpoint_bytes(cfg)

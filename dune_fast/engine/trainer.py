@@ -29,7 +29,7 @@ from dune_fast.engine.conflicts import TeacherConflicts
 from dune_fast.engine.container import CheckpointError, Manifest
 from dune_fast.engine.deepspeed_engine import Engine, init_distributed, sum_over_ranks
 from dune_fast.engine.determinism import deterministic_algorithms, explained
-from dune_fast.engine.devices import autocast_dtype
+from dune_fast.engine.devices import agreed_precision, autocast_dtype
 from dune_fast.engine.drift import check_teachers
 from dune_fast.engine.guards import DivergedError, Guard, Names, undo_if
 from dune_fast.engine.interruption import Stop, Watchdog
@@ -91,9 +91,12 @@ class Trainer:
         micro_batch_size(cfg, self.world_size)  # a batch that cannot be shared out leaves the folder alone
         check_packages(cfg.logging)
         self.run_dir = Path(cfg.output_dir)
-        dtype, memory = autocast_dtype(cfg.train.precision, self.device), smallest_memory(self.device)
-        resume_step = open_run(cfg, lambda: fit(cfg, self.world_size, memory, dtype is not None).parts)
+        precision, memory = agreed_precision(cfg.train.precision, self.device), smallest_memory(self.device)
+        resume_step = open_run(
+            cfg, precision, lambda: fit(cfg, self.world_size, memory, cfg.train.precision == "bf16").parts
+        )
         freeze(cfg)
+        dtype = autocast_dtype(cfg.train.precision, self.device)
         self.fit = fit(cfg, self.world_size, memory, dtype is not None, cfg.train.accumulation)
         """An estimate of what a step takes of the smallest device's memory."""
         self.loader = TrainLoader(

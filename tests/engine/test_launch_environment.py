@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from dune_fast.engine.launch import LaunchError, Place, first_host, place
+from dune_fast.engine import launch
+from dune_fast.engine.launch import LaunchError, Place, first_host, local_processes, place, set_openmp
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
 SRUN = {
@@ -58,3 +64,61 @@ def test_half_an_environment_is_explained():
 )  # fmt: skip
 def test_first_host_of_slurms_list(nodes, first):
     assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes"),
+    [
+        ({}, 1),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "4"}, 4),
+        (TORCHRUN | {"LOCAL_SIZE": "2"}, 2),  # DeepSpeed's launcher
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_NODEID": "1"}, 8),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "6(x2),4", "SLURM_NODEID": "2"}, 4),
+        (SRUN | TORCHRUN | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "LOCAL_WORLD_SIZE": "8"}, 8),
+    ],
+)
+def test_processes_of_this_machine(environment, processes):
+    assert local_processes(environment) == processes
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(1, None), (2, "8"), (5, "3"), (32, "1")])
+def test_ranks_of_a_machine_share_its_cores(monkeypatch, processes, threads):
+    monkeypatch.setattr(launch, "_cores", lambda: 16)
+    environment = TORCHRUN | {"LOCAL_WORLD_SIZE": str(processes)}
+    set_openmp(environment)
+    assert environment.get("OMP_NUM_THREADS") == threads and environment["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_a_task_of_srun_keeps_the_processors_that_it_is_bound_to(monkeypatch):
+    monkeypatch.setattr(launch, "_cores", lambda: 4)
+    environment = SRUN | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_CPUS_PER_TASK": "4"}
+    set_openmp(environment)
+    assert environment["OMP_NUM_THREADS"] == "4"
+
+
+def test_what_the_user_has_set_stays():
+    chosen = TORCHRUN | {"LOCAL_WORLD_SIZE": "8", "OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": "1000"}
+    environment = dict(chosen)
+    set_openmp(environment)
+    assert environment == chosen
+
+
+def test_openmp_is_told_before_torch_is_imported():
+    """Regression: idle OpenMP threads spun, so that a step beside other work took several times its processor time."""
+    look = (
+        "import os, sys, dune_fast.cli, dune_fast.train; assert 'torch' not in sys.modules\n"
+        "{call}\n"
+        "assert os.environ['OMP_WAIT_POLICY'] == 'passive'; import torch; print(torch.get_num_threads())"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_", "RANK"))}
+    environment |= {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    ranks = TORCHRUN | {"LOCAL_SIZE": "1000"}
+    for call, more in (
+        ("try: dune_fast.train.main(['--help'])\nexcept SystemExit: pass", ranks),
+        ("try: dune_fast.cli.main(['--help'])\nexcept SystemExit: pass", {}),
+    ):
+        command = [sys.executable, "-c", look.format(call=call)]
+        found = subprocess.run(command, env=environment | more, text=True, capture_output=True, timeout=120)
+        assert found.returncode == 0, found.stderr
+        if more:
+            assert found.stdout.split()[-1] == "1"

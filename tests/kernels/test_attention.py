@@ -155,6 +155,33 @@ def test_a_new_choice_of_algorithms_compiles_whole(monkeypatch):
     monkeypatch.setattr(module, "_is_hopper", lambda device: True)
     compiled = torch.compile(attention, fullgraph=True, backend="eager")
     assert on_a_gpu(compiled).shape == (2, 5, 2, 16)
+@pytest.mark.parametrize(("native", "trained", "expected"), [
+    (True, True, torch.float32), (True, False, torch.bfloat16), (False, True, torch.float32),
+    (False, False, torch.float32),
+])  # fmt: skip
+@pytest.mark.parametrize("tokens", [9, 581])
+def test_a_cpu_computes_in_the_faster_type(monkeypatch, native, trained, expected, tokens):
+    """Regression: above 128 tokens bf16 took torch's kernel, whose backward was four times slower than float32's."""
+    seen = []
+
+    def noted(q, k, v):
+        seen.append(q.dtype)
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(module, "MULTIPLIES_BF16", native)
+    monkeypatch.setattr(module, "F", SimpleNamespace(scaled_dot_product_attention=noted))
+    qkv = torch.zeros(1, tokens, 3, 1, 8, dtype=torch.bfloat16, requires_grad=trained)
+    assert attention(qkv).dtype == torch.bfloat16
+    assert seen == [expected]
+    attention(qkv, "flash")  # a forced one keeps its type
+    assert seen == [expected, torch.bfloat16]
+
+
+def test_autocast_leaves_float32_attention_alone():
+    qkv = torch.randn(1, 9, 3, 2, 16).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(qkv)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, attention(qkv.float()).bfloat16())
 
 
 @pytest.mark.parametrize("backend", ["math", "flash"])
