@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import logging
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from dali_pipelines.errors import DataError
 from dali_pipelines.foreign_shards import find_shards, open_foreign_shards
-from dali_pipelines.listing import PathList, imagefolder_splits, list_images
+from dali_pipelines.listing import PathList, imagefolder_splits, list_images, name_left_out
 from dali_pipelines.shards import ShardImages, is_manifest_folder, open_manifest_folder
 from dali_pipelines.storage import is_url
 
 __all__ = ["DataConfig", "DataError", "Dataset", "DatasetConfig", "Images", "index_dataset", "index_datasets"]
+
+logger = logging.getLogger(__name__)
 
 Images = PathList | ShardImages
 """The images of a split: a sequence of names, with `relative`, `locate`, `size` and `select`."""
@@ -155,6 +159,14 @@ class Dataset:
     val: Images
     """May be empty."""
 
+    def contents(self) -> str:
+        """ "3,412 images; 17 other files left out: .txt 12, .mp4 5"; empty if nothing was left out."""
+        places = {id(images.left_out): images.left_out for images in (self.train, self.val)}  # a holdout shares one
+        left_out = sum((Counter(counts) for counts in places.values()), Counter())
+        if not left_out:
+            return ""
+        return f"{len(self.train) + len(self.val):,} images; {name_left_out(left_out)}"
+
 
 def index_dataset(name: str, config: DatasetConfig) -> Dataset:
     """Finds the images of a dataset.
@@ -200,7 +212,11 @@ def index_datasets(config: DataConfig) -> list[Dataset]:
             "data.datasets is empty: name at least one dataset, "
             "for instance data=folder data.datasets.images.root=/path/to/images"
         )
-    return [index_dataset(name, config.datasets[name]) for name in sorted(config.datasets)]
+    datasets = [index_dataset(name, config.datasets[name]) for name in sorted(config.datasets)]
+    for dataset in datasets:
+        if contents := dataset.contents():
+            logger.info("dataset %s: %s", dataset.name, contents)
+    return datasets
 
 
 def _hash(path: str) -> tuple[bytes, str]:

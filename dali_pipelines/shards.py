@@ -140,6 +140,7 @@ class ShardImages(Sequence[str]):
         self, shards: Sequence[str], records: np.ndarray, root: str = "", rows: np.ndarray | None = None
     ) -> None:
         self.shards, self.root = shards, root
+        self.left_out: dict[str, int] = {}
         self._records, self._rows = records, rows
 
     def __len__(self) -> int:
