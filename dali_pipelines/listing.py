@@ -16,7 +16,7 @@ import numpy as np
 
 from dali_pipelines.errors import DataError
 from dali_pipelines.images import SUFFIXES
-from dali_pipelines.storage import Location, file_system, is_url
+from dali_pipelines.storage import Location, Reader, file_system, is_url
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,10 @@ class PathList(Sequence[str]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self._bytes[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
+
+    def source_path(self, index: int, reader: Reader) -> str:
+        """The same; shards have to be read for it."""
+        return self.relative(index)
 
     def locate(self, index: int) -> Location:
         """Where the bytes of an image are."""
