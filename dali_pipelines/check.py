@@ -13,11 +13,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from dali_pipelines.augmentation import validation_geometry
 from dali_pipelines.datasets import DataConfig, Dataset, DatasetConfig, index_dataset
 from dali_pipelines.errors import BrokenImage, DataError
 from dali_pipelines.order import Permutation
-from dali_pipelines.pipeline import DecodeError, Decoder, explain
+from dali_pipelines.pipeline import Decoder
 from dali_pipelines.progress import Progress
 from dali_pipelines.shards import is_manifest_folder, read_manifest, verify_shards
 from dali_pipelines.source import ImageSource
@@ -81,6 +80,8 @@ def check_dataset(name: str, config: DataConfig, sample: int | None = 64, full: 
         report.note(FAIL, _with_access(str(error), own))
         return report
     report.train, report.val = len(dataset.train), len(dataset.val)
+    if contents := dataset.contents():
+        report.note(OK, contents)
     _compare(report, own)
     try:
         if is_manifest_folder(folder := os.path.expanduser(own.root)):
@@ -189,18 +190,11 @@ def _read(source: ImageSource, index: int) -> tuple[np.ndarray, tuple[int, int]]
 def _undecodable(
     decoder: Decoder, source: ImageSource, images: list[tuple[int, np.ndarray, tuple[int, int]]]
 ) -> Iterator[tuple[str, str]]:
-    """(path, reason) of those among (index, bytes, size) that DALI cannot decode."""
-    if not images:
-        return
-    encoded = [data for _, data, _ in images]
-    geometry = validation_geometry(np.array([size for _, _, size in images]), np.zeros(len(images), bool), _SIZE)
-    try:
-        decoder.submit(encoded, geometry)
-        decoder.receive()
-    except DecodeError as error:
-        broken = decoder.find_broken(encoded, geometry)
-        if not broken:
-            raise DataError(f"DALI failed, although every image can be decoded on its own: {error}") from error
-        decoder.reset(1)
-        for i, reason in broken.items():
-            yield source.path(0, images[i][0]), explain(encoded[i], reason)
+    """(path, reason) of those among (index, bytes, size) that neither DALI nor Pillow can decode."""
+    refused = decoder.refused([data for _, data, _ in images], [size for *_, size in images])
+    for i, reason in refused.items():
+        index, encoded, _ = images[i]
+        try:
+            source.refused(0, index, encoded, reason)
+        except BrokenImage as error:
+            yield source.path(0, index), str(error)

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import logging
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from dali_pipelines.errors import DataError
 from dali_pipelines.foreign_shards import find_shards, open_foreign_shards
-from dali_pipelines.listing import PathList, imagefolder_splits, list_images
+from dali_pipelines.listing import PathList, imagefolder_splits, list_images, name_left_out
 from dali_pipelines.shards import ShardImages, is_manifest_folder, open_manifest_folder
 from dali_pipelines.storage import is_url
 
 __all__ = ["DataConfig", "DataError", "Dataset", "DatasetConfig", "Images", "index_dataset", "index_datasets"]
+
+logger = logging.getLogger(__name__)
 
 Images = PathList | ShardImages
 """The images of a split: a sequence of names, with `relative`, `locate`, `size` and `select`."""
@@ -42,13 +46,16 @@ class DatasetConfig:
     the folders and the tar files may also be addresses that fsspec knows, such as "s3://bucket/folder"."""
     pattern: str = ""
     """Globs below the folder, separated by "|", such as "train/**/*.png|test/**/*.png"; files and folders whose names
-    begin with a dot are skipped. Empty: all images in the folder and below, by their suffix. Not used with a text
-    file. With tar files of other tools: globs on the members' names; empty: one image of each sample."""
+    begin with a dot are skipped. Empty: all images in the folder and below, by their suffix (`images.SUFFIXES`); what
+    else there is is counted and said. Not used with a text file. With tar files of other tools: globs on the members'
+    names; empty: the images, of "key.jpg" and "key.mask.png" the first."""
     group: str = "generic"
     """Which teacher's kind of data it is: "generic", "3d", "human", or any other name. Each group has its share of
     every batch."""
     repeat: int = 1
     """How often each image is seen in one pass over the dataset's group."""
+    evaluation_only: bool = False
+    """Whether the dataset is for evaluation alone (`evaluation.knn_dataset`): no image of it is trained on."""
     holdout: int = 0
     """How many images to keep out of training, for validation. Chosen by a hash of the path below the root, so the
     choice is the same everywhere and does not depend on the seed."""
@@ -87,6 +94,8 @@ class DataConfig:
     """RandomResizedCrop: range of width / height, log-uniform."""
     flip_probability: float = 0.5
     """Of a horizontal flip."""
+    colour: bool = True
+    """Whether colours are augmented at all: jitter, grayscale, blur and solarize. False leaves the crop and the flip."""
     jitter_probability: float = 0.8
     """Of the colour jitter; the next four are its strengths, as in torchvision's ColorJitter."""
     brightness: float = 0.4
@@ -118,6 +127,11 @@ class DataConfig:
     encoded bytes in memory, per process."""
     read_patience: float = 30.0
     """Seconds for which a read is tried again when the storage does not answer, before the run stops."""
+
+    @property
+    def groups(self) -> list[str]:
+        """Of the datasets to train on, sorted."""
+        return sorted({dataset.group for dataset in self.datasets.values() if not dataset.evaluation_only})
 
     def validate(self) -> None:
         """Raises DataError for values that make no sense; which datasets exist is checked when they are indexed."""
@@ -154,6 +168,14 @@ class Dataset:
     """Sorted by path; shards in the order of their images."""
     val: Images
     """May be empty."""
+
+    def contents(self) -> str:
+        """ "3,412 images; 17 other files left out: .txt 12, .mp4 5"; empty if nothing was left out."""
+        places = {id(images.left_out): images.left_out for images in (self.train, self.val)}  # a holdout shares one
+        left_out = sum((Counter(counts) for counts in places.values()), Counter())
+        if not left_out:
+            return ""
+        return f"{len(self.train) + len(self.val):,} images; {name_left_out(left_out)}"
 
 
 def index_dataset(name: str, config: DatasetConfig) -> Dataset:
@@ -193,14 +215,24 @@ def index_dataset(name: str, config: DatasetConfig) -> Dataset:
 
 
 def index_datasets(config: DataConfig) -> list[Dataset]:
-    """All datasets of a configuration, by name. Raises what `index_dataset` raises, and DataError if there is none."""
+    """The datasets to train on, by name. Raises what `index_dataset` raises, and DataError if there is none."""
     config.validate()
     if not config.datasets:
         raise DataError(
             "data.datasets is empty: name at least one dataset, "
             "for instance data=folder data.datasets.images.root=/path/to/images"
         )
-    return [index_dataset(name, config.datasets[name]) for name in sorted(config.datasets)]
+    trained_on = [name for name in sorted(config.datasets) if not config.datasets[name].evaluation_only]
+    if not trained_on:
+        raise DataError(
+            f"there is nothing to train on: evaluation_only=true for {', '.join(sorted(config.datasets))}; take it back "
+            "for a dataset of data.datasets, or add one"
+        )
+    datasets = [index_dataset(name, config.datasets[name]) for name in trained_on]
+    for dataset in datasets:
+        if contents := dataset.contents():
+            logger.info("dataset %s: %s", dataset.name, contents)
+    return datasets
 
 
 def _hash(path: str) -> tuple[bytes, str]:

@@ -18,7 +18,7 @@ from multiprocessing import get_context
 import numpy as np
 
 from dali_pipelines.errors import DataError
-from dali_pipelines.listing import SUFFIXES
+from dali_pipelines.images import SUFFIXES
 from dali_pipelines.progress import Progress
 from dali_pipelines.shards import ShardImages
 from dali_pipelines.storage import cached, file_system, is_url, patiently
@@ -27,6 +27,7 @@ from dali_pipelines.tar_index import RECORD, open_index, scan_tar, write_index
 logger = logging.getLogger(__name__)
 
 _PARALLEL_FROM = 8  # shards: below, starting processes takes longer than reading the headers
+_RULES = 2  # version of those by which `scan_tar` chooses images: indices of other rules are made again
 _PATIENCE = 30.0  # seconds for which a failing read is tried again
 
 
@@ -77,7 +78,7 @@ def open_foreign_shards(shards: Sequence[str], pattern: str) -> ShardImages:
     Raises:
         DataError: a file is missing, no tar file, or damaged; or there is no image in any of them.
     """
-    state = "\0".join([pattern, str(RECORD), *(f"{path}\0{_version(path)}" for path in shards)])
+    state = "\0".join([str(_RULES), pattern, str(RECORD), *(f"{path}\0{_version(path)}" for path in shards)])
     key = hashlib.blake2b(os.fsencode(state), digest_size=16).hexdigest()
     with cached(f"tar-index/{key}.index", f"the index of {shards[0]}") as index:
         try:
@@ -86,8 +87,9 @@ def open_foreign_shards(shards: Sequence[str], pattern: str) -> ShardImages:
             write_index(index, _scan(shards, pattern), len(shards))
             records = open_index(index, len(shards))
     if not len(records):
-        wanted = f"matches {pattern!r}" if pattern else "ends in .jpg, .jpeg, .png or .webp"
-        raise DataError(f"no member of {shards[0]}{' and the others' if len(shards) > 1 else ''} {wanted}")
+        wanted = f"matches {pattern!r}" if pattern else "ends in .jpg, .png or another suffix of images"
+        others = " and the others" if len(shards) > 1 else ""
+        raise DataError(f"no member of {shards[0]}{others} {wanted}; `pattern` says which members are the images")
     parents = {path.rpartition("/")[0] for path in shards}
     return ShardImages(shards, records, parents.pop() if len(parents) == 1 else "")
 

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import codecs
 import fnmatch
 import glob
 import logging
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dali_pipelines.errors import DataError
-from dali_pipelines.storage import Location, file_system, is_url
+from dali_pipelines.images import SUFFIXES
+from dali_pipelines.storage import Location, Reader, file_system, is_url
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-"""What counts as an image where no pattern is given, in either case."""
 SPLITS = {
     "train": ("train", "training"),
     "val": ("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"),
 }
 """Folders of a Hugging Face imagefolder, the preferred one first."""
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16's, with which it begins
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+"""What Windows puts before a text."""
 
 
 class PathList(Sequence[str]):
@@ -32,10 +41,11 @@ class PathList(Sequence[str]):
     Args:
         paths: below the root, or absolute ones, or addresses; these two stand for themselves.
         root: folder or address that the others start at.
+        left_out: files there that are no images, by suffix.
     """
 
-    def __init__(self, paths: Iterable[str], root: str = "") -> None:
-        self.root = root
+    def __init__(self, paths: Iterable[str], root: str = "", left_out: Mapping[str, int] | None = None) -> None:
+        self.root, self.left_out = root, left_out or {}
         block, ends = bytearray(), array("q", [0])
         for path in paths:
             block += path.encode("utf-8", "surrogateescape")  # os.fsencode takes twice as long
@@ -58,6 +68,10 @@ class PathList(Sequence[str]):
             raise IndexError(index)
         return self._bytes[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
 
+    def source_path(self, index: int, reader: Reader) -> str:
+        """The same; shards have to be read for it."""
+        return self.relative(index)
+
     def locate(self, index: int) -> Location:
         """Where the bytes of an image are."""
         return Location(self[index])
@@ -68,7 +82,7 @@ class PathList(Sequence[str]):
 
     def select(self, indices: Iterable[int]) -> PathList:
         """Only these images, in this order."""
-        return PathList((self.relative(i) for i in indices), self.root)
+        return PathList((self.relative(i) for i in indices), self.root, self.left_out)
 
 
 def list_images(name: str, given: str, pattern: str, key: str) -> PathList:
@@ -84,8 +98,9 @@ def list_images(name: str, given: str, pattern: str, key: str) -> PathList:
         DataError: nothing is there; the message names the setting to correct.
     """
     where = f"data.datasets.{name}.{key}"
+    left_out: Counter[str] = Counter()
     if is_url(given):
-        folder, relative = given, _list_url(given, pattern)
+        folder, relative = given, _list_url(given, pattern, left_out)
     else:
         folder = os.path.abspath(os.path.expanduser(given))
         if os.path.isfile(folder):
@@ -96,13 +111,23 @@ def list_images(name: str, given: str, pattern: str, key: str) -> PathList:
             folder, pattern = _split_glob(folder)
         if not os.path.isdir(folder):
             raise DataError(f"dataset {name!r}: {given} is neither a folder nor a text file of paths; correct {where}")
-        relative = _glob(folder, pattern) if pattern else _walk(folder)
+        relative = _glob(folder, pattern) if pattern else _walk(folder, left_out)
     if not relative:
-        looked_for = f"no file matches {pattern!r}" if pattern else f"no file ends in {', '.join(SUFFIXES)}"
+        looked_for = f"no file matches {pattern!r}" if pattern else f"no file ends in {', '.join(SUFFIXES[:8])} ..."
+        others = f" ({name_left_out(left_out)})" if left_out else ""
         raise DataError(
-            f"dataset {name!r}: {looked_for} in {given} or below; correct {where} or data.datasets.{name}.pattern"
+            f"dataset {name!r}: {looked_for} in {given} or below{others}; correct {where} or "
+            f"data.datasets.{name}.pattern"
         )
-    return PathList(relative, folder)
+    return PathList(relative, folder, left_out)
+
+
+def name_left_out(by_suffix: Mapping[str, int]) -> str:
+    """ "17 other files left out: .txt 12, .mp4 5": the most frequent suffixes first, at most eight."""
+    total, common = sum(by_suffix.values()), sorted(by_suffix.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{suffix or 'without a suffix'} {count:,}" for suffix, count in common[:8]]
+    parts += ["..."] if len(common) > 8 else []
+    return f"{total:,} other file{'s' if total > 1 else ''} left out: {', '.join(parts)}"
 
 
 def imagefolder_splits(name: str, folder: str) -> tuple[str, str]:
@@ -129,7 +154,18 @@ def imagefolder_splits(name: str, folder: str) -> tuple[str, str]:
     )
 
 
-def _walk(folder: str) -> list[str]:
+def _images_among(paths: Iterable[str], left_out: Counter[str]) -> list[str]:
+    """Those that are images by their suffix; the suffixes of the others are counted."""
+    images = []
+    for path in paths:
+        if path.lower().endswith(SUFFIXES):
+            images.append(path)
+        else:
+            left_out[os.path.splitext(path)[1].lower()] += 1
+    return images
+
+
+def _walk(folder: str, left_out: Counter[str]) -> list[str]:
     found, seen = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=_unlisted):
         real = os.path.realpath(parent)
@@ -139,7 +175,7 @@ def _walk(folder: str) -> list[str]:
         seen.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         below = os.path.relpath(parent, folder)
-        images = (f for f in files if f.lower().endswith(SUFFIXES) and not f.startswith("."))
+        images = _images_among((f for f in files if not f.startswith(".")), left_out)
         found.extend(f if below == "." else os.path.join(below, f) for f in images)
     return sorted(found)
 
@@ -168,23 +204,31 @@ def _split_glob(path: str) -> tuple[str, str]:
     return folder, pattern
 
 
-def _list_url(url: str, pattern: str) -> list[str]:
+def _list_url(url: str, pattern: str, left_out: Counter[str]) -> list[str]:
     fs, top = file_system(url)
     try:
         if pattern:
             parts = [part.strip() for part in pattern.split("|")]
             found = {path for part in parts for path in fs.glob(f"{top.rstrip('/')}/{part}")}
         else:
-            found = {path for path in fs.find(top) if path.lower().endswith(SUFFIXES)}
+            found = set(fs.find(top))
     except OSError as error:
         raise DataError(f"{url} cannot be listed: {error}") from error
     relative = (path[len(top.rstrip("/")) :].lstrip("/") for path in found)
-    return sorted(path for path in relative if not any(part.startswith(".") for part in path.split("/")))
+    shown = sorted(path for path in relative if not any(part.startswith(".") for part in path.split("/")))
+    return shown if pattern else _images_among(shown, left_out)
+
+
+def _read_text(file: str) -> str:
+    """A text in UTF-8, or in what its byte order mark says. Bytes that are none of it stand for themselves."""
+    data = Path(file).read_bytes()
+    mark, encoding = next((it for it in _BYTE_ORDER_MARKS.items() if data.startswith(it[0])), (b"", "utf-8"))
+    return data[len(mark) :].decode(encoding, "surrogateescape" if encoding == "utf-8" else "replace")
 
 
 def _read_list(name: str, file: str) -> PathList:
     try:
-        lines = Path(file).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = _read_text(file).splitlines()
     except OSError as error:
         raise DataError(f"dataset {name!r}: cannot read {file}: {error}") from error
     folder = os.path.dirname(file)

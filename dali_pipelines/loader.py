@@ -100,9 +100,8 @@ class TrainLoader(ImageLoader):
         sizes, turned = np.array([size for _, size in read]), self._turned(images)
         words = draw_words(self.seed, positions)
         geometry = train_geometry(words, sizes, turned, self.image_size, self.config)
-        return Plan(
-            step, images, positions, group, [data for data, _ in read], geometry, colour_params(words, self.config)
-        )
+        colour = colour_params(words, self.config) if self.config.colour else None
+        return Plan(step, images, positions, group, [data for data, _ in read], geometry, colour)
 
     def _resolve(self, group: np.ndarray, index: np.ndarray) -> list[tuple[int, int]]:
         """(dataset, index in it) from (group, index in it)."""

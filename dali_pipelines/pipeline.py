@@ -1,8 +1,8 @@
 """The DALI pipeline: encoded bytes -> decode a window -> resize (bicubic, antialias) -> cut a square -> flip.
 
 One definition for a CPU and a GPU, one for training and validation: what differs comes as arguments of each sample
-(`Geometry`). Decoding follows PIL: EXIF orientation is not applied, and chroma is upsampled smoothly. DALI's random
-operators are not used at all.
+(`Geometry`). It gets what `images.for_dali` gives: plain JPEGs and PPMs. Decoding follows Pillow: EXIF orientation is
+not applied, and chroma is upsampled smoothly. DALI's random operators are not used at all.
 
 A DALI pipeline is dead after its first error, and DALI does not reliably say which image caused it. `Decoder` therefore
 can be reset, and `find_broken` finds the culprits by halving the batch until single images fail on their own.
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import io
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 
-from dali_pipelines.augmentation import Geometry, validation_geometry
+from dali_pipelines.augmentation import Geometry
 from dali_pipelines.datasets import DataError
 
 
@@ -191,6 +192,30 @@ class Decoder:
                 parts += [part[: len(part) // 2], part[len(part) // 2 :]]
         return broken
 
+    def refused(self, encoded: list[np.ndarray], sizes: Sequence[tuple[int, int]]) -> dict[int, str]:
+        """Which images DALI cannot decode, all of each, with the reason. Nothing else may be in flight.
+
+        Args:
+            encoded: the bytes of each, uint8 [length]; at most a batch.
+            sizes: (width, height) of each.
+
+        Raises:
+            DataError: DALI fails for a reason that no image explains.
+        """
+        if not encoded:
+            return {}
+        geometry = whole_images(sizes, self.image_size)
+        try:
+            self.submit(encoded, geometry)
+            self.receive()
+        except DecodeError as error:
+            found = self.find_broken(encoded, geometry)
+            self.reset(1)
+            if not found:
+                raise DataError(f"DALI failed, although every image can be decoded on its own: {error}") from error
+            return found
+        return {}
+
     def close(self) -> None:
         """Frees the pipeline."""
         self._pipeline = None
@@ -216,18 +241,16 @@ def _reason(message: str) -> str:
     return next((line.strip() for line in lines if line.strip() and not line.startswith("Current pipeline")), message)
 
 
-def explain(encoded: np.ndarray, reason: str) -> str:
-    """PIL's words for what is wrong with an image, DALI's where PIL can read it."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            image.load()
-            return f"DALI cannot decode this {image.format} of mode {image.mode}: {reason}"
-    except Exception as error:  # PIL raises all kinds for broken files
-        return str(error) or type(error).__name__
+def whole_images(sizes: Sequence[tuple[int, int]], image_size: int) -> Geometry:
+    """All of each image, as a square of `image_size` pixels whatever its shape. sizes: (width, height) of each."""
+    shape = np.array(sizes, np.int64).reshape(-1, 2)
+    batch = len(shape)
+    window = np.concatenate([np.zeros_like(shape), shape], axis=1)
+    size, none = np.full((batch, 2), image_size), np.zeros((batch, 2), np.int64)
+    return Geometry(window, size, none, none.astype(bool), np.zeros(batch, bool))
 
 
 def _good_image(image_size: int) -> tuple[list[np.ndarray], Geometry]:
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), (90, 120, 150)).save(buffer, "JPEG")
-    sizes = np.array([[32, 32]])
-    return [np.frombuffer(buffer.getvalue(), np.uint8)], validation_geometry(sizes, np.zeros(1, bool), image_size)
+    return [np.frombuffer(buffer.getvalue(), np.uint8)], whole_images([(32, 32)], image_size)

@@ -1,5 +1,7 @@
 """One shard: images read, decoded once, encoded where they must be, and written as a tar file with its records.
 
+Images are decoded as in a run (see `images`): a JPEG that DALI decodes keeps its bytes, everything else becomes a JPEG.
+
 What is written depends on the job alone: no time, no user, no machine is in it, so the same job gives the same bytes.
 A shard appears under its name only when it is whole and on the disk; the record of what it holds comes after it and
 marks it as finished.
@@ -8,27 +10,28 @@ marks it as finished.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import tarfile
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+import torch
 
 from dali_pipelines.errors import BrokenImage, DataError, StorageError
-from dali_pipelines.jpeg import encode_jpeg, shrink, to_rgb
-from dali_pipelines.source import PIL_ERRORS, read_size
+from dali_pipelines.images import decode, encode, plain_jpeg, shrink
+from dali_pipelines.pipeline import Decoder
 from dali_pipelines.storage import Location, Reader, sync_folder, write_whole
 from dali_pipelines.tar_index import RECORD, open_index, write_index
 
 _MOST_VANISHED = 10  # files of a shard, or half of them: with more missing, something else is wrong
+_BATCH = 16  # images that DALI decodes at a time
+_SIZE = 64  # pixels; the whole image is decoded, only the resize is cheap
 _BLOCK, _TAIL = 512, 10_240  # bytes: of a tar header, and what the length of a tar file is a multiple of
 
 
@@ -120,35 +123,63 @@ class Tally:
         return self.counts[0], self.counts[1]
 
 
-def prepare(data: np.ndarray, settings: ShardSettings, turned: bool) -> tuple[bytes, tuple[int, int]]:
-    """The JPEG that goes into a shard, and its (width, height). A JPEG that needs no change keeps its bytes.
+def prepare(
+    data: np.ndarray, settings: ShardSettings, turned: bool, by_pillow: bool = False
+) -> tuple[bytes, tuple[int, int]]:
+    """The JPEG (or PNG, see `images.encode`) that goes into a shard, and its (width, height).
+
+    A plain JPEG that needs no change is returned as it is, and has yet to be decoded.
 
     Args:
         data: an encoded image, uint8 [length].
         settings: of the shards.
         turned: whether it is stored turned and has to be turned clockwise by 90 degrees.
+        by_pillow: also decode a plain JPEG, and encode it anew.
 
     Raises:
-        BrokenImage: it cannot be decoded, all of it.
+        BrokenImage: it cannot be decoded.
     """
-    try:
-        width, height = read_size(data)
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            fits = not settings.shorter_side or min(width, height) <= settings.shorter_side
-            if image.format in ("JPEG", "MPO") and fits and not turned:
-                return data.tobytes(), (width, height)
-            result = to_rgb(image)
-        if turned:
-            result = result.rotate(-90, expand=settings.turned_canvas == "enlarge")
-        if settings.shorter_side:
-            result = shrink(result, settings.shorter_side)
-        return encode_jpeg(result), result.size
-    except PIL_ERRORS as error:
-        raise BrokenImage(str(error) or type(error).__name__) from error
+    size = plain_jpeg(data.tobytes())
+    fits = size is not None and (not settings.shorter_side or min(size) <= settings.shorter_side)
+    if fits and not turned and not by_pillow:
+        return data.tobytes(), size
+    result = decode(data)
+    if turned:
+        result = result.rotate(-90, expand=settings.turned_canvas == "enlarge")
+    if settings.shorter_side:
+        result = shrink(result, settings.shorter_side)
+    return encode(result), result.size
 
 
-def write_shard(job: Job, reader: Reader, tally: Tally) -> ShardRecord:
+def _decoded(
+    job: Job, reader: Reader, decoder: Decoder
+) -> Iterator[tuple[Item, tuple[bytes, tuple[int, int]] | BrokenImage]]:
+    """Every item with what `prepare` makes of it, decoded in batches, or why it is broken."""
+
+    def attempt(data: np.ndarray, item: Item, by_pillow: bool = False) -> tuple | BrokenImage:
+        try:
+            return prepare(data, job.settings, item.turned, by_pillow)
+        except BrokenImage as error:
+            return error
+
+    def read(item: Item) -> np.ndarray | BrokenImage:
+        try:
+            return reader.read(item.location)
+        except BrokenImage as error:
+            return error
+
+    for start in range(0, len(job.items), _BATCH):
+        items = job.items[start : start + _BATCH]
+        read_in = [read(item) for item in items]
+        results = [x if isinstance(x, BrokenImage) else attempt(x, item) for x, item in zip(read_in, items, strict=True)]
+        good = [i for i, result in enumerate(results) if not isinstance(result, BrokenImage)]
+        encoded = [np.frombuffer(results[i][0], np.uint8) for i in good]
+        for k in decoder.refused(encoded, [results[i][1] for i in good]):
+            results[good[k]] = attempt(read_in[good[k]], items[good[k]], by_pillow=True)
+        yield from zip(items, results, strict=True)
+
+
+def write_shard(job: Job, reader: Reader, decoder: Decoder, tally: Tally) -> ShardRecord:
     """Writes a shard, its index and its record.
 
     Raises:
@@ -161,26 +192,27 @@ def write_shard(job: Job, reader: Reader, tally: Tally) -> ShardRecord:
     try:
         with open(partial, "wb") as file:
             sink = _Sink(file)
-            for item in job.items:
-                try:
-                    encoded, (width, height) = prepare(reader.read(item.location), job.settings, item.turned)
-                except BrokenImage as error:
-                    gone = isinstance(error.__cause__, FileNotFoundError)
+            for item, result in _decoded(job, reader, decoder):
+                if isinstance(result, BrokenImage):
+                    gone = isinstance(result.__cause__, FileNotFoundError)
                     vanished += gone
                     if vanished > max(_MOST_VANISHED, len(job.items) // 2):
                         raise StorageError(
                             f"{vanished} files of dataset {job.dataset!r} are not there, the last one is "
                             f"{item.location}: is its folder still mounted? Then start the same command again"
-                        ) from error
+                        ) from result
                     # a list may name many files that never were: their shards should not be made again every time
-                    entry = {"dataset": job.dataset, "path": item.path, "reason": str(error)}
-                    broken.append({**entry, "lasting": error.lasting or gone})
+                    entry = {"dataset": job.dataset, "path": item.path, "reason": str(result)}
+                    broken.append({**entry, "lasting": result.lasting or gone})
                     tally.add(0)
                     continue
+                encoded, (width, height) = result
                 about = {"dataset": job.dataset, "path": item.path, "width": width, "height": height}
-                offset = sink.member(f"{item.key:09d}.jpg", encoded)
+                suffix = "jpg" if encoded[0] == 0xFF else "png"
+                offset = sink.member(f"{item.key:09d}.{suffix}", encoded)
                 sink.member(f"{item.key:09d}.json", json.dumps(about).encode())
-                rows.append((offset, len(encoded), 0, zlib.crc32(encoded), width, height))
+                known = (width, height) if max(width, height) < 1 << 16 else (0, 0)  # a record has 16 bits for each
+                rows.append((offset, len(encoded), 0, zlib.crc32(encoded), *known))
                 tally.add(len(encoded))
             sink.finish()
             file.flush()
@@ -247,7 +279,7 @@ class _Sink:
         self.size += len(data)
 
 
-_worker: tuple[Reader, Tally] | None = None
+_worker: tuple[Reader, Decoder, Tally] | None = None
 
 
 def start_worker(patience: float, tally: Tally) -> None:
@@ -256,7 +288,7 @@ def start_worker(patience: float, tally: Tally) -> None:
     import signal
 
     global _worker
-    _worker = Reader(patience), tally
+    _worker = Reader(patience), Decoder(_BATCH, _SIZE, 1, torch.device("cpu")), tally
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent calls the work off
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -28,6 +28,7 @@ from dali_pipelines.datasets import DataConfig, Dataset, DatasetConfig, Images, 
 from dali_pipelines.errors import BrokenImage, DataError
 from dali_pipelines.listing import is_turned
 from dali_pipelines.order import Permutation
+from dali_pipelines.pipeline import import_dali
 from dali_pipelines.progress import Progress
 from dali_pipelines.shard_writer import (
     Item,
@@ -94,11 +95,12 @@ def shard_dataset(name: str, data: DataConfig, folder: Path, settings: ShardSett
 
     Raises:
         DataError: no images, wrong settings, a folder with shards of other images or settings, no room, only broken
-            images, or a failure of the storage.
+            images, a failure of the storage, or no DALI.
     """
     settings.validate()
     if workers < 1:
         raise DataError(f"{workers} workers cannot do anything: at least 1 is needed")
+    import_dali()  # fail here, not in a worker
     config = data.datasets[name]
     dataset = index_dataset(name, config)
     splits = {split: images for split, images in (("train", dataset.train), ("val", dataset.val)) if len(images)}

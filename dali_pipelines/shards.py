@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,13 @@ from pathlib import Path
 import numpy as np
 
 from dali_pipelines.errors import DataError
-from dali_pipelines.storage import Location, cached, file_system, is_url, open_binary, patiently, write_whole
+from dali_pipelines.storage import Location, Reader, cached, file_system, is_url, open_binary, patiently, write_whole
 from dali_pipelines.tar_index import open_index
 
 FORMAT = 1
 """Version of the manifest."""
 MANIFEST = "manifest.json"
+_BLOCK = 512  # bytes of a tar header, and what the bytes of a member are filled up to
 _PATIENCE = 30.0  # seconds, for what is read once at the start
 
 
@@ -134,12 +136,19 @@ class ShardImages(Sequence[str]):
         records: from `tar_index`, usually mapped into memory.
         rows: the records that belong to it, all of them by default.
         root: what names leave out at the front of a path.
+        described: whether a JSON follows each image, as in shards of our own.
     """
 
     def __init__(
-        self, shards: Sequence[str], records: np.ndarray, root: str = "", rows: np.ndarray | None = None
+        self,
+        shards: Sequence[str],
+        records: np.ndarray,
+        root: str = "",
+        rows: np.ndarray | None = None,
+        described: bool = False,
     ) -> None:
-        self.shards, self.root = shards, root
+        self.shards, self.root, self.described = shards, root, described
+        self.left_out: dict[str, int] = {}
         self._records, self._rows = records, rows
 
     def __len__(self) -> int:
@@ -164,11 +173,30 @@ class ShardImages(Sequence[str]):
         record = self._record(index)
         return int(record["width"]), int(record["height"])
 
+    def source_path(self, index: int, reader: Reader) -> str:
+        """What an image was called below its root before it came into the shard, or its member's name in foreign ones.
+
+        Raises:
+            BrokenImage, StorageError: see `Reader.read`.
+            DataError: no such thing stands there: the index is another tar file's.
+        """
+        place = self.locate(index)
+        # the headers of a tar are before the bytes that they tell of
+        header_at = place.offset + place.length + -place.length % _BLOCK if self.described else place.offset - _BLOCK
+        try:
+            header = reader.read(Location(place.path, header_at, _BLOCK)).tobytes()
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            if not self.described:
+                return member.name
+            return json.loads(reader.read(Location(place.path, header_at + _BLOCK, member.size)).tobytes())["path"]
+        except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self[index]} has no name in its shard ({error}): the index is not of this file") from error
+
     def select(self, indices: Iterable[int]) -> ShardImages:
         """Only these images, in this order."""
         chosen = np.fromiter(indices, np.int64)
         rows = chosen if self._rows is None else self._rows[chosen]
-        return ShardImages(self.shards, self._records, self.root, rows)
+        return ShardImages(self.shards, self._records, self.root, rows, self.described)
 
     def _record(self, index: int) -> np.void:
         if not 0 <= index < len(self):
@@ -209,7 +237,8 @@ def open_manifest_folder(folder: str) -> dict[str, ShardImages]:
                 f"{folder}/{split.index} lists {len(records)} images, {MANIFEST} {split.images}: they do not belong "
                 "together; copy both again, or run the `dune-fast data shard` command again"
             )
-        result[split.name] = ShardImages([f"{folder}/{shard.name}" for shard in split.shards], records, folder)
+        shards = [f"{folder}/{shard.name}" for shard in split.shards]
+        result[split.name] = ShardImages(shards, records, folder, described=True)
     return result
 
 

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import logging
 import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from dali_pipelines.jpeg import encode_jpeg, shrink, to_rgb
-from dali_pipelines.source import read_size
+from dali_pipelines.errors import BrokenImage
+from dali_pipelines.images import decode, encode, plain_jpeg, shrink
 from dali_pipelines.storage import Location, Reader, write_whole
 
 logger = logging.getLogger(__name__)
@@ -38,19 +36,25 @@ def shrunk_bytes(path: str, shorter_side: int, cache: Path, reader: Reader) -> n
         reader: for the original and the copy.
 
     Raises:
-        BrokenImage, StorageError: see `Reader.read`.
-        OSError, SyntaxError, ValueError, RuntimeError: from PIL, or there is no such file.
+        BrokenImage: there is no such file, see `Reader.read` and `images.decode`.
+        StorageError: see `Reader.read`.
     """
-    status = reader.patiently(lambda: os.stat(path), path)
+    try:
+        status = reader.patiently(lambda: os.stat(path), path)
+    except OSError as error:
+        raise BrokenImage(error.strerror or str(error), lasting=False) from error
     key = f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{shorter_side}"
     copy = cache / f"{hashlib.blake2b(os.fsencode(key), digest_size=16).hexdigest()}.jpg"
     if copy.exists():
         return reader.read(Location(str(copy)))
     data = reader.read(Location(path))
-    if min(read_size(data)) <= shorter_side:
+    size = plain_jpeg(data.tobytes())
+    if size and min(size) <= shorter_side:
         return data
-    with Image.open(io.BytesIO(data)) as image:
-        encoded = encode_jpeg(shrink(to_rgb(image), shorter_side))
+    image = decode(data)
+    if min(image.size) <= shorter_side:
+        return data
+    encoded = encode(shrink(image, shorter_side))
     try:
         cache.mkdir(parents=True, exist_ok=True)
         write_whole(copy, encoded)

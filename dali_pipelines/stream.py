@@ -27,7 +27,7 @@ from torch import Tensor
 from dali_pipelines.augmentation import Geometry
 from dali_pipelines.datasets import DataConfig, Dataset
 from dali_pipelines.errors import BrokenImage, DataError
-from dali_pipelines.pipeline import DecodeError, Decoder, explain, import_dali
+from dali_pipelines.pipeline import DecodeError, Decoder, import_dali
 from dali_pipelines.source import ImageSource
 from kernels.augment import ColourParams, augment_colour
 
@@ -267,10 +267,13 @@ class ImageLoader(ABC):
                 f"DALI failed, although every image in flight can be decoded on its own: {error}"
             ) from error
         for i, reason in broken.items():
-            self._source.quarantine.add(*images[i], explain(encoded[i], reason))
+            try:
+                self._source.refused(*images[i], encoded[i], reason)
+            except BrokenImage as refusal:
+                self._source.quarantine.add(*images[i], str(refusal), refusal.lasting)
 
     def _read(self, image: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]] | BrokenImage:
-        """The bytes and the size of an image, or why it is broken."""
+        """What DALI gets for an image and its size, or why it is broken."""
         try:
             return self._source.read(*image)
         except BrokenImage as error:

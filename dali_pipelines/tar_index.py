@@ -13,17 +13,20 @@ Width and height are 0 and the checksum is 0 where only the tar's headers were r
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import os
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from dali_pipelines.errors import DataError
+from dali_pipelines.images import SUFFIXES
 from dali_pipelines.storage import open_binary, patiently, write_whole
 
 RECORD = np.dtype(
@@ -31,7 +34,7 @@ RECORD = np.dtype(
 )
 assert RECORD.itemsize == 24
 MAGIC, VERSION = b"DUNEFIDX", 1
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in SUFFIXES)
 """Members that are images, the preferred one of a sample first."""
 _HEADER = struct.Struct("<8sIIQI36x")
 _BLOCK = 512
@@ -82,8 +85,9 @@ def scan_tar(path: str, pattern: str, patience: float) -> np.ndarray:
     """Records of the images in one tar file, shard number 0, in the order of the file. Nothing is extracted.
 
     A sample is a run of members with one key (the name up to the first dot after the last slash, as in WebDataset). Of
-    a sample's members one is the image: "key.jpg", else jpeg, png, webp. Members with a further dot, such as
-    "key.mask.png", are taken only where the pattern asks for them.
+    a sample's members one is the image: "key.jpg", else jpeg, png, webp and so on. Names with further dots, such as
+    "key.1.jpg", are samples of their own; unless what the further dots enclose is a word and the sample has an image
+    without it: "key.mask.png" beside "key.jpg" is taken only where the pattern asks for it.
 
     Args:
         path: a file or an address.
@@ -91,21 +95,36 @@ def scan_tar(path: str, pattern: str, patience: float) -> np.ndarray:
         patience: seconds for which a failing read is tried again.
 
     Raises:
-        DataError: it cannot be opened, is no tar file, a compressed one, or a damaged or truncated one.
+        DataError: it cannot be opened, is no tar file, a compressed one, or a damaged or truncated one; or its samples
+            have several images each, such as "key.rgb.png" and "key.depth.png", and the pattern is empty.
         StorageError: the storage does not answer.
     """
     try:
-        return patiently(lambda: _scan_once(path, pattern), path, patience)
+        members = patiently(lambda: list(_members(path)), path, patience)
     except OSError as error:
         raise DataError(f"the tar file {path} cannot be read: {error.strerror or error}") from error
+    globs = [part.strip() for part in pattern.split("|")]
+    chosen = [m for m in members if any(fnmatch.fnmatchcase(m.name, g) for g in globs)] if pattern else _images(members)
+    records = np.zeros(len(chosen), RECORD)
+    records["offset"] = [member.offset for member in chosen]
+    records["length"] = [member.length for member in chosen]
+    return records
 
 
-def _scan_once(path: str, pattern: str) -> np.ndarray:
-    choose = _by_pattern(pattern.split("|")) if pattern else _by_extension
-    found: list[tuple[str, int, int, int]] = []  # key, rank, offset, length
+class _Member(NamedTuple):
+    """A file in a tar, and where its bytes are."""
+
+    name: str
+    offset: int
+    length: int
+
+
+def _members(path: str) -> Iterator[_Member]:
+    """The regular files below 4 GiB in a tar file."""
     with open_binary(path) as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(0)
+        found = 0
         try:
             with tarfile.open(fileobj=stream, mode="r:") as archive:
                 while (member := archive.next()) is not None:
@@ -114,24 +133,43 @@ def _scan_once(path: str, pattern: str) -> np.ndarray:
                         continue
                     if member.offset_data + member.size > size:
                         raise DataError(f"{path} is truncated: {member.name} goes beyond its {size} bytes")
-                    if (chosen := choose(member.name)) is None or member.size >= 1 << 32:
-                        continue
-                    key, rank = chosen
-                    if found and found[-1][0] == key:
-                        if rank >= found[-1][1]:
-                            continue
-                        found.pop()
-                    found.append((key, rank, member.offset_data, member.size))
-                _check_end(stream, archive.offset, path, len(found))
+                    found += member.name.lower().endswith(SUFFIXES)
+                    if member.size < 1 << 32:
+                        yield _Member(member.name, member.offset_data, member.size)
+                _check_end(stream, archive.offset, path, found)
         except tarfile.TarError as error:
             stream.seek(0)
             compressed = stream.read(4).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"))
             hint = "it is compressed, so nothing in it can be read at random: decompress it" if compressed else error
             raise DataError(f"{path} cannot be read as a tar file: {hint}") from error
-    records = np.zeros(len(found), RECORD)
-    records["offset"] = [offset for _, _, offset, _ in found]
-    records["length"] = [length for _, _, _, length in found]
-    return records
+
+
+def _images(members: list[_Member]) -> list[_Member]:
+    """One image of each sample."""
+    split = [(_split_name(member.name), member) for member in members]
+    images = [(*parts, member) for parts, member in split if parts is not None]
+    chosen: list[_Member] = []
+    together: Counter[tuple[str, ...]] = Counter()  # the words of samples that have several
+    for _, run in itertools.groupby(images, key=lambda image: image[0]):
+        best: dict[str, tuple[int, _Member]] = {}  # by what is between the key and the extension
+        for _, inner, rank, member in run:
+            if inner not in best or rank < best[inner][0]:
+                best[inner] = rank, member
+        words = [inner for inner in best if inner.replace("_", "").isalpha()]
+        if "" in best:
+            for word in words:
+                del best[word]
+        elif len(words) > 1:
+            together[tuple(sorted(words))] += 1
+        chosen += sorted((member for _, member in best.values()), key=lambda member: member.offset)
+    if together and together.most_common(1)[0][1] > 1:
+        words = together.most_common(1)[0][0]
+        named = " and ".join(f"KEY.{word}.*" for word in words)
+        raise DataError(
+            f"its samples have several images each, {named}: say which are meant by `pattern`, for instance "
+            f"pattern='*.{words[-1]}.*'"
+        )
+    return chosen
 
 
 def _check_end(stream: BinaryIO, offset: int, path: str, images: int) -> None:
@@ -143,12 +181,12 @@ def _check_end(stream: BinaryIO, offset: int, path: str, images: int) -> None:
     raise DataError(f"{path} is damaged or truncated after {images} images, at byte {offset}: no tar header is there")
 
 
-def _by_extension(name: str) -> tuple[str, int] | None:
+def _split_name(name: str) -> tuple[str, str, int] | None:
+    """(key with its folder, what further dots enclose, rank of the extension) of an image's name."""
     folder, _, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
+    stem, _, rest = base.partition(".")
+    inner, _, extension = rest.rpartition(".")
     extension = extension.lower()
-    return (f"{folder}/{stem}", IMAGE_EXTENSIONS.index(extension)) if stem and extension in IMAGE_EXTENSIONS else None
-
-
-def _by_pattern(patterns: list[str]) -> Callable[[str], tuple[str, int] | None]:
-    return lambda name: (name, 0) if any(fnmatch.fnmatchcase(name, p.strip()) for p in patterns) else None
+    if not stem or extension not in IMAGE_EXTENSIONS:
+        return None
+    return f"{folder}/{stem}", inner, IMAGE_EXTENSIONS.index(extension)

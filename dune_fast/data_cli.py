@@ -30,8 +30,8 @@ def _chosen(args: argparse.Namespace) -> tuple[DataConfig, list[str]]:
 def shard(args: argparse.Namespace) -> int:
     """Turns datasets into tar shards (WebDataset) with a binary index and a manifest, one folder a dataset.
 
-    Every image is decoded once; broken ones are left out and listed in quarantine.jsonl. JPEGs are copied byte for
-    byte, everything else becomes a JPEG (quality 95, 4:4:4). After an interruption the same command goes on where it
+    Every image is decoded once, as in a run; broken ones are left out and listed in quarantine.jsonl. JPEGs are copied
+    byte for byte, what DALI does not take becomes a JPEG (quality 95, 4:4:4). After an interruption the same command goes on where it
     was; the result does not depend on the number of workers. Read the shards with data=dune_shards or data=shards.
     """
     from dali_pipelines.sharding import ShardSettings, shard_dataset
@@ -93,13 +93,16 @@ def check(args: argparse.Namespace) -> int:
 
 
 def list_keys(args: argparse.Namespace) -> int:
-    """Writes the keys of a pickled dictionary as a list of images, one a line. The pickle is not executed.
+    """Writes a pickled list of images as a text file, one a line. The pickle is not executed.
 
-    UBody's lists are such pickles: its images are the keys of ubody_intra_train.pkl and ubody_intra_test.pkl.
+    It may hold a dictionary whose keys are the images (UBody's ubody_intra_train.pkl and ubody_intra_test.pkl), a list
+    of paths, or a pair of a folder and a list of paths below it, as the code published with DUNE reads them. --prefix
+    takes the place of that folder.
     """
-    from dali_pipelines.pickle_keys import pickle_keys
+    from dali_pipelines.pickle_keys import pickle_paths
 
-    paths = [str(Path(args.prefix) / key) for key in pickle_keys(args.file)]
+    folder, found = pickle_paths(args.file)
+    paths = [str(Path(args.prefix or folder) / path) for path in found]
     try:
         args.out.write_text("".join(f"{path}\n" for path in sorted(paths)), encoding="utf-8", errors="surrogateescape")
     except OSError as error:
@@ -164,11 +167,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
     sub = own.add_parser(
         "list-keys",
-        help="make a list of images from a pickle's keys (UBody)",
+        help="make a list of images from a pickled one (UBody, DUNE's lists)",
         description=list_keys.__doc__,
         epilog="example: dune-fast data list-keys ubody_intra_train.pkl --prefix ubody/videos --out ubody_train.txt",
     )
-    sub.add_argument("file", type=Path, metavar="PICKLE", help="a pickled dictionary")
-    sub.add_argument("--prefix", default="", metavar="FOLDER", help="to put before every key")
+    sub.add_argument("file", type=Path, metavar="PICKLE", help="a pickled dictionary, list, or pair")
+    sub.add_argument("--prefix", default="", metavar="FOLDER", help="to put before every path")
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the list; its paths start at its folder")
     sub.set_defaults(run_command=list_keys)

@@ -122,7 +122,7 @@ def data(cfg: RunConfig, seconds: float = _INDEX_SECONDS) -> Iterator[Finding]:
         else:
             cure = "wait for it once with `dune-fast data shard`, whose result needs no listing"
             yield Finding(title, WARN, f"is there, but was not listed in {seconds:.0f} s", cure)
-    groups = sorted({dataset.group for dataset in cfg.data.datasets.values()})
+    groups = cfg.data.groups
     try:
         own = {name: t.groups for name, t in cfg.teachers.items()}
         ownership(own, groups, cfg.objective, torch.device("cpu"))

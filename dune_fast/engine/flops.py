@@ -174,7 +174,7 @@ def teacher_flops(name: str, cfg: TeacherConfig, grid: int) -> int | None:
 
 def share_of_images(cfg: RunConfig, teachers: Sequence[str]) -> float:
     """The share of a batch's images that any of these teachers gets: all, unless `route_by_dataset` keeps some back."""
-    groups = sorted({dataset.group for dataset in cfg.data.datasets.values()})
+    groups = cfg.data.groups
     if not cfg.objective.route_by_dataset or not groups:
         return 1.0
     own = ownership({name: cfg.teachers[name].groups for name in teachers}, groups, cfg.objective, torch.device("cpu"))

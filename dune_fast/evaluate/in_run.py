@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dali_pipelines.datasets import Dataset
+from dali_pipelines.datasets import Dataset, index_dataset
 from dali_pipelines.loader import Batch, ValLoader
 from dune_fast.distill.objective import ObjectiveConfig, teacher_losses
 from dune_fast.distill.standardization import Features, Standardizer
@@ -115,7 +115,8 @@ class InRunEvaluation:
 
         Raises:
             ValueError: no held-out image, and no k-NN.
-            LabelError: the images for k-NN have no classes.
+            DataError: the dataset for k-NN, which is not trained on, cannot be found.
+            LabelError: its images have no classes.
         """
         wanted = self.cfg.evaluation
         if not wanted.knn_dataset and not any(len(dataset.val) for dataset in datasets):
@@ -123,9 +124,11 @@ class InRunEvaluation:
                 f"evaluation.every={wanted.every}, but there is no held-out image: set "
                 "data.datasets.<name>.holdout or val_root, or evaluation.knn_dataset, or evaluation.every=0"
             )
-        for dataset in datasets:
-            if dataset.name == wanted.knn_dataset:
-                self._labelled = labelled(dataset, wanted.knn_images, self.cfg.train.seed)
+        if name := wanted.knn_dataset:
+            trained_on = {dataset.name: dataset for dataset in datasets}
+            dataset = trained_on.get(name) or index_dataset(name, self.cfg.data.datasets[name])
+            patience = self.cfg.data.read_patience
+            self._labelled = labelled(dataset, wanted.knn_images, self.cfg.train.seed, patience)
 
     @torch.no_grad()
     def __call__(self, trainer: Trainer) -> dict[str, float] | None:

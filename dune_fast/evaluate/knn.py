@@ -9,6 +9,8 @@ discrimination", CVPR 2018; k and T as in DINO and DINOv2). Which images take pa
 from __future__ import annotations
 
 import dataclasses
+import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -16,9 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dali_pipelines.datasets import Dataset, Images
+from dali_pipelines.errors import BrokenImage
+from dali_pipelines.listing import SPLITS
 from dali_pipelines.order import Permutation
+from dali_pipelines.storage import Reader
+
+logger = logging.getLogger(__name__)
 
 TEMPERATURE = 0.07
+_SPLITS = {word for words in SPLITS.values() for word in words}
+_READERS = 16  # threads: labels in shards of an object store are small reads with long ways
 _CHUNK = 1024
 """Queries at a time: the similarities to a whole bank need not lie in memory at once."""
 
@@ -50,23 +59,25 @@ def choose(images: Images, count: int, seed: int, stream: int) -> list[int]:
     return sorted(chosen.tolist())
 
 
-def labelled(dataset: Dataset, count: int, seed: int) -> Labelled:
-    """Images of a dataset and their classes, the folders just below its root.
+def labelled(dataset: Dataset, count: int, seed: int, patience: float = 30.0) -> Labelled:
+    """Images of a dataset and their classes, the folders just below its root; says which classes it has found.
 
     Args:
-        dataset: with root/CLASS/.../image, also below its `val_root`.
+        dataset: with root/CLASS/.../image, also below its `val_root`; or shards made of such folders.
         count: at most so many to search among, and so many to classify.
         seed: of the choice.
+        patience: seconds for which a failing read of a shard is tried again.
 
     Raises:
         LabelError: images outside of any sub-folder, or of one class alone.
+        StorageError: a shard cannot be read.
     """
     splits = [images for images in (dataset.train, dataset.val) if len(images)]
     chosen = [images.select(choose(images, count, seed, i)) for i, images in enumerate(splits)]
-    names = []
+    names, reader = [], Reader(patience)
     for images in chosen:
-        for i in range(len(images)):
-            name, _, rest = images.relative(i).partition("/")
+        for i, path in enumerate(_source_paths(images, reader)):
+            name, _, rest = path.removeprefix("./").partition("/")
             if not rest or name in (".", "..", ""):
                 raise LabelError(
                     f"dataset {dataset.name!r} cannot be used for k-NN: {images[i]} is in no class's folder; lay the "
@@ -79,12 +90,30 @@ def labelled(dataset: Dataset, count: int, seed: int) -> Labelled:
             f"dataset {dataset.name!r} cannot be used for k-NN: all images are of one class, {classes[0]!r}; set "
             f"data.datasets.{dataset.name}.root to the folder whose sub-folders are the classes"
         )
+    some = ", ".join(classes if len(classes) < 7 else [*classes[:3], "...", *classes[-2:]])
+    counts = " and ".join(f"{len(images):,} images" for images in chosen)
+    logger.info("k-NN on %s: %d classes in %s (%s)", dataset.name, len(classes), counts, some)
+    if splits_named := [name for name in classes if name.lower() in _SPLITS]:
+        logger.warning(
+            "k-NN on %s: %s among the classes, the folders just below the root, looks like a split; set "
+            "data.datasets.%s.root to the folder whose sub-folders are the classes, and val_root to that of the "
+            "images to classify", dataset.name, " and ".join(splits_named), dataset.name,
+        )  # fmt: skip
     index = {name: i for i, name in enumerate(classes)}
     parts = tuple(
         dataclasses.replace(dataset, name=f"{dataset.name}, {use}", val=images)
         for use, images in zip(("neighbours", "classified"), chosen, strict=False)
     )
     return Labelled(parts, torch.tensor([index[name] for name in names]), classes)
+
+
+def _source_paths(images: Images, reader: Reader) -> list[str]:
+    """Below the root of the folder that the images come from. Of shards, each is a read of its own."""
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="read-labels") as pool:
+        try:
+            return list(pool.map(lambda i: images.source_path(i, reader), range(len(images))))
+        except BrokenImage as error:
+            raise LabelError(f"the class of an image cannot be read: {error}") from error
 
 
 @torch.no_grad()

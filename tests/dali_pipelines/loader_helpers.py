@@ -25,7 +25,7 @@ def take(data: DataConfig, steps: int, start: int = 0, batch: int = 8, rank: int
 
 
 def damage(path, how: str) -> None:
-    """Ways in which files are broken; the last two pass a look at the header and kill DALI's pipeline."""
+    """Ways in which files are broken; the last one passes a look at the header and kills DALI's pipeline."""
     data = path.read_bytes()
     if how == "vanished":
         path.unlink()
@@ -42,12 +42,13 @@ def damage(path, how: str) -> None:
         path.write_bytes(data[: len(data) // 2])
     elif how == "truncated with a thumbnail":  # which has an end marker of its own
         path.write_bytes(data[:2] + b"\xff\xfe\x00\x06..\xff\xd9" + data[2 : len(data) // 2])
-    elif how == "GIF":
-        Image.open(path).save(path, "GIF")
     elif how == "half a PNG":
         Image.open(path).save(path, "PNG")
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 2])
+    elif how == "wrong tables":
+        tables = data.index(b"\xff\xc4") + 5
+        path.write_bytes(data[:tables] + b"\xff" * 16 + data[tables + 16 :])
 
 
 def refuse_to_open(path: str, monkeypatch) -> None:

@@ -198,3 +198,22 @@ def test_shards_of_dune_keep_groups_and_drop_what_concerns_files(monkeypatch):
     for name, dataset in shards.datasets.items():
         assert dataset.root == f"s3://bucket/dune/{name}" and dataset.group == files.datasets[name].group
         assert not (dataset.val_root or dataset.pattern or dataset.holdout or dataset.rotate or dataset.shrink)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-8"])
+def test_list_may_begin_with_a_byte_order_mark(photos, encoding):
+    """As Windows writes it: the first image was missing."""
+    names = sorted(path.name for path in photos.iterdir())
+    (photos / "ünï.jpg").write_bytes((photos / names[0]).read_bytes())
+    (photos / "list.txt").write_text("\r\n".join(["ünï.jpg", *names]) + "\r\n", encoding, newline="")
+    found = index_dataset("d", DatasetConfig(root=str(photos / "list.txt"))).train
+    assert sorted(found) == sorted(str(photos / name) for name in [*names, "ünï.jpg"])
+
+
+def test_dataset_for_evaluation_alone_is_not_trained_on(photos):
+    own = {"a": DatasetConfig(root=str(photos)), "b": DatasetConfig(root=str(photos), group="x", evaluation_only=True)}
+    config = DataConfig(datasets=own)
+    assert [dataset.name for dataset in index_datasets(config)] == ["a"] and config.groups == ["generic"]
+    own["a"].evaluation_only = True
+    with pytest.raises(DataError, match="there is nothing to train on: evaluation_only=true for a, b"):
+        index_datasets(config)

@@ -105,6 +105,34 @@ def test_one_image_of_a_sample_unless_a_pattern_says_otherwise(tmp_path):
         found("*.gif")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["frame.00.v1.jpg", "frame.01.v1.jpg", "frame.02.v1.jpg"],
+        ["img 2.0.jpg", "img1.jpg", "img 2.2.jpg", "img3.jpg"],
+        ["img.jpg", "img.1.jpg", "img.2.jpg"],
+        ["a/www.site.org_1.jpeg", "a/www.site.org_2.jpeg", "b/c.d.webp"],
+        ["J. Smith.jpg", "J. Doe.jpg", "K. Smith.jpg"],
+        ["a.rgb.png", "b.rgb.png"],
+        ["0.5.gif", "1.avif", "1.5.tif"],
+    ],
+)
+def test_names_with_dots_are_images_of_their_own(tmp_path, names):
+    """WebDataset ends a key at the first dot: such members were left out without a word."""
+    path = make_tar(tmp_path / "a.tar", [(name, name.encode()) for name in names])
+    images = open_foreign_shards([str(path)], "")
+    assert [read(images, i).decode() for i in range(len(images))] == names
+
+
+def test_samples_of_several_images_ask_for_a_pattern(tmp_path):
+    """Depth or masks would be trained on without a word."""
+    names = [f"{i}.{kind}.png" for i in range(3) for kind in ("depth", "rgb")]
+    path = make_tar(tmp_path / "a.tar", [(name, name.encode()) for name in names])
+    with pytest.raises(DataError, match=r"KEY\.depth\.\* and KEY\.rgb\.\*.*pattern='\*\.rgb\.\*'"):
+        open_foreign_shards([str(path)], "")
+    assert len(open_foreign_shards([str(path)], "*.rgb.*")) == 3
+
+
 def test_links_and_folders_in_a_tar_are_no_images(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for name, kind in (("a.jpg", tarfile.SYMTYPE), ("b.jpg", tarfile.DIRTYPE), ("c.jpg", tarfile.LNKTYPE)):

@@ -83,14 +83,12 @@ def test_batch_is_decoded_pixels_through_the_colour_augmentation(tmp_path, photo
     torch.testing.assert_close(batch.images, augment_colour(pixels, params), atol=1e-5, rtol=0)
 
 
-def test_sizes_that_the_index_knows_are_not_kept_a_second_time(sharded):
-    """8 bytes an image would be 0.17 GB in every process for DUNE's; of other files they are kept."""
+def test_sizes_are_those_of_the_index_and_of_the_files(sharded):
     with TrainLoader(config(sharded), 32, 8, 0, 1, 0, CPU) as loader:
         train = loader.datasets[0].train
         for i in range(len(train)):
             data, size = loader._source.read(0, i)
             assert size == train.size(i) == Image.open(io.BytesIO(data)).size
-        assert not loader._source._sizes[0].any()
 
 
 def test_image_in_a_shard_is_the_image_of_the_file(sharded, photos):
@@ -145,3 +143,10 @@ def test_gpu_batches_equal_the_cpus(photos):
             same = [i for i, path in enumerate(batch.paths) if path == before.paths[i]]
             assert batch.images.is_cuda and batch.positions.is_cuda and len(same) >= 6
             assert float((batch.images.cpu() - before.images)[same].abs().mean()) < 0.05
+
+
+def test_one_switch_leaves_the_crop_and_the_flip_alone(photos):
+    off = {f"{name}_probability": 0.0 for name in ("jitter", "grayscale", "blur", "solarize")}
+    for plain, switched in zip(take(config(photos, **off), 3), take(config(photos, colour=False), 3), strict=True):
+        assert plain.paths == switched.paths
+        torch.testing.assert_close(plain.images, switched.images, atol=1e-6, rtol=0)

@@ -13,7 +13,9 @@ pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: 
 
 from loader_helpers import CPU, config, damage, refuse_to_open, take  # noqa: E402
 
+from dali_pipelines import images  # noqa: E402
 from dali_pipelines.datasets import DataError  # noqa: E402
+from dali_pipelines.images import plain_jpeg  # noqa: E402
 from dali_pipelines.loader import TrainLoader  # noqa: E402
 from dali_pipelines.pipeline import Decoder  # noqa: E402
 from dali_pipelines.storage import Reader  # noqa: E402
@@ -29,8 +31,8 @@ from dali_pipelines.storage import Reader  # noqa: E402
         ("text", "no known image format"),
         ("truncated", "ends too early"),
         ("truncated with a thumbnail", "ends too early"),
-        ("GIF", "DALI cannot decode"),
         ("half a PNG", "truncated"),
+        ("wrong tables", "broken data stream"),
     ],
 )
 def test_broken_image_is_replaced_and_named_and_changes_nothing_else(photos, how, reason, caplog, monkeypatch):
@@ -148,7 +150,7 @@ def test_run_that_goes_on_knows_what_was_broken(photos, tmp_path, monkeypatch):
     """On other ranks as well: the same batches, and DALI does not have to fail again."""
     with TrainLoader(config(photos), 32, 8, 0, 1, 0, CPU, folder=tmp_path / "run") as loader:
         for path in sorted(photos.iterdir())[:2]:
-            damage(path, "half a PNG")
+            damage(path, "wrong tables")
         expected = list(itertools.islice(loader.batches(), 4))
         assert loader.broken == {"d0": 2}
     monkeypatch.setattr(Decoder, "find_broken", lambda *_: pytest.fail("a known image was decoded"))
@@ -172,7 +174,23 @@ def test_too_many_broken_images_stop_the_run_with_a_sentence(photos):
 
 
 def test_failure_without_a_culprit_is_raised_not_swallowed(photos, monkeypatch):
-    damage(sorted(photos.iterdir())[0], "half a PNG")
+    damage(sorted(photos.iterdir())[0], "wrong tables")
     monkeypatch.setattr(Decoder, "find_broken", lambda self, encoded, geometry: {})
     with pytest.raises(DataError, match="every image in flight can be decoded on its own"):
         take(config(photos), 6)
+
+
+def test_jpeg_that_dali_alone_refuses_is_decoded_by_pillow(photos, photo, monkeypatch):
+    """Bytes between two segments, for which the header is looked at; here that look lets them pass."""
+    victim = sorted(photos.iterdir())[5]
+    clean = photo(0, 64, 64)
+    clean.save(victim, quality=95, subsampling=0)
+    data = victim.read_bytes()
+    first = 4 + int.from_bytes(data[4:6])
+    victim.write_bytes(data[:first] + b"abc" + data[first:])
+    monkeypatch.setattr(images, "plain_jpeg", lambda data: (64, 64) if b"abc\xff" in data else plain_jpeg(data))
+    with TrainLoader(config(photos), 32, 8, 0, 1, 0, CPU) as loader:
+        batches = list(itertools.islice(loader.batches(), 6))
+        assert loader.broken == {"d0": 0}
+    seen = [path for batch in batches for path in batch.paths]
+    assert seen.count(str(victim)) == 2 and sorted(seen[:24]) == sorted(map(str, photos.iterdir()))

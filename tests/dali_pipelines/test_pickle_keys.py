@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dali_pipelines.errors import DataError
-from dali_pipelines.pickle_keys import pickle_keys
+from dali_pipelines.pickle_keys import pickle_keys, pickle_paths
 
 
 class Annotation:
@@ -69,3 +69,23 @@ def test_other_files_are_refused_with_a_sentence(tmp_path, data, message):
         pickle_keys(tmp_path / "a.pkl")
     with pytest.raises(DataError, match="cannot be read"):
         pickle_keys(tmp_path / "missing.pkl")
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_lists_and_pairs_of_a_folder_and_a_list_are_read(tmp_path, protocol, kind):
+    names = kind(f"a/ü_{i}.jpg" for i in range(2500))
+    path = tmp_path / "a.pkl"
+    assert pickle_paths(write(path, names, protocol)) == ("", list(names))
+    assert pickle_paths(write(path, ("/data/sets", names), protocol)) == ("/data/sets", list(names))
+    assert pickle_paths(write(path, ["/data/sets", names], protocol)) == ("/data/sets", list(names))
+    assert pickle_paths(write(path, kind((name, 3) for name in names), protocol)) == ("", list(names))
+    assert pickle_paths(write(path, dict.fromkeys(names, 1), protocol)) == ("", list(names))
+    assert pickle_paths(write(path, ["one.jpg"], protocol)) == ("", ["one.jpg"])
+    assert pickle_paths(write(path, ["one.jpg", "two.jpg"], protocol)) == ("", ["one.jpg", "two.jpg"])
+
+
+def test_pickles_without_a_list_are_refused_with_a_sentence(tmp_path):
+    for content in ([], [1, 2], "a.jpg", ("/data", []), {1: 2}, None):
+        with pytest.raises(DataError, match="holds no list of images"):
+            pickle_paths(write(tmp_path / "a.pkl", content, 4))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dali_pipelines.datasets import DatasetConfig
 from dali_pipelines.loader import ValLoader
 from dune_fast.distill.objective import teacher_losses
 from dune_fast.engine import checkpoints
@@ -88,6 +89,20 @@ def test_knn_of_a_dataset_whose_folders_are_classes(overrides, classes, tmp_path
     assert not any(key.startswith("held_out") for key in record)  # there are no such images
     assert record["knn/images"] * 24 == pytest.approx(round(record["knn/images"] * 24))  # 24 of 25: one is broken
     assert 0 <= record["knn/images"] < 1 and "broken.jpg" in caplog.text
+
+
+def test_knn_of_a_dataset_that_is_not_trained_on(overrides, classes, trained_run, tmp_path, caplog):
+    cfg = compose_config([*overrides, "logging.tensorboard=false"])
+    cfg.data.datasets["classes"] = DatasetConfig(root=str(classes), group="other", evaluation_only=True)
+    cfg.evaluation.every, cfg.evaluation.knn_dataset = 6, "classes"
+    evaluate = InRunEvaluation(cfg)
+    with caplog.at_level("INFO"):
+        trainer = Trainer(cfg, evaluate)
+    with evaluate:
+        trainer.run()
+    training, evaluations = records(tmp_path / "run")
+    assert training == records(trained_run)[0] and 0 <= evaluations[-1]["knn/classes"] <= 1
+    assert "k-NN on classes: 3 classes in 25 images (a, b, c)" in caplog.text
 
 
 @pytest.mark.parametrize("step", [4, 6])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import tarfile
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from dali_pipelines.datasets import Dataset, DatasetConfig
+from dali_pipelines.datasets import DataConfig, Dataset, DatasetConfig, index_dataset
 from dali_pipelines.listing import PathList
+from dali_pipelines.sharding import ShardSettings, shard_dataset
+from dali_pipelines.storage import Reader
 from dune_fast.evaluate.knn import TEMPERATURE, LabelError, choose, knn_predict, labelled
 
 neighbors = pytest.importorskip("sklearn.neighbors")
@@ -89,3 +94,47 @@ def test_the_choice_is_a_function_of_the_seed():
 def test_images_without_classes_are_explained(train, val, words):
     with pytest.raises(LabelError, match=words):
         labelled(dataset(train, val), 10, 0)
+
+
+def class_folders(root, kinds=("cat", "dog")):
+    """Six images of each."""
+    for kind in kinds:
+        (root / kind).mkdir(parents=True)
+        for i in range(6):
+            pixels = np.random.randint(0, 256, (20, 24, 3), np.uint8)
+            Image.fromarray(pixels).save(root / kind / f"{i}.jpg")
+    return root
+
+
+def names_of(found) -> list[str]:
+    return [found.classes[label] for label in found.labels]
+
+
+def test_classes_of_shards_are_the_folders_of_their_source(tmp_path, caplog):
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: dali)")
+    root, val = class_folders(tmp_path / "images"), class_folders(tmp_path / "val")
+    data = DataConfig(datasets={"d": DatasetConfig(root=str(root), val_root=str(val))})
+    shard_dataset("d", data, tmp_path / "shards", ShardSettings(megabytes=0.02), 1)
+    dataset = index_dataset("d", DatasetConfig(root=str(tmp_path / "shards")))
+    with caplog.at_level("INFO"):
+        found = labelled(dataset, 10, seed=0)
+    assert "k-NN on d: 2 classes in 10 images and 10 images (cat, dog)" in caplog.text
+    stored = {path.read_bytes(): path.parent.name for path in [*root.rglob("*.jpg"), *val.rglob("*.jpg")]}
+    read = Reader(0)
+    bytes_of = [read.read(part.val.locate(i)).tobytes() for part in found.datasets for i in range(len(part.val))]
+    assert names_of(found) == [stored[data] for data in bytes_of] and len(bytes_of) == 20
+
+
+def test_classes_of_other_tools_shards_are_the_folders_of_their_members(tmp_path, monkeypatch):
+    monkeypatch.setenv("DUNE_FAST_CACHE", str(tmp_path / "cache"))
+    root = class_folders(tmp_path / "images")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(root, ".")
+    found = labelled(index_dataset("d", DatasetConfig(root=str(tmp_path / "a.tar"))), 12, seed=0)
+    assert found.classes == ("cat", "dog") and sorted(names_of(found)) == ["cat"] * 6 + ["dog"] * 6
+
+
+def test_splits_taken_for_classes_are_warned_of(tmp_path, caplog):
+    root = class_folders(tmp_path / "images", ("train", "val"))
+    labelled(index_dataset("d", DatasetConfig(root=str(root))), 12, seed=0)
+    assert "train and val among the classes" in caplog.text and "data.datasets.d.root" in caplog.text

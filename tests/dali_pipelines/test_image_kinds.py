@@ -1,0 +1,326 @@
+"""Kinds of image files that were decoded wrongly, refused, left out, or ended the process: now each is Pillow's image.
+
+Files that once crashed DALI are decoded in a process of their own.
+"""
+
+import io
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: dali)")
+
+from dali_pipelines.check import check_dataset  # noqa: E402
+from dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset  # noqa: E402
+from dali_pipelines.errors import BrokenImage  # noqa: E402
+from dali_pipelines.images import SUFFIXES, decode, for_dali, plain_jpeg  # noqa: E402
+from dali_pipelines.pipeline import Decoder, whole_images  # noqa: E402
+from dali_pipelines.shard_writer import ShardSettings, prepare  # noqa: E402
+
+WIDTH, HEIGHT = 64, 48
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(mode: str, frames: list[Image.Image], dispose: int = 0, hidden: bool = False) -> bytes:
+    """An animated PNG; the default image is its first frame, or hidden from the animation."""
+
+    def pixels(image: Image.Image) -> bytes:
+        rows = np.asarray(image.convert(mode)).reshape(HEIGHT, -1)
+        return zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+
+    colour = {"L": 0, "RGB": 2, "LA": 4, "RGBA": 6}[mode]
+    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, colour, 0, 0, 0))]
+    parts.append(chunk(b"acTL", struct.pack(">II", len(frames) - hidden, 0)))
+    number = 0
+    for i, frame in enumerate(frames):
+        if not (hidden and i == 0):
+            control = struct.pack(">IIIIIHHBB", number, WIDTH, HEIGHT, 0, 0, 1, 10, dispose, 0)
+            parts.append(chunk(b"fcTL", control))
+            number += 1
+        if i == 0:
+            parts.append(chunk(b"IDAT", pixels(frame)))
+        else:
+            parts.append(chunk(b"fdAT", struct.pack(">I", number) + pixels(frame)))
+            number += 1
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
+
+
+def webp_with_exif(image: Image.Image, padding: int, **options) -> bytes:
+    """A WebP whose pixels' chunk has an odd length; a byte of padding is between it and the EXIF chunk."""
+    data = encode(image, "WEBP", exif=Image.Exif().tobytes() or b"Exif\0\0", **options)
+    parts, at = [], 12
+    while at < len(data):
+        kind, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        body = data[at + 8 : at + 8 + length]
+        if kind in (b"VP8L", b"VP8 ", b"ALPH") and length % 2 != padding:
+            body += b"\0"  # decoders do not read to its end
+        parts.append(kind + struct.pack("<I", len(body)) + body + bytes(len(body) % 2))
+        at += 8 + length + length % 2
+    body = b"WEBP" + b"".join(parts)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def bmp(bits: int, compression: int, masks: tuple[int, ...], pixels: bytes, palette: bytes = b"") -> bytes:
+    """A BMP of any header."""
+    tables = b"".join(struct.pack("<I", mask) for mask in masks) + palette
+    offset = 54 + len(tables)
+    header = b"BM" + struct.pack("<IHHI", offset + len(pixels), 0, 0, offset)
+    sizes = struct.pack("<IiiHHIIiiII", 40, WIDTH, HEIGHT, 1, bits, compression, len(pixels), 0, 0, len(palette) // 4, 0)
+    return header + sizes + tables + pixels
+
+
+def tiff(samples: np.ndarray, tags: dict[int, int | tuple[int, ...]], planar: bool = False) -> bytes:
+    """An uncompressed TIFF, [height, width, samples] of 8 or 16 bits, with any further tags."""
+    height, width, count = samples.shape
+    bits = 8 * samples.itemsize
+    planes = [samples[..., i] for i in range(count)] if planar else [samples]
+    strips = [plane.astype(f"<u{samples.itemsize}").tobytes() for plane in planes]
+    entries: dict[int, tuple[str, tuple[int, ...]]] = {
+        256: ("I", (width,)), 257: ("I", (height,)), 258: ("H", (bits,) * count), 259: ("H", (1,)),
+        262: ("H", (2 if count >= 3 else 1,)), 277: ("H", (count,)), 278: ("I", (height,)),
+        279: ("I", tuple(map(len, strips))), 284: ("H", (2 if planar else 1,)), 273: ("I", (0,) * len(strips)),
+    }  # fmt: skip
+    for tag, value in tags.items():
+        entries[tag] = "H", value if isinstance(value, tuple) else (value,)
+    base = 8 + 2 + 12 * len(entries) + 4
+    lengths = [struct.calcsize(f"<{len(values)}{kind}") for kind, values in entries.values()]
+    extra = sum(length for length in lengths if length > 4)
+    starts = tuple(base + extra + sum(map(len, strips[:i])) for i in range(len(strips)))
+    entries[273] = "I", starts
+    directory, behind = struct.pack("<H", len(entries)), b""
+    for tag in sorted(entries):
+        kind, values = entries[tag]
+        packed = struct.pack(f"<{len(values)}{kind}", *values)
+        if len(packed) > 4:
+            place = struct.pack("<I", base + len(behind))
+            behind += packed
+        else:
+            place = packed.ljust(4, b"\0")
+        directory += struct.pack("<HHI", tag, 4 if kind == "I" else 3, len(values)) + place
+    return b"II*\0" + struct.pack("<I", 8) + directory + bytes(4) + behind + b"".join(strips)
+
+
+def with_bytes_between_segments(jpeg: bytes, junk: bytes, after: int = 1) -> bytes:
+    """Behind so many segments."""
+    at = 2
+    for _ in range(after):
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4])
+    return jpeg[:at] + junk + jpeg[at:]
+
+
+def odd_files(photo) -> dict[str, bytes]:
+    """Valid files of kinds that DALI does not decode as Pillow does."""
+    rgb, alpha = photo(0, WIDTH, HEIGHT), photo(1, WIDTH, HEIGHT).convert("L")
+    gray, frames = rgb.convert("L"), [photo(i, WIDTH, HEIGHT) for i in range(3)]
+    rgba = np.dstack([np.asarray(rgb), np.asarray(alpha)])
+    values = np.asarray(rgb).astype(np.uint16)
+    packed = ((values[..., 0] >> 3) << 10 | (values[..., 1] >> 3) << 5 | values[..., 2] >> 3).astype("<u2")
+    wide = np.dstack([np.zeros((HEIGHT, WIDTH), np.uint8), np.asarray(rgb)[..., ::-1]])  # x, blue, green, red
+    jpeg = encode(rgb, "JPEG", quality=90)
+    palette = rgb.convert("P", palette=Image.Palette.ADAPTIVE)
+    colours = np.pad(np.array(palette.getpalette(), np.uint8).reshape(-1, 3)[:, ::-1], ((0, 0), (0, 1)))
+    rows = (b"".join(bytes([1, x]) for x in row) for row in np.asarray(palette)[::-1])
+    runs = b"\0\0".join(rows) + b"\0\1"
+    return {
+        "gray, background disposed.png": png("L", frames, dispose=1),
+        "gray and alpha, previous disposed.png": png("LA", frames, dispose=2),
+        "hidden default image.png": png("RGB", frames, hidden=True),
+        "odd lossless.webp": webp_with_exif(rgb, 1, lossless=True),
+        "odd lossy.webp": webp_with_exif(rgb, 1),
+        "even.webp": webp_with_exif(rgb, 0, lossless=True),
+        "odd, alpha.webp": webp_with_exif(Image.fromarray(rgba), 1),
+        "gray and alpha.tif": tiff(np.dstack([np.asarray(gray), np.asarray(alpha)]), {338: 2}),
+        "associated alpha.tif": tiff(rgba, {338: 1}),
+        "planar.tif": tiff(np.asarray(rgb), {}, planar=True),
+        "planar of 16 bits.tif": tiff((values << 8) + 77, {}, planar=True),
+        "white is zero.tif": tiff(np.asarray(gray)[..., None], {262: 0}),
+        "five bits a colour.bmp": bmp(16, 0, (), packed[::-1].tobytes()),
+        "masks in another order.bmp": bmp(32, 3, (255 << 24, 255 << 16, 255 << 8), wide[::-1].tobytes()),
+        "run lengths.bmp": bmp(8, 1, (), runs, colours.tobytes()),
+        "three bytes between segments.jpg": with_bytes_between_segments(jpeg, b"abc"),
+        "zeros between segments.jpg": with_bytes_between_segments(jpeg, bytes(9), after=2),
+        "0xff00 between segments.jpg": with_bytes_between_segments(jpeg, b"\xff\x00"),
+        "CMYK without Adobe's marker.jpg": without_segment(encode(rgb.convert("CMYK"), "JPEG"), 0xEE),
+        "GIF called.jpg": encode(palette, "GIF"),
+        "AVIF called.jpg": encode(rgb, "AVIF"),
+        "PNG called.webp": encode(rgb, "PNG"),
+        "gray of 16 bits.pgm": b"P5 %d %d 65535\n" % gray.size + (np.asarray(gray).astype(">u2") << 8).tobytes(),
+        **{f"orientation {i}.tif": tiff(np.asarray(rgb), {274: i}) for i in range(2, 9)},
+    }
+
+
+def without_segment(jpeg: bytes, marker: int) -> bytes:
+    at = jpeg.index(bytes([0xFF, marker]))
+    return jpeg[:at] + jpeg[at + 2 + int.from_bytes(jpeg[at + 2 : at + 4]) :]
+
+
+def expected(data: bytes) -> np.ndarray:
+    """Pillow's RGB; of 16 bits the upper 8."""
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return np.asarray(image.convert("RGB")).astype(int)
+
+
+def by_dali(encoded: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """All pixels of an image through the pipeline, without a change of size: the window's squares side by side."""
+    side = min(size)
+    decoder = Decoder(1, side, 1, torch.device("cpu"))
+    geometry = whole_images([(side, side)], side)
+    parts = []
+    for start in (0, max(size) - side):
+        geometry.window[0, :2] = (start, 0) if size[0] >= size[1] else (0, start)
+        decoder.submit([encoded], geometry)
+        parts.append(decoder.receive()[0][0].numpy().astype(int))
+    decoder.close()
+    axis = 1 if size[0] >= size[1] else 0
+    overlap = 2 * side - max(size)
+    rest = np.take(parts[1], range(max(overlap, 0), side), axis)
+    return np.concatenate([parts[0], rest], axis)
+
+
+@pytest.fixture(scope="module")
+def odd(photo) -> dict[str, bytes]:
+    return odd_files(photo)
+
+
+def test_odd_valid_files_are_decoded_as_pillow_does(odd):
+    for name, data in odd.items():
+        encoded, size = for_dali(np.frombuffer(data, np.uint8))
+        theirs = expected(data)
+        assert size == theirs.shape[1::-1], name
+        assert np.abs(by_dali(encoded, size) - theirs).max() <= 1, name
+
+
+def test_odd_valid_files_go_into_shards_as_jpegs_that_dali_decodes(odd):
+    for name, data in odd.items():
+        jpeg, size = prepare(np.frombuffer(data, np.uint8), ShardSettings(), False)
+        assert plain_jpeg(jpeg) == size, name
+        difference = np.abs(np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")).astype(int) - expected(data))
+        assert difference.mean() < 5, name  # palettes and noise are hard on JPEG
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_plain_jpegs_go_to_dali_byte_for_byte_and_are_pillows_pixels(photo, mode, progressive):
+    for subsampling in (0, 1, 2):
+        image = photo(3, WIDTH, HEIGHT).convert(mode)
+        data = np.frombuffer(encode(image, "JPEG", subsampling=subsampling, progressive=progressive), np.uint8)
+        encoded, size = for_dali(data)
+        assert encoded is data and size == (WIDTH, HEIGHT)
+        assert np.abs(by_dali(encoded, size) - expected(data.tobytes())).max() <= 1
+
+
+def test_images_too_large_for_a_jpeg_become_png(photo):
+    data = encode(photo(0, 6600, 10).resize((66_000, 10)), "PNG")
+    made, size = prepare(np.frombuffer(data, np.uint8), ShardSettings(), False)
+    assert size == (66_000, 10) and Image.open(io.BytesIO(made)).format == "PNG"
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (-3, 200), (0, 4000)])
+def test_floats_without_a_known_range_are_named(low, high):
+    values = np.linspace(low, high, 100, dtype=np.float32).reshape(10, 10)
+    with pytest.raises(BrokenImage, match="no known range"):
+        decode(np.frombuffer(encode(Image.fromarray(values), "TIFF"), np.uint8))
+
+
+def in_a_process(folder: Path) -> dict:
+    """`check_dataset` of all images of a folder, where a crash is seen."""
+    code = (
+        "import json, sys; from dali_pipelines.check import check_dataset;"
+        "from dali_pipelines.datasets import DataConfig, DatasetConfig;"
+        "data = DataConfig(datasets={'d': DatasetConfig(root=sys.argv[1])}, num_threads=2);"
+        "report = check_dataset('d', data, None);"
+        "print(json.dumps({'found': report.train, 'broken': [name.rpartition('/')[2] for name, _ in report.broken]}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr[-500:]}"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_files_that_corrupted_dalis_memory_end_no_process(photo, write_folder, tmp_path):
+    """Grey animated PNGs with a disposal, damaged JPEG 2000 beside 4:4:4 JPEGs, LZW TIFFs that are cut off."""
+    folder = write_folder(tmp_path / "images", 8)
+    for i in range(8):
+        photo(i, 160, 120).save(folder / f"full{i}.jpg", subsampling=0)
+    frames = [photo(i, WIDTH, HEIGHT) for i in range(3)]
+    (folder / "a.png").write_bytes(png("L", frames, dispose=1))
+    (folder / "b.png").write_bytes(png("LA", frames, dispose=2))
+    broken = []
+    whole = encode(photo(0, 160, 120), "JPEG2000")
+    for i, at in enumerate((30, 60, 90, 110)):
+        (folder / f"inserted{i}.jpg").write_bytes(whole[:at] + b"\x12\x34\x56" + whole[at:])
+        (folder / f"deleted{i}.jp2").write_bytes(whole[:at] + whole[at + 5 :])
+        broken += [f"inserted{i}.jpg", f"deleted{i}.jp2"]
+    whole = encode(photo(0, 160, 120), "TIFF", compression="tiff_lzw")
+    for i, share in enumerate((0.3, 0.6, 0.9)):
+        data = bytearray(whole)
+        start = struct.unpack("<I", whole[4:8])[0]
+        if start > share * len(whole):  # the directory is behind the pixels: zeros in place of the missing ones
+            cut = int(share * start)
+            data[cut:start] = bytes(start - cut)
+        else:
+            data = data[: int(share * len(whole))]
+        (folder / f"cut{i}.tif").write_bytes(data)
+    for name in list(broken):
+        try:
+            decode(np.fromfile(folder / name, np.uint8))
+        except BrokenImage:
+            continue
+        broken.remove(name)
+    found = in_a_process(folder)
+    assert found["found"] == 16 + 2 + 8 + 3 and set(broken) <= set(found["broken"])
+    assert not {"a.png", "b.png"} & set(found["broken"])
+
+
+@pytest.mark.slow
+def test_damaged_files_end_no_process():
+    """`fuzz_images.py` has more of them."""
+    import fuzz_images
+
+    counts, worst, refused, fatal = fuzz_images.fuzz(seed=1, files=1000)
+    assert not fatal and counts["files"] == 1000 and counts["by DALI"] > 20 and counts["by Pillow"] > 100
+    assert worst <= 2 and not counts["JPEG refused by DALI alone"], refused
+
+
+def test_all_suffixes_of_images_are_taken_and_others_counted_and_said(photo, tmp_path):
+    names = ["a.jpg", "b.jfif", "c.JPE", "d.avif", "e.ppm", "sub/f.jp2", "sub/g.gif", "h.tga"]
+    others = ["notes.txt", "more.txt", "film.mp4", "README", "drawing.eps", ".hidden.txt"]
+    (tmp_path / "sub").mkdir()
+    kinds = {".jfif": "JPEG", ".JPE": "JPEG", ".jp2": "JPEG2000"}
+    for name in names:
+        photo(0, 40, 40).save(tmp_path / name, kinds.get(Path(name).suffix))
+    for name in others:
+        (tmp_path / name).write_text("no image")
+    data = DataConfig(datasets={"d": DatasetConfig(root=str(tmp_path), holdout=2)})
+    said = "8 images; 5 other files left out: .txt 2, without a suffix 1, .eps 1, .mp4 1"
+    assert index_dataset("d", data.datasets["d"]).contents() == said
+    report = check_dataset("d", data)
+    assert report.status == "ok" and report.notes == [said] and report.sampled == 8 and not report.broken
+
+
+def test_suffixes_are_those_of_pillows_images():
+    """What is missing here is counted as no image by mistake; formats that Pillow cannot decode alone are no images."""
+    Image.init()
+    decoded = {"EPS", "PDF", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}
+    theirs = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+    left_out = {suffix for suffix, name in Image.registered_extensions().items() if name in decoded}
+    assert theirs - left_out <= set(SUFFIXES) and not left_out & set(SUFFIXES)
