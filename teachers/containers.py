@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teachers.run_files import CheckpointError, checkpoint_state, is_checkpoint
 from teachers.safe_types import ALLOWED, plain
 
 STATE_ENTRIES = (
@@ -53,12 +54,18 @@ def read_container(path: Path) -> dict[str, Any]:
     """A published checkpoint: `{'model': state dict, 'args': Namespace, ...}` or a bare state dict.
 
     Args:
-        path: a `torch.save` archive, or a safetensors file, which is always a bare state dict.
+        path: a `torch.save` archive, a safetensors file, which is always a bare state dict, or the folder of a run's
+            checkpoint.
 
     Raises:
         TeacherWeightsError: missing, damaged, or in need of a type that is not allowed (named in the message).
     """
     path = Path(path)
+    if is_checkpoint(path):
+        try:
+            return dict(checkpoint_state(path)[1])
+        except CheckpointError as error:
+            raise TeacherWeightsError(str(error)) from error
     if not path.is_file():
         raise TeacherWeightsError(f"there is no checkpoint {path}; correct the path, or put the file there")
     if path.suffix == ".safetensors":

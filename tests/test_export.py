@@ -144,7 +144,10 @@ def test_the_published_container_has_the_published_names(published_run, tmp_path
         content = torch.load(tmp_path / "dune.pth", weights_only=True)
     state = content["model"]
     assert content["iter"] == 34 and content["args"].teachers == ["one", "two"]
-    assert content["args"].enc_args == {"arch": "vit_tiny"} and content["args"].image_size == 56
+    options = {"layerscale_init": 1e-4, "qkv_bias": True, "ln_affine": True}
+    encoder = {"arch": "vit_tiny", "patch_size": 14, "num_register_tokens": 4, **options}
+    assert content["args"].enc_args == encoder and content["args"].image_size == 56
+    assert content["args"].proj_args == {"num_blocks": 1, "num_heads": 3, "scale": 1.0, **options}
     assert "encoder.blocks.0.11.attn.qkv.weight" in state and not state["encoder.mask_token"].any()
     assert "projectors.two.blocks.0.norm1.weight" in state and "teacher_norms.one.normalizers.cls.std" in state
     back = load_model(tmp_path / "dune.pth")

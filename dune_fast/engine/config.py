@@ -20,6 +20,7 @@ from dune_fast.distill.standardization import CONVENTIONS
 from dune_fast.engine.config_messages import explain, explain_missing, first_line
 from dune_fast.engine.optimizer import OptimizerConfig
 from dune_fast.engine.schedules import iterations
+from dune_fast.engine.teacher_overrides import with_timm_teachers
 from dune_fast.nn.projectors import ProjectorConfig
 from dune_fast.nn.vit import ViTConfig, nearest_multiples
 from teachers.config import TeacherConfig
@@ -195,7 +196,8 @@ def compose_config(overrides: list[str], folder: Path | None = None, complete: b
     """Composes and checks a configuration.
 
     Args:
-        overrides: Hydra overrides, e.g. ["experiment=demo", "train.steps=10"].
+        overrides: Hydra overrides, e.g. ["experiment=demo", "train.steps=10"], and teachers of timm's by name, see
+            `dune_fast.engine.teacher_overrides`.
         folder: where the groups are; `configs/` by default.
         complete: whether it is of a run, teachers and all; False for a command that needs a part of it.
 
@@ -206,6 +208,7 @@ def compose_config(overrides: list[str], folder: Path | None = None, complete: b
     ConfigStore.instance().store(name="schema", node=RunConfig)
     GlobalHydra.instance().clear()
     try:
+        overrides = with_timm_teachers(overrides)
         with initialize_config_dir(str(folder), version_base="1.3"):
             composed = compose("config", overrides=overrides)
         cfg = OmegaConf.to_object(_strict(OmegaConf.to_container(composed, resolve=True)))
@@ -213,7 +216,7 @@ def compose_config(overrides: list[str], folder: Path | None = None, complete: b
         raise ConfigError(explain_missing(error, folder)) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error, overrides, RunConfig)) from None
-    except ValueError as error:  # a dataclass refused its values
+    except ValueError as error:  # a dataclass refused its values, or timm does not know a name
         raise ConfigError(str(error)) from None
     assert isinstance(cfg, RunConfig)
     if complete:
@@ -229,11 +232,20 @@ def _strict(values: Any) -> DictConfig:
 def load_config(path: Path) -> RunConfig:
     """Reads the `config.yaml` that a run has dumped."""
     try:
-        cfg = OmegaConf.to_object(_strict(OmegaConf.load(path)))
+        values = OmegaConf.load(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path} does not exist: {path.parent} is not the folder of a run") from None
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{path} is not the configuration of a run: {first_line(error)}") from None
+    return config_of(values, path)
+
+
+def config_of(values: Any, source: Path) -> RunConfig:
+    """The configuration that a run has kept: in its `config.yaml`, or in a checkpoint; ConfigError names `source`."""
+    try:
+        cfg = OmegaConf.to_object(_strict(values))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{source} is not the configuration of a run: {first_line(error)}") from None
     assert isinstance(cfg, RunConfig)
     return cfg
 

@@ -69,7 +69,7 @@ def test_every_container_of_an_encoder(kind, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_registers": 0}, "register_tokens is missing"),
+        ({"num_registers": 2}, r"register_tokens has shape \[1, 2, 48\] instead of \[1, 4, 48\]"),
         ({"depth": 1}, "blocks.1.norm1.weight is missing"),
         ({"embed_dim": 24}, "has shape"),
         ({"patch_size": 28}, r"patch_embed.proj.weight has shape \[48, 3, 28, 28\] instead of \[48, 3, 14, 14\]"),
