@@ -109,8 +109,8 @@ def _weights_file(path: Path) -> Path:
         raise WarmStartError(f"student_weights={path}: {error}") from error
     if found is None:
         raise WarmStartError(
-            f"student_weights={path} is a folder without {', '.join(_RUN_FILES)} and without checkpoints: that run has "
-            "not ended nor saved anything, or it is not the folder of a run"
+            f"student_weights={path} is a folder without {', '.join(_RUN_FILES)} and without checkpoints: "
+            "that run has not ended and has none yet, or it is not the folder of a run"
         )
     return found
 
