@@ -298,7 +298,7 @@ def test_timm_makes_the_same_input_of_an_image(run, tmp_path):
     export(run, "timm", tmp_path)
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     config = timm.data.resolve_model_data_config(model)
-    assert (config["crop_pct"], config["interpolation"], config["input_size"]) == (1.0, "bicubic", (3, 56, 56))
+    assert (config["crop_pct"], config["interpolation"], list(config["input_size"])) == (1.0, "bicubic", [3, 56, 56])
     theirs = timm.data.create_transform(**config, is_training=False)(photo())
     torch.testing.assert_close(theirs, load_encoder(run).transform(photo()))
 
@@ -339,13 +339,13 @@ def test_the_published_loader_builds_the_model_from_the_options(changes, options
 
 
 def test_a_container_that_its_loader_would_build_otherwise_fails(published_run, tmp_path, monkeypatch):
-    monkeypatch.setitem(published.ENCODER_OPTIONS, "patch_size", 16)
+    monkeypatch.setitem(published.ENCODER_OPTIONS, "num_register_tokens", 3)  # what the loader takes by default
     right = torch.save
 
-    def without_patch_size(content, path):
-        content["args"].enc_args.pop("patch_size")
+    def without_registers(content, path):
+        content["args"].enc_args.pop("num_register_tokens")
         right(content, path)
 
-    monkeypatch.setattr(torch, "save", without_patch_size)
-    with pytest.raises(ExportError, match="does not fit the published model: encoder.pos_embed has shape"):
+    monkeypatch.setattr(torch, "save", without_registers)
+    with pytest.raises(ExportError, match=r"does not fit the published model: encoder.register_tokens has shape \[1, 4"):
         export(published_run, "dune", tmp_path / "out")

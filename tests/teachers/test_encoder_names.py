@@ -87,7 +87,7 @@ def test_no_family_drops_what_it_has_no_place_for(family, tmp_path):
     cfg = ViTConfig(image_size=56, embed_dim=64, depth=1, num_heads=1, num_registers=0, layer_scale=gain, **rope)
     state = {**random_vit_state(cfg, 0), "blocks.0.attn.k_norm.weight": torch.ones(64)}
     if family == "mast3r":
-        state = {key.replace("blocks.", "enc_blocks.").replace("norm.", "enc_norm.", 1)
+        state = {f"enc_{key}"
                  if key.startswith(("blocks.", "norm.")) else key: value for key, value in state.items()}  # fmt: skip
     if family == "multihmr":
         state = {f"backbone.encoder.{key}": value for key, value in state.items()}
