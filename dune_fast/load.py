@@ -170,7 +170,7 @@ def load_model(path_or_name: str | os.PathLike, device: torch.device | str = "cp
         As `load_encoder`.
     """
     path = locate(path_or_name)
-    if path.name == "student.safetensors" and (path.parent / "config.yaml").is_file():
+    if path.name == "student.safetensors":
         path = path.parent
     if path.is_dir():
         _in_folder(path, "student.safetensors")  # says what is missing

@@ -144,16 +144,17 @@ def _patterns(state: Mapping[str, Tensor]) -> list[str]:
     """Patterns of the names of models that the tensors may be of."""
     patch = state.get("patch_embed.proj.weight")
     if patch is not None and "blocks.0.attn.qkv.weight" in state and patch.ndim == 4:
-        size = _VIT_SIZES.get(patch.shape[0], "*")
         if "neck.0.weight" in state:
             return ["samvit_*"]
+        if (size := _VIT_SIZES.get(patch.shape[0])) is None:
+            return []
         kind = "siglip" if "attn_pool.latent" in state else "clip" if "norm_pre.weight" in state else ""
         return [f"vit_{size}*_patch{patch.shape[-1]}_*{kind}*"]
     stem = state.get("stem.0.weight")
     if stem is not None and "stages.0.blocks.0.conv_dw.weight" in state:
-        size = _CONVNEXT_SIZES.get(stem.shape[0], "")
         version = "v2" if "stages.0.blocks.0.mlp.grn.weight" in state else ""
-        return [f"convnext{version}_{size}*"]
+        size = _CONVNEXT_SIZES.get(stem.shape[0])
+        return [] if size is None else [f"convnext{version}_{size}*"]
     return []
 
 
