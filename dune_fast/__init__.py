@@ -23,3 +23,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(load, name)
     raise AttributeError(f"module 'dune_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, also those that nothing has asked for yet."""
+    return sorted({*__all__, "__version__", *(name for name in globals() if name.startswith("__"))})

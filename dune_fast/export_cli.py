@@ -23,12 +23,8 @@ def run_export(args: argparse.Namespace) -> int:
         "%s: read back, the largest difference is %.1e of the output's largest value (at most %.0e is allowed)",
         exported.target, exported.difference, LIMIT,
     )  # fmt: skip
-    if not exported.every_size:
-        logger.info(
-            "%s resizes the position table by size and with antialias, this encoder otherwise: features agree at the "
-            "image size it was trained for, at others they differ slightly",
-            exported.target,
-        )
+    for note in exported.notes:
+        logger.info("%s", note)
     return 0
 
 
@@ -36,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """The command `export`."""
     listed = "; ".join(f"{name}: {what}" for name, what in TARGETS.items())
     sub = commands.add_parser("export", help="a trained encoder for other libraries", description=run_export.__doc__)
-    sub.add_argument("run", help="folder of a finished run, a weights file, or a published name")
+    sub.add_argument("run", help="folder of a run or of a checkpoint, a weights file, or a published name")
     sub.add_argument("--to", required=True, metavar="TARGET", help=listed)
     sub.add_argument("--output", type=Path, help="folder for the files (default: RUN/export/TARGET)")
     sub.set_defaults(run_command=run_export)

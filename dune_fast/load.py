@@ -1,9 +1,9 @@
 """Trained models by a path or a published name: `dune_fast.load_encoder`, `dune_fast.load_model`.
 
-What a path may be: a finished run's folder; its `encoder.safetensors` or `student.safetensors`, with `config.yaml`
-beside it; an exported `encoder.safetensors`, which says its own architecture; a published checkpoint (`.pth`). A
-published name stands for `<name>.pth` in the folder $DUNE_FAST_WEIGHTS, `weights` by default. Nothing is downloaded and
-no file can run code.
+What a path may be: the folder of a run (its newest checkpoint if it has not ended) or of a checkpoint; a run's
+`encoder.safetensors` or `student.safetensors`; an exported `encoder.safetensors`; a published checkpoint (`.pth`); a
+state dict of a ViT, by itself or below any prefix, as `.pth` or `.safetensors`. A published name stands for
+`<name>.pth` in the folder $DUNE_FAST_WEIGHTS, `weights` by default. Nothing is downloaded and no file can run code.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from dune_fast.nn.projectors import Projection
 from dune_fast.nn.student import Student
 from dune_fast.nn.vit import VisionTransformer
 from dune_fast.released import load_released
-from teachers.architecture import infer_vit, stored_architecture
-from teachers.containers import container_state, read_container
-from teachers.dune import encoder_state
-from teachers.weights import build_loaded
+from teachers.architecture import stored_architecture
+from teachers.config import TeacherConfig
+from teachers.containers import TeacherWeightsError, container_state, read_container
+from teachers.encoder_names import beside_encoder
+from teachers.recognition import recognize, vit_family
+from teachers.weights import build_loaded, folder_weights
 
 PUBLISHED = (
     "dune_vitbase14_336",
@@ -94,40 +96,67 @@ class DistilledModel(nn.Module):
         return self.statistics.restored(projected)
 
 
-def load_encoder(path_or_name: str | os.PathLike, device: torch.device | str = "cpu") -> VisionTransformer:
+def load_encoder(
+    path_or_name: str | os.PathLike,
+    device: torch.device | str = "cpu",
+    *,
+    num_heads: int | None = None,
+    interpolate_offset: float | None = None,
+    interpolate_antialias: bool | None = None,
+) -> VisionTransformer:
     """A trained encoder, float32, frozen, in evaluation mode.
 
     Args:
-        path_or_name: see the top of this file.
+        path_or_name: see the top of this file. A file that is neither a run's nor an export of ours is of the family
+            that `dune-fast teachers verify` says: it resizes positions as that family's release does.
         device: where it goes.
+        num_heads: attention heads, where a file does not say them and they are not channels / 64.
+        interpolate_offset, interpolate_antialias: how positions are resized for other sizes, see `ViTConfig`; None for
+            the file's or its family's own way.
 
     Returns:
         `model(images)` gives `x_norm_clstoken` [B, D], `x_norm_regtokens` [B, R, D], `x_norm_patchtokens` [B, N, D] and
-        `x_prenorm` [B, 1 + R + N, D] of ImageNet-normalised images [B, 3, H, W]; `model.get_intermediate_layers` as in
-        DINOv2.
+        `x_prenorm` [B, 1 + R + N, D] of images [B, 3, H, W] that `model.transform` makes; `model` has what users of
+        DINOv2 read, such as `get_intermediate_layers`.
 
     Raises:
         ModelNotFoundError: there is no such file, run or name.
-        TeacherWeightsError: the file is damaged, unsafe, or another model's.
-        ConfigError: `config.yaml` is missing or wrong.
+        TeacherWeightsError: the file is damaged, unsafe, another model's, or has tensors inside the encoder that have
+            no place in it.
+        ConfigError: `config.yaml` is wrong.
     """
     path = locate(path_or_name)
     if path.is_dir():
-        path = path / "encoder.safetensors"
-        if not path.is_file():
-            begun = (path.parent / "config.yaml").is_file()
-            why = "the run has not ended; go on with it first" if begun else f"{path.parent} is not the folder of a run"
-            raise ModelNotFoundError(f"{path} does not exist: {why}")
-    state = encoder_state(container_state(read_container(path), path), path)
-    if path.suffix == ".safetensors":
-        architecture = stored_architecture(path) or load_config(path.parent / "config.yaml").student
-        unused: tuple[str, ...] = ()
+        path = _in_folder(path, "encoder.safetensors", "model.safetensors")
+    content = read_container(path)
+    asked = TeacherConfig(
+        num_heads=num_heads, interpolate_offset=interpolate_offset, interpolate_antialias=interpolate_antialias
+    )
+    name = recognize(container_state(content, path), path) or "dune"
+    if name == "dbotft":
+        raise TeacherWeightsError(
+            f"{path} is dBOT fine-tuned, whose class token is a norm of the patches' mean: an encoder of this kind has "
+            "none; use it as a teacher, family: dbotft"
+        )
+    family = vit_family(name)
+    config = path.parent / "config.yaml"
+    if path.suffix == ".safetensors" and stored_architecture(path) is None and config.is_file():
+        state = family.convert(container_state(content, path), path)
+        architecture = load_config(config).student  # as runs of the first version left them
     else:
-        architecture = infer_vit(state, path)
-        unused = ("",)  # published files may hold more than the model; what is missing is an error
-    built = build_loaded(lambda: VisionTransformer(architecture), state, path, unused)
+        architecture, state = family.read_content(content, path, asked)
+    built = build_loaded(lambda: VisionTransformer(architecture), state, path, beside_encoder)
     assert isinstance(built, VisionTransformer)
+    built.mean, built.std = family.statistics
     return built.to(device)
+
+
+def _in_folder(path: Path, *names: str) -> Path:
+    """The file or checkpoint that a folder stands for; ModelNotFoundError if there is none."""
+    try:
+        return folder_weights(path, *names)
+    except TeacherWeightsError as error:
+        raise ModelNotFoundError(str(error)) from error
 
 
 def load_model(path_or_name: str | os.PathLike, device: torch.device | str = "cpu") -> DistilledModel:
@@ -144,6 +173,7 @@ def load_model(path_or_name: str | os.PathLike, device: torch.device | str = "cp
     if path.name == "student.safetensors":
         path = path.parent
     if path.is_dir():
+        _in_folder(path, "student.safetensors")  # says what is missing
         _, student, statistics = load_run(path)
     elif path.suffix == ".safetensors":
         raise ModelNotFoundError(

@@ -48,7 +48,7 @@ def presence(cfg: TeacherConfig) -> str:
     if cfg.weights.startswith("asset:"):
         name = cfg.weights.removeprefix("asset:").partition("/")[0]
         return "yes" if (cache_dir() / name).is_dir() else "no, fetch"
-    if Path(cfg.weights).expanduser().is_file():
+    if Path(cfg.weights).expanduser().exists():  # a file, or the folder of a run
         return "yes"
     return "no, fetch" if cfg.url else "no"
 
@@ -140,24 +140,41 @@ def verify(args: argparse.Namespace) -> int:
     """Says what a file is, which tensors are missing, surplus or of the wrong shape, and what it computes."""
     from teachers.verify import inspect_file
 
-    report = inspect_file(args.file, args.num_heads)
+    report = inspect_file(args.file, args.num_heads, args.model)
     write = sys.stdout.write
     write(f"{report.path}: {report.container}, {report.tensors} tensors, {report.values:,} values\n")
     if report.family is None:
-        write("of no known family: no teacher by its tensors' names\n")
+        write(
+            "of no known family: no teacher by its tensors' names. If timm has the model, name it: --model NAME; an own "
+            "network is a teacher of the family module\n"
+        )
         return 1
     write(f"family: {report.family}\n")
-    if report.architecture is None:
+    if report.family == "timm":
+        cfg, others = report.config, report.models[1:]
+        assert cfg is not None
+        write(f"model: {cfg.model}{', or with the same tensors: ' if others else ''}{', '.join(others)}\n")
+        size = "" if cfg.image_size is None else f", images of {cfg.image_size} px"
+        write(
+            f"  patches of {cfg.patch_size} px, {cfg.num_features} channels, tokens {', '.join(cfg.token_types)}{size}\n"
+            f"  mean {list(cfg.mean)}, std {list(cfg.std)}: those of timm's first weights of this model\n"
+            f"as a teacher: '+teachers.NAME=timm:{cfg.model}@{report.path}'\n"
+        )
+    elif report.architecture is None:
         write(f"not usable: {report.problem}\n")
         return 1
-    for key, value in asdict(report.architecture).items():
+    for key, value in (asdict(report.architecture) if report.architecture else {}).items():
         write(f"  {key}: {value}\n")
     fit = report.fit
     assert fit is not None
-    kinds = ("missing", fit.missing), ("wrong shape", fit.misshapen), ("unsound", fit.unsound), ("ignored", fit.surplus)
-    for kind, names in kinds:
+    for kind, names in (
+        ("missing", fit.missing), ("wrong shape", fit.misshapen), ("unsound", fit.unsound),
+        ("no place inside the network", report.unplaced), ("ignored", fit.surplus),
+    ):  # fmt: skip
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         write(f"{kind}: {len(names)}{': ' if names else ''}{', '.join(names[:_SHOWN])}{more}\n")
+    if report.unplaced:
+        write("not usable: without the tensors that have no place, the features would be others than the file's\n")
     if projected := sorted({key.split(".")[1] for key in fit.surplus if key.startswith("projectors.")}):
         write(f"with projectors: a student distilled from {', '.join(projected)}\n")
     for token, numbers in report.fingerprint.items():
@@ -216,7 +233,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     sub.set_defaults(run_command=fetch)
 
     sub = own.add_parser("verify", help="say what a weights file is", description=verify.__doc__)
-    sub.add_argument("file", type=Path, metavar="FILE", help="a .pth, .pt or .safetensors file")
+    sub.add_argument("file", type=Path, metavar="FILE", help="a .pth, .pt or .safetensors file, or a run's folder")
+    sub.add_argument("--model", default="", help="the model of timm that it is of, where its tensors do not show it")
     sub.add_argument("--num-heads", type=int, default=None, help="attention heads, where they are not channels / 64")
     sub.set_defaults(run_command=verify)
 

@@ -7,18 +7,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dune_fast.nn.vit import VisionTransformer, ViTConfig
 from teachers.containers import TeacherWeightsError, damaged
+from teachers.run_files import Manifest, is_checkpoint
 
 HEAD_DIM = 64
 """Channels of an attention head in every published encoder; the tensors do not show it."""
 
 ARCHITECTURE = "vit_config"
 """Entry of a safetensors file's metadata that holds the encoder's `ViTConfig` as JSON."""
+
+PREPROCESSING = "preprocessing"
+"""Entry of a file's metadata that says as JSON how images become the encoder's input."""
 
 _MAX_DEPTH, _MAX_SIZE = 1000, 100_000
 
@@ -111,25 +116,36 @@ def architecture_metadata(cfg: ViTConfig) -> dict[str, str]:
 
 
 def stored_architecture(path: Path) -> ViTConfig | None:
-    """The architecture in a sound safetensors file's metadata, None if there is none or the file is of another format.
+    """The architecture in a sound safetensors file's metadata or a checkpoint's manifest, None if there is none.
 
     Raises:
         TeacherWeightsError: it is senseless.
     """
-    if path.suffix != ".safetensors":
-        return None
-    from safetensors import safe_open
+    if is_checkpoint(path):
+        values = Manifest.read(path).config.get("student")
+    elif path.suffix == ".safetensors":
+        from safetensors import safe_open
 
-    with safe_open(path, "pt") as handle:
-        text = (handle.metadata() or {}).get(ARCHITECTURE)
-    if text is None:
+        with safe_open(path, "pt") as handle:
+            text = (handle.metadata() or {}).get(ARCHITECTURE)
+        values = None if text is None else _json(text, path)
+    else:
+        return None
+    if values is None:
         return None
     try:
-        cfg = ViTConfig(**json.loads(text))
+        cfg = ViTConfig(**values)
         _check_sizes(cfg)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise damaged(path, f"its architecture is senseless: {error}") from error
     return cfg
+
+
+def _json(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise damaged(path, f"its architecture is senseless: {error}") from error
 
 
 def _check_sizes(cfg: ViTConfig) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-"""Channel means of RGB images in [0, 1]; the student's images are normalised with them."""
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Channel deviations that belong to `IMAGENET_MEAN`."""
+from dune_fast.nn.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PRECISIONS", "STREAMS", "TOKEN_TYPES", "TeacherConfig", "check_config"]
 
 TOKEN_TYPES = ("cls", "patch")
 PRECISIONS = ("auto", "bf16", "fp8", "fp32")

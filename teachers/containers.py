@@ -1,32 +1,35 @@
 """Weight files of every kind, read without running anything in them.
 
-`torch.save` archives go through `torch.load(weights_only=True)` with an allow-list of harmless types; a file that needs
-another is refused by name. Before a byte is unpacked, an archive's members, their names and their unpacked size are
+`torch.save` archives go through `torch.load(weights_only=True)` with the allow-list of `teachers.safe_types`; a file
+that needs another type is refused by name. Before a byte is unpacked, an archive's members, their names and their unpacked size are
 checked; so is the header of a safetensors file. Every way in which a file can be wrong ends in one sentence.
 """
 
 from __future__ import annotations
 
-import argparse
 import pickle
 import re
 import stat
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-_NUMPY_DTYPES = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
-ALLOWED = [argparse.Namespace, np.ndarray, np.dtype, *_NUMPY_DTYPES]
-"""Types besides torch's own: the published `args` hold a Namespace with numpy arrays (the schedules)."""
+from teachers.run_files import CheckpointError, checkpoint_state, is_checkpoint
+from teachers.safe_types import ALLOWED, plain
 
-STATE_ENTRIES = ("model", "model_state_dict", "state_dict", "teacher", "student", "encoder")
+STATE_ENTRIES = (
+    "model", "model_state_dict", "state_dict", "teacher", "student", "encoder", "module", "backbone", "network", "net",
+)  # fmt: skip
 """Entries that a container keeps its state dict under, in the order in which they are looked for."""
+
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module", "_forward_module")
+"""What torch.compile, activation checkpointing, FSDP and Lightning put into names, anywhere in them."""
 
 CURE = "get the file again, or correct the teacher's `weights` and `family`"
 """What a user can do about a file that does not fit."""
@@ -51,38 +54,50 @@ def read_container(path: Path) -> dict[str, Any]:
     """A published checkpoint: `{'model': state dict, 'args': Namespace, ...}` or a bare state dict.
 
     Args:
-        path: a `torch.save` archive, or a safetensors file, which is always a bare state dict.
+        path: a `torch.save` archive, a safetensors file, which is always a bare state dict, or the folder of a run's
+            checkpoint.
 
     Raises:
         TeacherWeightsError: missing, damaged, or in need of a type that is not allowed (named in the message).
     """
     path = Path(path)
+    if is_checkpoint(path):
+        try:
+            return dict(checkpoint_state(path)[1])
+        except CheckpointError as error:
+            raise TeacherWeightsError(str(error)) from error
     if not path.is_file():
         raise TeacherWeightsError(f"there is no checkpoint {path}; correct the path, or put the file there")
     if path.suffix == ".safetensors":
         return dict(read_safetensors(path))
     check_archive(path)
-    reconstruct = np.empty(0).__reduce__()[0]  # lives in another module in numpy 1
-    allowed = [
-        *ALLOWED,
-        (reconstruct, "numpy._core.multiarray._reconstruct"),
-        (reconstruct, "numpy.core.multiarray._reconstruct"),
-    ]
     try:
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickle protocols, which the error below names
+            content = plain(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
-        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
-            raise TeacherWeightsError(
-                f"{path} asks for the type {wanted[1]} and is not loaded, since that could run code; "
-                "save its tensors alone"
-            ) from error
-        raise damaged(path, error) from error
+        raise _unsafe(path, str(error)) from error
     except Exception as error:  # a hostile pickle can make the reader fail in any way
         raise damaged(path, error) from error
     if not isinstance(content, dict):
         raise TeacherWeightsError(f"{path} holds a {type(content).__name__}, not a checkpoint's dictionary")
     return content
+
+
+def _unsafe(path: Path, reason: str) -> TeacherWeightsError:
+    """Torch's refusal in our words: its own end in the advice to switch the check off."""
+    if wanted := re.search(r"GLOBAL (\S+)", reason):
+        return TeacherWeightsError(
+            f"{path} asks for the type {wanted[1]} and is not loaded, since that could run code. Where the file was "
+            "made, save the weights alone: torch.save(model.state_dict(), 'weights.pth')"
+        )
+    if "Unsupported operand" in reason:
+        return TeacherWeightsError(
+            f"{path} was saved with another pickle protocol than torch.save's own, 2, or is damaged; where it was made, "
+            "save it again without `pickle_protocol`"
+        )
+    found = re.search(r"WeightsUnpickler error: ([^\n]*)", reason)
+    return damaged(path, found[1].rstrip() if found else "its pickle is not that of plain data")
 
 
 def check_archive(path: Path) -> None:
@@ -174,6 +189,8 @@ def state_entry(content: Mapping[str, Any], path: Path) -> str | None:
     for entry in STATE_ENTRIES:
         if is_state(content.get(entry)):
             return entry
+    if any(isinstance(value, Tensor) and "." in str(key) for key, value in content.items()):
+        return None  # weights with a few other values between them
     raise TeacherWeightsError(
         f"{path} has no state dict: neither is it one nor is there one under {', '.join(STATE_ENTRIES)}; {CURE}"
     )
@@ -182,9 +199,10 @@ def state_entry(content: Mapping[str, Any], path: Path) -> str | None:
 def container_state(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """The state dict of a container, whichever entry holds it, without the names that wrappers add."""
     entry = state_entry(content, path)
-    state = dict(content if entry is None else content[entry])
+    found = content if entry is None else content[entry]
+    state = {key: value for key, value in dict(found).items() if isinstance(key, str) and isinstance(value, Tensor)}
     check_storage(state, path)
-    return strip_wrappers(state)
+    return strip_wrappers(state, path)
 
 
 def check_storage(state: Mapping[str, Tensor], path: Path) -> None:
@@ -195,9 +213,21 @@ def check_storage(state: Mapping[str, Tensor], path: Path) -> None:
             raise TeacherWeightsError(f"{path}: {key} claims more values than the file holds, {shape}; {CURE}")
 
 
-def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Removes `module.` (DistributedDataParallel) and `_orig_mod.` (torch.compile) from names."""
-    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in state.items()}
+def strip_wrappers(state: Mapping[str, Tensor], path: Path | str = "") -> dict[str, Tensor]:
+    """Takes the names of wrappers out of names: `WRAPPERS` anywhere, DistributedDataParallel's `module.` in front.
+
+    Raises:
+        TeacherWeightsError: two tensors then have the same name.
+    """
+    stripped: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+        while name.startswith("module."):
+            name = name.removeprefix("module.")
+        if name in stripped:
+            raise TeacherWeightsError(f"{path} has two tensors {name}, wrapped and not; save the wanted one alone")
+        stripped[name] = value
+    return stripped
 
 
 def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

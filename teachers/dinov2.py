@@ -2,7 +2,7 @@
 
 Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024; registers: Darcet et al.,
 "Vision Transformers Need Registers", ICLR 2024. The release is a bare state dict whose names are those of
-`dune_fast.nn.vit`; ViT-g's blocks have SwiGLU.
+`dune_fast.nn.vit`; ViT-g's blocks have SwiGLU. timm's files of them are read too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ class DINOv2Teacher(ViTTeacher):
 
     @classmethod
     def recognizes(cls, keys: Collection[str]) -> bool:
-        return "blocks.0.ls1.gamma" in keys and "pos_embed" in keys
+        if "blocks.0.ls1.gamma" not in keys or "pos_embed" not in keys:
+            return False
+        # with registers and without a mask token it is a distilled student's, see `teachers.dune`
+        return "register_tokens" not in keys or "mask_token" in keys
 
     @classmethod
     def published_interpolation(cls, registers: int) -> tuple[float, bool]:

@@ -1,64 +1,101 @@
 """Distilled encoders as teachers: DUNE's and UNIC's releases, and what a run of this project has written.
 
 Sariyildiz et al., "DUNE: Distilling a Universal Encoder from Heterogeneous 2D and 3D Teachers", CVPR 2025, and "UNIC",
-ECCV 2024. One reader serves teachers, `dune_fast.load_encoder` and the warm start of a run: whatever surrounds the
-encoder (projectors, teachers' statistics, optimizer) is left out, and every spelling of its names that such files have
-ends in those of `dune_fast.nn.vit`.
+ECCV 2024. Whatever surrounds the encoder (projectors, teachers' statistics, optimizer) is left out.
 
 UNIC's container is read by what such containers have in common; it was not compared with an official file.
 """
 
 from __future__ import annotations
 
-import re
+import argparse
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from teachers.containers import TeacherWeightsError, below, strip_wrappers
+from teachers.containers import TeacherWeightsError
+from teachers.encoder_names import ANCHOR, encoder_state, flat_blocks
 from teachers.registry import register
 from teachers.vit import ViTTeacher
 
-_ANCHOR = "patch_embed.proj.weight"
-"""The name that every encoder has: what stands before it is the encoder's prefix."""
-_PREFIXES = ("", "encoder.", "backbone.", "teacher.", "student.")
-"""Which one is taken where a file has several encoders, the first of them first."""
+__all__ = [
+    "ARCHITECTURES", "ENCODER_OPTIONS", "PROJECTOR_OPTIONS", "DUNETeacher", "UNICTeacher", "container_options",
+    "encoder_options", "encoder_state", "filled", "flat_blocks", "projector_options",
+]  # fmt: skip
+
+ARCHITECTURES = {
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+    "vit_large": (1024, 24, 16),
+}
+"""Published name -> (channels, blocks, heads); the container gives the name alone."""
+ENCODER_OPTIONS = {
+    "arch": "vit_base", "image_size": 336, "patch_size": 14, "num_register_tokens": 4, "layerscale_init": 1e-4,
+    "qkv_bias": True, "ln_affine": True,
+}  # fmt: skip
+"""Options of the published encoder with what its loader takes where `enc_args` has none."""
 
 
-def flat_blocks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Released names to ours: the chunk index before the block index goes (`blocks.0.N.`), so does the mask token."""
-    return {
-        re.sub(r"((?:^|\bencoder\.)blocks)\.\d+(\.\d+\.)", r"\1\2", key): value
-        for key, value in state.items()
-        if not key.endswith("mask_token")
-    }
+def container_options(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that the published trainer keeps beside the weights; empty if there are none."""
+    args = content.get("args")
+    return vars(args) if isinstance(args, argparse.Namespace) else {}
 
 
-def encoder_state(state: Mapping[str, Tensor], path: Path | str) -> dict[str, Tensor]:
-    """The tensors of the one encoder in a state dict, under the names of `dune_fast.nn.vit`.
+def encoder_options(content: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
+    """`enc_args` of a published container; empty if it has none. TeacherWeightsError for an option not known here."""
+    return _options(content, "enc_args", ENCODER_OPTIONS, path)
+
+
+def _options(content: Mapping[str, Any], entry: str, known: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
+    options = container_options(content).get(entry)
+    if not isinstance(options, Mapping):
+        return {}
+    if unknown := sorted(map(str, set(options) - set(known))):
+        raise TeacherWeightsError(
+            f"{path} was made with {entry} {', '.join(unknown)}, which are not known here and may change what it "
+            f"computes; known are {', '.join(known)}"
+        )
+    return dict(options)
+
+
+PROJECTOR_OPTIONS = {
+    "num_blocks": 1, "num_heads": 12, "mlp_ratio": 4.0, "layerscale_init": 1e-4, "qkv_bias": True, "ln_affine": True,
+    "scale": 1.0,
+}  # fmt: skip
+"""Options of the published transformer projector, likewise. Whatever they say, its loader gives the projectors as many
+heads as the encoder has."""
+
+
+def projector_options(content: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
+    """`proj_args` of a published container; empty if it has none. TeacherWeightsError for an option not known here."""
+    return _options(content, "proj_args", PROJECTOR_OPTIONS, path)
+
+
+def filled(state: Mapping[str, Tensor], options: Mapping[str, Any], norms: tuple[str, ...]) -> dict[str, Tensor]:
+    """With what a network without it computes: zero biases for `qkv_bias=False`, gain 1 and bias 0 for
+    `ln_affine=False`.
 
     Args:
-        state: an encoder alone, or one among other parts below any prefix (`encoder.`, `backbone.`, ...), wrapped by
-            DistributedDataParallel or torch.compile or not, blocks in chunks (`blocks.0.N.`) or flat.
-        path: the source, for error messages.
-
-    Raises:
-        TeacherWeightsError: there is no encoder in it, or several of equal standing.
+        state: blocks below any prefix.
+        options: `enc_args` or `proj_args`.
+        norms: names of norms outside of blocks.
     """
-    state = strip_wrappers(state)
-    found = [key.removesuffix(_ANCHOR) for key in state if key == _ANCHOR or key.endswith(f".{_ANCHOR}")]
-    if not found:
-        parts = ", ".join(sorted({key.split(".")[0] for key in state})[:8])
-        raise TeacherWeightsError(
-            f"{path} lacks the tensor {_ANCHOR}, so there is no ViT's encoder in it (what it has begins with: {parts})"
-        )
-    known = [prefix for prefix in _PREFIXES if prefix in found]
-    if len(found) > 1 and not known:
-        raise TeacherWeightsError(
-            f"{path} has several encoders, below {', '.join(map(repr, found))}; save the wanted one alone"
-        )
-    return flat_blocks(strip_wrappers(below(state, known[0] if known else found[0])))
+    state = dict(state)
+    products = [key for key in state if key.endswith(".attn.qkv.weight")]
+    for key in products:
+        block, weight = key.removesuffix("attn.qkv.weight"), state[key]
+        if not options.get("qkv_bias", True):
+            state.setdefault(f"{block}attn.qkv.bias", torch.zeros(len(weight), dtype=weight.dtype))
+        if not options.get("ln_affine", True):
+            for norm in (f"{block}norm1", f"{block}norm2", *norms):
+                state.setdefault(f"{norm}.weight", torch.ones(weight.shape[1], dtype=weight.dtype))
+                state.setdefault(f"{norm}.bias", torch.zeros(weight.shape[1], dtype=weight.dtype))
+    return state
 
 
 @register("dune")
@@ -75,11 +112,14 @@ class DUNETeacher(ViTTeacher):
 
     @classmethod
     def recognizes(cls, keys: Collection[str]) -> bool:
-        return f"encoder.{_ANCHOR}" in keys or any(key.startswith("blocks.0.0.") for key in keys)
+        if f"encoder.{ANCHOR}" in keys or any(key.startswith("blocks.0.0.") for key in keys):
+            return True
+        # a student's encoder alone; DINOv2's release has a mask token, a student has none
+        return ANCHOR in keys and "register_tokens" in keys and "mask_token" not in keys
 
     @classmethod
-    def convert(cls, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-        return encoder_state(state, path)
+    def completed(cls, state: dict[str, Tensor], content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+        return filled(state, encoder_options(content, path), ("norm",))
 
 
 @register("unic")

@@ -20,7 +20,7 @@ from teachers.registry import register
 from teachers.torchvision_operators import declare
 from teachers.weights import check_fit, compare, random_seed, weights_path
 
-_CLASSIFIERS = ("head.", "fc.", "classifier.", "head_dist.", "pre_logits.")
+CLASSIFIERS = ("head.", "fc.", "classifier.", "head_dist.", "pre_logits.")
 
 
 class TimmTrunk(Trunk):
@@ -33,8 +33,7 @@ class TimmTrunk(Trunk):
         self.num_features = model.num_features
         self.num_prefix_tokens = int(getattr(model, "num_prefix_tokens", 0))
         self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-        owners = (model, getattr(model, "embeds", None))  # flexible ViTs keep it beside their patch embedding
-        self.has_cls = any(getattr(owner, "cls_token", None) is not None for owner in owners)
+        self.has_cls = has_cls(model)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features = self.model.forward_features(images)
@@ -77,7 +76,7 @@ class TimmTeacher(Teacher):
         if path is not None:
             state = container_state(read_container(path), path)
             # buffers that timm does not save are computed when the model is built: not on the meta device
-            check_fit(compare(model.state_dict(), state, unused=_CLASSIFIERS), cfg.model, path)
+            check_fit(compare(model.state_dict(), state, CLASSIFIERS), cfg.model, path)
             model.load_state_dict({k: state[k].to(v.dtype) for k, v in model.state_dict().items()}, strict=True)
         return TimmTrunk(model.eval().requires_grad_(False), patch_size(model, cfg.patch_size))
 
@@ -124,6 +123,12 @@ def create(name: str, model: str, options: dict[str, Any]) -> nn.Module:
         except TypeError as error:
             refused = error
     raise ValueError(f"teachers.{name}.model_args {options} do not suit {model}: {refused}") from refused
+
+
+def has_cls(model: nn.Module) -> bool:
+    """Whether a model has a class token."""
+    owners = (model, getattr(model, "embeds", None))  # flexible ViTs keep it beside their patch embedding
+    return any(getattr(owner, "cls_token", None) is not None for owner in owners)
 
 
 def patch_size(model: nn.Module, configured: int) -> int:

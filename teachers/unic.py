@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from teachers.registry import register
@@ -51,11 +50,8 @@ class DeiT3Teacher(ViTTeacher):
 
     @classmethod
     def convert(cls, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-        state = {key.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma"): v for key, v in state.items()}
-        if "pos_embed" in state:  # cls is prepended after the positions are added: its position is zero
-            table = state["pos_embed"]
-            state["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
-        return state
+        state = super().convert(state, path)  # cls is prepended after the positions are added: its position is zero
+        return {key.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma"): v for key, v in state.items()}
 
 
 @register("dbotft")
@@ -72,7 +68,7 @@ class DBOTFineTunedTeacher(ViTTeacher):
 
     @classmethod
     def convert(cls, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-        return {key.replace("fc_norm.", "norm."): value for key, value in state.items()}
+        return {key.replace("fc_norm.", "norm."): value for key, value in super().convert(state, path).items()}
 
     def tokens(self, features: dict[int, Tensor]) -> dict[str, Tensor]:
         _, _, patches = self.trunk.vit.split(features[self.block])

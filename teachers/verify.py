@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +12,12 @@ from torch import Tensor
 from dune_fast.nn.vit import VisionTransformer, ViTConfig
 from teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
 from teachers.containers import container_state, read_container, state_entry
+from teachers.encoder_names import beside_encoder
 from teachers.ensemble import TeacherEnsemble
-from teachers.registry import family_class
-from teachers.vit import ViTTeacher
-from teachers.weights import Fit, compare
+from teachers.recognition import recognize, vit_family
+from teachers.timm_names import image_size_of, timm_config, timm_fit, timm_matches
+from teachers.weights import Fit, compare, weights_path
 
-VIT_FAMILIES = ("mast3r", "multihmr", "dune", "deit3", "dbotft", "dinov2", "dino")
-"""Families told apart by their names of tensors, the most peculiar first; iBOT's are DINO's, UNIC's DUNE's."""
 _GRID = 8  # patches a side of the fingerprint's image
 
 
@@ -32,9 +32,17 @@ class Report:
     values: int
     """Numbers in all tensors together."""
     family: str | None = None
-    """Name in the registry; None if the file is of no known ViT family."""
+    """Name in the registry; None if the file is of no known family."""
     architecture: ViTConfig | None = None
+    """Of a ViT family."""
+    models: list[str] = field(default_factory=list)
+    """Family "timm": the models of timm that the file fits."""
+    config: TeacherConfig | None = None
+    """How a run would use it."""
     fit: Fit | None = None
+    """`surplus` has all tensors that are not used."""
+    unplaced: list[str] = field(default_factory=list)
+    """Tensors of the encoder that our network has no place for: without them its features would be others."""
     problem: str = ""
     """Why no architecture could be read off the tensors."""
     fingerprint: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -43,53 +51,73 @@ class Report:
     @property
     def sound(self) -> bool:
         """Whether a run could use the file."""
-        return self.fit is not None and not (self.fit.missing or self.fit.misshapen or self.fit.unsound)
+        fit = self.fit
+        return fit is not None and not (fit.missing or fit.misshapen or fit.unsound or self.unplaced)
 
 
-def inspect_file(path: Path, num_heads: int | None = None) -> Report:
+def inspect_file(path: Path | str, num_heads: int | None = None, model: str = "") -> Report:
     """Reads a file as a run would and says what is in it.
 
     Args:
-        path: a published container or a safetensors file.
+        path: a published container, a safetensors file, a file of timm's, or what `teachers.weights.weights_path` takes.
         num_heads: attention heads, where neither container nor convention (channels / 64) gives them.
+        model: the model of timm that it is of; found by its tensors where no name is given.
 
     Raises:
         TeacherWeightsError: missing, damaged or unsafe; a file that is sound but of no known family is reported.
     """
+    path = weights_path(str(path))
     content = read_container(path)
     entry = state_entry(content, path)
-    kind = "safetensors" if Path(path).suffix == ".safetensors" else "torch archive"
+    kind = "safetensors" if path.suffix == ".safetensors" else "torch archive"
     state = container_state(content, path)
     where = "a bare state dict" if entry is None else f"state dict under {entry!r}"
-    report = Report(Path(path), f"{kind}, {where}", len(state), sum(value.numel() for value in state.values()))
-    report.family = recognize(state)
-    if report.family is None:
-        return report
-    family = family_class(report.family)
-    assert issubclass(family, ViTTeacher)
-    try:
-        report.architecture, converted = family.read_file(path, TeacherConfig(num_heads=num_heads))
-    except ValueError as error:  # a tensor that says the sizes is missing, or heads that do not divide the channels
-        report.problem = str(error)
-        return report
-    with torch.device("meta"):
-        wanted = VisionTransformer(report.architecture).state_dict()
-    report.fit = compare(wanted, converted)
-    used = {id(value) for key, value in family.convert(state, path).items() if key in wanted}
-    report.fit.surplus = [key for key, value in state.items() if key not in wanted and id(value) not in used]
+    report = Report(path, f"{kind}, {where}", len(state), sum(value.numel() for value in state.values()))
+    name = None if model else recognize(state, path)
+    if name is not None:
+        _inspect_vit(report, name, content, state, num_heads)
+    if not report.sound and (found := timm_matches(state, path, model)):
+        _inspect_timm(report, found, state)
     if report.sound:
-        report.fingerprint = fingerprint(report.family, path, report.architecture)
+        assert report.config is not None
+        report.fingerprint = fingerprint(report.config)
     return report
 
 
-def recognize(state: dict[str, Tensor]) -> str | None:
-    """The family that a state dict belongs to by its names, None if none."""
-    for name in VIT_FAMILIES:
-        family = family_class(name)
-        assert issubclass(family, ViTTeacher)
-        if family.recognizes(state.keys()):
-            return name
-    return None
+def _inspect_vit(
+    report: Report, name: str, content: dict[str, Any], state: dict[str, Tensor], num_heads: int | None
+) -> None:
+    """Fills in what the file is as one of our own ViTs."""
+    report.family, family, path = name, vit_family(name), report.path
+    try:
+        report.architecture, converted = family.read_content(content, path, TeacherConfig(num_heads=num_heads))
+    except ValueError as error:  # a tensor that says the sizes is missing, or heads that do not divide the channels
+        report.problem = str(error)
+        return
+    with torch.device("meta"):
+        wanted = VisionTransformer(report.architecture).state_dict()
+    report.fit = compare(wanted, converted, beside_encoder)
+    report.unplaced = report.fit.surplus
+    used = {id(value) for key, value in converted.items() if key in wanted}
+    unplaced = {id(converted[key]) for key in report.unplaced}
+    made = {"reg_token", "pos_embed"}  # renamed or completed, so other tensors by now
+    report.fit.surplus = [
+        key for key, value in state.items()
+        if key not in wanted and key not in made and id(value) not in used | unplaced
+    ]  # fmt: skip
+    mean, std = family.statistics
+    report.config = TeacherConfig(
+        family=name, weights=str(path), patch_size=report.architecture.patch_size,
+        num_features=report.architecture.embed_dim, token_types=list(family.token_types), mean=list(mean),
+        std=list(std), num_heads=report.architecture.num_heads,
+    )  # fmt: skip
+
+
+def _inspect_timm(report: Report, models: list[str], state: dict[str, Tensor]) -> None:
+    """Fills in what the file is as a model of timm's."""
+    report.family, report.models, report.problem, report.architecture = "timm", models, "", None
+    report.config = timm_config(models[0], str(report.path), image_size_of(state, models[0]))
+    report.fit, report.unplaced = timm_fit(report.config, state), []
 
 
 def fixed_image(side: int) -> Tensor:
@@ -100,17 +128,11 @@ def fixed_image(side: int) -> Tensor:
     return ((0.5 + 0.5 * waves - mean) / std)[None]
 
 
-def fingerprint(family: str, path: Path, architecture: ViTConfig) -> dict[str, dict[str, float]]:
+def fingerprint(cfg: TeacherConfig) -> dict[str, dict[str, float]]:
     """Three numbers a token type that change when weights, architecture or normalisation do.
 
     The mean, the deviation, and the probe: the mean of features times cos(channel index).
     """
-    teacher = family_class(family)
-    mean, std = teacher.statistics
-    cfg = TeacherConfig(
-        family=family, weights=str(path), patch_size=architecture.patch_size, num_features=architecture.embed_dim,
-        token_types=list(teacher.token_types), mean=list(mean), std=list(std), num_heads=architecture.num_heads,
-    )  # fmt: skip
     tokens = TeacherEnsemble({"teacher": cfg}, cfg.patch_size)(fixed_image(_GRID * cfg.patch_size))["teacher"]
     weights = torch.cos(torch.arange(cfg.num_features, dtype=torch.float32))
     return {

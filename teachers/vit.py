@@ -20,6 +20,7 @@ from kernels.layer_norm import layer_norm
 from teachers.architecture import HEAD_DIM, infer_vit, random_vit_state, registers_of, stored_architecture
 from teachers.config import TeacherConfig
 from teachers.containers import container_state, read_container
+from teachers.encoder_names import beside_encoder, encoder_state
 from teachers.protocol import Teacher, Trunk
 from teachers.weights import RANDOM, TeacherWeightsError, build_loaded, random_seed, weights_path
 
@@ -79,8 +80,13 @@ class ViTTeacher(Teacher):
 
     @classmethod
     def convert(cls, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-        """The encoder's tensors under the names of `dune_fast.nn.vit`; names it has no place for may stay."""
-        return dict(state)
+        """The encoder's tensors under the names of `dune_fast.nn.vit`; those of other parts may stay."""
+        return encoder_state(state, path)
+
+    @classmethod
+    def completed(cls, state: dict[str, Tensor], content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+        """`convert`'s tensors with those that the container says are left out because they change nothing."""
+        return state
 
     @classmethod
     def heads(cls, content: Mapping[str, Any], path: Path) -> int | None:
@@ -132,8 +138,12 @@ class ViTTeacher(Teacher):
         Raises:
             TeacherWeightsError: damaged, unsafe, or of another model.
         """
-        content = read_container(path)
-        state = cls.convert(container_state(content, path), path)
+        return cls.read_content(read_container(path), path, cfg)
+
+    @classmethod
+    def read_content(cls, content: Mapping[str, Any], path: Path, cfg: TeacherConfig) -> tuple[ViTConfig, dict[str, Tensor]]:
+        """As `read_file`, of a container that is read already."""
+        state = cls.completed(cls.convert(container_state(content, path), path), content, path)
         if (stored := stored_architecture(path)) is not None:
             asked = {key: getattr(cfg, key) for key in ("num_heads", "interpolate_offset", "interpolate_antialias")}
             return replace(stored, **{key: value for key, value in asked.items() if value is not None}), state
@@ -154,8 +164,7 @@ class ViTTeacher(Teacher):
             raise TeacherWeightsError(
                 f"teachers.{self.name}.num_registers is {wanted}, but {path} has {architecture.num_registers}"
             )
-        # releases carry more than the encoder; what is missing is an error, what is too much is not
-        return ViTTrunk(build_loaded(lambda: VisionTransformer(architecture), state, path, unused=("",)))
+        return ViTTrunk(build_loaded(lambda: VisionTransformer(architecture), state, path, beside_encoder))
 
     def tokens(self, features: dict[int, Tensor]) -> dict[str, Tensor]:
         cls, _, patches = self.trunk.vit.split(self.normed(features[self.block]))  # of [B, P + N, C]

@@ -14,13 +14,19 @@ from torch import Tensor, nn
 
 from teachers.assets import asset_path
 from teachers.containers import CURE, TeacherWeightsError
+from teachers.run_files import CheckpointError, weights_in
 
+Unused = Sequence[str] | Callable[[str], bool]
+"""Names of tensors that may have no place: their prefixes, or a function that says so."""
 RANDOM = "random:"
 """Weights called "random:SEED" are drawn, not read: for tests and benchmarks of the full size."""
 
 
 def weights_path(weights: str) -> Path:
     """The file that a teacher's `weights` names: "asset:NAME" (fetched if need be) or a path.
+
+    The folder of a run stands for its encoder, of its newest checkpoint if it has not ended; one with a
+    `model.safetensors`, as from timm's hub, for that file. A checkpoint's folder stays one.
 
     Raises:
         TeacherWeightsError: there is no such file.
@@ -29,12 +35,32 @@ def weights_path(weights: str) -> Path:
     if weights.startswith("asset:"):
         return asset_path(weights)
     path = Path(weights).expanduser()
+    if path.is_dir():
+        return folder_weights(path, "encoder.safetensors", "model.safetensors")
     if not path.is_file():
         raise TeacherWeightsError(
             f"there is no weights file {path}; put it there (`dune-fast teachers list` says what can be fetched), or "
             "correct the teacher's `weights`"
         )
     return path
+
+
+def folder_weights(path: Path, *names: str) -> Path:
+    """Where the weights in a folder are, see `teachers.run_files.weights_in`.
+
+    Raises:
+        TeacherWeightsError: there are none, or checkpoints alone that are all broken.
+    """
+    try:
+        found = weights_in(path, *names)
+    except CheckpointError as error:
+        raise TeacherWeightsError(str(error)) from error
+    if found is None:
+        files = " nor ".join(names)
+        if (path / "config.yaml").is_file():
+            raise TeacherWeightsError(f"{path}: the run has not ended, and there is no checkpoint of it yet")
+        raise TeacherWeightsError(f"{path} is not the folder of a run: it has neither {files} nor checkpoints")
+    return found
 
 
 def random_seed(name: str, weights: str) -> int | None:
@@ -67,17 +93,19 @@ class Fit:
         return named + self.misshapen + self.unsound
 
 
-def compare(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], unused: Sequence[str] = ()) -> Fit:
+def compare(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], unused: Unused = ()) -> Fit:
     """Compares a state dict with the one that a module has.
 
     Args:
         wanted: the module's own, shapes and types matter only.
         state: what a file holds.
-        unused: prefixes of names that are not counted as surplus.
+        unused: names that may be there although the module has no place for them; none may by default.
     """
+    prefixes = () if callable(unused) else tuple(unused)
+    allowed = unused if callable(unused) else lambda name: name.startswith(prefixes)
     fit = Fit(
         missing=[key for key in wanted if key not in state],
-        surplus=[key for key in state if key not in wanted and not key.startswith(tuple(unused))],
+        surplus=[key for key in state if key not in wanted and not allowed(key)],
     )
     for key, value in wanted.items():
         if key not in state:
@@ -94,13 +122,23 @@ def compare(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], unused: S
 
 def check_fit(fit: Fit, module: str, path: Path | str) -> None:
     """TeacherWeightsError with the first faults, if there is one."""
-    if faults := fit.faults:
-        shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
-        raise TeacherWeightsError(f"{path} does not fit {module}: {shown}. To mend it, {CURE}")
+    if not (faults := fit.faults):
+        return
+    shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
+    cure = f"To mend it, {CURE}"
+    if len(fit.surplus) == len(faults):  # everything that the module wants is there, and something else
+        cure = (
+            "Without them its features would be others, so it is of another architecture: use the library that made it "
+            "(teachers: the family timm or module), or merge what was added (LoRA) into the weights first"
+        )
+    raise TeacherWeightsError(f"{path} does not fit {module}: {shown}. {cure}")
 
 
 def build_loaded(
-    build: Callable[[], nn.Module], state: Mapping[str, Tensor], path: Path | str, unused: Sequence[str] = ()
+    build: Callable[[], nn.Module],
+    state: Mapping[str, Tensor],
+    path: Path | str,
+    unused: Unused = (),
 ) -> nn.Module:
     """A module with every parameter and buffer taken from `state`, in eval mode and frozen.
 
@@ -111,7 +149,7 @@ def build_loaded(
         build: makes the module.
         state: name -> tensor; floating-point tensors become float32.
         path: the source, for error messages.
-        unused: prefixes of names in `state` that the module has no place for; any other surplus name is an error.
+        unused: which names of `state` the module need not have a place for; any other surplus name is an error.
 
     Raises:
         TeacherWeightsError: missing or surplus names, wrong shapes, values that are not finite.

@@ -19,11 +19,13 @@ from dune_fast.export import TARGETS, foreign, onnx_graph, published
 from dune_fast.export.check import LIMIT, ExportError, compare, encoder_outputs, random_images, sizes
 from dune_fast.export.run import export
 from dune_fast.load import load_encoder, load_model
+from dune_fast.nn.preprocessing import Preprocessing
 from dune_fast.nn.projectors import ProjectorConfig
 from dune_fast.nn.student import build_student
 from dune_fast.nn.vit import VisionTransformer, ViTConfig
 from teachers.architecture import random_vit_state
 from teachers.config import TeacherConfig
+from teachers.containers import read_container
 
 TINY = ViTConfig(image_size=56, embed_dim=192, depth=12, num_heads=3)
 SMALL = replace(TINY, embed_dim=128, depth=2, num_heads=2)
@@ -144,7 +146,10 @@ def test_the_published_container_has_the_published_names(published_run, tmp_path
         content = torch.load(tmp_path / "dune.pth", weights_only=True)
     state = content["model"]
     assert content["iter"] == 34 and content["args"].teachers == ["one", "two"]
-    assert content["args"].enc_args == {"arch": "vit_tiny"} and content["args"].image_size == 56
+    options = {"layerscale_init": 1e-4, "qkv_bias": True, "ln_affine": True}
+    encoder = {"arch": "vit_tiny", "patch_size": 14, "num_register_tokens": 4, **options}
+    assert content["args"].enc_args == encoder and content["args"].image_size == 56
+    assert content["args"].proj_args == {"num_blocks": 1, "num_heads": 3, "scale": 1.0, **options}
     assert "encoder.blocks.0.11.attn.qkv.weight" in state and not state["encoder.mask_token"].any()
     assert "projectors.two.blocks.0.norm1.weight" in state and "teacher_norms.one.normalizers.cls.std" in state
     back = load_model(tmp_path / "dune.pth")
@@ -225,6 +230,8 @@ def test_what_a_target_cannot_express_is_refused(target, changes, words, tmp_pat
         (SMALL, {}, "one of the encoders vit_tiny"),
         (TINY, {"kind": "sp", "hidden_dim": 32}, "transformer projectors"),
         (replace(TINY, interpolate_offset=0.0), {}, "offset 0.1"),
+        (TINY, {"num_heads": 6}, "as many attention heads as the encoder"),
+        (TINY, {"mlp_ratio": 2.0}, "MLP of ratio 4"),
     ],
 )
 def test_the_published_container_refuses_other_models(encoder, projector, words, tmp_path):
@@ -260,3 +267,85 @@ def test_timm_configuration_says_how_images_are_normalised(tmp_path):
     config = json.loads((tmp_path / foreign.CONFIG).read_text())
     assert config["pretrained_cfg"]["mean"] == [0.485, 0.456, 0.406]
     assert config["architecture"] == "vit_small_patch14_reg4_dinov2"
+
+
+def photo(width: int = 90, height: int = 70):
+    import numpy as np
+    from PIL import Image
+
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
+
+
+def test_transformers_takes_the_folder_images_and_all(run, tmp_path):
+    """AutoImageProcessor and pipeline failed for want of preprocessor_config.json."""
+    transformers = pytest.importorskip("transformers")
+    export(run, "hf", tmp_path)
+    encoder = load_encoder(run)
+    pixels = transformers.AutoImageProcessor.from_pretrained(tmp_path)(photo(), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels[0], encoder.transform(photo()), rtol=0, atol=2 / 255 / 0.22)  # two levels
+    with torch.no_grad():
+        ours = encoder_outputs(encoder, pixels)["tokens"]
+        theirs = transformers.AutoModel.from_pretrained(tmp_path).eval()(pixel_values=pixels).last_hidden_state
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    features = transformers.pipeline("image-feature-extraction", model=str(tmp_path))(photo())
+    torch.testing.assert_close(torch.tensor(features), ours, rtol=1e-3, atol=1e-3)
+
+
+def test_timm_makes_the_same_input_of_an_image(run, tmp_path):
+    import timm
+
+    export(run, "timm", tmp_path)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    config = timm.data.resolve_model_data_config(model)
+    assert (config["crop_pct"], config["interpolation"], list(config["input_size"])) == (1.0, "bicubic", [3, 56, 56])
+    theirs = timm.data.create_transform(**config, is_training=False)(photo())
+    torch.testing.assert_close(theirs, load_encoder(run).transform(photo()))
+
+
+@pytest.mark.parametrize("target", ["onnx", "safetensors", "dune"])
+def test_every_file_says_how_images_become_its_input(run, published_run, target, tmp_path):
+    source = published_run if target == "dune" else run
+    (path,) = export(source, target, tmp_path).files
+    if target == "onnx":
+        import onnx
+
+        found = json.loads({p.key: p.value for p in onnx.load(path).metadata_props}["preprocessing"])
+    elif target == "safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as handle:
+            found = json.loads(handle.metadata()["preprocessing"])
+    else:
+        found = read_container(path)["preprocessing"]
+    assert Preprocessing(**{**found, "mean": tuple(found["mean"]), "std": tuple(found["std"])}) == Preprocessing(56)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"num_registers": 0}, {"num_register_tokens": 0}),
+        ({"patch_size": 16, "image_size": 64}, {"patch_size": 16}),
+        ({"image_size": 70, "num_registers": 2}, {"num_register_tokens": 2}),
+    ],
+)
+def test_the_published_loader_builds_the_model_from_the_options(changes, options, tmp_path):
+    """Without registers it crashed; patch 16 was written as the loader's default, 14."""
+    encoder = replace(TINY, **changes)
+    done = export(write_run(tmp_path / "run", encoder, num_blocks=2), "dune", tmp_path / "out")
+    args = read_container(done.files[0])["args"]
+    assert args.image_size == encoder.image_size and options.items() <= args.enc_args.items()
+    assert args.proj_args["num_blocks"] == 2 and "TEACHER_CFG there knows one, two" in done.notes[0]
+
+
+def test_a_container_that_its_loader_would_build_otherwise_fails(published_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(published.ENCODER_OPTIONS, "num_register_tokens", 3)  # what the loader takes by default
+    right = torch.save
+
+    def without_registers(content, path):
+        content["args"].enc_args.pop("num_register_tokens")
+        right(content, path)
+
+    monkeypatch.setattr(torch, "save", without_registers)
+    with pytest.raises(ExportError, match=r"does not fit the published model: encoder.register_tokens has shape \[1, 4"):
+        export(published_run, "dune", tmp_path / "out")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import re
 import shutil
 from pathlib import Path
 
@@ -11,35 +9,25 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dune_fast.distill.standardization import TeacherStatistics
-from dune_fast.engine.config import RunConfig, dump_config, load_config
-from dune_fast.engine.container import CheckpointError, Manifest, Reader, find_fault, write_tensors
+from dune_fast.engine.config import RunConfig, config_of, dump_config, load_config
+from dune_fast.engine.container import CheckpointError, Manifest, Reader, write_tensors
 from dune_fast.engine.zero_state import ShardedState
 from dune_fast.nn.student import Student, build_student
 from teachers.architecture import architecture_metadata
+from teachers.run_files import checkpoint_state, complete_steps, folder, newest_good, tag, weights_in
 from teachers.weights import TeacherWeightsError
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "LATEST", "PART", "clear", "clear_partial", "complete_steps", "export", "folder", "load", "load_run",
+    "load_statistics", "newest_good", "prune", "tag",
+]  # fmt: skip
 
 LATEST = "latest"
 """File beside the checkpoints that names the newest; for people and scripts, the run itself looks at the folders."""
+STUDENT = "student.safetensors"
+"""The weights of a finished run, projectors and statistics too."""
 PART = ".part"
 """Suffix of a checkpoint's folder until every rank has written its part: what a kill cut short keeps it."""
-
-
-def folder(run: Path) -> Path:
-    """Where a run's checkpoints are."""
-    return run / "checkpoints"
-
-
-def tag(step: int) -> str:
-    """Name of the checkpoint after `step` steps."""
-    return f"step_{step:07d}"
-
-
-def complete_steps(run: Path) -> list[int]:
-    """Steps with a complete checkpoint, oldest first."""
-    found = (re.fullmatch(r"step_(\d+)", path.name) for path in folder(run).glob("step_*"))
-    return sorted(int(match[1]) for match in found if match)
 
 
 def prune(run: Path, newest: int, keep: int, keep_every: int = 0) -> None:
@@ -62,27 +50,6 @@ def clear_partial(run: Path, before: int | None = None) -> None:
     for path in folder(run).glob(f"step_*{PART}"):
         if before is None or path.name < tag(before):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def newest_good(run: Path) -> int | None:
-    """The newest checkpoint that is whole by its checksums, None if the run has none at all; warns of broken ones.
-
-    Raises:
-        CheckpointError: there are checkpoints, and every one of them is broken.
-    """
-    faults = []
-    for step in reversed(complete_steps(run)):
-        fault = find_fault(folder(run) / tag(step))
-        if not fault:
-            return step
-        faults.append(f"{tag(step)}: {fault}")
-        logger.warning("checkpoint %s is broken (%s): going back to the one before", tag(step), fault)
-    if faults:
-        raise CheckpointError(
-            f"none of the checkpoints in {folder(run)} can be used ({'; '.join(faults)}); start anew with "
-            "train.overwrite=true, or choose another name=..."
-        )
-    return None
 
 
 def load(
@@ -164,20 +131,29 @@ def export(run: Path, cfg: RunConfig, student: Student, statistics: TeacherStati
 
 
 def load_run(run: Path) -> tuple[RunConfig, Student, TeacherStatistics]:
-    """Configuration, trained student and teachers' statistics of a finished run, in evaluation mode.
+    """Configuration, student and teachers' statistics of a run, in evaluation mode.
+
+    Args:
+        run: the folder of a run, finished or not (its newest checkpoint then, which is said), or of a checkpoint.
 
     Raises:
         ConfigError: `run` is not a run's folder.
-        TeacherWeightsError: the run has not ended, or its weights are damaged.
+        CheckpointError: the checkpoint is damaged.
+        TeacherWeightsError: the run has not saved anything yet, or its weights are damaged.
     """
-    cfg = load_config(run / "config.yaml")
-    path = run / "student.safetensors"
-    if not path.exists():
-        raise TeacherWeightsError(f"{path} does not exist: the run has not ended; go on with it first")
+    path = weights_in(run, STUDENT)
+    if path is None:
+        load_config(run / "config.yaml")  # says so where this is no run at all
+        raise TeacherWeightsError(f"{run}: the run has not ended, and there is no checkpoint of it yet")
+    if path.is_dir():
+        manifest, state = checkpoint_state(path)
+        cfg = config_of(manifest.config, path)
+    else:
+        cfg = load_config(path.parent / "config.yaml")
     student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
     statistics = TeacherStatistics(cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps)
     try:
-        state = load_file(path)
+        state = state if path.is_dir() else load_file(path)
         norms = {k.removeprefix("teacher_norms."): state.pop(k) for k in list(state) if k.startswith("teacher_norms.")}
         student.load_state_dict(state)
         statistics.load_state_dict(norms)

@@ -29,6 +29,7 @@ from dune_fast.engine.overrides import (
     take_text_literally,
 )
 from dune_fast.engine.schedules import iterations, scaled_learning_rate
+from dune_fast.engine.teacher_overrides import with_timm_teachers
 from dune_fast.nn.projectors import ProjectorConfig
 from dune_fast.nn.vit import ViTConfig, nearest_multiples
 from teachers.config import TeacherConfig
@@ -211,7 +212,8 @@ def compose_config(overrides: list[str], folder: Path | None = None, complete: b
     """Composes and checks a configuration.
 
     Args:
-        overrides: Hydra overrides, e.g. ["experiment=demo", "train.steps=10"].
+        overrides: Hydra overrides, e.g. ["experiment=demo", "train.steps=10"], and teachers of timm's by name, see
+            `dune_fast.engine.teacher_overrides`.
         folder: of a run, whose `config.yaml` is what the overrides change; the groups of `configs/` by default, the
             packaged ones and the user's (`own_folders`).
         complete: whether it is of a run, teachers and all; False for a command that needs a part of it.
@@ -219,12 +221,12 @@ def compose_config(overrides: list[str], folder: Path | None = None, complete: b
     Raises:
         ConfigError: an unknown experiment, teacher, field or value; the message names close ones.
     """
-    literal = take_text_literally(overrides, RunConfig)
     if folder is not None and not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder / 'config.yaml'} does not exist: {folder} is not the folder of a run")
     ConfigStore.instance().store(name="schema", node=RunConfig)
     GlobalHydra.instance().clear()
     try:
+        literal = take_text_literally(with_timm_teachers(overrides), RunConfig)
         if folder is None:
             literal.append(f"hydra.searchpath=[{','.join(quoted(f'file://{path}') for path in own_folders())}]")
         with initialize_config_dir(str((folder or packaged_folder()).resolve()), version_base="1.3"):
@@ -234,7 +236,7 @@ def compose_config(overrides: list[str], folder: Path | None = None, complete: b
         raise ConfigError(explain_missing(error)) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error, overrides, RunConfig)) from None
-    except ValueError as error:  # a dataclass refused its values
+    except ValueError as error:  # a dataclass refused its values, or timm does not know a name
         raise ConfigError(str(error)) from None
     assert isinstance(cfg, RunConfig)
     if complete:
@@ -244,17 +246,27 @@ def compose_config(overrides: list[str], folder: Path | None = None, complete: b
 
 def _strict(values: Any) -> DictConfig:
     """Values under the schema; a field that it does not have is an error, even one added with Hydra's `+`."""
-    return OmegaConf.merge(OmegaConf.structured(RunConfig), expand_home(values))
+    plain = OmegaConf.to_container(values) if OmegaConf.is_config(values) else values
+    return OmegaConf.merge(OmegaConf.structured(RunConfig), expand_home(plain))
 
 
 def load_config(path: Path) -> RunConfig:
     """Reads the `config.yaml` that a run has dumped."""
     try:
-        cfg = OmegaConf.to_object(_strict(OmegaConf.to_container(OmegaConf.load(path))))
+        values = OmegaConf.load(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path} does not exist: {path.parent} is not the folder of a run") from None
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{path} is not the configuration of a run: {first_line(error)}") from None
+    return config_of(values, path)
+
+
+def config_of(values: Any, source: Path) -> RunConfig:
+    """The configuration that a run has kept: in its `config.yaml`, or in a checkpoint; ConfigError names `source`."""
+    try:
+        cfg = OmegaConf.to_object(_strict(values))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{source} is not the configuration of a run: {first_line(error)}") from None
     assert isinstance(cfg, RunConfig)
     return cfg
 

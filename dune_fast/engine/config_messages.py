@@ -54,7 +54,10 @@ def explain(error: Exception, overrides: list[str], kind: type) -> str:
         hint = f"; did you mean {' or '.join(close)}?" if close else f"; {everything}"
         return f"the configuration has no field {key!r}{hint}"
     if "not a subclass of TeacherConfig" in text:
-        return "a teacher is added as a file: write configs/teachers/NAME.yaml and give +teachers@teachers.NAME=NAME"
+        return (
+            "a teacher is added as a file: write configs/teachers/NAME.yaml and give +teachers@teachers.NAME=NAME; one "
+            "of timm's by its name: +teachers.NAME=timm:MODEL@FILE"
+        )
     if "not a subclass of DatasetConfig" in text:
         return "datasets are added in a file: write configs/data/NAME.yaml with all of them and give data=NAME"
     lines = [line.strip() for line in text.split("\n") if line.strip() and "object_type" not in line]

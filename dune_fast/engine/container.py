@@ -1,111 +1,28 @@
-"""The files of a checkpoint: safetensors with a checksum, and a manifest that says where every element lies.
-
-    step_0001234/
-      manifest.json            what there is, see `Manifest`
-      rank_00000.safetensors   `weight/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>`: runs of elements, float32, flat
-      rank_00001.safetensors   ...
-      state.safetensors        small whole tensors: frozen parameters and buffers, statistics of the teachers
-
-Any number of ranks under any ZeRO stage reads what any other has written: a reader asks for a run of elements, and only
-those bytes are read.
-"""
+"""The files of a checkpoint: safetensors with a checksum, written here, read by `teachers.run_files`."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-STATE_FILE = "state.safetensors"
+from teachers.run_files import MANIFEST, STATE_FILE, CheckpointError, FileInfo, Manifest, Piece, Reader, find_fault
+
+__all__ = [
+    "MANIFEST", "STATE_FILE", "CheckpointError", "FileInfo", "Manifest", "Piece", "Reader", "find_fault",
+    "write_tensors",
+]  # fmt: skip
+
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written or read; the message says which and why."""
-
-
-@dataclass
-class FileInfo:
-    """A file of the checkpoint."""
-
-    sha256: str
-    bytes: int
-
-
-@dataclass
-class Piece:
-    """A run of elements of one flattened parameter, in one file under the parameter's name."""
-
-    file: str
-    start: int
-    numel: int
-
-
-@dataclass
-class Manifest:
-    """What a checkpoint holds."""
-
-    step: int
-    """Training steps behind it."""
-    updates: int
-    """Updates that the optimizer has made: the steps, less those skipped."""
-    world_size: int
-    zero_stage: int
-    config_hash: str
-    config: dict[str, Any]
-    shapes: dict[str, list[int]]
-    """Of the trained parameters."""
-    run: dict[str, Any] = field(default_factory=dict)
-    """Small state of the run beside tensors."""
-    pieces: dict[str, list[Piece]] = field(default_factory=dict)
-    """Parameter -> the runs of elements that make it up."""
-    files: dict[str, FileInfo] = field(default_factory=dict)
-    format: int = FORMAT
-
-    def to_json(self) -> str:
-        """As JSON, with a checksum of its own."""
-        values = dataclasses.asdict(self)
-        return json.dumps(values | {"sha256": _checksum(values)}, indent=1) + "\n"
-
-    @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """The manifest of a checkpoint's folder; CheckpointError if it is missing or damaged."""
-        path = folder / MANIFEST
-        try:
-            values = json.loads(path.read_text())
-            if values["format"] != FORMAT:
-                raise CheckpointError(f"{path} is of format {values['format']}, this version reads {FORMAT}")
-            if (given := values.pop("sha256", None)) is not None and given != _checksum(values):
-                raise CheckpointError(f"{path} is damaged (its checksum does not match)")
-            values["pieces"] = {name: [Piece(**p) for p in pieces] for name, pieces in values["pieces"].items()}
-            values["files"] = {name: FileInfo(**info) for name, info in values["files"].items()}
-            return cls(**values)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{path} is damaged ({str(error) or repr(error)})") from None
-
-
-def _checksum(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> FileInfo:
@@ -142,70 +59,3 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def _bytes(tensor: Tensor) -> memoryview | bytes:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
-
-
-def _file_fault(path: Path, info: FileInfo) -> str:
-    try:
-        size = path.stat().st_size
-        if size != info.bytes:
-            return f"{path.name} has {size} bytes instead of {info.bytes}"
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return f"{path.name} is missing"
-    except OSError as error:
-        return f"{path.name} cannot be read ({error})"
-    return "" if digest == info.sha256 else f"the checksum of {path.name} does not match"
-
-
-def find_fault(folder: Path) -> str:
-    """What is wrong with a checkpoint, by sizes and checksums of its files; empty if nothing is."""
-    try:
-        manifest = Manifest.read(folder)
-    except CheckpointError as error:
-        return str(error)
-    with ThreadPoolExecutor(8) as pool:  # hashing runs without the interpreter's lock
-        faults = pool.map(lambda item: _file_fault(folder / item[0], item[1]), manifest.files.items())
-        return "; ".join(fault for fault in faults if fault)
-
-
-class Reader:
-    """Reads runs of elements from a checkpoint that `find_fault` has passed.
-
-    Args:
-        folder: of the checkpoint.
-        manifest: its manifest.
-    """
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
-        self._files: dict[str, Any] = {}
-
-    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements start .. start + numel of a flattened parameter, or of its moment `kind`; float32 [numel].
-
-        Raises:
-            CheckpointError: the checkpoint does not have all of them.
-        """
-        out, found = torch.empty(numel), 0
-        for piece in self.manifest.pieces.get(name, ()):
-            low, high = max(start, piece.start), min(start + numel, piece.start + piece.numel)
-            if low < high:
-                values = self._open(piece.file).get_slice(f"{kind}/{name}")[low - piece.start : high - piece.start]
-                out[low - start : high - start] = values
-                found += high - low
-        if found != numel:
-            raise CheckpointError(f"{self.folder} has {found} of {numel} elements of {kind}/{name}: it is damaged")
-        return out
-
-    def state(self) -> dict[str, Tensor]:
-        """The small whole tensors."""
-        return load_file(self.folder / STATE_FILE)
-
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            try:
-                self._files[file] = safe_open(self.folder / file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.folder / file} cannot be read: {error}") from None
-        return self._files[file]

@@ -17,13 +17,17 @@ from torch import Tensor
 from dune_fast.engine.config import RunConfig
 from dune_fast.nn.student import Student, build_student
 from dune_fast.nn.vit import VisionTransformer, resize_positions
-from teachers.containers import below, container_state, read_container
-from teachers.dune import encoder_state
+from dune_fast.released import released_projector
+from teachers.containers import container_state, read_container
+from teachers.encoder_names import beside_encoder
+from teachers.recognition import recognize, vit_family
+from teachers.run_files import CheckpointError, weights_in
 from teachers.weights import compare
 
 logger = logging.getLogger(__name__)
 
-_RUN_FILES = ("student.safetensors", "encoder.safetensors")  # the first has the projectors too
+# the first has the projectors too; the last is in folders of timm's hub
+_RUN_FILES = ("student.safetensors", "encoder.safetensors", "model.safetensors")
 
 
 class WarmStartError(ValueError):
@@ -45,10 +49,14 @@ def initial_student(cfg: RunConfig) -> Student:
 def warm_start(student: Student, source: str) -> list[str]:
     """Overwrites the encoder's weights, and those of every projector that the source has in the same shape.
 
+    Positions are resized to the student's image size. Registers that the source lacks, as DINOv2 without them, keep
+    their initial weights. Both are logged.
+
     Args:
         student: with its initial weights.
-        source: the folder of a finished run, one of its safetensors files, a published checkpoint (DUNE's, UNIC's, or
-            any with an encoder under DINOv2's names), or a bare state dict of an encoder.
+        source: the folder of a run (its newest checkpoint if it has not ended) or of a checkpoint, a file of a run, a
+            published checkpoint (DUNE's, UNIC's, DINOv2's or timm's of it, or any with an encoder under such names), or
+            a bare state dict of an encoder.
 
     Returns:
         The teachers whose projectors were taken over.
@@ -58,12 +66,21 @@ def warm_start(student: Student, source: str) -> list[str]:
         teachers.containers.TeacherWeightsError: the file is missing, damaged or unsafe.
     """
     path = _weights_file(Path(source).expanduser())
-    state = container_state(read_container(path), path)
-    encoder = encoder_state(state, path)
+    content = read_container(path)
+    state = container_state(content, path)
+    family = vit_family(recognize(state, path) or "dune")
+    encoder = family.completed(family.convert(state, path), content, path)
+    changes = []
     if "pos_embed" in encoder:
+        before = encoder["pos_embed"].shape
         encoder["pos_embed"] = _fitting_positions(encoder["pos_embed"], student.encoder)
+        if (after := encoder["pos_embed"].shape) != before:
+            changes.append(f"positions resized from {before[1] - 1} to {after[1] - 1} patches")
+    if student.encoder.num_register_tokens and "register_tokens" not in encoder:
+        encoder["register_tokens"] = student.encoder.register_tokens.detach()
+        changes.append(f"{student.encoder.num_register_tokens} registers drawn, the source has none")
     wanted = student.encoder.state_dict()
-    if faults := compare(wanted, encoder, unused=("",)).faults:
+    if faults := compare(wanted, encoder, beside_encoder).faults:
         shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
         raise WarmStartError(
             f"student_weights={source} is not an encoder of the student's architecture: {shown}. Choose the student "
@@ -72,24 +89,30 @@ def warm_start(student: Student, source: str) -> list[str]:
     student.encoder.load_state_dict({key: encoder[key] for key in wanted})
     taken = []
     for name, projector in student.projectors.items():
-        theirs = below(state, f"projectors.{name}.")
+        theirs = released_projector(state, name, content, path)
         if not compare(projector.state_dict(), theirs).faults:
             projector.load_state_dict(theirs)
             taken.append(name)
-    logger.info("warm start from %s: the encoder, projectors of %s", path, ", ".join(taken) or "no teacher")
+    logger.info(
+        "warm start from %s: the encoder%s, projectors of %s",
+        path, f" ({'; '.join(changes)})" if changes else "", ", ".join(taken) or "no teacher",
+    )  # fmt: skip
     return taken
 
 
 def _weights_file(path: Path) -> Path:
     if not path.is_dir():
         return path
-    for name in _RUN_FILES:
-        if (path / name).is_file():
-            return path / name
-    raise WarmStartError(
-        f"student_weights={path} is a folder without {' or '.join(_RUN_FILES)}: that run has not ended, or it is not "
-        "the folder of a run"
-    )
+    try:
+        found = weights_in(path, *_RUN_FILES)
+    except CheckpointError as error:
+        raise WarmStartError(f"student_weights={path}: {error}") from error
+    if found is None:
+        raise WarmStartError(
+            f"student_weights={path} is a folder without {', '.join(_RUN_FILES)} and without checkpoints: "
+            "that run has not ended and has none yet, or it is not the folder of a run"
+        )
+    return found
 
 
 @torch.no_grad()

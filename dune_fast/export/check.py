@@ -68,6 +68,8 @@ def compare(reader: Reader, reference: Reader, shapes: list[tuple[int, int, int]
                     f"the {what} export is wrong and was removed: {name} has shape {list(value.shape)} where ours has "
                     f"{list(ours[name].shape)}, on images {list(images.shape)}"
                 )
+            if not value.numel():  # registers of an encoder without any
+                continue
             wanted = ours[name].double()
             difference = float((value.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
             if not difference <= LIMIT:  # NaN is not below it either

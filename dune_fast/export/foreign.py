@@ -17,11 +17,10 @@ from dune_fast.engine.container import write_tensors
 from dune_fast.export.check import ExportError, Outputs, Reader
 from dune_fast.nn.block import LAYER_NORM_EPS
 from dune_fast.nn.vit import VisionTransformer, ViTConfig
-from teachers.config import IMAGENET_MEAN, IMAGENET_STD
 from teachers.containers import read_safetensors
 from teachers.timm_model import import_timm
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 
 
 def resizes_alike(cfg: ViTConfig) -> bool:
@@ -73,8 +72,7 @@ def write_timm(encoder: VisionTransformer, folder: Path) -> None:
         "num_features": cfg.embed_dim,
         "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": [3, cfg.image_size, cfg.image_size], "fixed_input_size": False, "num_classes": 0,
-            "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "interpolation": "bicubic",
+            **encoder.transform.timm(), "fixed_input_size": False, "num_classes": 0,
             "first_conv": "patch_embed.proj", "classifier": "head",
         },
     }  # fmt: skip
@@ -121,7 +119,7 @@ def hf_state(encoder: VisionTransformer) -> dict[str, Tensor]:
 
 
 def write_hf(encoder: VisionTransformer, folder: Path) -> None:
-    """A folder for `transformers.AutoModel.from_pretrained(FOLDER)`: Dinov2WithRegisters, or Dinov2 without them."""
+    """A folder for transformers' `AutoModel`, `AutoImageProcessor` and `pipeline`: Dinov2WithRegisters, or Dinov2."""
     cfg = encoder.cfg
     _refuse_unlike(encoder, "transformers")
     if cfg.layer_scale is None:
@@ -143,6 +141,7 @@ def write_hf(encoder: VisionTransformer, folder: Path) -> None:
     if registers:
         config["num_register_tokens"] = cfg.num_registers
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / PREPROCESSOR).write_text(json.dumps(encoder.transform.transformers(), indent=2) + "\n")
     _save(hf_state(encoder), folder)
 
 

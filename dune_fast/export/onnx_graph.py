@@ -7,6 +7,7 @@ the grid is the table's own, so every size is computed as by `dune_fast.nn.vit`.
 Input: `images` [batch, 3, height, width], float32, ImageNet-normalised, height and width multiples of the patch size.
 Outputs: `x_norm_clstoken` [batch, D], `x_norm_regtokens` [batch, R, D] (if there are registers), `x_norm_patchtokens`
 [batch, N, D], `x_prenorm` [batch, 1 + R + N, D].
+Metadata (`metadata_props`): `preprocessing`, how images become the input, and `vit_config`, both JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 from dune_fast.export.check import ExportError, Reader
 from dune_fast.nn.block import LAYER_NORM_EPS, Block
 from dune_fast.nn.vit import VisionTransformer
-from teachers.architecture import ARCHITECTURE
+from teachers.architecture import ARCHITECTURE, PREPROCESSING
 
 FILE = "encoder.onnx"
 OPSET = 20  # the first with Gelu; onnxruntime has it since 1.17
@@ -184,7 +185,9 @@ def build_graph(encoder: VisionTransformer) -> Any:
     )  # fmt: skip
     opsets = [onnx.helper.make_opsetid("", OPSET)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="dune_fast")
-    onnx.helper.set_model_props(model, {ARCHITECTURE: json.dumps(asdict(cfg))})
+    onnx.helper.set_model_props(
+        model, {ARCHITECTURE: json.dumps(asdict(cfg)), PREPROCESSING: encoder.transform.as_json()}
+    )
     onnx.checker.check_model(model, full_check=True)
     return model
 

@@ -3,48 +3,54 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.export.check import ExportError, Reader, encoder_outputs
 from dune_fast.load import DistilledModel
-from dune_fast.nn.projectors import TransformerProjector
+from dune_fast.nn.projectors import ProjectorConfig, TransformerProjector
+from dune_fast.nn.student import Student
+from dune_fast.nn.vit import ViTConfig
 from dune_fast.released import load_released
+from teachers.containers import read_container
+from teachers.dune import ARCHITECTURES, ENCODER_OPTIONS, PROJECTOR_OPTIONS
+from teachers.weights import check_fit, compare
 
 FILE = "dune.pth"
 
-ARCHITECTURES = {
-    (192, 12, 3): "vit_tiny",
-    (384, 12, 6): "vit_small",
-    (768, 12, 12): "vit_base",
-    (1024, 24, 16): "vit_large",
-}
-"""(channels, blocks, heads) -> name; the container gives the name alone."""
+NAMES = {sizes: name for name, sizes in ARCHITECTURES.items()}
+TEACHERS = ("dino2reg_vitlarge_14", "mast3r_vitlarge_16", "multihmr_vitlarge_14_672")
+"""Teachers that the published loader knows; whole models of others it reads once they are added to its list."""
 
 
 def published_state(model: DistilledModel) -> dict[str, Tensor]:
     """All tensors by their published names: a chunk index 0 before the encoder's block index, a mask token of zeros."""
     encoder = {key.replace("blocks.", "blocks.0."): value for key, value in model.encoder.state_dict().items()}
-    encoder["mask_token"] = torch.zeros(1, model.encoder.cfg.embed_dim)
+    encoder["mask_token"] = torch.zeros_like(encoder["cls_token"][0])
     parts = {
         "encoder": encoder,
         "projectors": model.student.projectors.state_dict(),
         "teacher_norms": model.statistics.state_dict(),
     }
-    return {f"{part}.{key}": value.detach().cpu() for part, state in parts.items() for key, value in state.items()}
+    return {f"{part}.{key}": value.detach() if value.is_meta else value.detach().cpu() for part, state in parts.items() for key, value in state.items()}
 
 
-def _architecture(model: DistilledModel) -> tuple[str, int]:
-    """The encoder's published name and the projectors' heads; ExportError if the container cannot say this model."""
+def _refuse_unlike(model: DistilledModel) -> None:
+    """ExportError if the container cannot say this model, or its published loader would read another one."""
     cfg = model.encoder.cfg
     sizes = cfg.embed_dim, cfg.depth, cfg.num_heads
+    projectors = list(model.student.projectors.values())
+    transformers = all(isinstance(p, TransformerProjector) for p in projectors)
     demands = {
         "features standardized per channel (standardization.convention=dune or unic)": model.statistics.convention
         != "phi_s",
-        f"one of the encoders {', '.join(ARCHITECTURES.values())} (this one has {cfg.embed_dim} channels, {cfg.depth} "
-        f"blocks, {cfg.num_heads} heads)": sizes in ARCHITECTURES,
+        f"one of the encoders {', '.join(ARCHITECTURES)} (this one has {cfg.embed_dim} channels, {cfg.depth} "
+        f"blocks, {cfg.num_heads} heads)": sizes in NAMES,
         "GELU's MLP of ratio 4": cfg.mlp_ratio == 4
         and all(hasattr(block.mlp, "fc1") for block in model.encoder.blocks),
         "LayerScale": cfg.layer_scale is not None,
@@ -53,29 +59,64 @@ def _architecture(model: DistilledModel) -> tuple[str, int]:
         and cfg.final_norm,
         "positions interpolated with the offset 0.1, without antialias": cfg.interpolate_offset == 0.1
         and not cfg.interpolate_antialias,
-        "transformer projectors of one block with LayerScale (projector=tp)": all(
-            isinstance(p, TransformerProjector) and len(p.blocks) == 1 and hasattr(p.blocks[0].ls1, "gamma")
-            for p in model.student.projectors.values()
+        "transformer projectors (projector=tp)": transformers,
+        "projectors of blocks with LayerScale and an MLP of ratio 4": transformers
+        and all(
+            hasattr(block.ls1, "gamma") and block.mlp.fc1.out_features == 4 * cfg.embed_dim
+            for p in projectors
+            for block in p.blocks
         ),
+        f"projectors with as many attention heads as the encoder ({cfg.num_heads}), which its loader takes for granted "
+        "(projector.num_heads: null)": transformers
+        and all(block.attn.num_heads == cfg.num_heads for p in projectors for block in p.blocks),
     }
     for what, given in demands.items():
         if not given:
             raise ExportError(f"DUNE's published container needs {what}: export this run to safetensors instead")
-    (heads,) = {p.blocks[0].attn.num_heads for p in model.student.projectors.values()}
-    return ARCHITECTURES[sizes], heads
 
 
 def write_dune(model: DistilledModel, folder: Path, step: int = 0) -> None:
-    """Writes `dune.pth`: {"model", "args", "iter"}; its only type besides torch's is argparse.Namespace."""
-    name, heads = _architecture(model)
+    """Writes `dune.pth`: {"model", "args", "iter", "preprocessing"}; its only type besides torch's is a Namespace.
+
+    The published loader builds encoder and projectors from `args` alone, so they hold every option.
+    """
+    _refuse_unlike(model)
+    cfg = model.encoder.cfg
+    (blocks,) = {len(p.blocks) for p in model.student.projectors.values()}
+    layers = {"layerscale_init": cfg.layer_scale, "qkv_bias": True, "ln_affine": True}
     args = argparse.Namespace(
-        image_size=model.encoder.cfg.image_size,
-        enc_args={"arch": name},
-        proj_args={"num_heads": heads},
+        image_size=cfg.image_size,
+        enc_args={
+            "arch": NAMES[cfg.embed_dim, cfg.depth, cfg.num_heads], "patch_size": cfg.patch_size,
+            "num_register_tokens": cfg.num_registers, **layers,
+        },
+        proj_args={"num_blocks": blocks, "num_heads": cfg.num_heads, "scale": 1.0, **layers},
         teachers=model.teachers,
         dune_args="{'last_enc_norm': False}",
-    )
-    torch.save({"model": published_state(model), "args": args, "iter": step}, folder / FILE)
+    )  # fmt: skip
+    preprocessing = asdict(model.encoder.transform)
+    content = {"model": published_state(model), "args": args, "iter": step, "preprocessing": preprocessing}
+    torch.save(content, folder / FILE)
+
+
+def built_by_its_loader(args: argparse.Namespace, widths: Mapping[str, tuple[int, Sequence[str]]]) -> dict[str, Tensor]:
+    """Names and shapes of the model that the published loader builds for a container, from its arguments alone.
+
+    Args:
+        args: the container's.
+        widths: teacher -> (channels, token types), which the loader has in a list of its own.
+    """
+    encoder = {**ENCODER_OPTIONS, **args.enc_args, "image_size": args.image_size}
+    projector = {**PROJECTOR_OPTIONS, **args.proj_args}
+    channels, depth, heads = ARCHITECTURES[encoder["arch"]]
+    cfg = ViTConfig(
+        image_size=encoder["image_size"], patch_size=encoder["patch_size"], embed_dim=channels, depth=depth,
+        num_heads=heads, num_registers=encoder["num_register_tokens"], layer_scale=encoder["layerscale_init"],
+    )  # fmt: skip
+    kind = ProjectorConfig(num_blocks=projector["num_blocks"], layer_scale=projector["layerscale_init"])
+    with torch.device("meta"):
+        student = Student(cfg, kind, {name: widths[name] for name in args.teachers})
+        return published_state(DistilledModel(student, TeacherStatistics(dict(widths))))
 
 
 def dune_outputs(model: DistilledModel) -> Reader:
@@ -90,5 +131,18 @@ def dune_outputs(model: DistilledModel) -> Reader:
 
 
 def read_dune(folder: Path) -> Reader:
-    """The container, read as any published one."""
-    return dune_outputs(DistilledModel(*load_released(folder / FILE)).eval())
+    """The container, read as any published one, once the model that its loader would build takes every tensor."""
+    path = folder / FILE
+    content, model = read_container(path), DistilledModel(*load_released(path)).eval()
+    widths = {
+        name: (next(iter(tokens.values())).mean.numel(), list(tokens)) for name, tokens in _by_teacher(model).items()
+    }
+    check_fit(compare(built_by_its_loader(content["args"], widths), content["model"]), "the published model", path)
+    return dune_outputs(model)
+
+
+def _by_teacher(model: DistilledModel) -> dict[str, dict]:
+    found: dict[str, dict] = {}
+    for name, token, normalizer in model.statistics.items():
+        found.setdefault(name, {})[token] = normalizer
+    return found

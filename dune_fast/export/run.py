@@ -14,7 +14,9 @@ from dune_fast.export import TARGETS, foreign, onnx_graph, published
 from dune_fast.export.check import ExportError, Reader, compare, encoder_outputs, sizes
 from dune_fast.load import load_encoder, load_model, locate
 from dune_fast.nn.vit import VisionTransformer
-from teachers.architecture import architecture_metadata
+from teachers.architecture import PREPROCESSING, architecture_metadata
+from teachers.run_files import Manifest, is_checkpoint
+from teachers.weights import folder_weights
 
 _SAFETENSORS = "encoder.safetensors"
 
@@ -31,16 +33,19 @@ class Exported:
     """Largest difference between the independent reader's output and ours, over the output's largest value."""
     every_size: bool
     """Whether other image sizes than the model's own agree too."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the files should know, in sentences."""
 
 
 def export(source: str | os.PathLike, target: str, output: Path | None = None) -> Exported:
     """Writes a trained model in another format and proves it.
 
     Args:
-        source: a run's folder, a file or a published name, as `dune_fast.load_encoder` takes.
+        source: a run's or a checkpoint's folder, a file or a published name, as `dune_fast.load_encoder` takes.
         target: one of TARGETS.
-        output: folder for the files; `export/TARGET` in the run's folder or beside the file, by default. Files of an
-            earlier export are replaced once the new ones have passed.
+        output: folder for the files; `export/TARGET` in the run's folder or beside the file, by default
+            (`export/step_N/TARGET` for a checkpoint). Files of an earlier export are replaced once the new ones have
+            passed.
 
     Raises:
         ExportError: the target cannot express the model, a package is missing, or what the independent library reads
@@ -50,8 +55,7 @@ def export(source: str | os.PathLike, target: str, output: Path | None = None) -
     if target not in TARGETS:
         raise ExportError(f"there is no export target {target!r}; choose one of {', '.join(TARGETS)}")
     path = locate(source)
-    base = path if path.is_dir() else path.parent
-    output = base / "export" / target if output is None else Path(output).expanduser()
+    output = _default_folder(path) / target if output is None else Path(output).expanduser()
     if output.exists() and not output.is_dir():
         raise ExportError(f"{output} is a file; --output names the folder that the export goes to")
     existing = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
@@ -60,7 +64,7 @@ def export(source: str | os.PathLike, target: str, output: Path | None = None) -
     except OSError as error:
         raise ExportError(f"cannot write to {existing} ({error}); choose another folder with --output") from error
     try:
-        difference, every_size = _write_and_compare(path, target, part)
+        difference, every_size, notes = _write_and_compare(path, target, part)
         output.mkdir(parents=True, exist_ok=True)
         files = []
         for written in sorted(part.iterdir()):
@@ -69,16 +73,35 @@ def export(source: str | os.PathLike, target: str, output: Path | None = None) -
         raise ExportError(f"the export to {output} failed: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return Exported(target, tuple(files), difference, every_size)
+    return Exported(target, tuple(files), difference, every_size, notes)
 
 
-def _write_and_compare(path: Path, target: str, part: Path) -> tuple[float, bool]:
-    """(largest relative difference, whether all sizes were compared)."""
+def _default_folder(path: Path) -> Path:
+    """Where exports of a model go. A checkpoint's own folder goes when it is pruned."""
+    if is_checkpoint(path) and path.parent.name == "checkpoints":
+        return path.parents[1] / "export" / path.name
+    return (path if path.is_dir() else path.parent) / "export"
+
+
+def _steps(path: Path) -> int:
+    """Training steps behind a model; 0 where nothing says them."""
+    if not path.is_dir():
+        return 0
+    found = folder_weights(path, "student.safetensors")
+    return Manifest.read(found).step if found.is_dir() else load_config(path / "config.yaml").steps
+
+
+def _write_and_compare(path: Path, target: str, part: Path) -> tuple[float, bool, tuple[str, ...]]:
+    """(largest relative difference, whether all sizes were compared, what to say)."""
+    notes: list[str] = []
     if target == "dune":
         model = load_model(path)
-        step = load_config(path / "config.yaml").steps if path.is_dir() else 0
-        published.write_dune(model, part, step)
+        published.write_dune(model, part, _steps(path))
         encoder, reference = model.encoder, published.dune_outputs(model)
+        if others := [name for name in model.teachers if name not in published.TEACHERS]:
+            notes.append(
+                f"its own code reads the encoder; the whole model once TEACHER_CFG there knows {', '.join(others)}"
+            )
     else:
         encoder = load_encoder(path)
         write = {
@@ -90,8 +113,14 @@ def _write_and_compare(path: Path, target: str, part: Path) -> tuple[float, bool
         write[target](encoder, part)
         reference = _reference(encoder)
     every_size = target not in ("timm", "hf") or foreign.resizes_alike(encoder.cfg)
+    if not every_size:
+        notes.append(
+            f"{target} resizes the position table by size and with antialias, this encoder otherwise: features agree "
+            "at the image size it was trained for, at others they differ slightly"
+        )
     reader = _read_back(target, part)
-    return compare(reader, reference, sizes(encoder, native_only=not every_size), target), every_size
+    difference = compare(reader, reference, sizes(encoder, native_only=not every_size), target)
+    return difference, every_size, tuple(notes)
 
 
 def _reference(encoder: VisionTransformer) -> Reader:
@@ -117,9 +146,10 @@ def _read_back(target: str, part: Path) -> Reader:
 
 
 def write_safetensors(encoder: VisionTransformer, folder: Path) -> None:
-    """Writes `encoder.safetensors`, with the architecture in its metadata."""
+    """Writes `encoder.safetensors`, with architecture and preprocessing in its metadata."""
     state = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-    write_tensors(folder / _SAFETENSORS, state, architecture_metadata(encoder.cfg))
+    metadata = architecture_metadata(encoder.cfg) | {PREPROCESSING: encoder.transform.as_json()}
+    write_tensors(folder / _SAFETENSORS, state, metadata)
 
 
 def read_safetensors_export(folder: Path) -> Reader:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dune_fast.nn.block import LAYER_NORM_EPS, MLP_KINDS, Block, LayerNorm, init_linear, product_dtype, run_blocks
+from dune_fast.nn.dinov2_interface import DINOv2Interface
 from dune_fast.nn.patches import PatchEmbed, SharedPatches
 from kernels.rope2d import grid_positions, rope2d_angles
 
@@ -104,7 +105,7 @@ def resize_positions(
     return torch.cat([table[:, :prefix], patches.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(DINOv2Interface, nn.Module):
     """The encoder.
 
     Tokens that leave `forward_tokens` and `block_outputs` are not normalised: the distillation's projectors take them
@@ -239,40 +240,19 @@ class VisionTransformer(nn.Module):
         cls = tokens[:, 0] if self.cfg.cls_token else None
         return cls, tokens[:, at : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, apply_norm: bool = True) -> dict[str, Tensor]:
         """Features as DINOv2 names them.
+
+        Args:
+            images: [B, 3, H, W], normalised as `transform` does.
+            apply_norm: False gives the tokens before the final norm under the same names, as DUNE's projectors read
+                them.
 
         Returns:
             `x_norm_clstoken` [B, D] (where there is a cls token), `x_norm_regtokens` [B, R, D], `x_norm_patchtokens`
             [B, N, D], `x_prenorm` [B, P + N, D].
         """
         tokens = self.forward_tokens(images)
-        cls, registers, patches = self.split(self.norm(tokens))
+        cls, registers, patches = self.split(self.norm(tokens) if apply_norm else tokens)
         features = {"x_norm_regtokens": registers, "x_norm_patchtokens": patches, "x_prenorm": tokens}
         return features if cls is None else {"x_norm_clstoken": cls, **features}
-
-    def get_intermediate_layers(
-        self,
-        images: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_class_token: bool = False,
-        norm: bool = True,
-    ) -> tuple:
-        """Patch tokens of the last `n` blocks (or of the blocks listed), normed by default.
-
-        Returns:
-            A tuple over blocks of [B, N, D], or [B, D, H/p, W/p] with `reshape`; pairs (patches, cls) with
-            `return_class_token`.
-        """
-        depth = len(self.blocks)
-        blocks = list(range(depth - n, depth)) if isinstance(n, int) else [int(i) for i in n]
-        outputs = self.block_outputs(images, blocks)
-        height, width = self.grid(images)
-        layers = []
-        for i in blocks:
-            cls, _, patches = self.split(self.norm(outputs[i]) if norm else outputs[i])
-            if reshape:
-                patches = patches.transpose(1, 2).unflatten(2, (height, width)).contiguous()
-            layers.append((patches, cls) if return_class_token else patches)
-        return tuple(layers)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dune_fast.engine.config import compose_config
+from dune_fast.engine.config import compose_config, load_config
 from dune_fast.engine.trainer import Trainer
 from dune_fast.engine.warm_start import WarmStartError, warm_start
 from dune_fast.nn.projectors import ProjectorConfig
@@ -69,7 +69,7 @@ def test_every_container_of_an_encoder(kind, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_registers": 0}, "register_tokens is missing"),
+        ({"num_registers": 2}, r"register_tokens has shape \[1, 2, 48\] instead of \[1, 4, 48\]"),
         ({"depth": 1}, "blocks.1.norm1.weight is missing"),
         ({"embed_dim": 24}, "has shape"),
         ({"patch_size": 28}, r"patch_embed.proj.weight has shape \[48, 3, 28, 28\] instead of \[48, 3, 14, 14\]"),
@@ -81,6 +81,56 @@ def test_another_architecture_is_named_and_nothing_changes(changes, words, tmp_p
     with pytest.raises(WarmStartError, match=words):
         warm_start(second, str(tmp_path))
     assert equal(second, student(2))
+
+
+def dinov2_of_timm(tmp_path, registers: int) -> dict:
+    """timm's small DINOv2 for another image size, as its published file."""
+    import timm
+
+    name = f"vit_small_patch14_{'reg4_' if registers else ''}dinov2"
+    model = timm.create_model(name, num_classes=0, depth=2, embed_dim=48, num_heads=3, img_size=84)
+    state = {key: torch.randn_like(value) for key, value in model.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    return state
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_timms_dinov2_is_a_start(registers, tmp_path, caplog):
+    """Positions are resized, registers that it lacks keep their initial weights; both are said."""
+    state, ours, initial = dinov2_of_timm(tmp_path, registers), student(2), student(2)
+    with caplog.at_level("INFO"):
+        warm_start(ours, str(tmp_path))  # the folder, as timm's hub has it
+    encoder = ours.encoder
+    assert "positions resized from 36 to 16 patches" in caplog.text
+    assert ("4 registers drawn, the source has none" in caplog.text) == (registers == 0)
+    expected = state["reg_token"] if registers else initial.encoder.register_tokens
+    assert torch.equal(encoder.register_tokens, expected)
+    assert torch.equal(encoder.blocks[1].attn.qkv.weight, state["blocks.1.attn.qkv.weight"])
+    table = state["pos_embed"] if registers else state["pos_embed"][:, 1:]
+    grid = table.unflatten(1, (6, 6)).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(grid, scale_factor=4.1 / 6, mode="bicubic").flatten(2).transpose(1, 2)
+    torch.testing.assert_close(encoder.pos_embed[:, 1:], resized)
+    first = torch.zeros(1, 1, 48) if registers else state["pos_embed"][:, :1]
+    assert torch.equal(encoder.pos_embed[:, :1], first)
+
+
+def test_registers_that_the_student_lacks_are_refused(tmp_path):
+    dinov2_of_timm(tmp_path, 4)
+    with pytest.raises(WarmStartError, match="register_tokens is not known"):
+        warm_start(student(2, num_registers=0), str(tmp_path))
+
+
+def test_a_run_that_has_not_ended_and_a_checkpoint_are_a_start(finished):
+    """The newest checkpoint has the weights of the finished run; the one before has others."""
+    cfg = load_config(finished / "config.yaml")
+    build = lambda: build_student(cfg.student, cfg.projector, cfg.teacher_features, 9)  # noqa: E731
+    end, newest, before = build(), build(), build()
+    assert warm_start(end, str(finished)) == ["one", "two"]
+    (finished / "student.safetensors").unlink()
+    (finished / "encoder.safetensors").unlink()
+    warm_start(newest, str(finished))
+    warm_start(before, str(finished / "checkpoints" / "step_0000003"))
+    assert equal(newest, end) and not equal(before.encoder, end.encoder)
 
 
 def test_a_source_that_is_not_there_is_named(tmp_path):

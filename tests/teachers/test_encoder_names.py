@@ -1,0 +1,158 @@
+"""An encoder under every spelling of its names; what has no place in it is refused, not dropped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import dune_fast
+from dune_fast.nn.vit import VisionTransformer, ViTConfig
+from teachers.architecture import random_vit_state
+from teachers.config import TeacherConfig
+from teachers.containers import TeacherWeightsError, strip_wrappers
+from teachers.encoder_names import beside_encoder
+from teachers.ensemble import TeacherEnsemble
+from teachers.registry import build_teacher
+from teachers.verify import inspect_file
+
+SMALL = ViTConfig(image_size=56, embed_dim=64, depth=2, num_heads=1)
+STATE = random_vit_state(SMALL, 1)
+IMAGES = torch.randn(1, 3, 84, 70, generator=torch.Generator().manual_seed(0))
+
+
+def features(cfg: ViTConfig, state: dict, images=IMAGES) -> torch.Tensor:
+    encoder = VisionTransformer(cfg).eval()
+    encoder.load_state_dict(state)
+    with torch.no_grad():
+        return encoder(images)["x_prenorm"]
+
+
+def in_blocks(part: str):
+    return lambda key: key.replace("blocks.0.", f"blocks.0.{part}.").replace("blocks.1.", f"blocks.1.{part}.")
+
+
+WRAPPED = {
+    "activation checkpointing": in_blocks("_checkpoint_wrapped_module"),
+    "FSDP": lambda key: "_fsdp_wrapped_module." + in_blocks("_fsdp_wrapped_module")(key),
+    "older FSDP": lambda key: f"_fsdp_wrapped_module._fpw_module.{key}",
+    "both": in_blocks("_fsdp_wrapped_module._checkpoint_wrapped_module"),
+    "compiled blocks": in_blocks("_orig_mod"),
+    "compiled part": lambda key: key.replace(".attn.", ".attn._orig_mod."),
+    "DDP, compiled": lambda key: f"module._orig_mod.{key}",
+    "compiled, DDP": lambda key: f"_orig_mod.module.{key}",
+    "DDP in DDP": lambda key: f"module.module.{key}",
+    "Lightning": lambda key: f"model._orig_mod.{key}",
+    "Lightning with DeepSpeed": lambda key: f"_forward_module.model.{key}",
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_names_of_wrappers_come_off(wrapper, tmp_path):
+    torch.save({"state_dict": {WRAPPED[wrapper](key): value for key, value in STATE.items()}}, tmp_path / "w.pth")
+    loaded = dune_fast.load_encoder(tmp_path / "w.pth").state_dict()
+    assert loaded.keys() == STATE.keys() and all(torch.equal(loaded[key], STATE[key]) for key in STATE)
+
+
+def test_a_tensor_wrapped_and_not_is_refused():
+    with pytest.raises(TeacherWeightsError, match="two tensors a.b, wrapped and not"):
+        strip_wrappers({"a.b": torch.zeros(1), "a._orig_mod.b": torch.ones(1)}, "w.pth")
+
+
+UNKNOWN = [
+    "blocks.0.attn.q_norm.weight", "blocks.1.attn.lora_A.weight", "blocks.0.mlp.norm.bias", "blocks.0.attn.inner.weight",
+    "blocks.1.norm3.weight", "blocks.0.attn.relative_position_bias_table", "storage_tokens", "dist_token",
+    "norm_pre.weight", "rope_embed.periods", "cls_norm.weight", "patch_embed.norm.weight", "pos_embed_spatial",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+@pytest.mark.parametrize("prefix", ["", "encoder.", "module.backbone."])
+def test_a_tensor_that_has_no_place_is_an_error(name, prefix, tmp_path):
+    """Query and key norms, LoRA, other registers: the features would differ by 2 to 66 %."""
+    path = tmp_path / "w.pth"
+    torch.save({prefix + key: value for key, value in {**STATE, name: torch.zeros(64)}.items()}, path)
+    cfg = TeacherConfig(family="dune", weights=str(path), num_features=64)
+    for load in (lambda: dune_fast.load_encoder(path), lambda: build_teacher("a", cfg)):
+        with pytest.raises(TeacherWeightsError, match=f"{name} is not known.*its features would be others"):
+            load()
+    report = inspect_file(path)
+    assert report.unplaced == [name] and not report.sound
+
+
+@pytest.mark.parametrize("family", ["dino", "dinov2", "deit3", "mast3r", "multihmr"])
+def test_no_family_drops_what_it_has_no_place_for(family, tmp_path):
+    rope = {"cls_token": False, "pos_embed": "rope2d"} if family == "mast3r" else {}
+    gain = None if family in ("dino", "mast3r") else 0.1
+    cfg = ViTConfig(image_size=56, embed_dim=64, depth=1, num_heads=1, num_registers=0, layer_scale=gain, **rope)
+    state = {**random_vit_state(cfg, 0), "blocks.0.attn.k_norm.weight": torch.ones(64)}
+    if family == "mast3r":
+        state = {f"enc_{key}"
+                 if key.startswith(("blocks.", "norm.")) else key: value for key, value in state.items()}  # fmt: skip
+    if family == "multihmr":
+        state = {f"backbone.encoder.{key}": value for key, value in state.items()}
+    if family == "deit3":
+        state = {key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for key, v in state.items()}
+    torch.save({"model": state}, tmp_path / "w.pth")
+    cfg = TeacherConfig(family=family, weights=str(tmp_path / "w.pth"), num_features=64)
+    cfg.token_types = ["patch"]
+    with pytest.raises(TeacherWeightsError, match="k_norm.weight is not known"):
+        build_teacher("a", cfg)
+
+
+def test_what_stands_beside_an_encoder_may_be_there(tmp_path):
+    beside = ["head.weight", "heads.0.bias", "fc_norm.weight", "mask_token", "decoder_embed.weight", "decoder_pos_embed",
+              "decoder_blocks.0.norm1.weight", "n_averaged", "something.else", "attn_pool.q.weight"]  # fmt: skip
+    assert all(map(beside_encoder, beside))
+    torch.save({**STATE, **dict.fromkeys(beside, torch.zeros(1))}, tmp_path / "w.pth")
+    loaded = dune_fast.load_encoder(tmp_path / "w.pth").state_dict()
+    assert all(torch.equal(loaded[key], STATE[key]) for key in STATE)
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder.", "backbone."])
+def test_a_plain_safetensors_loads_as_the_same_pth(prefix, tmp_path):
+    state = {prefix + key: value for key, value in STATE.items()}
+    save_file(state, tmp_path / "w.safetensors")
+    torch.save(state, tmp_path / "w.pth")
+    one, other = (dune_fast.load_encoder(tmp_path / f"w.{kind}") for kind in ("pth", "safetensors"))
+    assert one.cfg == other.cfg and torch.equal(one(IMAGES)["x_prenorm"], other(IMAGES)["x_prenorm"])
+    torch.testing.assert_close(one(IMAGES)["x_prenorm"], features(SMALL, STATE))
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("mask", [False, True])
+def test_load_encoder_and_verify_resize_positions_alike(registers, mask, tmp_path):
+    """DINOv2's release with registers, told by its mask token, resizes by size and with antialias; 3.7 % otherwise."""
+    cfg = ViTConfig(image_size=56, embed_dim=64, depth=2, num_heads=1, num_registers=registers)
+    state = random_vit_state(cfg, 1)
+    torch.save({**state, "mask_token": torch.zeros(1, 64)} if mask else state, tmp_path / "w.pth")
+    report, encoder = inspect_file(tmp_path / "w.pth"), dune_fast.load_encoder(tmp_path / "w.pth")
+    assert report.architecture == encoder.cfg and report.sound
+    release = (0.0, True) if registers and mask else (0.1, False)
+    assert (encoder.cfg.interpolate_offset, encoder.cfg.interpolate_antialias) == release
+    cfg = TeacherConfig(family=report.family, weights=str(tmp_path / "w.pth"), num_features=64)
+    teacher = TeacherEnsemble({"a": cfg}, 14)(IMAGES)["a"]["patch"]
+    torch.testing.assert_close(encoder(IMAGES)["x_norm_patchtokens"], teacher)
+    own = dune_fast.load_encoder(tmp_path / "w.pth", interpolate_offset=0.0, interpolate_antialias=False)
+    assert (own.cfg.interpolate_offset, own.cfg.interpolate_antialias) == (0.0, False)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_giant_patch14_reg4_dinov2"])
+def test_dinov2_under_timms_names_computes_what_timm_computes(name, tmp_path):
+    import timm
+
+    options = {"mlp_ratio": 5.5} if "giant" in name else {}
+    model = timm.create_model(
+        name, num_classes=0, depth=2, embed_dim=64, num_heads=1, img_size=56, dynamic_img_size=True, **options
+    ).eval()
+    state = {key: torch.randn_like(value) * 0.05 for key, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    save_file(state, tmp_path / "model.safetensors")
+    encoder = dune_fast.load_encoder(tmp_path)  # the folder, as timm's hub has it
+    with torch.no_grad():
+        theirs = model.forward_features(IMAGES)
+        cls, registers, patches = encoder.split(encoder.norm(encoder(IMAGES)["x_prenorm"]))
+    ours = torch.cat([cls[:, None], registers, patches], dim=1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    report = inspect_file(tmp_path)
+    assert report.family == "dinov2" and report.sound and not report.fit.surplus
