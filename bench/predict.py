@@ -448,11 +448,12 @@ def launch_table(predictions: Sequence[Prediction]) -> Table:
             table.add_row(line.kernel, case, line.error)
             continue
         work, found = line.work, line.limits
+        doubt = " **" if work.unknown_loops else " *" if work.unknown else ""
         table.add_row(
             line.kernel, case, str(work.registers), f"{found.occupancy * WARPS:.0f}", f"{found.waves:.1f}",
             f"{found.in_flight / 1024:.0f} of {found.needed / 1024:.0f}", "{}/{}".format(*work.widths),
             f"{work.bytes / 1e6:.1f}", f"{work.requested:.2f}x", *(f"{found.by[name]:.1f}" for name in _BY),
-            f"{found.us:.1f}", f"{found.percent:.0f}", found.limit + (" **" if work.unknown_loops else " *" if work.unknown else ""),
+            f"{found.us:.1f}", f"{found.percent:.0f}", found.limit + doubt,
         )  # fmt: skip
     return table
 
