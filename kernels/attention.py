@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.cpu import MULTIPLIES_BF16
+from kernels.library import use_triton
 
 BACKENDS = ("auto", "flash_attn", "flash", "cudnn", "efficient", "math")
 
@@ -59,8 +60,8 @@ def _faster_in_float32(qkv: Tensor) -> bool:
     EPYC with AVX2: 34 / 92 / 207 ms, 13 / 22 / 46 ms, 16 / 29 / 61 ms. At 69 tokens two cores of a Xeon with AMX took
     16.8 ms in bf16, 4.8 in float32, 6.0 by the formula; its larger sizes are not measured.
     """
-    if qkv.device.type != "cpu" or qkv.dtype not in (torch.float16, torch.bfloat16):
-        return False
+    if qkv.device.type != "cpu" or qkv.dtype not in (torch.float16, torch.bfloat16) or use_triton(qkv):
+        return False  # the last: operations are counted as on a GPU
     return not MULTIPLIES_BF16 or (qkv.requires_grad and torch.is_grad_enabled())
 
 

@@ -53,4 +53,6 @@ def test_compiled_blocks_compute_the_same(recompute):
     model.compile_blocks(backend="aot_eager")
     assert model.state_dict().keys() == student().state_dict().keys()
     for found, expected in zip(outputs_and_gradients(model), outputs_and_gradients(student()), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        # another order of sums: what cancels in a gradient is off by the rounding of its largest values
+        scale = max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * scale)
