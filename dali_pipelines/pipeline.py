@@ -35,8 +35,8 @@ def import_dali():
     except ImportError as error:
         raise DataError(
             "images are decoded with NVIDIA DALI, which cannot be imported "
-            f"({error}); install it with: pip install 'dune-fast[dali]' (CUDA 13, also for machines without a GPU) "
-            "or 'dune-fast[dali-cuda12]'"
+            f"({error}); install it with: pip install nvidia-dali-cuda130 (CUDA 13, also for machines without a GPU) "
+            "or nvidia-dali-cuda120 (CUDA 12)"
         ) from error
     return dali
 

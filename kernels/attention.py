@@ -70,7 +70,7 @@ def resolve_backend(backend: str, qkv: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "flash_attn" and not FLASH_ATTN_INSTALLED:
-        raise ValueError("attention backend 'flash_attn' needs the package flash-attn: pip install 'dune-fast[flash]'")
+        raise ValueError("attention backend 'flash_attn' needs the package flash-attn: pip install flash-attn")
     if backend == "cudnn" and torch.are_deterministic_algorithms_enabled():
         raise ValueError("attention backend 'cudnn' is not deterministic; choose auto, flash or flash_attn")
     half = qkv.dtype in (torch.float16, torch.bfloat16)

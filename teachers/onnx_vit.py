@@ -84,7 +84,7 @@ def encoder_of(path: Path) -> dict[str, Tensor]:
         import onnx
         from google.protobuf.message import DecodeError
     except ImportError as error:
-        raise TeacherWeightsError(f"reading {path} needs the package onnx: pip install 'dune-fast[demo]'") from error
+        raise TeacherWeightsError(f"reading {path} needs the package onnx: pip install onnx") from error
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except (DecodeError, OSError) as error:

@@ -152,7 +152,7 @@ def read_hf(folder: Path) -> Reader:
         from transformers import AutoModel
     except ImportError as error:
         raise ExportError(
-            f"the hf export is compared with the package transformers ({error}): pip install 'dune-fast[export]'"
+            f"the hf export is compared with the package transformers ({error}): pip install transformers"
         ) from error
     with _quiet():
         model, loading = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)

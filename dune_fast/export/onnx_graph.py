@@ -156,7 +156,7 @@ def build_graph(encoder: VisionTransformer) -> Any:
         import onnx
     except ImportError as error:
         raise ExportError(
-            f"the onnx export needs the package onnx ({error}): pip install 'dune-fast[export]'"
+            f"the onnx export needs the package onnx ({error}): pip install onnx"
         ) from error
     cfg = encoder.cfg
     _refuse(encoder)
@@ -215,7 +215,7 @@ def read_onnx(folder: Path) -> Reader:
         import onnxruntime
     except ImportError as error:
         raise ExportError(
-            f"the onnx export is compared with the package onnxruntime ({error}): pip install 'dune-fast[export]'"
+            f"the onnx export is compared with the package onnxruntime ({error}): pip install onnxruntime"
         ) from error
     session = onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]

@@ -141,5 +141,5 @@ def test_failure_that_is_not_the_images_fault_blames_none(photo, monkeypatch):
 
 def test_missing_dali_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(DataError, match=r"pip install 'dune-fast\[dali\]'"):
+    with pytest.raises(DataError, match=r"pip install nvidia-dali-cuda130"):
         import_dali()

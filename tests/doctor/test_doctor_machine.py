@@ -148,7 +148,7 @@ def test_dali_that_is_missing_or_decodes_wrong_is_a_failure(monkeypatch):
     assert finding.status == FAIL and "nvJPEG" in finding.text and "trace" not in finding.text
 
     def missing():
-        raise DataError("DALI cannot be imported (no module); install it with: pip install 'dune-fast[dali]'")
+        raise DataError("DALI cannot be imported (no module); install it with: pip install nvidia-dali-cuda130")
 
     monkeypatch.setattr(pipeline, "import_dali", missing)
     finding = machine.dali()
