@@ -78,6 +78,11 @@ def read_container(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise _unsafe(path, str(error)) from error
     except Exception as error:  # a hostile pickle can make the reader fail in any way
+        if "TorchScript" in str(error):
+            raise TeacherWeightsError(
+                f"{path} is a TorchScript archive, which is a program; where it was made, save the weights alone: "
+                "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
+            ) from error
         raise damaged(path, error) from error
     if not isinstance(content, dict):
         raise TeacherWeightsError(f"{path} holds a {type(content).__name__}, not a checkpoint's dictionary")
