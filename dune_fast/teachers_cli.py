@@ -145,8 +145,8 @@ def verify(args: argparse.Namespace) -> int:
     write(f"{report.path}: {report.container}, {report.tensors} tensors, {report.values:,} values\n")
     if report.family is None:
         write(
-            "of no known family: no teacher by its tensors' names. If timm has the model, name it: --model NAME; an own "
-            "network is a teacher of the family module\n"
+            "of no known family: no teacher by its tensors' names. If timm has the model, name it: --model NAME; an "
+            "own network is a teacher of the family module\n"
         )
         return 1
     write(f"family: {report.family}\n")
@@ -156,7 +156,8 @@ def verify(args: argparse.Namespace) -> int:
         write(f"model: {cfg.model}{', or with the same tensors: ' if others else ''}{', '.join(others)}\n")
         size = "" if cfg.image_size is None else f", images of {cfg.image_size} px"
         write(
-            f"  patches of {cfg.patch_size} px, {cfg.num_features} channels, tokens {', '.join(cfg.token_types)}{size}\n"
+            f"  patches of {cfg.patch_size} px, {cfg.num_features} channels, "
+            f"tokens {', '.join(cfg.token_types)}{size}\n"
             f"  mean {list(cfg.mean)}, std {list(cfg.std)}: those of timm's first weights of this model\n"
             f"as a teacher: '+teachers.NAME=timm:{cfg.model}@{report.path}'\n"
         )

@@ -1,8 +1,9 @@
 """Weight files of every kind, read without running anything in them.
 
 `torch.save` archives go through `torch.load(weights_only=True)` with the allow-list of `teachers.safe_types`; a file
-that needs another type is refused by name. Before a byte is unpacked, an archive's members, their names and their unpacked size are
-checked; so is the header of a safetensors file. Every way in which a file can be wrong ends in one sentence.
+that needs another type is refused by name. Before a byte is unpacked, an archive's members, their names and their
+unpacked size are checked; so is the header of a safetensors file. Every way in which a file can be wrong ends in one
+sentence.
 """
 
 from __future__ import annotations
@@ -78,6 +79,11 @@ def read_container(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise _unsafe(path, str(error)) from error
     except Exception as error:  # a hostile pickle can make the reader fail in any way
+        if "TorchScript" in str(error):
+            raise TeacherWeightsError(
+                f"{path} is a TorchScript archive, which is a program; where it was made, save the weights alone: "
+                "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
+            ) from error
         raise damaged(path, error) from error
     if not isinstance(content, dict):
         raise TeacherWeightsError(f"{path} holds a {type(content).__name__}, not a checkpoint's dictionary")
@@ -93,8 +99,8 @@ def _unsafe(path: Path, reason: str) -> TeacherWeightsError:
         )
     if "Unsupported operand" in reason:
         return TeacherWeightsError(
-            f"{path} was saved with another pickle protocol than torch.save's own, 2, or is damaged; where it was made, "
-            "save it again without `pickle_protocol`"
+            f"{path} was saved with another pickle protocol than torch.save's own, 2, or is damaged; where it was "
+            "made, save it again without `pickle_protocol`"
         )
     found = re.search(r"WeightsUnpickler error: ([^\n]*)", reason)
     return damaged(path, found[1].rstrip() if found else "its pickle is not that of plain data")

@@ -59,7 +59,7 @@ def inspect_file(path: Path | str, num_heads: int | None = None, model: str = ""
     """Reads a file as a run would and says what is in it.
 
     Args:
-        path: a published container, a safetensors file, a file of timm's, or what `teachers.weights.weights_path` takes.
+        path: a published container, a safetensors file, a file of timm's, or the folder of a run or a checkpoint.
         num_heads: attention heads, where neither container nor convention (channels / 64) gives them.
         model: the model of timm that it is of; found by its tensors where no name is given.
 

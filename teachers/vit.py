@@ -141,7 +141,9 @@ class ViTTeacher(Teacher):
         return cls.read_content(read_container(path), path, cfg)
 
     @classmethod
-    def read_content(cls, content: Mapping[str, Any], path: Path, cfg: TeacherConfig) -> tuple[ViTConfig, dict[str, Tensor]]:
+    def read_content(
+        cls, content: Mapping[str, Any], path: Path, cfg: TeacherConfig
+    ) -> tuple[ViTConfig, dict[str, Tensor]]:
         """As `read_file`, of a container that is read already."""
         state = cls.completed(cls.convert(container_state(content, path), path), content, path)
         if (stored := stored_architecture(path)) is not None:

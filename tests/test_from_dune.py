@@ -35,7 +35,8 @@ def test_a_command_of_the_page(command):
 def test_the_overrides_of_the_table_compose_alone_and_together():
     table = PAGE.partition("## Runs")[2].partition("## Scalars")[0]
     cells = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ")][1:]
-    found = [code for cell in cells for code in re.findall(r"`([^`]+)`", cell) if re.fullmatch(r"[a-z_.0-9]+=\S+", code)]
+    codes = [code for cell in cells for code in re.findall(r"`([^`]+)`", cell)]
+    found = [code for code in codes if re.fullmatch(r"[a-z_.0-9]+=\S+", code)]
     assert len(found) > 40
     usable = [code for code in found if code not in ("student_weights=FILE",)]
     groups = [code for code in usable if "." not in code.partition("=")[0] and code.startswith(("student=", "data="))]

@@ -162,5 +162,6 @@ def test_hub_has_every_published_model_twice(hub, container, monkeypatch, tmp_pa
 def test_the_package_stays_light():
     code = "import sys, dune_fast; assert not {'hydra', 'timm', 'transformers', 'deepspeed'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert {"load_encoder", "load_model", "__version__"} <= set(dir(dune_fast))
     with pytest.raises(AttributeError, match="load_nothing"):
         dune_fast.load_nothing  # noqa: B018

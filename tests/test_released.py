@@ -106,7 +106,8 @@ def published(options: dict, enc_args: dict | None = None) -> dict:
             [state.pop(key) for key in list(state) if key.endswith("gamma")]
     model = {f"module.encoder.{k.replace('blocks.', 'blocks.0.')}": v for k, v in encoder.items()}
     model |= {f"module.projectors.a.{k}": v for k, v in projector.items()}
-    model |= {f"module.teacher_norms.a.normalizers.{t}.{s}": torch.ones(24) for t in ("cls", "patch") for s in ("mean", "std")}
+    norms = [f"{token}.{kind}" for token in ("cls", "patch") for kind in ("mean", "std")]
+    model |= {f"module.teacher_norms.a.normalizers.{name}": torch.ones(24) for name in norms}
     model["module.encoder.mask_token"] = torch.zeros(1, dim)
     args = argparse.Namespace(
         image_size=28, enc_args=enc_args or {}, proj_args={**options, "num_heads": 1}, teachers=["a"],

@@ -25,7 +25,7 @@ from teachers.assets import cache_dir
 from teachers.config import TeacherConfig
 from teachers.registry import family_class
 from teachers.vit import ViTTeacher
-from teachers.weights import RANDOM
+from teachers.weights import RANDOM, weights_path
 
 _INDEX_SECONDS = 30.0
 """For all datasets together: to list twenty million files takes longer."""
@@ -55,6 +55,13 @@ def teacher(name: str, cfg: TeacherConfig) -> Finding:
         cure = f"dune-fast fetch {cfg.weights.removeprefix('asset:').partition('/')[0]}"
         return Finding(title, WARN, f"{cfg.weights} will be fetched when a run starts", cure)
     path = Path(cfg.weights).expanduser()
+    if path.is_dir():  # of a run or a checkpoint
+        try:
+            path = weights_path(cfg.weights)
+        except ValueError as error:
+            return Finding(title, FAIL, str(error), "let the run come to a checkpoint, or correct its `weights`")
+        if path.is_dir():
+            return Finding(title, OK, f"{path}, a checkpoint (`dune-fast teachers verify` reads it)")
     if not path.is_file():
         return Finding(title, FAIL, f"there is no file {path}", f"{_fetching(cfg)}; DUNE_FAST_WEIGHTS names the folder")
     if not os.access(path, os.R_OK):

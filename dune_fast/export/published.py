@@ -37,7 +37,8 @@ def published_state(model: DistilledModel) -> dict[str, Tensor]:
         "projectors": model.student.projectors.state_dict(),
         "teacher_norms": model.statistics.state_dict(),
     }
-    return {f"{part}.{key}": value.detach() if value.is_meta else value.detach().cpu() for part, state in parts.items() for key, value in state.items()}
+    named = {f"{part}.{key}": value.detach() for part, state in parts.items() for key, value in state.items()}
+    return {key: value if value.is_meta else value.cpu() for key, value in named.items()}
 
 
 def _refuse_unlike(model: DistilledModel) -> None:

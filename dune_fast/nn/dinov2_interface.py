@@ -16,7 +16,7 @@ class DINOv2Interface:
     """Methods and properties of a `VisionTransformer`."""
 
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Channel means of the images in [0, 1] that the weights were trained on; ImageNet's unless a loader says others."""
+    """Channel means of the images in [0, 1] that the weights were trained on; ImageNet's unless a loader says else."""
     std: tuple[float, float, float] = IMAGENET_STD
     """See `mean`."""
 
@@ -93,8 +93,8 @@ class DINOv2Interface:
         few = isinstance(n, int) and not 1 <= n <= depth
         if few or not len(asked) or any(not -depth <= i < depth for i in asked):
             raise ValueError(
-                f"layers {n if isinstance(n, int) else list(asked)} of an encoder with {depth} blocks: give a number of "
-                f"last blocks from 1 to {depth}, or indices from 0 to {depth - 1} (-1 to -{depth} from the end)"
+                f"layers {n if isinstance(n, int) else list(asked)} of an encoder with {depth} blocks: give a number "
+                f"of last blocks from 1 to {depth}, or indices from 0 to {depth - 1} (-1 to -{depth} from the end)"
             )
         blocks = [i % depth for i in asked]
         outputs = self.block_outputs(images, blocks)

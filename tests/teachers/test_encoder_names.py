@@ -60,7 +60,8 @@ def test_a_tensor_wrapped_and_not_is_refused():
 
 
 UNKNOWN = [
-    "blocks.0.attn.q_norm.weight", "blocks.1.attn.lora_A.weight", "blocks.0.mlp.norm.bias", "blocks.0.attn.inner.weight",
+    "blocks.0.attn.q_norm.weight", "blocks.1.attn.lora_A.weight", "blocks.0.mlp.norm.bias",
+    "blocks.0.attn.inner.weight",
     "blocks.1.norm3.weight", "blocks.0.attn.relative_position_bias_table", "storage_tokens", "dist_token",
     "norm_pre.weight", "rope_embed.periods", "cls_norm.weight", "patch_embed.norm.weight", "pos_embed_spatial",
 ]  # fmt: skip
@@ -101,7 +102,8 @@ def test_no_family_drops_what_it_has_no_place_for(family, tmp_path):
 
 
 def test_what_stands_beside_an_encoder_may_be_there(tmp_path):
-    beside = ["head.weight", "heads.0.bias", "fc_norm.weight", "mask_token", "decoder_embed.weight", "decoder_pos_embed",
+    beside = ["head.weight", "heads.0.bias", "fc_norm.weight", "mask_token", "decoder_embed.weight",
+              "decoder_pos_embed",
               "decoder_blocks.0.norm1.weight", "n_averaged", "something.else", "attn_pool.q.weight"]  # fmt: skip
     assert all(map(beside_encoder, beside))
     torch.save({**STATE, **dict.fromkeys(beside, torch.zeros(1))}, tmp_path / "w.pth")

@@ -113,6 +113,14 @@ def test_what_is_refused_says_what_and_how_to_convert_it(value, options, words, 
     assert "weights_only" not in text and "safe_globals" not in text and "\n" not in text
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_torchscript_archive_says_how_to_convert_it(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "w.pt")
+    with pytest.raises(TeacherWeightsError, match=r"TorchScript archive.*torch.jit.load\(FILE\).state_dict") as caught:
+        read_container(tmp_path / "w.pt")
+    assert "weights_only" not in str(caught.value)
+
+
 class Built:
     """Pickles into a call with a state."""
 

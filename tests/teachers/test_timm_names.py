@@ -87,7 +87,7 @@ def test_a_teacher_by_its_name_in_timm(tmp_path, monkeypatch):
 
 
 def test_a_name_that_timm_does_not_know():
-    with pytest.raises(ConfigError, match="teachers.a.model is 'vit_base_patch16_siglip_225', which timm does not know"):
+    with pytest.raises(ConfigError, match="teachers.a.model is 'vit_base_patch16_siglip_225', which timm does not"):
         compose_config(["experiment=tiny_cpu", "+teachers.a=timm:vit_base_patch16_siglip_225"])
     with pytest.raises(ConfigError, match=r"\+teachers.NAME=timm:MODEL@FILE"):
         compose_config(["experiment=tiny_cpu", "+teachers.a={family: timm}"])
