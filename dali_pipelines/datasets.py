@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import logging
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -22,8 +21,6 @@ from dali_pipelines.shards import ShardImages, is_manifest_folder, open_manifest
 from dali_pipelines.storage import is_url
 
 __all__ = ["DataConfig", "DataError", "Dataset", "DatasetConfig", "Images", "index_dataset", "index_datasets"]
-
-logger = logging.getLogger(__name__)
 
 Images = PathList | ShardImages
 """The images of a split: a sequence of names, with `relative`, `locate`, `size` and `select`."""
@@ -95,7 +92,7 @@ class DataConfig:
     flip_probability: float = 0.5
     """Of a horizontal flip."""
     colour: bool = True
-    """Whether colours are augmented at all: jitter, grayscale, blur and solarize. False leaves the crop and the flip."""
+    """Whether colours are augmented: jitter, grayscale, blur and solarize. False leaves the crop and the flip."""
     jitter_probability: float = 0.8
     """Of the colour jitter; the next four are its strengths, as in torchvision's ColorJitter."""
     brightness: float = 0.4
@@ -225,14 +222,10 @@ def index_datasets(config: DataConfig) -> list[Dataset]:
     trained_on = [name for name in sorted(config.datasets) if not config.datasets[name].evaluation_only]
     if not trained_on:
         raise DataError(
-            f"there is nothing to train on: evaluation_only=true for {', '.join(sorted(config.datasets))}; take it back "
-            "for a dataset of data.datasets, or add one"
+            f"there is nothing to train on: evaluation_only=true for {', '.join(sorted(config.datasets))}; "
+            "take it back for a dataset of data.datasets, or add one"
         )
-    datasets = [index_dataset(name, config.datasets[name]) for name in trained_on]
-    for dataset in datasets:
-        if contents := dataset.contents():
-            logger.info("dataset %s: %s", dataset.name, contents)
-    return datasets
+    return [index_dataset(name, config.datasets[name]) for name in trained_on]
 
 
 def _hash(path: str) -> tuple[bytes, str]:

@@ -6,6 +6,7 @@ device is `stream`'s part.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from dali_pipelines.datasets import DataConfig, DataError, Dataset, index_datase
 from dali_pipelines.order import SampleOrder, rank_slots
 from dali_pipelines.source import ImageSource
 from dali_pipelines.stream import Batch, ImageLoader, Plan
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Batch", "TrainLoader", "ValLoader", "group_weights"]
 
@@ -51,6 +54,9 @@ class TrainLoader(ImageLoader):
         folder: Path | None = None,
     ) -> None:
         datasets = index_datasets(config) if datasets is None else datasets
+        for dataset in datasets:
+            if contents := dataset.contents():
+                logger.info("dataset %s: %s", dataset.name, contents)
         self._slots = rank_slots(global_batch, rank, world_size)
         source = ImageSource(datasets, "train", config, folder, rank)
         super().__init__(config, image_size, global_batch // world_size, device, datasets, source)

@@ -170,12 +170,12 @@ def _decoded(
 
     for start in range(0, len(job.items), _BATCH):
         items = job.items[start : start + _BATCH]
-        read_in = [read(item) for item in items]
-        results = [x if isinstance(x, BrokenImage) else attempt(x, item) for x, item in zip(read_in, items, strict=True)]
+        files = [read(item) for item in items]
+        results = [x if isinstance(x, BrokenImage) else attempt(x, item) for x, item in zip(files, items, strict=True)]
         good = [i for i, result in enumerate(results) if not isinstance(result, BrokenImage)]
         encoded = [np.frombuffer(results[i][0], np.uint8) for i in good]
         for k in decoder.refused(encoded, [results[i][1] for i in good]):
-            results[good[k]] = attempt(read_in[good[k]], items[good[k]], by_pillow=True)
+            results[good[k]] = attempt(files[good[k]], items[good[k]], by_pillow=True)
         yield from zip(items, results, strict=True)
 
 

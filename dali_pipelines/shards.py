@@ -4,7 +4,7 @@ A folder that `dune-fast data shard` has filled holds one dataset:
 
     manifest.json                     what there is: `Manifest`
     train.index, val.index            where every image is: `tar_index`
-    train-000000.tar, ...             members KEY.jpg and KEY.json in the WebDataset convention
+    train-000000.tar, ...             members KEY.jpg (KEY.png where no JPEG is as large) and KEY.json, as WebDataset
     quarantine.jsonl                  images of the source that are broken, one JSON object a line
     records/                          what the shards hold one by one; only needed to go on with the sharding
 
@@ -190,7 +190,7 @@ class ShardImages(Sequence[str]):
                 return member.name
             return json.loads(reader.read(Location(place.path, header_at + _BLOCK, member.size)).tobytes())["path"]
         except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self[index]} has no name in its shard ({error}): the index is not of this file") from error
+            raise DataError(f"{self[index]} has no name in its shard ({error}): the index is another's") from error
 
     def select(self, indices: Iterable[int]) -> ShardImages:
         """Only these images, in this order."""

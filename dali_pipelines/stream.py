@@ -2,8 +2,8 @@
 
 A `Plan` says which images a step holds, with their bytes and their augmentation; a `Decoder` turns it into uint8
 squares; on the consumer's side the colour augmentation runs on the device. A plan is a pure function of its step (and
-of which images are broken), so after a broken image has killed the DALI pipeline the same steps are simply planned
-again without that image.
+of which images are broken), so after an image has killed the DALI pipeline the same steps are simply planned again:
+with that image decoded by Pillow, or without it.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Plan:
     positions: np.ndarray
     group: np.ndarray
     encoded: list[np.ndarray]
+    """What DALI gets, uint8 [length] each, see `images.for_dali`."""
     geometry: Geometry
     colour: ColourParams | None
 
@@ -192,7 +193,7 @@ class ImageLoader(ABC):
             thread.join()
 
     def _decode(self, start: int) -> Iterator[tuple[Plan, Tensor, torch.cuda.Event | None]]:
-        """Plans and decodes step after step, setting broken images aside as they turn up."""
+        """Plans and decodes step after step; images that DALI refuses go to Pillow, broken ones are set aside."""
         decoder = Decoder(self._batch, self.image_size, self.config.num_threads, self.device)
         plans = self._plan_ahead(start)
         pending: deque[Plan] = deque()
@@ -225,7 +226,7 @@ class ImageLoader(ABC):
                     images, event = decoder.receive()
                 except DecodeError as error:
                     failure = None
-                    self._set_broken_aside(decoder, pending, error)
+                    self._handle_refused(decoder, pending, error)
                     again = [self._plan(plan.step) for plan in pending]
                     pending = deque(plan for plan in again if plan.images)
                     fill()
@@ -258,19 +259,20 @@ class ImageLoader(ABC):
             finally:
                 planners.shutdown(wait=True, cancel_futures=True)
 
-    def _set_broken_aside(self, decoder: Decoder, pending: Sequence[Plan], error: DecodeError) -> None:
+    def _handle_refused(self, decoder: Decoder, pending: Sequence[Plan], error: DecodeError) -> None:
+        """Finds the images that DALI refuses: Pillow decodes them from now on, or they are broken."""
         images = [image for plan in pending for image in plan.images]
         encoded = [data for plan in pending for data in plan.encoded]
-        broken = decoder.find_broken(encoded, Geometry.concatenate([plan.geometry for plan in pending]))
-        if not broken:
+        refused = decoder.find_broken(encoded, Geometry.concatenate([plan.geometry for plan in pending]))
+        if not refused:
             raise DataError(
                 f"DALI failed, although every image in flight can be decoded on its own: {error}"
             ) from error
-        for i, reason in broken.items():
+        for i, reason in refused.items():
             try:
                 self._source.refused(*images[i], encoded[i], reason)
-            except BrokenImage as refusal:
-                self._source.quarantine.add(*images[i], str(refusal), refusal.lasting)
+            except BrokenImage as broken:
+                self._source.quarantine.add(*images[i], str(broken), broken.lasting)
 
     def _read(self, image: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]] | BrokenImage:
         """What DALI gets for an image and its size, or why it is broken."""

@@ -31,8 +31,9 @@ def shard(args: argparse.Namespace) -> int:
     """Turns datasets into tar shards (WebDataset) with a binary index and a manifest, one folder a dataset.
 
     Every image is decoded once, as in a run; broken ones are left out and listed in quarantine.jsonl. JPEGs are copied
-    byte for byte, what DALI does not take becomes a JPEG (quality 95, 4:4:4). After an interruption the same command goes on where it
-    was; the result does not depend on the number of workers. Read the shards with data=dune_shards or data=shards.
+    byte for byte, what DALI does not take becomes a JPEG (quality 95, 4:4:4). After an interruption the same command
+    goes on where it was; the result does not depend on the number of workers. Read the shards with data=dune_shards or
+    data=shards.
     """
     from dali_pipelines.sharding import ShardSettings, shard_dataset
 

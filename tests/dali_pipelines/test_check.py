@@ -118,5 +118,8 @@ def test_list_keys_writes_a_list_that_a_dataset_reads(photos, tmp_path, capsys):
     assert check(out, expected_train=24).status == "ok"
     assert cli.main([*command[:-1], str(tmp_path / "no folder" / "list.txt")]) == 2
     assert "give --out a file in a folder that is there" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "keys.pkl").write_bytes(pickle.dumps((str(photos), names)))  # as DUNE's lists; without --prefix
+    assert cli.main(["data", "list-keys", str(tmp_path / "keys.pkl"), "--out", str(out)]) == 0
+    assert out.read_text().splitlines() == [str(photos / name) for name in names]
     (tmp_path / "keys.pkl").write_bytes(b"no pickle")
     assert cli.main(command) == 2

@@ -22,6 +22,7 @@ from dali_pipelines.check import check_dataset  # noqa: E402
 from dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset  # noqa: E402
 from dali_pipelines.errors import BrokenImage  # noqa: E402
 from dali_pipelines.images import SUFFIXES, decode, for_dali, plain_jpeg  # noqa: E402
+from dali_pipelines.loader import TrainLoader  # noqa: E402
 from dali_pipelines.pipeline import Decoder, whole_images  # noqa: E402
 from dali_pipelines.shard_writer import ShardSettings, prepare  # noqa: E402
 
@@ -82,8 +83,8 @@ def bmp(bits: int, compression: int, masks: tuple[int, ...], pixels: bytes, pale
     tables = b"".join(struct.pack("<I", mask) for mask in masks) + palette
     offset = 54 + len(tables)
     header = b"BM" + struct.pack("<IHHI", offset + len(pixels), 0, 0, offset)
-    sizes = struct.pack("<IiiHHIIiiII", 40, WIDTH, HEIGHT, 1, bits, compression, len(pixels), 0, 0, len(palette) // 4, 0)
-    return header + sizes + tables + pixels
+    sizes = struct.pack("<IiiHHIIii", 40, WIDTH, HEIGHT, 1, bits, compression, len(pixels), 0, 0)
+    return header + sizes + struct.pack("<II", len(palette) // 4, 0) + tables + pixels
 
 
 def tiff(samples: np.ndarray, tags: dict[int, int | tuple[int, ...]], planar: bool = False) -> bytes:
@@ -301,7 +302,7 @@ def test_damaged_files_end_no_process():
     assert worst <= 2 and not counts["JPEG refused by DALI alone"], refused
 
 
-def test_all_suffixes_of_images_are_taken_and_others_counted_and_said(photo, tmp_path):
+def test_all_suffixes_of_images_are_taken_and_others_counted_and_said(photo, tmp_path, caplog):
     names = ["a.jpg", "b.jfif", "c.JPE", "d.avif", "e.ppm", "sub/f.jp2", "sub/g.gif", "h.tga"]
     others = ["notes.txt", "more.txt", "film.mp4", "README", "drawing.eps", ".hidden.txt"]
     (tmp_path / "sub").mkdir()
@@ -315,6 +316,8 @@ def test_all_suffixes_of_images_are_taken_and_others_counted_and_said(photo, tmp
     assert index_dataset("d", data.datasets["d"]).contents() == said
     report = check_dataset("d", data)
     assert report.status == "ok" and report.notes == [said] and report.sampled == 8 and not report.broken
+    with caplog.at_level("INFO"), TrainLoader(data, 32, 2, 0, 1, 0, torch.device("cpu")):
+        assert f"dataset d: {said}" in caplog.text
 
 
 def test_suffixes_are_those_of_pillows_images():

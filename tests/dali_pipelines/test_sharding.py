@@ -2,19 +2,24 @@
 
 import io
 import json
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from loader_helpers import damage
 from PIL import Image
 from sharding_helpers import SETTINGS, configured, contents, digests, webdataset
 
 from dali_pipelines.datasets import DatasetConfig, index_dataset
 from dali_pipelines.errors import BrokenImage
-from dali_pipelines.shard_writer import ShardSettings, prepare
+from dali_pipelines.images import plain_jpeg
+from dali_pipelines.pipeline import Decoder
+from dali_pipelines.shard_writer import Item, Job, ShardSettings, Tally, prepare, write_shard
 from dali_pipelines.sharding import shard_dataset
 from dali_pipelines.shards import open_manifest_folder
-from dali_pipelines.storage import Reader
+from dali_pipelines.storage import Location, Reader
 
 BROKEN = {"cut.jpg", "text.jpg", "half.png", "float.tiff"}
 
@@ -160,3 +165,29 @@ def test_larger_images_are_shrunk_to_the_shorter_side(source, turned, expected):
 def test_broken_images_do_not_pass(source, name):
     with pytest.raises(BrokenImage):
         prepare(np.fromfile(source / name, np.uint8), SETTINGS, False)
+
+
+def test_image_that_dali_refuses_is_encoded_anew_or_broken(photos, tmp_path, monkeypatch):
+    """Its bytes were copied, since Pillow could read them, and every run then called it broken."""
+    refused, broken = sorted(photos.iterdir())[3:5]
+    damage(broken, "wrong tables")  # DALI and Pillow refuse it, while its header is that of a plain JPEG
+    really = Decoder.refused
+
+    def refuse(self, encoded, sizes):
+        extra = {i: "refused" for i, data in enumerate(encoded) if data.tobytes() == refused.read_bytes()}
+        return really(self, encoded, sizes) | extra
+
+    monkeypatch.setattr(Decoder, "refused", refuse)
+    items = [Item(i, Location(str(path)), path.name, False) for i, path in enumerate(sorted(photos.iterdir()))]
+    (tmp_path / "out" / "records").mkdir(parents=True)
+    job = Job(tmp_path / "out", "train-000000", "d", SETTINGS, items)
+    record = write_shard(job, Reader(0), Decoder(16, 64, 1, torch.device("cpu")), Tally(get_context("spawn")))
+    assert [(entry["path"], entry["reason"]) for entry in record.broken] == [
+        (broken.name, "broken data stream when reading image file")
+    ]
+    found = contents(tmp_path / "out")
+    for path in photos.iterdir():
+        if path == refused:
+            assert found[path.name][0] != path.read_bytes() and plain_jpeg(found[path.name][0])
+        elif path != broken:
+            assert found[path.name][0] == path.read_bytes()
