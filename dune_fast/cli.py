@@ -134,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_launcher_options(sub)
     sub.set_defaults(run_command=resume)
 
-    sub = commands.add_parser("evaluate", help="evaluate a finished run", description=evaluate.__doc__)
+    sub = commands.add_parser("evaluate", help="evaluate a run", description=evaluate.__doc__)
     sub.add_argument("run", type=Path, help="folder of the run, e.g. runs/demo")
     sub.add_argument("--no-figures", action="store_true", help="numbers only")
     sub.set_defaults(run_command=evaluate)

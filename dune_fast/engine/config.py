@@ -144,8 +144,9 @@ class EvaluationConfig:
     images of every dataset (`held_out/*` in `metrics.jsonl`), k-NN if asked for; the last step has one too. 0 for none.
     The training does not notice."""
     knn_dataset: str = ""
-    """Dataset of `data` whose sub-folders are classes (root/CLASS/.../image): with `every`, its images are classified
-    by their nearest neighbours among the student's cls features (`knn/<dataset>`). Empty for none."""
+    """Dataset of `data` whose sub-folders are classes (root/CLASS/.../image), or shards of such folders: with `every`,
+    its images are classified by their nearest neighbours among the student's cls features (`knn/<dataset>`). Empty for
+    none. `evaluation_only` of the dataset keeps it out of training."""
     knn_images: int = 5000
     """At most so many of its images to search among, and so many to classify."""
     knn_k: int = 20
