@@ -34,8 +34,8 @@ IMAGENET_100 = 100 * 1_281_167
 VARIANTS = (
     "Forward of student and teachers, loss, backward and update, on images that are on the device. *eager*: plain "
     "PyTorch with the published structure, *+compile* under torch.compile. *ours*: this project in bf16, *+lean* with "
-    "a bf16 token stream in the teachers, *+fp8* with FP8 teachers, *+routing* with each teacher on its own images, *+bf16stream* with a bf16 "
-    "token stream in the student, *+stream* with the teachers on a second CUDA stream."
+    "a bf16 token stream in the teachers, *+fp8* with FP8 teachers, *+routing* with each teacher on its own images, "
+    "*+bf16stream* with a bf16 token stream in the student, *+stream* with the teachers on a second CUDA stream."
 )
 MARKS = {True: "met", False: "**missed**", None: "not measured"}
 

@@ -38,7 +38,8 @@ from bench.kernel_cases import (
     select,
 )
 from bench.kernel_results import Row, plot_roofline, write_rows
-from bench.predict import TARGET_PERCENT, launch_table, predict_all, total_table, totals, write_csv
+from bench.predict import predict_all
+from bench.predict_report import TARGET_PERCENT, launch_table, total_table, totals, write_csv
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

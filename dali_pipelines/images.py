@@ -71,7 +71,7 @@ def _plain_frame_size(frame: bytes, has_adobe: bool) -> tuple[int, int] | None:
         return None
     height, width = int.from_bytes(frame[1:3]), int.from_bytes(frame[3:5])
     limit = Image.MAX_IMAGE_PIXELS  # Pillow, which then gets it, refuses more than twice as many
-    return (width, height) if 0 < width * height and (limit is None or width * height <= 2 * limit) else None
+    return (width, height) if width * height > 0 and (limit is None or width * height <= 2 * limit) else None
 
 
 def for_dali(data: np.ndarray, by_pillow: bool = False) -> tuple[np.ndarray, tuple[int, int]]:

@@ -38,9 +38,9 @@ def pickle_paths(path: str | Path) -> tuple[str, list[str]]:
     """
     result = _load(path)
     folder = ""
-    if isinstance(result, _Thing) and len(result.items) == 2 and isinstance(result.items[1], _Thing):
-        if isinstance(result.items[0], str):
-            folder, result = result.items
+    pair = result.items if isinstance(result, _Thing) and len(result.items) == 2 else (None, None)
+    if isinstance(pair[0], str) and isinstance(pair[1], _Thing):
+        folder, result = pair
     found = (result.keys or result.items) if isinstance(result, _Thing) else []
     found = [item.items[0] if isinstance(item, _Thing) and item.items else item for item in found]
     paths = [item for item in found if isinstance(item, str)]

@@ -75,7 +75,7 @@ def _upper_tail(x):
 def gelu(u, DTYPE: tl.constexpr):
     """GELU of float32 values, for a result of type DTYPE; see the header for its error."""
     # beyond 14.5 nothing changes but that infinity times 0 cannot happen; NaN stays NaN
-    if DTYPE == tl.float32:
+    if tl.float32 == DTYPE:
         u = tl.maximum(u, -14.5, propagate_nan=tl.PropagateNan.ALL)
         return 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
     size = tl.minimum(tl.abs(u), 14.5, propagate_nan=tl.PropagateNan.ALL)
@@ -85,7 +85,7 @@ def gelu(u, DTYPE: tl.constexpr):
 @jit
 def _gelu_slope(u, DTYPE: tl.constexpr):
     """The derivative of `gelu`."""
-    if DTYPE == tl.float32:
+    if tl.float32 == DTYPE:
         u = tl.clamp(u, -14.5, 14.5, propagate_nan=tl.PropagateNan.ALL)
         return 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * tl.exp(-0.5 * u * u) * 0.3989422804014327
     size = tl.minimum(tl.abs(u), 14.5, propagate_nan=tl.PropagateNan.ALL)

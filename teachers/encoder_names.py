@@ -84,9 +84,9 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """timm's spelling of DINOv2 to ours: registers, a table without a position for cls, the packed SwiGLU."""
     state = {key.replace("reg_token", "register_tokens"): value for key, value in state.items()}
     table = state.get("pos_embed")
-    if table is not None and table.ndim == 3 and "cls_token" in state and _square(table.shape[1]):
-        if not _square(table.shape[1] - 1):  # cls gets no position
-            state["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
+    has_cls = table is not None and table.ndim == 3 and "cls_token" in state
+    if has_cls and _square(table.shape[1]) and not _square(table.shape[1] - 1):  # cls gets no position
+        state["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
     first, second = (state.get(f"blocks.0.mlp.fc{n}.weight") for n in (1, 2))
     if first is not None and second is not None and second.ndim == 2 and first.shape[0] == 2 * second.shape[1]:
         return {key.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3."): v for key, v in state.items()}

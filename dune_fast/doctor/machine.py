@@ -163,7 +163,7 @@ def dali() -> Finding:
             event.synchronize()
         error = int((images.cpu().int() - torch.tensor([90, 120, 150])).abs().max())
     except RuntimeError as failure:
-        cure = "install the DALI for the driver's CUDA: pip install nvidia-dali-cuda130, or nvidia-dali-cuda120 for CUDA 12"
+        cure = "install the DALI for the driver's CUDA: pip install nvidia-dali-cuda130, or nvidia-dali-cuda120"
         return Finding("dali", FAIL, f"{version} cannot decode on {device.type}: {failure}".splitlines()[0], cure)
     finally:
         decoder.close()

@@ -1,7 +1,7 @@
 """Makes Hydra take what a user writes: text as it stands, and files of the user's own.
 
-Hydra's grammar gives `=`, `,`, brackets and numbers a meaning. A field of type str takes any text, so its value is quoted
-wherever Hydra would refuse it or read something else: a path `/data/a=b`, a name `1.10`.
+Hydra's grammar gives `=`, `,`, brackets and numbers a meaning. A field of type str takes any text, so its value is
+quoted wherever Hydra would refuse it or read something else: a path `/data/a=b`, a name `1.10`.
 """
 
 from __future__ import annotations

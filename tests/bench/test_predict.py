@@ -13,8 +13,10 @@ import torch
 
 from bench.kernel_cases import OPERATIONS, draw_upstream, run_both
 from bench.kernel_results import Row, write_rows
-from bench.predict import DEVICES, Prediction, Work, limits, resident, totals
-from bench.sass import Thread, parse
+from bench.predict import DEVICES, Prediction, Work, limits, resident
+from bench.predict_report import totals
+from bench.sass import parse
+from bench.sass_thread import Thread
 from kernels.launching import recording
 from tests.bench.tiny_kernels import BLOCK, FMAS, PROGRAMS, VALUES
 

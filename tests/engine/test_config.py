@@ -136,21 +136,20 @@ def test_every_free_field_exists():
 
 def test_every_number_has_a_limit():
     """Whoever adds a field says which values make sense; datasets and teachers check their own."""
-    numbers = {
-        name
-        for name, value in flatten(as_dict(compose_config([DEMO]))).items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and not name.startswith(("data.", "teachers."))
-    }
+    values = flatten(as_dict(compose_config([DEMO])))
+    numbers = {name for name, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    numbers = {name for name in numbers if not name.startswith(("data.", "teachers."))}
     assert numbers <= set(LIMITS)
     assert set(LIMITS) <= set(flatten(as_dict(RunConfig())))
 
 
 @pytest.mark.parametrize(
-    "text", ["/data/a=b", "/data/\u732b", "/data/p(1)", "/data/a,b", "/data/a b", "it's", "/a[1]", "{x}", "1.10", "true"]
+    "text", ["/data/a=b", "/data/\u732b", "/p(1)", "/data/a,b", "/data/a b", "it's", "/a[1]", "{x}", "1.10", "true"]
 )
 def test_text_is_taken_as_it_stands(text):
     """Hydra's grammar would refuse it, or make a list, a dictionary or a number of it."""
-    cfg = compose_config([DEMO, f"name={text}", f"data.datasets.natural.root={text}", f"teachers.semantic.weights={text}"])
+    fields = ("name", "data.datasets.natural.root", "teachers.semantic.weights")
+    cfg = compose_config([DEMO, *(f"{field}={text}" for field in fields)])
     assert cfg.name == cfg.data.datasets["natural"].root == cfg.teachers["semantic"].weights == text
     assert compose_config([DEMO, "name='quoted, by hand'"]).name == "quoted, by hand"
 
@@ -174,7 +173,8 @@ def test_own_files_are_found_in_the_current_folder_and_by_the_variable(monkeypat
         (folder / "experiment" / f"{name}.yaml").write_text(text.replace("name: demo", f"name: {name}"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(CONFIGS, str(tmp_path / "else,where"))
-    assert [compose_config([f"experiment={name}"]).name for name in ("here", "there", "demo")] == ["here", "there", "demo"]
+    for name in ("here", "there", "demo"):
+        assert compose_config([f"experiment={name}"]).name == name
     with pytest.raises(ConfigError, match="did you mean here or there"):
         compose_config(["experiment=heere"])
     (tmp_path / "configs" / "experiment" / "demo.yaml").write_text("# other\n")

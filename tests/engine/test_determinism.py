@@ -57,12 +57,11 @@ def test_an_environment_that_asks_for_the_opposite_is_refused(monkeypatch, name,
 
 def test_an_operation_without_a_deterministic_form_is_named_with_its_cure():
     torchs = "{} does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms(True)'."
-    with pytest.raises(NotDeterministicError, match="upsample_bicubic2d_backward_out_cuda has no .*student.image_size"):
-        with explained():
-            raise RuntimeError(torchs.format("upsample_bicubic2d_backward_out_cuda"))
-    with pytest.raises(NotDeterministicError, match="cumsum_cuda_kernel .* Set train.deterministic=false"):
-        with explained():
-            raise RuntimeError(torchs.format("cumsum_cuda_kernel"))
+    resize = "upsample_bicubic2d_backward_out_cuda"
+    with pytest.raises(NotDeterministicError, match=f"{resize} has no .*student.image_size"), explained():
+        raise RuntimeError(torchs.format(resize))
+    with pytest.raises(NotDeterministicError, match="cumsum_cuda_kernel .* train.deterministic=false"), explained():
+        raise RuntimeError(torchs.format("cumsum_cuda_kernel"))
     with pytest.raises(RuntimeError, match="^out of luck$"), explained():
         raise RuntimeError("out of luck")
 

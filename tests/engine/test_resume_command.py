@@ -56,7 +56,8 @@ def test_what_was_said_before_the_folder_was_known_is_in_its_log(tmp_path, handl
     except RuntimeError:
         logging.getLogger("dune_fast").critical("late", exc_info=True)
     early, late, *traceback = (tmp_path / run_log.NAME).read_text().splitlines()
-    assert early.endswith(" INFO early [1]") and late.endswith(" CRITICAL late") and traceback[-1] == "RuntimeError: a bug"
+    assert early.endswith(" INFO early [1]") and late.endswith(" CRITICAL late")
+    assert traceback[-1] == "RuntimeError: a bug"
 
 
 def test_a_folder_that_holds_no_run_is_named(tmp_path, handlers, capsys):

@@ -33,7 +33,7 @@ SAME = {  # written -> read, equal
     "ordered": (collections.OrderedDict(a=np.float64(1)), {"a": 1.0}),
     "counter": (collections.Counter("aab"), {"a": 2, "b": 1}),
     "sets": ((frozenset([1]), {2}), (frozenset([1]), {2})),
-    "time": (datetime.datetime(2024, 5, 6, tzinfo=datetime.timezone.utc),) * 2,
+    "time": (datetime.datetime(2024, 5, 6, tzinfo=datetime.UTC),) * 2,
     "span": (datetime.timedelta(seconds=3),) * 2,
     "numbers": ((decimal.Decimal("1.5"), fractions.Fraction(1, 3), 1 + 2j, 2**80),) * 2,
     "namespaces": (

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from dune_fast import teachers_cli
-from dune_fast.engine.overrides import config_names
 from dune_fast.cli import main
+from dune_fast.engine.overrides import config_names
 from dune_fast.nn.vit import ViTConfig
 from teachers.architecture import random_vit_state
 from teachers.config import TeacherConfig
