@@ -186,7 +186,7 @@ def _add_launcher_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     from dune_fast.engine.launch import set_openmp
-    from dune_fast.run_log import setup_logging
+    from dune_fast.engine.run_log import setup_logging
     from dune_fast.train import explain_system_error, logger, parse_mixed
 
     set_openmp(os.environ)  # of this process, and of the ranks that it launches

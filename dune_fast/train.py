@@ -19,7 +19,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
     sys.path.pop(0)
 
 from dune_fast.engine.overrides import CONFIGS
-from dune_fast.run_log import setup_logging
+from dune_fast.engine.run_log import setup_logging
 
 if TYPE_CHECKING:
     from dune_fast.engine.config import RunConfig

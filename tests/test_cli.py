@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 import dune_fast
-from dune_fast import cli, run_log
+from dune_fast import cli
 from dune_fast.completion import complete_overrides
+from dune_fast.engine import run_log
 from dune_fast.evaluate import run as evaluation
 
 RANK = """
@@ -116,7 +117,7 @@ def test_the_version_and_the_module(capsys):
 
 def test_a_shell_is_offered_experiments_and_fields():
     assert complete_overrides("experiment=dem") == ["experiment=demo"]
-    assert complete_overrides("train.st") == ["train.steps="]
+    assert complete_overrides("train.ste") == ["train.steps="]
     parsers = list(cli.all_commands(next(a for a in cli.build_parser()._actions if a.dest == "command")))
     offered = [action for parser in parsers for action in parser._actions if action.dest == "overrides"]
     assert len(offered) > 5 and all(action.completer is complete_overrides for action in offered)

@@ -29,8 +29,10 @@ class Reports:
 
 def nested(folder, files: dict[str, str], monkeypatch) -> dict[str, tuple[str, str]]:
     """Runs pytest on these files as on a machine without DeepSpeed and DALI."""
-    monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    for package in ("deepspeed", "nvidia.dali"):  # as if they were not installed
+        for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)
     for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)

@@ -21,7 +21,7 @@ from dune_fast.engine.config import ConfigError, RunConfig, dump_config
 from dune_fast.engine.config_identity import refuse_changes
 from dune_fast.engine.container import Manifest
 from dune_fast.engine.memory import checkpoint_bytes
-from dune_fast.run_log import open_run_log
+from dune_fast.engine.run_log import open_run_log
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,8 @@ def open_run(cfg: RunConfig, precision: str, parts: Callable[[], int]) -> int | 
     step, error, *chosen = found
     if error is not None:
         raise error
-    cfg.train.precision, cfg.train.accumulation = chosen
+    if [cfg.train.precision, cfg.train.accumulation] != chosen:  # a frozen configuration has them already
+        cfg.train.precision, cfg.train.accumulation = chosen
     return step
 
 

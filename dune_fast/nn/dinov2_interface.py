@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dune_fast.nn.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from dune_fast.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.nn.preprocessing import Preprocessing
 
 _NO_TABLE_SIZE = 512
 """Side in pixels, about, of images for an encoder without a position table, which would say it: MASt3R's."""

@@ -15,13 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dune_fast.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
+
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-"""Channel means of RGB images in [0, 1]; the student's images are normalised with them."""
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Channel deviations that belong to `IMAGENET_MEAN`."""
 
 
 @dataclass(frozen=True)

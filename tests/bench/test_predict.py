@@ -138,7 +138,7 @@ def test_comparisons_of_64_bits_take_both_halves():
 
 
 def test_an_endless_loop_is_an_error(monkeypatch):
-    monkeypatch.setattr("bench.sass.LIMIT", 1000)
+    monkeypatch.setattr("bench.sass_thread.LIMIT", 1000)
     with pytest.raises(RuntimeError, match="more than 1000 instructions"):
         follow(["BRA 0x0"])
 

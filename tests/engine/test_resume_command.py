@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dune_fast import run_log, train
+from dune_fast import train
+from dune_fast.engine import run_log
 from dune_fast.engine.config import compose_config
 from dune_fast.engine.trainer import Trainer
 

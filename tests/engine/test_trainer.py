@@ -88,7 +88,7 @@ def test_a_folder_with_a_run_is_not_touched_unasked(overrides):
 
 
 def test_an_exploding_loss_stops_the_run_and_keeps_the_last_good_checkpoint(overrides, tmp_path):
-    explosive = [*overrides, "optimizer.lr_per_256=1e9", "train.steps=40"]
+    explosive = [*overrides, "optimizer.lr_per_256=10", "train.max_loss=2", "train.steps=40"]
     with pytest.raises(DivergedError, match="last good checkpoint is step_") as caught:
         train(explosive, "train.log_every=7", "train.checkpoint_every=1")
     kept = checkpoints.complete_steps(tmp_path / "run")

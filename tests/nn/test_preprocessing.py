@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dune_fast.nn.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from dune_fast.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.nn.preprocessing import Preprocessing
 from dune_fast.nn.vit import VisionTransformer, ViTConfig
 
 SIZES = [(100, 80), (60, 131), (56, 56), (30, 40)]

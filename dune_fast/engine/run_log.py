@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,13 @@ class _LineHandler(RichHandler):
 
 
 class _File(logging.FileHandler):
+    def emit(self, record: logging.LogRecord) -> None:
+        """A disk that is full or gone must not stop a run: the terminal has the message anyway."""
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
-        """A disk that is full must not stop a run, nor fill the terminal: what matters is said there anyway."""
+        """Nor fill the terminal with tracebacks."""
 
 
 class RunLog(logging.Handler):
@@ -37,6 +43,8 @@ class RunLog(logging.Handler):
 
     def open(self, folder: Path) -> None:
         """Appends to the folder's log from now on."""
+        if self._file is not None:
+            self._file.close()
         self._file = _File(folder / NAME, delay=True)
         self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         for record in self._early:
