@@ -91,7 +91,7 @@ def _layer_norm_fused(x, y, gamma, weight, bias, eps):
     x, y = flat_rows(x), None if y is None else flat_rows(y)
     _require_float8(x)
     parameters = contiguous(gamma, weight, bias)
-    options = forward_options(x, y, *parameters)
+    options = forward_options(x)
     if y is None and options["num_warps"] > 1:  # 3 bytes an element: the reductions' instructions would take longer
         options["num_warps"] //= 2
     launch(

@@ -156,44 +156,47 @@ def backward_kernel(
         tl.store(sums, tl.sum(total, 0), mask=keep)
 
 
-_FORWARD = "not yet measured: 16 bytes a thread of the widest type; all loads before the first barrier in 32 registers"
-_BACKWARD = "not yet measured: 4 elements a thread keep four sums in 64 registers, which let 32 warps be resident"
+_FORWARD = (
+    "not yet measured: 32 elements a thread, so that four rows share a load of each parameter and the barriers (by "
+    "`bench.kernels --aot sm_90 --predict` with one row a program loads of parameters bind: 57 % of a copy at 768)"
+)
+_BACKWARD = (
+    "not yet measured: 8 elements a thread keep four sums in about 100 registers; two stages copied ahead of the one in use "
+    "(with one ahead the wait for memory binds: 71 % of a copy at 768)"
+)
 _INTERPRETER = "not yet measured: its cost is per program and iteration"
 
 FORWARD = {
     "default": [
-        Launch(256, {"ROWS": 1, "num_warps": 2}, _FORWARD),
-        Launch(512, {"ROWS": 1, "num_warps": 4}, _FORWARD),
-        Launch(1024, {"ROWS": 1, "num_warps": 8}, _FORWARD),
-        Launch(2048, {"ROWS": 1, "num_warps": 16}, _FORWARD),
-        Launch(4096, {"ROWS": 1, "num_warps": 32}, _FORWARD),
+        Launch(256, {"ROWS": 8, "num_warps": 4}, _FORWARD),
+        Launch(512, {"ROWS": 8, "num_warps": 4}, _FORWARD),
+        Launch(1024, {"ROWS": 4, "num_warps": 4}, _FORWARD),
+        Launch(2048, {"ROWS": 2, "num_warps": 4}, _FORWARD),
+        Launch(4096, {"ROWS": 2, "num_warps": 8}, _FORWARD),
     ],
     "interpreter": [Launch(4096, {"ROWS": 8, "num_warps": 4}, _INTERPRETER)],
 }
-"""By channels; ROWS a program, and its warps where float32 is read: see `forward_options`."""
+"""By channels; ROWS a program."""
 BACKWARD = {
     "default": [
-        Launch(256, {"ROWS": 1, "STAGES": 2, "num_warps": 2, "per_processor": 16, "maxnreg": 64}, _BACKWARD),
-        Launch(512, {"ROWS": 1, "STAGES": 2, "num_warps": 4, "per_processor": 8, "maxnreg": 64}, _BACKWARD),
-        Launch(1024, {"ROWS": 1, "STAGES": 2, "num_warps": 8, "per_processor": 4, "maxnreg": 64}, _BACKWARD),
-        Launch(2048, {"ROWS": 1, "STAGES": 2, "num_warps": 16, "per_processor": 2, "maxnreg": 64}, _BACKWARD),
-        Launch(4096, {"ROWS": 1, "STAGES": 2, "num_warps": 32, "per_processor": 1, "maxnreg": 64}, _BACKWARD),
+        Launch(256, {"ROWS": 4, "STAGES": 3, "num_warps": 4, "per_processor": 4, "maxnreg": 128}, _BACKWARD),
+        Launch(512, {"ROWS": 2, "STAGES": 3, "num_warps": 4, "per_processor": 4, "maxnreg": 128}, _BACKWARD),
+        Launch(1024, {"ROWS": 1, "STAGES": 3, "num_warps": 4, "per_processor": 4, "maxnreg": 128}, _BACKWARD),
+        Launch(2048, {"ROWS": 1, "STAGES": 3, "num_warps": 8, "per_processor": 2, "maxnreg": 128}, _BACKWARD),
+        Launch(4096, {"ROWS": 1, "STAGES": 3, "num_warps": 16, "per_processor": 1, "maxnreg": 128}, _BACKWARD),
     ],
     "interpreter": [
         Launch(4096, {"ROWS": 4, "STAGES": 1, "num_warps": 4, "per_processor": 2, "maxnreg": 64}, _INTERPRETER)
     ],
 }
 """By channels; ROWS an iteration, how many of them are in shared memory or on the way there, how many programs share a
-multiprocessor, and the registers that this allows."""
+multiprocessor (which the shared memory of an A100 allows too), and the registers that this leaves."""
 
 
-def forward_options(x: Tensor, *parameters: Tensor | None) -> dict[str, int]:
-    """Constants and warps of a forward kernel over rows x [rows, C]: 16 bytes a thread of the widest type read."""
+def forward_options(x: Tensor) -> dict[str, int]:
+    """Constants and warps of a forward kernel over rows x [rows, C]."""
     channels = x.shape[1]
-    options = choose(FORWARD, x.device, channels)
-    if max(t.element_size() for t in (x, *parameters) if t is not None) == 2:
-        options["num_warps"] //= 2
-    return options | {"C": channels, "BLOCK_C": triton.next_power_of_2(channels)}
+    return choose(FORWARD, x.device, channels) | {"C": channels, "BLOCK_C": triton.next_power_of_2(channels)}
 
 
 def flat_rows(x: Tensor) -> Tensor:
@@ -211,7 +214,7 @@ def launch_forward(x, y, gamma, branch_bias, weight, bias, out, h, mean, rstd, e
     """`forward_kernel` on inputs [..., C]; out, h, mean and rstd are contiguous."""
     x, y = flat_rows(x), None if y is None else flat_rows(y)
     parameters = contiguous(gamma, branch_bias, weight, bias)
-    options = forward_options(x, y, *parameters)
+    options = forward_options(x)
     launch(
         forward_kernel, (triton.cdiv(len(x), options["ROWS"]),), x, y, *parameters, out, h, mean, rstd,
         len(x), x.stride(0), 0 if y is None else y.stride(0), eps, **options,
