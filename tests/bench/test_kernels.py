@@ -29,11 +29,12 @@ ROW = Row(
 def run_bench(*arguments: str) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.kernels", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
-def test_every_kernel_compiles_for_every_target_without_spills():
-    result = run_bench("--aot", "sm_80,sm_90,sm_100")
+@pytest.mark.parametrize("targets", ["sm_90", pytest.param("sm_80,sm_100", marks=pytest.mark.slow)])
+def test_every_kernel_compiles_without_spills(targets):
+    result = run_bench("--aot", targets)
     assert result.returncode == 0, result.stdout + result.stderr
     assert all(f"{name}._" in result.stdout for name in ("moments", "distill_loss", "teacher_drop"))
     assert "0 spill or do not compile" in result.stdout
