@@ -270,7 +270,7 @@ def study(recorded: Recorded, target: str) -> Work:
     return Work(
         programs, warps, used["registers"], used["shared"], executed, wavefronts, alone, round(traffic),
         sum(moved.values()) / max(1.0, traffic), load_bytes, most, len(unknown),
-        sum(branch.operands[-1].value < branch.address for branch in code if branch.address in unknown),
+        sum(b.operands[-1].value < b.address for b in code if b.address in unknown and b.op != "EXIT"),
     )  # fmt: skip
 
 

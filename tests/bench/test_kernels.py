@@ -45,6 +45,12 @@ def test_the_quick_look_takes_the_first_case_alone():
     assert result.returncode == 0 and "2 kernels compiled" in result.stdout, result.stdout + result.stderr
 
 
+def test_an_exit_that_depends_on_data_is_no_loop():
+    """Images that need no blur end their programs at once."""
+    result = run_bench("--aot", "sm_90", "--predict", "--only", "augment_colour", "--shape", "8,3,112")
+    assert result.returncode == 0 and "0 do not compile" in result.stdout, result.stdout + result.stderr
+
+
 def test_predictions_are_a_table_and_a_file(tmp_path):
     path = tmp_path / "predicted.csv"
     case = ("--only", "quantize_rows", "--shape", "8,257,384", "--dtype", "bfloat16")
