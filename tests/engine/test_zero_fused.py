@@ -44,7 +44,7 @@ def trained(stage: int, recompute: bool) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_parameters_read_outside_their_module_are_whole_and_trained(recompute):
     """A bias that a residual addition adds and a LayerScale belong to other modules than the pass that reads them."""
     with fused():

@@ -225,6 +225,7 @@ def objective(student, teacher, mean, inv_std, step):
     return combine(losses, c)
 
 
+@pytest.mark.slow
 def test_objective_compiles_whole_and_once(device, fused):
     inputs = arguments((3, 5, 16), (BF16, BF16), device)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
