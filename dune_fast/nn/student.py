@@ -56,8 +56,6 @@ class Student(nn.Module):
     def tokens(self, images: Tensor, patches: SharedPatches | None = None) -> dict[int, Tensor]:
         """[cls, patches] after the blocks that the projectors read: block -> un-normalised [B, 1 + N, D]."""
         outputs = self.encoder.block_outputs(images, self.projectors.blocks, patches)
-        # a gain in float32 makes the last block's tokens float32
-        outputs = {i: x.to(self.encoder.stream(x)) for i, x in outputs.items()}
         prefix = self.encoder.num_prefix_tokens
         if prefix == 1:
             return outputs
