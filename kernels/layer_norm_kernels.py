@@ -161,8 +161,8 @@ _FORWARD = (
     "`bench.kernels --aot sm_90 --predict` with one row a program loads of parameters bind: 57 % of a copy at 768)"
 )
 _BACKWARD = (
-    "not yet measured: 8 elements a thread keep four sums in about 100 registers; two stages are copied ahead of the one "
-    "in use (with one ahead the wait for memory binds: 71 % of a copy at 768)"
+    "not yet measured: 8 elements a thread keep four sums in about 100 registers; two stages are copied ahead of the "
+    "one in use (with one ahead the wait for memory binds: 71 % of a copy at 768)"
 )
 _INTERPRETER = "not yet measured: its cost is per program and iteration"
 
