@@ -52,17 +52,27 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _faster_in_float32(qkv: Tensor) -> bool:
-    """Whether a CPU computes this attention faster in float32, conversions included.
+def _cpu_form(qkv: Tensor) -> str:
+    """"sdpa", or what a CPU computes faster than it: "float32", conversions included, or "formula", in bf16.
 
-    torch's backward pass in half precision multiplies without the CPU's bf16 instructions. Forward + backward in bf16,
-    in float32 as here, and by the plain formula, [16, 69] / [4, 257] / [2, 581] tokens, 3 heads of 64, one core of an
-    EPYC with AVX2: 34 / 92 / 207 ms, 13 / 22 / 46 ms, 16 / 29 / 61 ms. At 69 tokens two cores of a Xeon with AMX took
-    16.8 ms in bf16, 4.8 in float32, 6.0 by the formula; its larger sizes are not measured.
+    torch's backward pass in half precision multiplies without the CPU's bf16 instructions; the formula's products use
+    them. Forward + backward in bf16, in float32 and by the formula, [16, 69] / [4, 257] / [2, 577] tokens: one core of
+    a Xeon with AMX, 6, 12 and 12 heads of 64: 22 / 32 / 69 ms, 11 / 31 / 73 ms, 4 / 17 / 31 ms; one of an EPYC with
+    AVX2, 3 heads: 34 / 92 / 207 ms, 13 / 22 / 46 ms, 16 / 29 / 61 ms. Forward alone the Xeon is fastest in torch's
+    kernel: 1.9 / 5.0 / 9.2 ms, 2.6 / 9.6 / 22 ms, 1.7 / 5.9 / 12 ms.
     """
     if qkv.device.type != "cpu" or qkv.dtype not in (torch.float16, torch.bfloat16) or use_triton(qkv):
-        return False  # the last: operations are counted as on a GPU
-    return not MULTIPLIES_BF16 or (qkv.requires_grad and torch.is_grad_enabled())
+        return "sdpa"  # the last: operations are counted as on a GPU
+    if qkv.dtype == torch.float16 or not MULTIPLIES_BF16:
+        return "float32"
+    return "formula" if qkv.requires_grad and torch.is_grad_enabled() else "sdpa"
+
+
+def _formula(qkv: Tensor) -> Tensor:
+    """Attention with its N x N weights in memory, in the type of `qkv`."""
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return (torch.softmax(weights, -1, dtype=weights.dtype) @ v).transpose(1, 2)
 
 
 def resolve_backend(backend: str, qkv: Tensor) -> str:
@@ -87,8 +97,8 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
     Args:
         qkv: [B, N, 3, H, D], fp32, bf16 or fp16; queries, keys and values along dimension 2.
         backend: "auto" takes flash-attn where it is installed and applies (CUDA, half precision), else the fastest of
-            `torch.nn.functional.scaled_dot_product_attention` on the device, in float32 where a CPU is faster in it;
-            the others force one.
+            `torch.nn.functional.scaled_dot_product_attention` on the device; a CPU computes half precision in float32
+            or by the plain formula where that is faster. The others force one.
 
     Returns:
         [B, N, H, D], the dtype of `qkv`.
@@ -99,9 +109,9 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"attention takes qkv of shape [B, N, 3, heads, head_dim], got {list(qkv.shape)}")
-    if backend == "auto" and _faster_in_float32(qkv):
-        with torch.autocast("cpu", enabled=False):  # it would convert back
-            return attention(qkv.float()).to(qkv.dtype)
+    if backend == "auto" and (form := _cpu_form(qkv)) != "sdpa":
+        with torch.autocast("cpu", enabled=False):  # it would convert
+            return _formula(qkv) if form == "formula" else attention(qkv.float()).to(qkv.dtype)
     backend = resolve_backend(backend, qkv)
     if backend == "flash_attn":
         from flash_attn import flash_attn_qkvpacked_func

@@ -166,7 +166,8 @@ class DeepSpeedConfig:
     """What DeepSpeed is told."""
 
     zero_stage: int = 1
-    """0, 1, 2 or 3: nothing; optimizer states; gradients too; weights too are sharded over ranks."""
+    """0, 1, 2 or 3: nothing; optimizer states; gradients too; weights too are sharded over ranks. A run of one rank has
+    nobody to share with and uses 0."""
     gradient_dtype: str = "fp32"
     """In which gradients are averaged over ranks: "fp32", or "bf16" for half the traffic."""
     options: dict[str, Any] = field(default_factory=dict)

@@ -100,6 +100,12 @@ def _check_options(options: Mapping[str, Any], zero_stage: int) -> None:
         )
 
 
+def useful_zero_stage(stage: int, world_size: int) -> int:
+    """The ZeRO stage that a run uses: one rank has nobody to share with, and stages 1 to 3 would cost it copies of all
+    gradients and weights at every step. Losses and checkpoints are the same under every stage."""
+    return stage if world_size > 1 else 0
+
+
 class Engine:
     """A module under DeepSpeed's data parallelism and ZeRO 0 to 3.
 
@@ -152,6 +158,8 @@ class Engine:
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=build_optimizer(module, optimizer), config=config, dist_init_required=False
         )
+        if zero_stage == 0 and self.world_size == 1:
+            self.engine.enable_backward_allreduce = False  # it would copy all gradients twice, to average one rank's
         self.device = self.engine.device
         self.state = sharded_state(
             zero_stage, self.engine.optimizer, {id(p): name for name, p in trained.items()}, dist.get_rank()

@@ -27,7 +27,7 @@ from dune_fast.engine.config import RunConfig, as_dict
 from dune_fast.engine.config_identity import config_hash, freeze
 from dune_fast.engine.conflicts import TeacherConflicts
 from dune_fast.engine.container import CheckpointError, Manifest
-from dune_fast.engine.deepspeed_engine import Engine, init_distributed, sum_over_ranks
+from dune_fast.engine.deepspeed_engine import Engine, init_distributed, sum_over_ranks, useful_zero_stage
 from dune_fast.engine.determinism import deterministic_algorithms, explained
 from dune_fast.engine.devices import agreed_precision, autocast_dtype
 from dune_fast.engine.drift import check_teachers
@@ -121,8 +121,9 @@ class Trainer:
         if cfg.train.compile:
             student.compile_blocks()
         self.engine = Engine(
-            student, cfg.optimizer, micro_batch_size(cfg, self.world_size), cfg.deepspeed.zero_stage,
-            cfg.deepspeed.options, cfg.train.accumulation, cfg.deepspeed.gradient_dtype,
+            student, cfg.optimizer, micro_batch_size(cfg, self.world_size),
+            useful_zero_stage(cfg.deepspeed.zero_stage, self.world_size), cfg.deepspeed.options,
+            cfg.train.accumulation, cfg.deepspeed.gradient_dtype,
         )  # fmt: skip
         self.statistics = TeacherStatistics(
             cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps

@@ -116,7 +116,9 @@ class MLP(nn.Module):
             return linear_gelu(x, self.fc1.weight, self.fc1.bias)
         if use_triton(x):  # the bias goes with GELU: its gradient comes out of the pass that makes GELU's
             return bias_gelu(self.fc1(x, add_bias=False), self.fc1.bias)
-        return F.gelu(self.fc1(x))
+        u = self.fc1(x)
+        # in place without a gradient: a CPU needs no fresh pages, the values are the same
+        return F.gelu(u) if u.requires_grad else torch.ops.aten.gelu_(u)
 
     def forward(self, x: Tensor | FP8Rows, add_bias: bool = True) -> Tensor:
         return self.fc2(self.hidden(x), add_bias)

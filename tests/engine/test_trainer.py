@@ -64,6 +64,15 @@ def test_a_run_writes_what_it_promises(overrides, tmp_path):
     assert result["after"]["one"]["patch"] > result["before"]["one"]["patch"]
 
 
+def test_one_rank_shards_nothing_and_losses_are_the_same(overrides, tmp_path):
+    """Regression: under ZeRO 1 one rank copied all gradients and weights at every step."""
+    run = tmp_path / "run"
+    assert train(overrides).engine.zero_stage == 0
+    first = timeless(run / "metrics.jsonl")
+    sharded = train(overrides, "deepspeed=zero1", "train.accumulation=1", "train.overwrite=true")
+    assert sharded.engine.zero_stage == 0 and timeless(run / "metrics.jsonl") == first
+
+
 def test_a_finished_run_is_not_trained_again(overrides, tmp_path):
     train(overrides)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()

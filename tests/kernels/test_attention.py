@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -155,13 +156,18 @@ def test_a_new_choice_of_algorithms_compiles_whole(monkeypatch):
     monkeypatch.setattr(module, "_is_hopper", lambda device: True)
     compiled = torch.compile(attention, fullgraph=True, backend="eager")
     assert on_a_gpu(compiled).shape == (2, 5, 2, 16)
-@pytest.mark.parametrize(("native", "trained", "expected"), [
-    (True, True, torch.float32), (True, False, torch.bfloat16), (False, True, torch.float32),
-    (False, False, torch.float32),
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize(("native", "trained", "dtype", "expected"), [
+    (True, True, BF16, None), (True, False, BF16, BF16), (False, True, BF16, FP32), (False, False, BF16, FP32),
+    (True, True, FP16, FP32), (True, False, FP16, FP32), (True, True, FP32, FP32),
 ])  # fmt: skip
 @pytest.mark.parametrize("tokens", [9, 581])
-def test_a_cpu_computes_in_the_faster_type(monkeypatch, native, trained, expected, tokens):
-    """Regression: above 128 tokens bf16 took torch's kernel, whose backward was four times slower than float32's."""
+def test_a_cpu_takes_the_faster_form(monkeypatch, native, trained, dtype, expected, tokens):
+    """`expected`: in which torch's own attention is called; None for the plain formula, which does not call it."""
     seen = []
 
     def noted(q, k, v):
@@ -169,15 +175,31 @@ def test_a_cpu_computes_in_the_faster_type(monkeypatch, native, trained, expecte
         return torch.zeros_like(q)
 
     monkeypatch.setattr(module, "MULTIPLIES_BF16", native)
-    monkeypatch.setattr(module, "F", SimpleNamespace(scaled_dot_product_attention=noted))
-    qkv = torch.zeros(1, tokens, 3, 1, 8, dtype=torch.bfloat16, requires_grad=trained)
-    assert attention(qkv).dtype == torch.bfloat16
-    assert seen == [expected]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    qkv = torch.zeros(1, tokens, 3, 1, 8, dtype=dtype, requires_grad=trained)
+    assert attention(qkv).dtype == dtype
+    assert seen == [expected] * (expected is not None)
+    seen.clear()
     attention(qkv, "flash")  # a forced one keeps its type
-    assert seen == [expected, torch.bfloat16]
+    assert seen == [dtype]
 
 
-def test_autocast_leaves_float32_attention_alone():
+@pytest.mark.parametrize("tokens", [9, 261])
+def test_the_formula_of_a_cpu_is_attention(monkeypatch, tokens):
+    monkeypatch.setattr(module, "MULTIPLIES_BF16", True)
+    qkv = torch.randn(2, tokens, 3, 2, 16).bfloat16().requires_grad_()
+    up = torch.randn(2, tokens, 2, 16).bfloat16()
+    out = attention(qkv)
+    out.backward(up)
+    exact = qkv.detach().double().requires_grad_()
+    reference = attention(exact)
+    reference.backward(up.double())
+    torch.testing.assert_close(out.double(), reference, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(qkv.grad.double(), exact.grad, rtol=0.02, atol=0.03)
+
+
+def test_autocast_leaves_float32_attention_alone(monkeypatch):
+    monkeypatch.setattr(module, "MULTIPLIES_BF16", False)
     qkv = torch.randn(1, 9, 3, 2, 16).bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         out = attention(qkv)
