@@ -37,7 +37,7 @@ $(OLDEST)/.installed: constraints-oldest.txt constraints.txt
 	awk -F== '!seen[$$1]++' $(filter constraints%,$^) > $*/constraints.txt
 	$*/bin/python -m pip install --disable-pip-version-check -c $*/constraints.txt torch
 	$*/bin/python -m pip install --disable-pip-version-check -c $*/constraints.txt -e '.[dali,demo,test]'
-	$*/bin/python -m teachers.torchvision_operators
+	$*/bin/python -m dune_fast.teachers.torchvision_operators
 	touch $@
 
 lint: $(STAMP)

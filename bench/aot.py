@@ -17,12 +17,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
-import kernels
-from kernels.launching import Recorded, recording
+from dune_fast import kernels
+from dune_fast.kernels.launching import Recorded, recording
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 _NAMES = {
@@ -60,12 +61,17 @@ class Resources(NamedTuple):
         return not self.error and self.spilled == 0
 
 
+def kernel_module(name: str) -> ModuleType:
+    """A file of `kernels/`, imported."""
+    return importlib.import_module(f"dune_fast.kernels.{name}")
+
+
 def discover(only: str | None = None) -> list[str]:
     """Names of the modules of `kernels/` with kernels to compile; ValueError if `only` is none of them."""
     names = [
         module.name
         for module in pkgutil.iter_modules(kernels.__path__)
-        if hasattr(importlib.import_module(f"kernels.{module.name}"), "aot_calls")
+        if hasattr(kernel_module(module.name), "aot_calls")
     ]
     if only is not None and only not in names:
         raise ValueError(f"no kernels named {only!r}; choose one of {', '.join(names)}")
@@ -125,7 +131,7 @@ def compile_case(module: str, index: int, targets: Sequence[str]) -> list[Resour
     """Compiles what one call of a module's `aot_calls` launches, for every target."""
     results = []
     for target in targets:
-        label, call = list(importlib.import_module(f"kernels.{module}").aot_calls(torch.device("meta")))[index]
+        label, call = list(kernel_module(module).aot_calls(torch.device("meta")))[index]
         with recording(target) as launches:
             call()
             launches = list(launches)
@@ -187,7 +193,7 @@ def cuobjdump(option: str, cubin: bytes) -> str:
 
 def check_targets(targets: Sequence[str]) -> None:
     """ValueError where a target is unknown, triton is absent or its interpreter is on."""
-    from kernels.library import INTERPRETER, triton
+    from dune_fast.kernels.library import INTERPRETER, triton
 
     for target in targets:
         if target not in TARGETS:
@@ -205,7 +211,7 @@ def compile_all(targets: Sequence[str], only: str | None = None, quick: bool = F
     check_targets(targets)
     tasks = []
     for module in discover(only):
-        cases = list(importlib.import_module(f"kernels.{module}").aot_calls(torch.device("meta")))
+        cases = list(kernel_module(module).aot_calls(torch.device("meta")))
         tasks += [(module, index) for index in range(1 if quick else len(cases))]
     return run_all(compile_case, [(module, index, tuple(targets)) for module, index in tasks])
 

@@ -15,12 +15,12 @@ from bench.teacher_case import run_teacher
 from bench.train_case import run_train
 from dune_fast.distill.objective import coefficients, combine, teacher_losses
 from dune_fast.distill.standardization import TeacherStatistics
-from dune_fast.nn.projectors import LadderProjector, TransformerProjector
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.kernels.distill_loss import standardize
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.kernels.rope2d import rope2d_angles, rotate
 from dune_fast.released import load_released
-from kernels.distill_loss import standardize
-from kernels.rope2d import rope2d_angles, rotate
-from teachers.dune import flat_blocks
+from dune_fast.student import LadderProjector, TransformerProjector
+from dune_fast.teachers.dune import flat_blocks
 
 
 def run_encoder(case: Case) -> list[Check]:

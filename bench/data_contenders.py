@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dali_pipelines.datasets import DataConfig, DatasetConfig
-from dali_pipelines.loader import TrainLoader
-from kernels.augment import IMAGENET_MEAN, IMAGENET_STD
-from teachers.timm_model import import_torchvision
+from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig
+from dune_fast.dali_pipelines.loader import TrainLoader
+from dune_fast.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.teachers.timm_model import import_torchvision
 
 _PREFETCH = 2  # batches ahead: of each worker, and of this loader
 _ENDLESS = 1 << 40

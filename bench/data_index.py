@@ -27,9 +27,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dali_pipelines.datasets import DataConfig
-from dali_pipelines.shards import FORMAT, MANIFEST, Manifest, Shard, Split
-from dali_pipelines.tar_index import RECORD, write_index
+from dune_fast.dali_pipelines.datasets import DataConfig
+from dune_fast.dali_pipelines.shards import FORMAT, MANIFEST, Manifest, Shard, Split
+from dune_fast.dali_pipelines.tar_index import RECORD, write_index
 
 DUNE_IMAGES = 20_717_467
 MAX_GIGABYTES, MAX_SECONDS = 1.0, 10.0
@@ -136,8 +136,8 @@ def _rank(connection: Connection, data: DataConfig, batch: int, rank: int, world
             raise TimeoutError("the other ranks do not answer")
         connection.recv()
 
-    from dali_pipelines.loader import TrainLoader
-    from dali_pipelines.pipeline import import_dali
+    from dune_fast.dali_pipelines.loader import TrainLoader
+    from dune_fast.dali_pipelines.pipeline import import_dali
 
     import_dali()
     say(None)

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dali_pipelines.datasets import DataConfig, DatasetConfig
-from dali_pipelines.sharding import ShardSettings, shard_dataset
+from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig
+from dune_fast.dali_pipelines.sharding import ShardSettings, shard_dataset
 from dune_fast.engine import checkpoints
 from dune_fast.engine.launch import free_port
 from dune_fast.engine.metrics import read_metrics

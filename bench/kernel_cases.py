@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.augment import ColourParams, augment_colour, augment_colour_reference
-from kernels.distill_loss import distill_loss, distill_loss_reference
-from kernels.fp8 import (
+from dune_fast.kernels.augment import ColourParams, augment_colour, augment_colour_reference
+from dune_fast.kernels.distill_loss import distill_loss, distill_loss_reference
+from dune_fast.kernels.fp8 import (
     FP8Rows,
     bias_gelu_fp8,
     layer_norm_fp8,
@@ -25,12 +25,17 @@ from kernels.fp8 import (
     quantize_rows_reference,
     residual_layer_norm_fp8,
 )
-from kernels.gelu import bias_gelu
-from kernels.layer_norm import layer_norm, layer_norm_reference, residual_layer_norm, residual_layer_norm_reference
-from kernels.moments import moments, moments_reference
-from kernels.resize import resize_normalize, resize_normalize_reference
-from kernels.rope2d import grid_positions, rope2d, rope2d_, rope2d_angles, rope2d_reference
-from kernels.teacher_drop import teacher_drop, teacher_drop_reference
+from dune_fast.kernels.gelu import bias_gelu
+from dune_fast.kernels.layer_norm import (
+    layer_norm,
+    layer_norm_reference,
+    residual_layer_norm,
+    residual_layer_norm_reference,
+)
+from dune_fast.kernels.moments import moments, moments_reference
+from dune_fast.kernels.resize import resize_normalize, resize_normalize_reference
+from dune_fast.kernels.rope2d import grid_positions, rope2d, rope2d_, rope2d_angles, rope2d_reference
+from dune_fast.kernels.teacher_drop import teacher_drop, teacher_drop_reference
 
 Inputs = tuple[Any, ...]
 Call = Callable[..., Any]

@@ -164,7 +164,7 @@ def shapes_of(operation: Operation, given: Sequence[Shape] | None) -> Sequence[S
 
 def versions() -> str:
     """Of what the numbers depend on."""
-    from kernels.library import triton
+    from dune_fast.kernels.library import triton
 
     toolkit = torch.version.cuda or torch.version.hip
     return f"torch {torch.__version__}, triton {triton and triton.__version__}, CUDA {toolkit}, {platform.system()}"

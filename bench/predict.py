@@ -33,7 +33,7 @@ from bench.aot import Source, check_targets, compile_source, cuobjdump, resource
 from bench.kernel_cases import Shape, draw_upstream, run_both, select
 from bench.sass import GLOBAL, Instruction, parse
 from bench.sass_thread import Thread
-from kernels.launching import Recorded, recording
+from dune_fast.kernels.launching import Recorded, recording
 
 ISSUE_SHARE = 0.9
 """Of its issue slots that a scheduler with enough warps fills; the rest goes to branches and instruction fetches."""

@@ -42,7 +42,7 @@ from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.engine.deepspeed_engine import init_distributed
 from dune_fast.engine.devices import autocast_dtype, device_name
 from dune_fast.engine.flops import Flops, run_flops
-from kernels.fp8 import E4M3
+from dune_fast.kernels.fp8 import E4M3
 
 TURN = 5
 """Steps that a variant runs before it is the next one's turn."""

@@ -29,15 +29,15 @@ from torch.utils._pytree import tree_iter
 from bench.eager_step import EagerStep, Timer
 from bench.step_results import EVERYTHING_ELSE
 from bench.step_variants import GROUPS, Variant, configure, time_parts
-from dali_pipelines.loader import Batch
+from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.distill.objective import ownership
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.optimizer import OptimizerConfig, build_optimizer, scale_gradients
-from dune_fast.nn.student import build_student
-from kernels.library import NAMESPACE, traced
-from teachers.ensemble import TeacherEnsemble
+from dune_fast.kernels.library import NAMESPACE, traced
+from dune_fast.student import build_student
+from dune_fast.teachers.ensemble import TeacherEnsemble
 
 _NAMESPACES = ("aten", NAMESPACE)
 _NO_WORK = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh",

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kernels.fp8 import E4M3
+from dune_fast.kernels.fp8 import E4M3
 
 TOP_KERNELS = 25
 

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from bench.eager_step import EagerStep, Timer
-from dali_pipelines.loader import Batch
+from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.distill.step import DistillationStep
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.deepspeed_engine import Engine
 from dune_fast.engine.devices import autocast_dtype
 from dune_fast.engine.schedules import ema_momenta, learning_rates, scaled_learning_rate
 from dune_fast.engine.trainer import Trainer
-from dune_fast.nn.student import build_student
-from kernels import philox
+from dune_fast.kernels import philox
+from dune_fast.student import build_student
 
 GROUPS = ("generic", "3d", "human")
 """Of a synthetic batch: a third of the images each, in turns."""

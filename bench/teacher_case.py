@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bench.case import FORWARD, Case, Check, relative_error
-from kernels.rope2d import grid_positions
-from teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
-from teachers.ensemble import TeacherEnsemble
-from teachers.registry import family_class
+from dune_fast.kernels.rope2d import grid_positions
+from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
+from dune_fast.teachers.ensemble import TeacherEnsemble
+from dune_fast.teachers.registry import family_class
 
 STUDENT_PATCH_SIZE = 14
 FROM_STUDENT = "from_student_"

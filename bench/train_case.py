@@ -16,12 +16,11 @@ from dune_fast.distill.step import DistillationStep
 from dune_fast.engine.deepspeed_engine import Engine, init_distributed, sum_over_ranks
 from dune_fast.engine.optimizer import OptimizerConfig
 from dune_fast.engine.schedules import ema_momenta, learning_rates
-from dune_fast.nn.projectors import ProjectorConfig
-from dune_fast.nn.student import Student
-from dune_fast.nn.vit import ViTConfig
-from teachers.config import TeacherConfig
-from teachers.dune import flat_blocks
-from teachers.ensemble import TeacherEnsemble
+from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.student import ProjectorConfig, Student
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.dune import flat_blocks
+from dune_fast.teachers.ensemble import TeacherEnsemble
 
 
 def train_case_student(case: Case) -> tuple[Student, TeacherStatistics]:

@@ -20,9 +20,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from dali_pipelines.datasets import DataConfig
-from kernels import philox
-from kernels.augment import ColourParams
+from dune_fast.dali_pipelines.datasets import DataConfig
+from dune_fast.kernels import philox
+from dune_fast.kernels.augment import ColourParams
 
 _ATTEMPTS = 10
 _BLOCKS = 9  # of four words

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from dali_pipelines.datasets import DataConfig, Dataset, DatasetConfig, index_dataset
-from dali_pipelines.errors import BrokenImage, DataError
-from dali_pipelines.order import Permutation
-from dali_pipelines.pipeline import Decoder
-from dali_pipelines.progress import Progress
-from dali_pipelines.shards import is_manifest_folder, read_manifest, verify_shards
-from dali_pipelines.source import ImageSource
+from dune_fast.dali_pipelines.datasets import DataConfig, Dataset, DatasetConfig, index_dataset
+from dune_fast.dali_pipelines.errors import BrokenImage, DataError
+from dune_fast.dali_pipelines.order import Permutation
+from dune_fast.dali_pipelines.pipeline import Decoder
+from dune_fast.dali_pipelines.progress import Progress
+from dune_fast.dali_pipelines.shards import is_manifest_folder, read_manifest, verify_shards
+from dune_fast.dali_pipelines.source import ImageSource
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 TOLERATED = 0.01

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dali_pipelines.errors import DataError
-from dali_pipelines.foreign_shards import find_shards, open_foreign_shards
-from dali_pipelines.listing import PathList, imagefolder_splits, list_images, name_left_out
-from dali_pipelines.shards import ShardImages, is_manifest_folder, open_manifest_folder
-from dali_pipelines.storage import is_url
+from dune_fast.dali_pipelines.errors import DataError
+from dune_fast.dali_pipelines.foreign_shards import find_shards, open_foreign_shards
+from dune_fast.dali_pipelines.listing import PathList, imagefolder_splits, list_images, name_left_out
+from dune_fast.dali_pipelines.shards import ShardImages, is_manifest_folder, open_manifest_folder
+from dune_fast.dali_pipelines.storage import is_url
 
 __all__ = ["DataConfig", "DataError", "Dataset", "DatasetConfig", "Images", "index_dataset", "index_datasets"]
 
@@ -244,7 +244,7 @@ def _open(name: str, config: DatasetConfig, given: str, key: str) -> tuple[Image
         held = list_images(name, val, config.pattern, key) if val else none
         return list_images(name, train, config.pattern, key), held
     if given.startswith("asset:"):
-        from teachers.assets import fetch  # only demos need it
+        from dune_fast.teachers.assets import fetch  # only demos need it
 
         given = str(fetch(given.removeprefix("asset:")))
     place = given if is_url(given) else os.path.abspath(os.path.expanduser(given))

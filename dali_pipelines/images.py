@@ -18,7 +18,7 @@ import io
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dali_pipelines.errors import BrokenImage
+from dune_fast.dali_pipelines.errors import BrokenImage
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".jpe", ".mpo", ".png", ".apng", ".webp", ".avif", ".avifs", ".gif", ".tif", ".tiff",

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dali_pipelines.errors import DataError
-from dali_pipelines.images import SUFFIXES
-from dali_pipelines.storage import Location, Reader, file_system, is_url
+from dune_fast.dali_pipelines.errors import DataError
+from dune_fast.dali_pipelines.images import SUFFIXES
+from dune_fast.dali_pipelines.storage import Location, Reader, file_system, is_url
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dali_pipelines.augmentation import colour_params, draw_words, train_geometry, validation_geometry
-from dali_pipelines.datasets import DataConfig, DataError, Dataset, index_datasets
-from dali_pipelines.order import SampleOrder, rank_slots
-from dali_pipelines.source import ImageSource
-from dali_pipelines.stream import Batch, ImageLoader, Plan
+from dune_fast.dali_pipelines.augmentation import colour_params, draw_words, train_geometry, validation_geometry
+from dune_fast.dali_pipelines.datasets import DataConfig, DataError, Dataset, index_datasets
+from dune_fast.dali_pipelines.order import SampleOrder, rank_slots
+from dune_fast.dali_pipelines.source import ImageSource
+from dune_fast.dali_pipelines.stream import Batch, ImageLoader, Plan
 
 logger = logging.getLogger(__name__)
 

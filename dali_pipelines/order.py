@@ -17,8 +17,8 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from dali_pipelines.datasets import DataError
-from kernels import philox
+from dune_fast.dali_pipelines.datasets import DataError
+from dune_fast.kernels import philox
 
 _FEISTEL_ROUNDS = 8
 _MAX_PERIOD = 10_000  # steps after which the division of remainders repeats; shares are exact to 1 / 10,000 of an image

@@ -12,7 +12,7 @@ import pickletools
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dali_pipelines.errors import DataError
+from dune_fast.dali_pipelines.errors import DataError
 
 _MARK = object()
 

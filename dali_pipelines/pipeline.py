@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dali_pipelines.augmentation import Geometry
-from dali_pipelines.datasets import DataError
+from dune_fast.dali_pipelines.augmentation import Geometry
+from dune_fast.dali_pipelines.datasets import DataError
 
 
 class DecodeError(RuntimeError):

@@ -23,11 +23,11 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from dali_pipelines.errors import BrokenImage, DataError, StorageError
-from dali_pipelines.images import decode, encode, plain_jpeg, shrink
-from dali_pipelines.pipeline import Decoder
-from dali_pipelines.storage import Location, Reader, sync_folder, write_whole
-from dali_pipelines.tar_index import RECORD, open_index, write_index
+from dune_fast.dali_pipelines.errors import BrokenImage, DataError, StorageError
+from dune_fast.dali_pipelines.images import decode, encode, plain_jpeg, shrink
+from dune_fast.dali_pipelines.pipeline import Decoder
+from dune_fast.dali_pipelines.storage import Location, Reader, sync_folder, write_whole
+from dune_fast.dali_pipelines.tar_index import RECORD, open_index, write_index
 
 _MOST_VANISHED = 10  # files of a shard, or half of them: with more missing, something else is wrong
 _BATCH = 16  # images that DALI decodes at a time

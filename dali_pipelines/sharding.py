@@ -24,13 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dali_pipelines.datasets import DataConfig, Dataset, DatasetConfig, Images, index_dataset
-from dali_pipelines.errors import BrokenImage, DataError
-from dali_pipelines.listing import is_turned
-from dali_pipelines.order import Permutation
-from dali_pipelines.pipeline import import_dali
-from dali_pipelines.progress import Progress
-from dali_pipelines.shard_writer import (
+from dune_fast.dali_pipelines.datasets import DataConfig, Dataset, DatasetConfig, Images, index_dataset
+from dune_fast.dali_pipelines.errors import BrokenImage, DataError
+from dune_fast.dali_pipelines.listing import is_turned
+from dune_fast.dali_pipelines.order import Permutation
+from dune_fast.dali_pipelines.pipeline import import_dali
+from dune_fast.dali_pipelines.progress import Progress
+from dune_fast.dali_pipelines.shard_writer import (
     Item,
     Job,
     ShardRecord,
@@ -43,11 +43,11 @@ from dali_pipelines.shard_writer import (
     work,
     write_json,
 )
-from dali_pipelines.shards import FORMAT, MANIFEST, Manifest, Shard, Split
-from dali_pipelines.storage import Reader, write_whole
-from dali_pipelines.tar_index import open_index, write_index
-from teachers.assets import locked
-from teachers.download import file_sha256
+from dune_fast.dali_pipelines.shards import FORMAT, MANIFEST, Manifest, Shard, Split
+from dune_fast.dali_pipelines.storage import Reader, write_whole
+from dune_fast.dali_pipelines.tar_index import open_index, write_index
+from dune_fast.teachers.assets import locked
+from dune_fast.teachers.download import file_sha256
 
 __all__ = ["ShardSettings", "shard_dataset"]
 

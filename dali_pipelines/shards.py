@@ -27,9 +27,18 @@ from pathlib import Path
 
 import numpy as np
 
-from dali_pipelines.errors import DataError
-from dali_pipelines.storage import Location, Reader, cached, file_system, is_url, open_binary, patiently, write_whole
-from dali_pipelines.tar_index import open_index
+from dune_fast.dali_pipelines.errors import DataError
+from dune_fast.dali_pipelines.storage import (
+    Location,
+    Reader,
+    cached,
+    file_system,
+    is_url,
+    open_binary,
+    patiently,
+    write_whole,
+)
+from dune_fast.dali_pipelines.tar_index import open_index
 
 FORMAT = 1
 """Version of the manifest."""

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dali_pipelines.errors import BrokenImage
-from dali_pipelines.images import decode, encode, plain_jpeg, shrink
-from dali_pipelines.storage import Location, Reader, write_whole
+from dune_fast.dali_pipelines.errors import BrokenImage
+from dune_fast.dali_pipelines.images import decode, encode, plain_jpeg, shrink
+from dune_fast.dali_pipelines.storage import Location, Reader, write_whole
 
 logger = logging.getLogger(__name__)
 

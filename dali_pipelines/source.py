@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dali_pipelines.datasets import DataConfig, Dataset
-from dali_pipelines.errors import BrokenImage
-from dali_pipelines.images import for_dali, is_from_pillow
-from dali_pipelines.listing import is_turned
-from dali_pipelines.quarantine import Quarantine
-from dali_pipelines.shrink import shrunk_bytes
-from dali_pipelines.storage import Reader
-from teachers.assets import cache_dir
+from dune_fast.dali_pipelines.datasets import DataConfig, Dataset
+from dune_fast.dali_pipelines.errors import BrokenImage
+from dune_fast.dali_pipelines.images import for_dali, is_from_pillow
+from dune_fast.dali_pipelines.listing import is_turned
+from dune_fast.dali_pipelines.quarantine import Quarantine
+from dune_fast.dali_pipelines.shrink import shrunk_bytes
+from dune_fast.dali_pipelines.storage import Reader
+from dune_fast.teachers.assets import cache_dir
 
 
 class ImageSource:

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dali_pipelines.augmentation import Geometry
-from dali_pipelines.datasets import DataConfig, Dataset
-from dali_pipelines.errors import BrokenImage, DataError
-from dali_pipelines.pipeline import DecodeError, Decoder, import_dali
-from dali_pipelines.source import ImageSource
-from kernels.augment import ColourParams, augment_colour
+from dune_fast.dali_pipelines.augmentation import Geometry
+from dune_fast.dali_pipelines.datasets import DataConfig, Dataset
+from dune_fast.dali_pipelines.errors import BrokenImage, DataError
+from dune_fast.dali_pipelines.pipeline import DecodeError, Decoder, import_dali
+from dune_fast.dali_pipelines.source import ImageSource
+from dune_fast.kernels.augment import ColourParams, augment_colour
 
 _IN_FLIGHT = 2  # batches inside DALI: one is decoded while the next one's files are read
 

@@ -25,9 +25,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from dali_pipelines.errors import DataError
-from dali_pipelines.images import SUFFIXES
-from dali_pipelines.storage import open_binary, patiently, write_whole
+from dune_fast.dali_pipelines.errors import DataError
+from dune_fast.dali_pipelines.images import SUFFIXES
+from dune_fast.dali_pipelines.storage import open_binary, patiently, write_whole
 
 RECORD = np.dtype(
     [("offset", "<u8"), ("length", "<u4"), ("shard", "<u4"), ("crc", "<u4"), ("width", "<u2"), ("height", "<u2")]

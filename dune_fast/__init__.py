@@ -2,18 +2,8 @@
 
 from typing import Any
 
-import kernels
-
 __all__ = ["load_encoder", "load_model"]
 __version__ = "0.1.0"
-
-# Another distribution installs a top-level package of the same name; importing that one would fail much later and
-# in a puzzling way.
-if not getattr(kernels, "IS_DUNE_FAST", False):
-    raise ImportError(
-        f"`kernels` was imported from {kernels.__path__}, which is another package of that name, not dune_fast's own. "
-        "Install dune_fast (`pip install -e .`) in an environment of its own, or uninstall the distribution `kernels`."
-    )
 
 
 def __getattr__(name: str) -> Any:

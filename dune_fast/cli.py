@@ -107,8 +107,8 @@ def config(args: argparse.Namespace) -> int:
 
 def fetch(args: argparse.Namespace) -> int:
     """Fetches the demo's weights and photographs into the cache."""
-    from teachers.assets import ASSETS
-    from teachers.assets import fetch as fetch_asset
+    from dune_fast.teachers.assets import ASSETS
+    from dune_fast.teachers.assets import fetch as fetch_asset
 
     for name in args.names or list(ASSETS):
         sys.stdout.write(f"{name}: {fetch_asset(name)}\n")

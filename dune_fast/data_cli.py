@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dali_pipelines.datasets import DataConfig, DataError
+from dune_fast.dali_pipelines.datasets import DataConfig, DataError
 
 
 def _chosen(args: argparse.Namespace) -> tuple[DataConfig, list[str]]:
@@ -35,7 +35,7 @@ def shard(args: argparse.Namespace) -> int:
     goes on where it was; the result does not depend on the number of workers. Read the shards with data=dune_shards or
     data=shards.
     """
-    from dali_pipelines.sharding import ShardSettings, shard_dataset
+    from dune_fast.dali_pipelines.sharding import ShardSettings, shard_dataset
 
     data, names = _chosen(args)
     table = Table("dataset", "split", "images", "broken", "shards", "MB", box=None, pad_edge=False)
@@ -63,7 +63,7 @@ def check(args: argparse.Namespace) -> int:
     """
     from rich.markup import escape
 
-    from dali_pipelines.check import FAIL, check_dataset
+    from dune_fast.dali_pipelines.check import FAIL, check_dataset
 
     data, names = _chosen(args)
     sample = None if args.decode_all else args.sample
@@ -100,7 +100,7 @@ def list_keys(args: argparse.Namespace) -> int:
     of paths, or a pair of a folder and a list of paths below it, as the code published with DUNE reads them. --prefix
     takes the place of that folder.
     """
-    from dali_pipelines.pickle_keys import pickle_paths
+    from dune_fast.dali_pipelines.pickle_keys import pickle_paths
 
     folder, found = pickle_paths(args.file)
     paths = [str(Path(args.prefix or folder) / path) for path in found]

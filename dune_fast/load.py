@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine.checkpoints import load_run
 from dune_fast.engine.config import load_config
-from dune_fast.nn.projectors import Projection
-from dune_fast.nn.student import Student
-from dune_fast.nn.vit import VisionTransformer
+from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.released import load_released
-from teachers.architecture import stored_architecture
-from teachers.config import TeacherConfig
-from teachers.containers import TeacherWeightsError, container_state, read_container
-from teachers.encoder_names import beside_encoder
-from teachers.recognition import recognize, vit_family
-from teachers.weights import build_loaded, folder_weights
+from dune_fast.student import Projection, Student
+from dune_fast.teachers.architecture import stored_architecture
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.containers import TeacherWeightsError, container_state, read_container
+from dune_fast.teachers.encoder_names import beside_encoder
+from dune_fast.teachers.recognition import recognize, vit_family
+from dune_fast.teachers.weights import build_loaded, folder_weights
 
 PUBLISHED = (
     "dune_vitbase14_336",

@@ -14,13 +14,19 @@ from typing import Any
 from torch import Tensor
 
 from dune_fast.distill.standardization import TeacherStatistics
-from dune_fast.nn.projectors import ProjectorConfig
-from dune_fast.nn.student import Student
-from teachers.architecture import infer_vit
-from teachers.containers import TeacherWeightsError, below, check_storage, is_state, read_container, strip_wrappers
-from teachers.dune import container_options, encoder_options, filled, projector_options
-from teachers.encoder_names import beside_encoder, flat_blocks
-from teachers.weights import build_loaded
+from dune_fast.student import ProjectorConfig, Student
+from dune_fast.teachers.architecture import infer_vit
+from dune_fast.teachers.containers import (
+    TeacherWeightsError,
+    below,
+    check_storage,
+    is_state,
+    read_container,
+    strip_wrappers,
+)
+from dune_fast.teachers.dune import container_options, encoder_options, filled, projector_options
+from dune_fast.teachers.encoder_names import beside_encoder, flat_blocks
+from dune_fast.teachers.weights import build_loaded
 
 
 def load_released(path: Path) -> tuple[Student, TeacherStatistics]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from dune_fast.engine.overrides import config_names
-from teachers.config import TeacherConfig
+from dune_fast.teachers.config import TeacherConfig
 
 _SHOWN = 12  # names of tensors, per kind of fault
 
@@ -40,8 +40,8 @@ def load_teacher_config(name: str) -> TeacherConfig:
 
 def presence(cfg: TeacherConfig) -> str:
     """Whether the weights are here, without fetching anything."""
-    from teachers.assets import cache_dir
-    from teachers.weights import RANDOM
+    from dune_fast.teachers.assets import cache_dir
+    from dune_fast.teachers.weights import RANDOM
 
     if cfg.weights.startswith(RANDOM):
         return "drawn"
@@ -68,9 +68,9 @@ def list_teachers(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace) -> int:
     """A teacher's resolved configuration and its network's architecture."""
-    from teachers.registry import family_class
-    from teachers.vit import ViTTeacher
-    from teachers.weights import weights_path
+    from dune_fast.teachers.registry import family_class
+    from dune_fast.teachers.vit import ViTTeacher
+    from dune_fast.teachers.weights import weights_path
 
     cfg = load_teacher_config(args.name)
     text = OmegaConf.to_yaml(OmegaConf.structured(cfg), resolve=True)
@@ -92,10 +92,10 @@ def show(args: argparse.Namespace) -> int:
 
 def fetch(args: argparse.Namespace) -> int:
     """Gets a teacher's weights: resumed after an interruption, checked for their size and hash."""
-    from teachers.assets import asset_path, cache_dir, locked
-    from teachers.containers import check_archive, read_safetensors
-    from teachers.download import DownloadError, download, file_sha256
-    from teachers.weights import RANDOM
+    from dune_fast.teachers.assets import asset_path, cache_dir, locked
+    from dune_fast.teachers.containers import check_archive, read_safetensors
+    from dune_fast.teachers.download import DownloadError, download, file_sha256
+    from dune_fast.teachers.weights import RANDOM
 
     cfg = load_teacher_config(args.name)
     if cfg.weights.startswith("asset:"):
@@ -138,7 +138,7 @@ def fetch(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """Says what a file is, which tensors are missing, surplus or of the wrong shape, and what it computes."""
-    from teachers.verify import inspect_file
+    from dune_fast.teachers.verify import inspect_file
 
     report = inspect_file(args.file, args.num_heads, args.model)
     write = sys.stdout.write
@@ -190,11 +190,11 @@ def drift(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from dali_pipelines.loader import TrainLoader
+    from dune_fast.dali_pipelines.loader import TrainLoader
     from dune_fast.engine.config import compose_config
     from dune_fast.engine.trainer import autocast_dtype
-    from teachers.drift import MIN_IMAGES, check_drift, drift_rows, measure_drift
-    from teachers.ensemble import TeacherEnsemble
+    from dune_fast.teachers.drift import MIN_IMAGES, check_drift, drift_rows, measure_drift
+    from dune_fast.teachers.ensemble import TeacherEnsemble
 
     if args.images < MIN_IMAGES:
         raise ValueError(f"--images is {args.images}; at least {MIN_IMAGES} are needed")

@@ -2,5 +2,3 @@
 
 Imports torch and triton alone. Nothing here knows of models, teachers or training.
 """
-
-IS_DUNE_FAST = True  # checked by `import dune_fast`: another distribution installs a package of this name

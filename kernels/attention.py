@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.cpu import MULTIPLIES_BF16
-from kernels.library import use_triton
+from dune_fast.kernels.cpu import MULTIPLIES_BF16
+from dune_fast.kernels.library import use_triton
 
 BACKENDS = ("auto", "flash_attn", "flash", "cudnn", "efficient", "math")
 

@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.augment_cpu import augment_colour_cpu
-from kernels.augment_kernels import augment_colour_triton
-from kernels.colour_params import (
+from dune_fast.kernels.augment_cpu import augment_colour_cpu
+from dune_fast.kernels.augment_kernels import augment_colour_triton
+from dune_fast.kernels.colour_params import (
     BLUR_TAPS,
     CONTRAST,
     GRAY_WEIGHTS,
@@ -39,7 +39,7 @@ from kernels.colour_params import (
     SOLARIZE_THRESHOLD,
     ColourParams,
 )
-from kernels.library import DTYPES, guard, guard_device, register, use_triton
+from dune_fast.kernels.library import DTYPES, guard, guard_device, register, use_triton
 
 
 def augment_colour(images: Tensor, params: ColourParams | None, dtype: torch.dtype = torch.float32) -> Tensor:

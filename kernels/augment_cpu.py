@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.colour_params import (
+from dune_fast.kernels.colour_params import (
     BLUR_TAPS,
     BRIGHTNESS,
     CONTRAST,

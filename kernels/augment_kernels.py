@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kernels.launching import Launch, choose, launch
-from kernels.library import jit, tl, triton
+from dune_fast.kernels.launching import Launch, choose, launch
+from dune_fast.kernels.library import jit, tl, triton
 
 SPLITS = 64
 """Partial sums of an image at most; a power of two."""

@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.distill_loss_kernels import EPS, MAX_CHANNELS, backward_triton, forward_triton
-from kernels.launching import VIT_CHANNELS
-from kernels.library import guard, guard_device, register, use_triton
+from dune_fast.kernels.distill_loss_kernels import EPS, MAX_CHANNELS, backward_triton, forward_triton
+from dune_fast.kernels.launching import VIT_CHANNELS
+from dune_fast.kernels.library import guard, guard_device, register, use_triton
 
 
 class TokenLoss(NamedTuple):

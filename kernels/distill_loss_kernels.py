@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.launching import Launch, choose, launch, processors
-from kernels.library import as_rows, jit, row_offsets, tl
+from dune_fast.kernels.launching import Launch, choose, launch, processors
+from dune_fast.kernels.library import as_rows, jit, row_offsets, tl
 
 EPS = 1e-8
 SMALLEST_BETA = 2.0**-60

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from kernels.fp8_kernels import QUANTIZE, layer_norm_kernel, quantize_kernel
-from kernels.gelu import bias_gelu_reference, guard_bias_gelu
-from kernels.launching import VIT_CHANNELS, architecture, choose, launch
-from kernels.layer_norm import guard_layer_norm, layer_norm_reference
-from kernels.layer_norm_kernels import contiguous, flat_rows, forward_options
-from kernels.library import guard, guard_device, register, triton, use_triton
+from dune_fast.kernels.fp8_kernels import QUANTIZE, layer_norm_kernel, quantize_kernel
+from dune_fast.kernels.gelu import bias_gelu_reference, guard_bias_gelu
+from dune_fast.kernels.launching import VIT_CHANNELS, architecture, choose, launch
+from dune_fast.kernels.layer_norm import guard_layer_norm, layer_norm_reference
+from dune_fast.kernels.layer_norm_kernels import contiguous, flat_rows, forward_options
+from dune_fast.kernels.library import guard, guard_device, register, triton, use_triton
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0

@@ -9,10 +9,10 @@ time. Arithmetic is float32.
 
 from __future__ import annotations
 
-from kernels.gelu import gelu
-from kernels.launching import Launch
-from kernels.layer_norm_kernels import normed_rows
-from kernels.library import jit, tl
+from dune_fast.kernels.gelu import gelu
+from dune_fast.kernels.launching import Launch
+from dune_fast.kernels.layer_norm_kernels import normed_rows
+from dune_fast.kernels.library import jit, tl
 
 
 @jit

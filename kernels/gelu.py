@@ -36,9 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launching import VIT_CHANNELS, Launch, choose, launch, processors
-from kernels.layer_norm import flat_rows
-from kernels.library import guard, guard_device, jit, register, tl, triton, use_triton
+from dune_fast.kernels.launching import VIT_CHANNELS, Launch, choose, launch, processors
+from dune_fast.kernels.layer_norm import flat_rows
+from dune_fast.kernels.library import guard, guard_device, jit, register, tl, triton, use_triton
 
 # ---------------------------------------------------------------- reference
 

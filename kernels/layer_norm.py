@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launching import VIT_CHANNELS
-from kernels.layer_norm_kernels import flat_rows, launch_backward, launch_forward
-from kernels.library import guard, guard_device, register, use_triton
+from dune_fast.kernels.launching import VIT_CHANNELS
+from dune_fast.kernels.layer_norm_kernels import flat_rows, launch_backward, launch_forward
+from dune_fast.kernels.library import guard, guard_device, register, use_triton
 
 # ---------------------------------------------------------------- reference
 

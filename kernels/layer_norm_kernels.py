@@ -17,8 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.launching import Launch, choose, launch, processors
-from kernels.library import jit, tl, triton
+from dune_fast.kernels.launching import Launch, choose, launch, processors
+from dune_fast.kernels.library import jit, tl, triton
 
 
 @jit

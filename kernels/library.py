@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.launching import is_recording
+from dune_fast.kernels.launching import is_recording
 
 try:
     import triton

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kernels.launching import VIT_CHANNELS, Launch, choose, launch, processors
-from kernels.library import as_rows, guard, jit, register, row_offsets, tl, use_triton
+from dune_fast.kernels.launching import VIT_CHANNELS, Launch, choose, launch, processors
+from dune_fast.kernels.library import as_rows, guard, jit, register, row_offsets, tl, use_triton
 
 
 def moments_reference(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,10 +24,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launching import VIT_CHANNELS
-from kernels.layer_norm import branch_gradients, branch_saved, branch_sums, guard_layer_norm, residual_reference
-from kernels.layer_norm_kernels import flat_rows, launch_backward, launch_forward
-from kernels.library import register, use_triton
+from dune_fast.kernels.launching import VIT_CHANNELS
+from dune_fast.kernels.layer_norm import (
+    branch_gradients,
+    branch_saved,
+    branch_sums,
+    guard_layer_norm,
+    residual_reference,
+)
+from dune_fast.kernels.layer_norm_kernels import flat_rows, launch_backward, launch_forward
+from dune_fast.kernels.library import register, use_triton
 
 # ---------------------------------------------------------------- implementation
 

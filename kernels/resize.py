@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launching import Launch, choose, launch
-from kernels.library import DTYPES, guard, guard_device, jit, register, tl, triton, use_triton
+from dune_fast.kernels.launching import Launch, choose, launch
+from dune_fast.kernels.library import DTYPES, guard, guard_device, jit, register, tl, triton, use_triton
 
 MAX_SIDE = 32768
 """Pixels a side of images and of the result, so that y (H - 1) stays within 32 bits."""

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launching import VIT_CHANNELS, Launch, choose, launch
-from kernels.library import guard, guard_device, jit, register, tl, triton, use_triton
+from dune_fast.kernels.launching import VIT_CHANNELS, Launch, choose, launch
+from dune_fast.kernels.library import guard, guard_device, jit, register, tl, triton, use_triton
 
 # ---------------------------------------------------------------- tables and reference
 

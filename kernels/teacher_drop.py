@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kernels import philox
-from kernels.launching import launch
-from kernels.library import guard, guard_device, jit, register, tl, use_triton
+from dune_fast.kernels import philox
+from dune_fast.kernels.launching import launch
+from dune_fast.kernels.library import guard, guard_device, jit, register, tl, use_triton
 
 
 def drop_uniforms(seed: int, step: int, positions: Tensor, num_teachers: int) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
-from teachers.containers import TeacherWeightsError, damaged
-from teachers.run_files import Manifest, is_checkpoint
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.teachers.containers import TeacherWeightsError, damaged
+from dune_fast.teachers.run_files import Manifest, is_checkpoint
 
 HEAD_DIM = 64
 """Channels of an attention head in every published encoder; the tensors do not show it."""
@@ -42,7 +42,7 @@ def infer_vit(
     pos_embed: str = "learned",
     layer_scale: bool | None = None,
 ) -> ViTConfig:
-    """The architecture that an encoder's tensors (names of `dune_fast.nn.vit`) belong to.
+    """The architecture that an encoder's tensors (names of `dune_fast.kernels.nn.vit`) belong to.
 
     Args:
         state: the encoder's tensors.

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from teachers.download import DownloadError, download, file_sha256, locate_wheel
+from dune_fast.teachers.download import DownloadError, download, file_sha256, locate_wheel
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teachers.run_files import CheckpointError, checkpoint_state, is_checkpoint
-from teachers.safe_types import ALLOWED, plain
+from dune_fast.teachers.run_files import CheckpointError, checkpoint_state, is_checkpoint
+from dune_fast.teachers.safe_types import ALLOWED, plain
 
 STATE_ENTRIES = (
     "model", "model_state_dict", "state_dict", "teacher", "student", "encoder", "module", "backbone", "network", "net",

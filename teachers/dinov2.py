@@ -2,15 +2,15 @@
 
 Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024; registers: Darcet et al.,
 "Vision Transformers Need Registers", ICLR 2024. The release is a bare state dict whose names are those of
-`dune_fast.nn.vit`; ViT-g's blocks have SwiGLU. timm's files of them are read too.
+`dune_fast.kernels.nn.vit`; ViT-g's blocks have SwiGLU. timm's files of them are read too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from teachers.registry import register
-from teachers.vit import ViTTeacher
+from dune_fast.teachers.registry import register
+from dune_fast.teachers.vit import ViTTeacher
 
 
 @register("dinov2")

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teachers.containers import TeacherWeightsError
-from teachers.encoder_names import ANCHOR, encoder_state, flat_blocks
-from teachers.registry import register
-from teachers.vit import ViTTeacher
+from dune_fast.teachers.containers import TeacherWeightsError
+from dune_fast.teachers.encoder_names import ANCHOR, encoder_state, flat_blocks
+from dune_fast.teachers.registry import register
+from dune_fast.teachers.vit import ViTTeacher
 
 __all__ = [
     "ARCHITECTURES", "ENCODER_OPTIONS", "PROJECTOR_OPTIONS", "DUNETeacher", "UNICTeacher", "container_options",

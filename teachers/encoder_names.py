@@ -1,7 +1,7 @@
 """Every spelling of a ViT encoder's tensor names, and which tensors beside it change nothing.
 
 A file has the encoder alone or below a prefix (`encoder.`, `backbone.`, ...), its blocks in chunks (`blocks.0.N.`) or
-flat, under DINOv2's names or timm's. All end in the names of `dune_fast.nn.vit`.
+flat, under DINOv2's names or timm's. All end in the names of `dune_fast.kernels.nn.vit`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from teachers.containers import TeacherWeightsError, below, strip_wrappers
+from dune_fast.teachers.containers import TeacherWeightsError, below, strip_wrappers
 
 ANCHOR = "patch_embed.proj.weight"
 """The name that every encoder has: what stands before it is the encoder's prefix."""
@@ -66,7 +66,7 @@ def flat_blocks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def encoder_state(state: Mapping[str, Tensor], path: Path | str) -> dict[str, Tensor]:
-    """The tensors of the one encoder in a state dict, under the names of `dune_fast.nn.vit`.
+    """The tensors of the one encoder in a state dict, under the names of `dune_fast.kernels.nn.vit`.
 
     Args:
         state: an encoder alone, or one among other parts below any prefix, wrapped or not.

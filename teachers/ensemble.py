@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dune_fast.nn.patches import SharedPatches
-from dune_fast.nn.routing import Route, Routes, union, within
-from kernels.resize import resize_normalize
-from teachers.acceleration import GraphedTrunk
-from teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
-from teachers.precision import autocast, prepare, resolve_precision
-from teachers.protocol import Teacher, Trunk
-from teachers.registry import build_teacher
-from teachers.vit import ViTTrunk
+from dune_fast.kernels.nn.patches import SharedPatches
+from dune_fast.kernels.nn.routing import Route, Routes, union, within
+from dune_fast.kernels.resize import resize_normalize
+from dune_fast.teachers.acceleration import GraphedTrunk
+from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
+from dune_fast.teachers.precision import autocast, prepare, resolve_precision
+from dune_fast.teachers.protocol import Teacher, Trunk
+from dune_fast.teachers.registry import build_teacher
+from dune_fast.teachers.vit import ViTTrunk
 
 
 class TeacherEnsemble(nn.Module):

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from teachers.containers import TeacherWeightsError
-from teachers.registry import register
-from teachers.vit import ViTTeacher
+from dune_fast.teachers.containers import TeacherWeightsError
+from dune_fast.teachers.registry import register
+from dune_fast.teachers.vit import ViTTeacher
 
 _HALF = (0.5, 0.5, 0.5)
 _NAMES = {"enc_blocks.": "blocks.", "enc_norm.": "norm.", "patch_embed.": "patch_embed."}

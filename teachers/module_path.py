@@ -21,10 +21,10 @@ from collections.abc import Callable, Hashable, Mapping
 import torch
 from torch import Tensor, nn
 
-from teachers.containers import container_state, read_container
-from teachers.protocol import Teacher, Trunk, map_tokens
-from teachers.registry import register
-from teachers.weights import check_fit, compare, weights_path
+from dune_fast.teachers.containers import container_state, read_container
+from dune_fast.teachers.protocol import Teacher, Trunk, map_tokens
+from dune_fast.teachers.registry import register
+from dune_fast.teachers.weights import check_fit, compare, weights_path
 
 OWN = "own"
 """`weights` of a module that brings its own."""

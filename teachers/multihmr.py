@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from teachers.containers import below
-from teachers.registry import register
-from teachers.vit import ViTTeacher
+from dune_fast.teachers.containers import below
+from dune_fast.teachers.registry import register
+from dune_fast.teachers.vit import ViTTeacher
 
 _PREFIX = "backbone.encoder."
 

@@ -2,7 +2,7 @@
 
 The file is the export of a Hugging Face style ViT (`backbone.embeddings`, `backbone.encoder.layer.N`) with a decoder,
 which is ignored. Linear weights have lost their names in the export; they are found as the constant input of the
-`MatMul` node that bears the layer's name. The tensors are renamed to those of `dune_fast.nn.vit` and kept as
+`MatMul` node that bears the layer's name. The tensors are renamed to those of `dune_fast.kernels.nn.vit` and kept as
 safetensors in the cache, so that the next start needs neither the `onnx` package nor the conversion.
 """
 
@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dune_fast.nn.vit import ViTConfig
-from teachers.architecture import infer_vit
-from teachers.assets import cache_dir
-from teachers.config import TeacherConfig
-from teachers.containers import TeacherWeightsError, damaged, read_safetensors
-from teachers.download import file_sha256
-from teachers.registry import register
-from teachers.vit import ViTTeacher
+from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.teachers.architecture import infer_vit
+from dune_fast.teachers.assets import cache_dir
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.containers import TeacherWeightsError, damaged, read_safetensors
+from dune_fast.teachers.download import file_sha256
+from dune_fast.teachers.registry import register
+from dune_fast.teachers.vit import ViTTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class OnnxViTTeacher(ViTTeacher):
 
 
 def converted_state(path: Path) -> dict[str, Tensor]:
-    """The file's encoder under the names of `dune_fast.nn.vit`, out of the cache if it was converted before."""
+    """The file's encoder under the names of `dune_fast.kernels.nn.vit`, out of the cache if it was converted before."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -6,7 +6,7 @@
     fp8    as bf16, and the linear layers of every block but the first and the last that run in float8 (e4m3) with
            row-wise scales, see `kernels.fp8`: with patch embedding and final norm these are where quantization hurts
 
-fp8 needs the ViT of `dune_fast.nn` and NVIDIA's compute capability 8.9, or a CPU, for tests. What a precision does to
+fp8 needs the ViT of `kernels/nn` and NVIDIA's compute capability 8.9, or a CPU, for tests. What a precision does to
 the features is measured by `teachers.drift`.
 """
 
@@ -17,12 +17,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dune_fast.nn.block import MLP, Block, SelfAttention
-from kernels.attention import attention, resolve_backend
-from teachers.config import TeacherConfig, check_config
-from teachers.protocol import Trunk
-from teachers.registry import check_family, family_class
-from teachers.vit import ViTTeacher, ViTTrunk
+from dune_fast.kernels.attention import attention, resolve_backend
+from dune_fast.kernels.nn.block import MLP, Block, SelfAttention
+from dune_fast.teachers.config import TeacherConfig, check_config
+from dune_fast.teachers.protocol import Trunk
+from dune_fast.teachers.registry import check_family, family_class
+from dune_fast.teachers.vit import ViTTeacher, ViTTrunk
 
 FP8_CAPABILITY = (8, 9)
 """NVIDIA's compute capability from which the matrix units take float8."""

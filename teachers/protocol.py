@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig, check_config
+from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig, check_config
 
 
 class Trunk(nn.Module):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from teachers.containers import TeacherWeightsError
-from teachers.encoder_names import encoder_prefix
-from teachers.registry import family_class
-from teachers.vit import ViTTeacher
+from dune_fast.teachers.containers import TeacherWeightsError
+from dune_fast.teachers.encoder_names import encoder_prefix
+from dune_fast.teachers.registry import family_class
+from dune_fast.teachers.vit import ViTTeacher
 
 VIT_FAMILIES = ("mast3r", "multihmr", "dune", "deit3", "dbotft", "dinov2", "dino")
 """Families told apart by their names of tensors, the most peculiar first; iBOT's are DINO's, UNIC's DUNE's."""

@@ -6,26 +6,26 @@ import difflib
 import importlib
 from collections.abc import Callable, Hashable, MutableMapping
 
-from teachers.config import TeacherConfig
-from teachers.protocol import Teacher, Trunk
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.protocol import Teacher, Trunk
 
 # One line a family. A module is imported when its family is asked for, so a package that only one teacher needs is
 # not needed by the others.
 _MODULES = {
-    "dinov2": "teachers.dinov2",
-    "mast3r": "teachers.mast3r",
-    "multihmr": "teachers.multihmr",
-    "dino": "teachers.unic",
-    "ibot": "teachers.unic",
-    "deit3": "teachers.unic",
-    "dbotft": "teachers.unic",
-    "dune": "teachers.dune",
-    "unic": "teachers.dune",
-    "timm": "teachers.timm_model",
-    "module": "teachers.module_path",
-    "onnx_vit": "teachers.onnx_vit",
-    "xfeat": "teachers.xfeat",
-    "conv_patchify": "teachers.toy",
+    "dinov2": "dune_fast.teachers.dinov2",
+    "mast3r": "dune_fast.teachers.mast3r",
+    "multihmr": "dune_fast.teachers.multihmr",
+    "dino": "dune_fast.teachers.unic",
+    "ibot": "dune_fast.teachers.unic",
+    "deit3": "dune_fast.teachers.unic",
+    "dbotft": "dune_fast.teachers.unic",
+    "dune": "dune_fast.teachers.dune",
+    "unic": "dune_fast.teachers.dune",
+    "timm": "dune_fast.teachers.timm_model",
+    "module": "dune_fast.teachers.module_path",
+    "onnx_vit": "dune_fast.teachers.onnx_vit",
+    "xfeat": "dune_fast.teachers.xfeat",
+    "conv_patchify": "dune_fast.teachers.toy",
 }
 
 _FAMILIES: dict[str, type[Teacher]] = {}

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teachers.containers import container_state, read_container
-from teachers.protocol import Teacher, Trunk, map_tokens
-from teachers.registry import register
-from teachers.torchvision_operators import declare
-from teachers.weights import check_fit, compare, random_seed, weights_path
+from dune_fast.teachers.containers import container_state, read_container
+from dune_fast.teachers.protocol import Teacher, Trunk, map_tokens
+from dune_fast.teachers.registry import register
+from dune_fast.teachers.torchvision_operators import declare
+from dune_fast.teachers.weights import check_fit, compare, random_seed, weights_path
 
 CLASSIFIERS = ("head.", "fc.", "classifier.", "head_dist.", "pre_logits.")
 

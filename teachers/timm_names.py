@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from teachers.config import TeacherConfig
-from teachers.timm_model import CLASSIFIERS, create, has_cls, import_timm, patch_size
-from teachers.weights import Fit, compare
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.timm_model import CLASSIFIERS, create, has_cls, import_timm, patch_size
+from dune_fast.teachers.weights import Fit, compare
 
 SHORTHAND = "timm:"
 """`timm:NAME` or `timm:NAME@FILE` in place of a teacher's configuration."""

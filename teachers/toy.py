@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.containers import read_safetensors
-from teachers.protocol import Teacher, Trunk, map_tokens
-from teachers.registry import register
-from teachers.weights import build_loaded, random_seed, weights_path
+from dune_fast.teachers.containers import read_safetensors
+from dune_fast.teachers.protocol import Teacher, Trunk, map_tokens
+from dune_fast.teachers.registry import register
+from dune_fast.teachers.weights import build_loaded, random_seed, weights_path
 
 HIDDEN_DIM = 64
 """Hidden channels of a teacher made from a seed."""

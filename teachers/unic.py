@@ -15,8 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from teachers.registry import register
-from teachers.vit import ViTTeacher
+from dune_fast.teachers.registry import register
+from dune_fast.teachers.vit import ViTTeacher
 
 
 @register("dino")

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
-from teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
-from teachers.containers import container_state, read_container, state_entry
-from teachers.encoder_names import beside_encoder
-from teachers.ensemble import TeacherEnsemble
-from teachers.recognition import recognize, vit_family
-from teachers.timm_names import image_size_of, timm_config, timm_fit, timm_matches
-from teachers.weights import Fit, compare, weights_path
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
+from dune_fast.teachers.containers import container_state, read_container, state_entry
+from dune_fast.teachers.encoder_names import beside_encoder
+from dune_fast.teachers.ensemble import TeacherEnsemble
+from dune_fast.teachers.recognition import recognize, vit_family
+from dune_fast.teachers.timm_names import image_size_of, timm_config, timm_fit, timm_matches
+from dune_fast.teachers.weights import Fit, compare, weights_path
 
 _GRID = 8  # patches a side of the fingerprint's image
 

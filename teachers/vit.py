@@ -13,16 +13,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dune_fast.nn.block import LAYER_NORM_EPS, product_dtype
-from dune_fast.nn.patches import SharedPatches
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
-from kernels.layer_norm import layer_norm
-from teachers.architecture import HEAD_DIM, infer_vit, random_vit_state, registers_of, stored_architecture
-from teachers.config import TeacherConfig
-from teachers.containers import container_state, read_container
-from teachers.encoder_names import beside_encoder, encoder_state
-from teachers.protocol import Teacher, Trunk
-from teachers.weights import RANDOM, TeacherWeightsError, build_loaded, random_seed, weights_path
+from dune_fast.kernels.layer_norm import layer_norm
+from dune_fast.kernels.nn.block import LAYER_NORM_EPS, product_dtype
+from dune_fast.kernels.nn.patches import SharedPatches
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.teachers.architecture import HEAD_DIM, infer_vit, random_vit_state, registers_of, stored_architecture
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.containers import container_state, read_container
+from dune_fast.teachers.encoder_names import beside_encoder, encoder_state
+from dune_fast.teachers.protocol import Teacher, Trunk
+from dune_fast.teachers.weights import RANDOM, TeacherWeightsError, build_loaded, random_seed, weights_path
 
 PUBLISHED_DEPTH = {192: 12, 384: 12, 768: 12, 1024: 24, 1536: 40}
 """Channels of a token -> blocks, in the published sizes ViT-Ti, S, B, L and g."""
@@ -50,7 +50,7 @@ class ViTTrunk(Trunk):
 
 
 class ViTTeacher(Teacher):
-    """A teacher whose network is `dune_fast.nn.vit`; `layer` says where its tokens are read."""
+    """A teacher whose network is `dune_fast.kernels.nn.vit`; `layer` says where its tokens are read."""
 
     trunk: ViTTrunk
     layer_scale: ClassVar[bool | None] = False
@@ -80,7 +80,7 @@ class ViTTeacher(Teacher):
 
     @classmethod
     def convert(cls, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-        """The encoder's tensors under the names of `dune_fast.nn.vit`; those of other parts may stay."""
+        """The encoder's tensors under the names of `dune_fast.kernels.nn.vit`; those of other parts may stay."""
         return encoder_state(state, path)
 
     @classmethod

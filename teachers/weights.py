@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from teachers.assets import asset_path
-from teachers.containers import CURE, TeacherWeightsError
-from teachers.run_files import CheckpointError, weights_in
+from dune_fast.teachers.assets import asset_path
+from dune_fast.teachers.containers import CURE, TeacherWeightsError
+from dune_fast.teachers.run_files import CheckpointError, weights_in
 
 Unused = Sequence[str] | Callable[[str], bool]
 """Names of tensors that may have no place: their prefixes, or a function that says so."""

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from teachers.containers import read_pickle
-from teachers.protocol import Teacher, Trunk, map_tokens
-from teachers.registry import register
-from teachers.weights import build_loaded, weights_path
+from dune_fast.teachers.containers import read_pickle
+from dune_fast.teachers.protocol import Teacher, Trunk, map_tokens
+from dune_fast.teachers.registry import register
+from dune_fast.teachers.weights import build_loaded, weights_path
 
 _UNUSED = ("heatmap_head.", "keypoint_head.", "fine_matcher.")
 

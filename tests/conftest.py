@@ -19,7 +19,7 @@ try:  # torchvision is built for CUDA: beside a CPU torch, its import looks for 
 except ModuleNotFoundError:
     pass  # tests that need it are skipped
 except RuntimeError:
-    from teachers.torchvision_operators import declare
+    from dune_fast.teachers.torchvision_operators import declare
 
     declare()
     import torchvision  # noqa: F401

@@ -1,28 +1,45 @@
-"""Arrows point down only: cli -> engine, evaluate -> distill, dali_pipelines -> teachers -> nn -> kernels."""
+"""Floors: bench -> dune_fast -> dali_pipelines -> teachers -> kernels. Imports point down only, and no files import
+each other, directly or through others."""
 
 from __future__ import annotations
 
 import ast
+import os
+import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OWN = {"dune_fast", "kernels", "teachers", "dali_pipelines", "bench", "tests", "configs"}
-# folder -> what of the project it may import, besides itself
-ALLOWED = {
-    "kernels": set(),
-    "dune_fast/nn": {"kernels"},
-    "teachers": {"kernels", "dune_fast.nn"},
-    "dali_pipelines": {"kernels", "teachers"},
-    "dune_fast/distill": {"kernels", "dune_fast.nn"},
-    "dune_fast/engine": {
-        "kernels", "teachers", "dali_pipelines", "dune_fast.nn", "dune_fast.distill", "dune_fast.released",
-    },
-    "dune_fast/evaluate": {
-        "kernels", "teachers", "dali_pipelines", "dune_fast.nn", "dune_fast.distill", "dune_fast.engine",
-    },
-}  # fmt: skip
+FLOORS = ("kernels", "teachers", "dali_pipelines", "dune_fast", "bench")
+"""From the lowest up. The first three are imported as dune_fast.NAME, through links."""
+ROOMS = {
+    "distill": {"student"},
+    "engine": {"distill", "student", "released"},
+    "evaluate": {"distill", "engine", "student"},
+}
+"""What of dune_fast itself, beside their own files, its rooms may import."""
+
+
+def python_files(*folders: str) -> list[Path]:
+    """Every file once: links are not followed."""
+    found = [Path(top, name) for f in folders for top, _, names in os.walk(ROOT / f) for name in names]
+    return sorted(path for path in found if path.suffix == ".py")
+
+
+def floor(name: str) -> str | None:
+    """The top folder of an import name, None if it is none of ours."""
+    first, second, *_ = [*name.split("."), "", ""]
+    lower = first == "dune_fast" and second in FLOORS[:3]
+    return second if lower else first if first in FLOORS[3:] else None
+
+
+def module_name(path: Path) -> str:
+    """The name by which a file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return name if parts[0] in FLOORS[3:] else f"dune_fast.{name}"
 
 
 def imports(path: Path) -> set[str]:
@@ -37,44 +54,60 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def below(name: str, packages: set[str]) -> bool:
-    return any(name == package or name.startswith(package + ".") for package in packages)
+def graph() -> dict[str, set[str]]:
+    """Import name -> own modules that it imports."""
+    found = {module_name(path): imports(path) for path in python_files(*FLOORS)}
+    return {name: {other for other in others if other in found and other != name} for name, others in found.items()}
 
 
-@pytest.mark.parametrize("folder", ALLOWED)
-def test_imports_point_down(folder):
-    allowed = ALLOWED[folder] | {folder.replace("/", ".")}
-    files = sorted((ROOT / folder).glob("*.py"))
-    assert files
-    for path in files:
-        own = {name for name in imports(path) if below(name, OWN)}
-        # "from kernels import x" gives "kernels" too; the package itself is light and always allowed
-        wrong = {name for name in own if not below(name, allowed) and name != "dune_fast"}
-        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+def test_imports_point_down():
+    wrong = {
+        f"{name} -> {other}"
+        for name, others in graph().items()
+        for other in others
+        # the package itself is light: every floor below is inside it
+        if other != "dune_fast" and FLOORS.index(floor(other)) > FLOORS.index(floor(name))
+    }
+    assert not wrong
+
+
+def test_no_circles():
+    edges = {name: others - {"dune_fast"} for name, others in graph().items()}
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_the_engine_point_down(room):
+    allowed = {room, *ROOMS[room], *FLOORS[:3]}
+    for path in python_files(f"dune_fast/{room}"):
+        used = {n.split(".")[1] for n in imports(path) if n.startswith("dune_fast.")}
+        assert used <= allowed, f"{path.relative_to(ROOT)} imports {sorted(used - allowed)}"
+
+
+def test_own_folders_are_imported_below_dune_fast():
+    """Regression: another distribution, Hugging Face's `kernels`, has a top-level package of the same name."""
+    for path in python_files(*FLOORS, "tests"):
+        assert not {n.partition(".")[0] for n in imports(path)} & {*FLOORS[:3], "configs"}, path.relative_to(ROOT)
 
 
 def test_kernels_import_torch_and_triton_alone():
-    import sys
-
-    for path in (ROOT / "kernels").glob("*.py"):
-        roots = {name.partition(".")[0] for name in imports(path)}
-        foreign = roots - set(sys.stdlib_module_names) - {"torch", "triton", "flash_attn", "kernels"}
-        assert not foreign, f"{path.name} imports {sorted(foreign)}"
+    allowed = {*sys.stdlib_module_names, "torch", "triton", "flash_attn", "dune_fast"}
+    images = {"numpy", "PIL"}  # in nn: which `encoder.transform` takes, and tables that the host makes
+    for path in python_files("kernels"):
+        foreign = {name.partition(".")[0] for name in imports(path)} - allowed
+        assert foreign <= (images if path.parent.name == "nn" else set()), f"{path.name}: {sorted(foreign)}"
 
 
 def test_deepspeed_is_imported_in_one_file():
-    users = [
-        str(path.relative_to(ROOT))
-        for folder in OWN - {"tests", "configs"}
-        for path in (ROOT / folder).rglob("*.py")
-        if below("deepspeed", {name.partition(".")[0] for name in imports(path)})
-    ]
-    assert users == ["dune_fast/engine/deepspeed_engine.py"]
+    users = [path for path in python_files(*FLOORS) if "deepspeed" in {n.partition(".")[0] for n in imports(path)}]
+    assert users == [ROOT / "dune_fast/engine/deepspeed_engine.py"]
 
 
 def test_no_print_and_no_eval():
-    for folder in OWN - {"tests", "configs"}:
-        for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
-                assert called not in ("print", "eval", "exec"), f"{path}:{node.lineno} calls {called}"
+    for path in python_files(*FLOORS):
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            assert called not in ("print", "eval", "exec"), f"{path}:{node.lineno} calls {called}"

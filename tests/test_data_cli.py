@@ -2,8 +2,8 @@
 
 import pytest
 
-from dali_pipelines.datasets import DataConfig, DatasetConfig, index_datasets
 from dune_fast.cli import build_parser, main
+from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig, index_datasets
 
 
 @pytest.fixture

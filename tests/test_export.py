@@ -18,14 +18,13 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.export import TARGETS, foreign, onnx_graph, published
 from dune_fast.export.check import LIMIT, ExportError, compare, encoder_outputs, random_images, sizes
 from dune_fast.export.run import export
+from dune_fast.kernels.nn.preprocessing import Preprocessing
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.load import load_encoder, load_model
-from dune_fast.nn.preprocessing import Preprocessing
-from dune_fast.nn.projectors import ProjectorConfig
-from dune_fast.nn.student import build_student
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
-from teachers.architecture import random_vit_state
-from teachers.config import TeacherConfig
-from teachers.containers import read_container
+from dune_fast.student import ProjectorConfig, build_student
+from dune_fast.teachers.architecture import random_vit_state
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.containers import read_container
 
 TINY = ViTConfig(image_size=56, embed_dim=192, depth=12, num_heads=3)
 SMALL = replace(TINY, embed_dim=128, depth=2, num_heads=2)

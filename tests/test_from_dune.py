@@ -65,8 +65,8 @@ def test_scalars_of_the_page_are_those_that_a_step_gives():
 
 
 def test_names_of_the_page_are_those_of_the_encoder():
+    from dune_fast.kernels.nn.vit import VisionTransformer
     from dune_fast.load import DistilledModel
-    from dune_fast.nn.vit import VisionTransformer
 
     part = PAGE.partition("| of the published encoder")[2].partition("## Differences")[0]
     rows = [line.split("|")[1] for line in part.splitlines() if line.startswith("|") and "the same" in line]

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import dune_fast
 from dune_fast.export.run import export
 from dune_fast.load import PUBLISHED, ModelNotFoundError
-from teachers.architecture import architecture_metadata
-from teachers.containers import TeacherWeightsError, read_container
+from dune_fast.teachers.architecture import architecture_metadata
+from dune_fast.teachers.containers import TeacherWeightsError, read_container
 from tests.test_export import SMALL, TINY, one_thread, write_run  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,14 +12,13 @@ import torch.nn.functional as F
 
 import dune_fast
 from dune_fast.engine.warm_start import warm_start
-from dune_fast.nn.projectors import ProjectorConfig
-from dune_fast.nn.student import build_student
-from dune_fast.nn.vit import ViTConfig
+from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.released import load_released
-from teachers.architecture import random_vit_state
-from teachers.containers import read_container
-from teachers.dune import flat_blocks
-from teachers.weights import TeacherWeightsError
+from dune_fast.student import ProjectorConfig, build_student
+from dune_fast.teachers.architecture import random_vit_state
+from dune_fast.teachers.containers import read_container
+from dune_fast.teachers.dune import flat_blocks
+from dune_fast.teachers.weights import TeacherWeightsError
 
 
 @pytest.fixture

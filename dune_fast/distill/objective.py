@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dune_fast.distill.standardization import Features, Standardizer
-from dune_fast.nn.routing import Routes
-from kernels.distill_loss import distill_loss
-from kernels.teacher_drop import teacher_drop
+from dune_fast.kernels.distill_loss import distill_loss
+from dune_fast.kernels.nn.routing import Routes
+from dune_fast.kernels.teacher_drop import teacher_drop
 
 SHARING = ("full", "none", "generic")
 

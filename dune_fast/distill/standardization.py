@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dune_fast.distill.phi_s import SecondMoments, phi_s
-from kernels.moments import moments
+from dune_fast.kernels.moments import moments
 
 Features = Mapping[str, Mapping[str, Tensor]]
 """teacher -> token type -> [B, C] or [B, N, C]"""

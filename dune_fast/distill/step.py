@@ -13,8 +13,8 @@ from torch import Tensor
 from dune_fast.distill.objective import ObjectiveConfig, coefficients, combine, teacher_losses
 from dune_fast.distill.overlap import SideStream
 from dune_fast.distill.standardization import AllReduce, Features, TeacherStatistics
-from dune_fast.nn.patches import SharedPatches
-from dune_fast.nn.routing import Routes, make_routes
+from dune_fast.kernels.nn.patches import SharedPatches
+from dune_fast.kernels.nn.routing import Routes, make_routes
 
 
 class PerImage(NamedTuple):

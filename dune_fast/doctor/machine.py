@@ -19,7 +19,7 @@ import torch
 from dune_fast.doctor import FAIL, OK, WARN, Check, Finding
 from dune_fast.engine.devices import peak_tflops
 from dune_fast.engine.provenance import driver_version
-from teachers.assets import cache_dir
+from dune_fast.teachers.assets import cache_dir
 
 _DRIVERS = {13: 580, 12: 525}  # CUDA's major version -> the oldest driver branch that runs it
 _SHARED_MEMORY = 2**30
@@ -112,7 +112,7 @@ def triton() -> Finding:
         return Finding("triton", OK, "not installed; without a GPU the reference formulas serve")
     if not torch.cuda.is_available():
         return Finding("triton", OK, f"{package.__version__}; its kernels need a GPU, reference formulas serve here")
-    from kernels.moments import moments
+    from dune_fast.kernels.moments import moments
 
     x = torch.arange(64 * 192, device="cuda", dtype=torch.float32).view(1, 64, 192).sin()
     mean, m2 = moments(x)
@@ -128,8 +128,8 @@ def triton() -> Finding:
 
 def attention() -> Finding:
     """Runs the implementation that is chosen here and compares it with the formula."""
-    from kernels.attention import attention as attend
-    from kernels.attention import resolve_backend
+    from dune_fast.kernels.attention import attention as attend
+    from dune_fast.kernels.attention import resolve_backend
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     qkv = torch.linspace(0, 40, 197 * 3 * 2 * 64, device=device).sin().view(1, 197, 3, 2, 64)
@@ -145,9 +145,9 @@ def attention() -> Finding:
 
 def dali() -> Finding:
     """Decodes a small JPEG as a training does."""
-    from dali_pipelines.augmentation import validation_geometry
-    from dali_pipelines.errors import DataError
-    from dali_pipelines.pipeline import Decoder, import_dali
+    from dune_fast.dali_pipelines.augmentation import validation_geometry
+    from dune_fast.dali_pipelines.errors import DataError
+    from dune_fast.dali_pipelines.pipeline import Decoder, import_dali
 
     try:
         version = import_dali().__version__

@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 
-from dali_pipelines.datasets import Dataset, index_dataset
+from dune_fast.dali_pipelines.datasets import Dataset, index_dataset
 from dune_fast.distill.objective import ownership
 from dune_fast.doctor import FAIL, OK, WARN, Check, Finding
 from dune_fast.doctor.machine import existing, writable
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.memory import disk_bytes
 from dune_fast.engine.overrides import config_names
+from dune_fast.teachers.assets import cache_dir
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.registry import family_class
+from dune_fast.teachers.vit import ViTTeacher
+from dune_fast.teachers.weights import RANDOM, weights_path
 from dune_fast.teachers_cli import load_teacher_config
-from teachers.assets import cache_dir
-from teachers.config import TeacherConfig
-from teachers.registry import family_class
-from teachers.vit import ViTTeacher
-from teachers.weights import RANDOM, weights_path
 
 _INDEX_SECONDS = 30.0
 """For all datasets together: to list twenty million files takes longer."""
@@ -72,7 +72,7 @@ def teacher(name: str, cfg: TeacherConfig) -> Finding:
         return Finding(title, FAIL, text, f"remove it and get it again: {_fetching(cfg)}")
     family = family_class(cfg.family)
     if path.suffix != ".safetensors" and issubclass(family, ViTTeacher) and cfg.family != "onnx_vit":
-        from teachers.containers import TeacherWeightsError, check_archive
+        from dune_fast.teachers.containers import TeacherWeightsError, check_archive
 
         try:
             check_archive(path)

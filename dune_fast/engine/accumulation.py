@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dali_pipelines.loader import Batch
+from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.distill.step import PerImage, StepOutput
 from dune_fast.engine.config import RunConfig
 

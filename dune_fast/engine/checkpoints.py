@@ -12,10 +12,10 @@ from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine.config import RunConfig, config_of, dump_config, load_config
 from dune_fast.engine.container import CheckpointError, Manifest, Reader, write_tensors
 from dune_fast.engine.zero_state import ShardedState
-from dune_fast.nn.student import Student, build_student
-from teachers.architecture import architecture_metadata
-from teachers.run_files import checkpoint_state, complete_steps, folder, newest_good, tag, weights_in
-from teachers.weights import TeacherWeightsError
+from dune_fast.student import Student, build_student
+from dune_fast.teachers.architecture import architecture_metadata
+from dune_fast.teachers.run_files import checkpoint_state, complete_steps, folder, newest_good, tag, weights_in
+from dune_fast.teachers.weights import TeacherWeightsError
 
 __all__ = [
     "LATEST", "PART", "clear", "clear_partial", "complete_steps", "export", "folder", "load", "load_run",

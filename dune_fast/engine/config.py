@@ -13,7 +13,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dali_pipelines.datasets import DataConfig
+from dune_fast.dali_pipelines.datasets import DataConfig
 from dune_fast.distill.objective import ObjectiveConfig
 from dune_fast.distill.phi_s import HadamardError, hadamard_base
 from dune_fast.distill.standardization import CONVENTIONS
@@ -30,10 +30,10 @@ from dune_fast.engine.overrides import (
 )
 from dune_fast.engine.schedules import iterations, scaled_learning_rate
 from dune_fast.engine.teacher_overrides import with_timm_teachers
-from dune_fast.nn.projectors import ProjectorConfig
-from dune_fast.nn.vit import ViTConfig, nearest_multiples
-from teachers.config import TeacherConfig
-from teachers.registry import check_family
+from dune_fast.kernels.nn.vit import ViTConfig, nearest_multiples
+from dune_fast.student import ProjectorConfig
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.registry import check_family
 
 
 class ConfigError(ValueError):

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teachers.run_files import MANIFEST, STATE_FILE, CheckpointError, FileInfo, Manifest, Piece, Reader, find_fault
+from dune_fast.teachers.run_files import (
+    MANIFEST,
+    STATE_FILE,
+    CheckpointError,
+    FileInfo,
+    Manifest,
+    Piece,
+    Reader,
+    find_fault,
+)
 
 __all__ = [
     "MANIFEST", "STATE_FILE", "CheckpointError", "FileInfo", "Manifest", "Piece", "Reader", "find_fault",

@@ -8,7 +8,7 @@ import resource
 import torch
 import torch.distributed as dist
 
-from kernels.cpu import MULTIPLIES_BF16
+from dune_fast.kernels.cpu import MULTIPLIES_BF16
 
 # Dense bf16 products with float32 accumulation, TFLOP/s, from the vendor's data sheets (half of what they print "with
 # sparsity"). The first pattern that matches the device's name counts, so variants stand before what they vary.

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from teachers.drift import MIN_IMAGES, DriftError, drift_rows, measure_drift, refusal
-from teachers.ensemble import TeacherEnsemble
+from dune_fast.teachers.drift import MIN_IMAGES, DriftError, drift_rows, measure_drift, refusal
+from dune_fast.teachers.ensemble import TeacherEnsemble
 
 logger = logging.getLogger(__name__)
 

@@ -21,15 +21,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dali_pipelines.loader import group_weights
+from dune_fast.dali_pipelines.loader import group_weights
 from dune_fast.distill.objective import ownership
 from dune_fast.engine.config import RunConfig
-from dune_fast.nn.block import swiglu_hidden_dim
-from dune_fast.nn.projectors import ProjectorConfig
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
-from teachers.config import TeacherConfig
-from teachers.registry import check_family, family_class
-from teachers.vit import ViTTeacher
+from dune_fast.kernels.nn.block import swiglu_hidden_dim
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.student import ProjectorConfig
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.registry import check_family, family_class
+from dune_fast.teachers.vit import ViTTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -140,15 +140,15 @@ def published_network(name: str, cfg: TeacherConfig) -> nn.Module | None:
                 known = dataclasses.replace(cfg, image_size=cfg.image_size or cfg.patch_size)
                 return VisionTransformer(family.architecture(known)).eval()
             if cfg.family == "xfeat":
-                from teachers.xfeat import XFeat
+                from dune_fast.teachers.xfeat import XFeat
 
                 return XFeat().eval()
             if cfg.family == "conv_patchify":
-                from teachers.toy import HIDDEN_DIM, ConvPatchify
+                from dune_fast.teachers.toy import HIDDEN_DIM, ConvPatchify
 
                 return ConvPatchify(cfg.patch_size, HIDDEN_DIM, cfg.num_features).eval()
             if cfg.family == "timm":
-                from teachers.timm_model import create
+                from dune_fast.teachers.timm_model import create
 
                 options = {**({"img_size": cfg.image_size} if cfg.image_size else {}), **cfg.model_args}
                 return create(name, cfg.model, options).eval()

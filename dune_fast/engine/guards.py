@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dali_pipelines.loader import Batch
+from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.distill.step import PerImage
 from dune_fast.engine.container import write_tensors
 

@@ -26,9 +26,9 @@ import torch.distributed as dist
 
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.flops import published_network, teachers_by_trunk
-from dune_fast.nn.block import swiglu_hidden_dim
-from dune_fast.nn.student import Student
-from dune_fast.nn.vit import ViTConfig
+from dune_fast.kernels.nn.block import swiglu_hidden_dim
+from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.student import Student
 
 SPARE = 0.15
 """Share of a device's memory that is left for what the model does not count."""

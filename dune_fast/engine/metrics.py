@@ -17,7 +17,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from dali_pipelines.storage import write_whole
+from dune_fast.dali_pipelines.storage import write_whole
 from dune_fast.engine.devices import peak_memory
 from dune_fast.engine.trackers import Tracker
 

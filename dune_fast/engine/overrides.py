@@ -24,7 +24,7 @@ CONFIGS = "DUNE_FAST_CONFIGS"
 
 def packaged_folder() -> Path:
     """The folder `configs/` of this installation."""
-    return Path(__file__).resolve().parents[2] / "configs"
+    return (Path(__file__).parents[1] / "configs").resolve()  # a link in a checkout
 
 
 def own_folders() -> list[Path]:

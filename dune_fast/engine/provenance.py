@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dali_pipelines.storage import write_whole
+from dune_fast.dali_pipelines.storage import write_whole
 from dune_fast.engine.devices import device_name
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dali_pipelines.datasets import Dataset
+from dune_fast.dali_pipelines.datasets import Dataset
 from dune_fast.engine import checkpoints
 from dune_fast.engine.config import ConfigError, RunConfig, dump_config
 from dune_fast.engine.config_identity import refuse_changes

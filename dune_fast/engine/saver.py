@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dali_pipelines.storage import sync_folder, write_whole
+from dune_fast.dali_pipelines.storage import sync_folder, write_whole
 from dune_fast.engine import checkpoints
 from dune_fast.engine.container import (
     MANIFEST,

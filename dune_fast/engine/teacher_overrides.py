@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from hydra.core.config_store import ConfigStore
 
-from teachers.timm_names import SHORTHAND, from_shorthand
+from dune_fast.teachers.timm_names import SHORTHAND, from_shorthand
 
 _OVERRIDE = re.compile(rf"\+{{0,2}}teachers\.([A-Za-z_]\w*)=(['\"]?)({SHORTHAND}.*)\2", re.DOTALL)
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dali_pipelines.datasets import Dataset
-from dali_pipelines.loader import Batch, TrainLoader
+from dune_fast.dali_pipelines.datasets import Dataset
+from dune_fast.dali_pipelines.loader import Batch, TrainLoader
 from dune_fast.distill.objective import ownership
 from dune_fast.distill.overlap import SideStream
 from dune_fast.distill.standardization import TeacherStatistics
@@ -42,8 +42,8 @@ from dune_fast.engine.saver import Saver
 from dune_fast.engine.schedules import ema_momenta, learning_rates, scaled_learning_rate
 from dune_fast.engine.trackers import check_packages
 from dune_fast.engine.warm_start import initial_student
-from dune_fast.nn.student import build_student
-from teachers.ensemble import TeacherEnsemble
+from dune_fast.student import build_student
+from dune_fast.teachers.ensemble import TeacherEnsemble
 
 logger = logging.getLogger(__name__)
 

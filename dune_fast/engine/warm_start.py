@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from dune_fast.engine.config import RunConfig
-from dune_fast.nn.student import Student, build_student
-from dune_fast.nn.vit import VisionTransformer, resize_positions
+from dune_fast.kernels.nn.vit import VisionTransformer, resize_positions
 from dune_fast.released import released_projector
-from teachers.containers import container_state, read_container
-from teachers.encoder_names import beside_encoder
-from teachers.recognition import recognize, vit_family
-from teachers.run_files import CheckpointError, weights_in
-from teachers.weights import compare
+from dune_fast.student import Student, build_student
+from dune_fast.teachers.containers import container_state, read_container
+from dune_fast.teachers.encoder_names import beside_encoder
+from dune_fast.teachers.recognition import recognize, vit_family
+from dune_fast.teachers.run_files import CheckpointError, weights_in
+from dune_fast.teachers.weights import compare
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dune_fast.engine.metrics import read_metrics
 from dune_fast.evaluate.held_out import pca_rgb
-from dune_fast.nn.student import Student
-from teachers.config import IMAGENET_MEAN, IMAGENET_STD
-from teachers.ensemble import TeacherEnsemble
+from dune_fast.student import Student
+from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.teachers.ensemble import TeacherEnsemble
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen before)

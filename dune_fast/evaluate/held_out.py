@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor, nn
 
-from dali_pipelines.loader import Batch
+from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.distill.standardization import AllReduce, TeacherStatistics
-from kernels.distill_loss import standardize
-from teachers.ensemble import TeacherEnsemble
+from dune_fast.kernels.distill_loss import standardize
+from dune_fast.teachers.ensemble import TeacherEnsemble
 
 Cosines = dict[str, dict[str, float]]
 """teacher -> token type -> mean cosine similarity"""

@@ -14,15 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dali_pipelines.datasets import Dataset, index_dataset
-from dali_pipelines.loader import Batch, ValLoader
+from dune_fast.dali_pipelines.datasets import Dataset, index_dataset
+from dune_fast.dali_pipelines.loader import Batch, ValLoader
 from dune_fast.distill.objective import ObjectiveConfig, teacher_losses
 from dune_fast.distill.standardization import Features, Standardizer
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.deepspeed_engine import sum_over_ranks
 from dune_fast.engine.trainer import Trainer
 from dune_fast.evaluate.knn import Labelled, knn_predict, labelled
-from dune_fast.nn.student import Student, build_student
+from dune_fast.student import Student, build_student
 
 logger = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dali_pipelines.datasets import Dataset, Images
-from dali_pipelines.errors import BrokenImage
-from dali_pipelines.listing import SPLITS
-from dali_pipelines.order import Permutation
-from dali_pipelines.storage import Reader
+from dune_fast.dali_pipelines.datasets import Dataset, Images
+from dune_fast.dali_pipelines.errors import BrokenImage
+from dune_fast.dali_pipelines.listing import SPLITS
+from dune_fast.dali_pipelines.order import Permutation
+from dune_fast.dali_pipelines.storage import Reader
 
 logger = logging.getLogger(__name__)
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from dali_pipelines.loader import ValLoader
+from dune_fast.dali_pipelines.loader import ValLoader
 from dune_fast.engine.checkpoints import load_run
 from dune_fast.engine.config import RunConfig, validate
 from dune_fast.engine.devices import autocast_dtype
 from dune_fast.engine.warm_start import initial_student
 from dune_fast.evaluate.figures import loss_figure, pca_figure
 from dune_fast.evaluate.held_out import cosine_table, held_out_cosines
-from dune_fast.nn.student import Student
-from teachers.ensemble import TeacherEnsemble
+from dune_fast.student import Student
+from dune_fast.teachers.ensemble import TeacherEnsemble
 
 logger = logging.getLogger(__name__)
 

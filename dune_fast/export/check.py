@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from dune_fast.nn.vit import VisionTransformer
+from dune_fast.kernels.nn.vit import VisionTransformer
 
 LIMIT = 1e-4
 """Largest difference over the largest value, per output. float32 in another order of summation differs by about 1e-6;

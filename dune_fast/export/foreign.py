@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dune_fast.engine.container import write_tensors
 from dune_fast.export.check import ExportError, Outputs, Reader
-from dune_fast.nn.block import LAYER_NORM_EPS
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
-from teachers.containers import read_safetensors
-from teachers.timm_model import import_timm
+from dune_fast.kernels.nn.block import LAYER_NORM_EPS
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.teachers.containers import read_safetensors
+from dune_fast.teachers.timm_model import import_timm
 
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 

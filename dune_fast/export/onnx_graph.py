@@ -2,7 +2,7 @@
 
 The graph is written node by node rather than traced: a tracer would freeze the image size into the position table's
 interpolation. ONNX's Resize takes the scale factor (n + offset) / M as the published student does, and factor 1 where
-the grid is the table's own, so every size is computed as by `dune_fast.nn.vit`.
+the grid is the table's own, so every size is computed as by `dune_fast.kernels.nn.vit`.
 
 Input: `images` [batch, 3, height, width], float32, ImageNet-normalised, height and width multiples of the patch size.
 Outputs: `x_norm_clstoken` [batch, D], `x_norm_regtokens` [batch, R, D] (if there are registers), `x_norm_patchtokens`
@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from dune_fast.export.check import ExportError, Reader
-from dune_fast.nn.block import LAYER_NORM_EPS, Block
-from dune_fast.nn.vit import VisionTransformer
-from teachers.architecture import ARCHITECTURE, PREPROCESSING
+from dune_fast.kernels.nn.block import LAYER_NORM_EPS, Block
+from dune_fast.kernels.nn.vit import VisionTransformer
+from dune_fast.teachers.architecture import ARCHITECTURE, PREPROCESSING
 
 FILE = "encoder.onnx"
 OPSET = 20  # the first with Gelu; onnxruntime has it since 1.17

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.export.check import ExportError, Reader, encoder_outputs
+from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.load import DistilledModel
-from dune_fast.nn.projectors import ProjectorConfig, TransformerProjector
-from dune_fast.nn.student import Student
-from dune_fast.nn.vit import ViTConfig
 from dune_fast.released import load_released
-from teachers.containers import read_container
-from teachers.dune import ARCHITECTURES, ENCODER_OPTIONS, PROJECTOR_OPTIONS
-from teachers.weights import check_fit, compare
+from dune_fast.student import ProjectorConfig, Student, TransformerProjector
+from dune_fast.teachers.containers import read_container
+from dune_fast.teachers.dune import ARCHITECTURES, ENCODER_OPTIONS, PROJECTOR_OPTIONS
+from dune_fast.teachers.weights import check_fit, compare
 
 FILE = "dune.pth"
 

@@ -12,11 +12,11 @@ from dune_fast.engine.config import load_config
 from dune_fast.engine.container import write_tensors
 from dune_fast.export import TARGETS, foreign, onnx_graph, published
 from dune_fast.export.check import ExportError, Reader, compare, encoder_outputs, sizes
+from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.load import load_encoder, load_model, locate
-from dune_fast.nn.vit import VisionTransformer
-from teachers.architecture import PREPROCESSING, architecture_metadata
-from teachers.run_files import Manifest, is_checkpoint
-from teachers.weights import folder_weights
+from dune_fast.teachers.architecture import PREPROCESSING, architecture_metadata
+from dune_fast.teachers.run_files import Manifest, is_checkpoint
+from dune_fast.teachers.weights import folder_weights
 
 _SAFETENSORS = "encoder.safetensors"
 

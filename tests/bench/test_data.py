@@ -16,7 +16,7 @@ pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: 
 pytest.importorskip("psutil")
 
 from bench import data, data_contenders, data_index, data_turns  # noqa: E402
-from dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset  # noqa: E402
+from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset  # noqa: E402
 
 CPU = torch.device("cpu")
 

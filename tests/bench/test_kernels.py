@@ -16,8 +16,8 @@ from bench import kernels as bench
 from bench.aot import Resources, discover, resource_usage, specialize
 from bench.kernel_cases import OPERATIONS, check, counted_flops, draw_upstream, moved_bytes, select
 from bench.kernel_results import Row, plot_roofline, read_rows, write_rows
-from kernels.launching import Recorded, recording
-from kernels.library import INTERPRETER, interpreted
+from dune_fast.kernels.launching import Recorded, recording
+from dune_fast.kernels.library import INTERPRETER, interpreted
 from tests.kernels.conftest import rounding_to_nearest  # noqa: F401  # the interpreter's float8 loses carries
 
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def test_without_a_gpu_it_says_so():
     ],
 )
 def test_messages(arguments, words, capsys, monkeypatch):
-    monkeypatch.setattr("kernels.library.INTERPRETER", False)
+    monkeypatch.setattr("dune_fast.kernels.library.INTERPRETER", False)
     assert bench.main(arguments) == 2
     assert re.search(words, capsys.readouterr().out.replace("\n", " "))
 
@@ -137,7 +137,7 @@ def test_specialization_is_tritons():
 
 
 def test_recorded_launches_are_those_of_a_run():
-    from kernels import moments
+    from dune_fast.kernels import moments
 
     with recording("sm_90") as launches:
         moments._moments_triton(torch.empty(128, 577, 1024, device="meta", dtype=torch.bfloat16)[:, 1:])

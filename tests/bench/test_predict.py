@@ -17,7 +17,7 @@ from bench.predict import DEVICES, Prediction, Work, limits, resident
 from bench.predict_report import totals
 from bench.sass import parse
 from bench.sass_thread import Thread
-from kernels.launching import recording
+from dune_fast.kernels.launching import recording
 from tests.bench.tiny_kernels import BLOCK, FMAS, PROGRAMS, VALUES
 
 

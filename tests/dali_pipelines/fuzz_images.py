@@ -106,7 +106,7 @@ def damaged(seed: int, number: int) -> tuple[str, bytes]:
 
 def pixels(decoder, encoded: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """By DALI, all of an image as a square."""
-    from dali_pipelines.pipeline import whole_images
+    from dune_fast.dali_pipelines.pipeline import whole_images
 
     decoder.submit([encoded], whole_images([size], decoder.image_size))
     return decoder.receive()[0][0].numpy().astype(int)
@@ -116,9 +116,9 @@ def decode_batch(seed: int, first: int, count: int) -> dict:
     """What became of some files; runs in a process of its own."""
     import torch
 
-    from dali_pipelines.errors import BrokenImage
-    from dali_pipelines.images import for_dali
-    from dali_pipelines.pipeline import Decoder
+    from dune_fast.dali_pipelines.errors import BrokenImage
+    from dune_fast.dali_pipelines.images import for_dali
+    from dune_fast.dali_pipelines.pipeline import Decoder
 
     warnings.simplefilter("ignore")
     counts: collections.Counter[str] = collections.Counter()

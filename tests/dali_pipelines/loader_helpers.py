@@ -6,8 +6,8 @@ import os
 import torch
 from PIL import Image
 
-from dali_pipelines.datasets import DataConfig, DatasetConfig
-from dali_pipelines.loader import TrainLoader
+from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig
+from dune_fast.dali_pipelines.loader import TrainLoader
 
 CPU = torch.device("cpu")
 

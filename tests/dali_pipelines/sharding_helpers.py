@@ -7,9 +7,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from dali_pipelines.datasets import DataConfig, DatasetConfig
-from dali_pipelines.shard_writer import ShardSettings
-from dali_pipelines.storage import Reader
+from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig
+from dune_fast.dali_pipelines.shard_writer import ShardSettings
+from dune_fast.dali_pipelines.storage import Reader
 
 webdataset = pytest.importorskip("webdataset")
 

@@ -5,8 +5,14 @@ import pytest
 import torch
 from scipy import stats
 
-from dali_pipelines.augmentation import colour_params, draw_words, resized_crops, train_geometry, validation_geometry
-from dali_pipelines.datasets import DataConfig
+from dune_fast.dali_pipelines.augmentation import (
+    colour_params,
+    draw_words,
+    resized_crops,
+    train_geometry,
+    validation_geometry,
+)
+from dune_fast.dali_pipelines.datasets import DataConfig
 
 transforms = pytest.importorskip("torchvision.transforms.v2")
 SCALE, RATIO = [0.4, 1.0], [3 / 4, 4 / 3]

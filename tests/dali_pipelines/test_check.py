@@ -5,9 +5,9 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: dali)")
 
-from dali_pipelines.check import check_dataset  # noqa: E402
-from dali_pipelines.datasets import DataConfig, DatasetConfig  # noqa: E402
 from dune_fast import cli  # noqa: E402
+from dune_fast.dali_pipelines.check import check_dataset  # noqa: E402
+from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig  # noqa: E402
 
 
 def check(root, sample=None, **fields):
@@ -83,7 +83,7 @@ def test_a_missing_dataset_hides_no_other_and_says_where_to_ask(photos, tmp_path
 
 
 def test_shards_are_checked_and_damage_is_found_with_full(photos, tmp_path):
-    from dali_pipelines.sharding import ShardSettings, shard_dataset
+    from dune_fast.dali_pipelines.sharding import ShardSettings, shard_dataset
 
     (photos / "photo_003.jpg").write_bytes(b"")
     config = DataConfig(datasets={"d": DatasetConfig(root=str(photos))}, num_threads=2)

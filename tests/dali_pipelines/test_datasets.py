@@ -6,8 +6,8 @@ import os
 import pytest
 from omegaconf import OmegaConf
 
-from dali_pipelines.datasets import DataConfig, DataError, DatasetConfig, index_dataset, index_datasets
-from dali_pipelines.listing import PathList
+from dune_fast.dali_pipelines.datasets import DataConfig, DataError, DatasetConfig, index_dataset, index_datasets
+from dune_fast.dali_pipelines.listing import PathList
 
 
 def names(paths) -> list[str]:

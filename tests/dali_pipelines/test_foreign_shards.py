@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from sharding_helpers import read, upload, webdataset
 
-from dali_pipelines import foreign_shards
-from dali_pipelines.datasets import DatasetConfig, index_dataset
-from dali_pipelines.errors import DataError
-from dali_pipelines.foreign_shards import expand_braces, find_shards, open_foreign_shards
-from dali_pipelines.tar_index import scan_tar
+from dune_fast.dali_pipelines import foreign_shards
+from dune_fast.dali_pipelines.datasets import DatasetConfig, index_dataset
+from dune_fast.dali_pipelines.errors import DataError
+from dune_fast.dali_pipelines.foreign_shards import expand_braces, find_shards, open_foreign_shards
+from dune_fast.dali_pipelines.tar_index import scan_tar
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

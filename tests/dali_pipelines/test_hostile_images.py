@@ -13,9 +13,9 @@ from PIL import Image
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: dali)")
 TF = pytest.importorskip("torchvision.transforms.v2.functional")
 
-from dali_pipelines.datasets import DataConfig, DatasetConfig  # noqa: E402
-from dali_pipelines.loader import TrainLoader, ValLoader  # noqa: E402
-from kernels.augment import augment_colour  # noqa: E402
+from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig  # noqa: E402
+from dune_fast.dali_pipelines.loader import TrainLoader, ValLoader  # noqa: E402
+from dune_fast.kernels.augment import augment_colour  # noqa: E402
 
 CPU = torch.device("cpu")
 SIZE = 32

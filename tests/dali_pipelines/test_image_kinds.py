@@ -18,13 +18,13 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: dali)")
 
-from dali_pipelines.check import check_dataset  # noqa: E402
-from dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset  # noqa: E402
-from dali_pipelines.errors import BrokenImage  # noqa: E402
-from dali_pipelines.images import SUFFIXES, decode, for_dali, plain_jpeg  # noqa: E402
-from dali_pipelines.loader import TrainLoader  # noqa: E402
-from dali_pipelines.pipeline import Decoder, whole_images  # noqa: E402
-from dali_pipelines.shard_writer import ShardSettings, prepare  # noqa: E402
+from dune_fast.dali_pipelines.check import check_dataset  # noqa: E402
+from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset  # noqa: E402
+from dune_fast.dali_pipelines.errors import BrokenImage  # noqa: E402
+from dune_fast.dali_pipelines.images import SUFFIXES, decode, for_dali, plain_jpeg  # noqa: E402
+from dune_fast.dali_pipelines.loader import TrainLoader  # noqa: E402
+from dune_fast.dali_pipelines.pipeline import Decoder, whole_images  # noqa: E402
+from dune_fast.dali_pipelines.shard_writer import ShardSettings, prepare  # noqa: E402
 
 WIDTH, HEIGHT = 64, 48
 

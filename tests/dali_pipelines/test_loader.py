@@ -13,10 +13,10 @@ pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: 
 
 from loader_helpers import CPU, config, damage, take  # noqa: E402
 
-from dali_pipelines.augmentation import Geometry, colour_params, draw_words  # noqa: E402
-from dali_pipelines.datasets import DataConfig, DataError  # noqa: E402
-from dali_pipelines.loader import TrainLoader  # noqa: E402
-from kernels.augment import ColourParams, augment_colour  # noqa: E402
+from dune_fast.dali_pipelines.augmentation import Geometry, colour_params, draw_words  # noqa: E402
+from dune_fast.dali_pipelines.datasets import DataConfig, DataError  # noqa: E402
+from dune_fast.dali_pipelines.loader import TrainLoader  # noqa: E402
+from dune_fast.kernels.augment import ColourParams, augment_colour  # noqa: E402
 
 
 def test_batch_has_the_documented_fields(two_folders):

@@ -13,12 +13,12 @@ pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: 
 
 from loader_helpers import CPU, config, damage, refuse_to_open, take  # noqa: E402
 
-from dali_pipelines import images  # noqa: E402
-from dali_pipelines.datasets import DataError  # noqa: E402
-from dali_pipelines.images import plain_jpeg  # noqa: E402
-from dali_pipelines.loader import TrainLoader  # noqa: E402
-from dali_pipelines.pipeline import Decoder  # noqa: E402
-from dali_pipelines.storage import Reader  # noqa: E402
+from dune_fast.dali_pipelines import images  # noqa: E402
+from dune_fast.dali_pipelines.datasets import DataError  # noqa: E402
+from dune_fast.dali_pipelines.images import plain_jpeg  # noqa: E402
+from dune_fast.dali_pipelines.loader import TrainLoader  # noqa: E402
+from dune_fast.dali_pipelines.pipeline import Decoder  # noqa: E402
+from dune_fast.dali_pipelines.storage import Reader  # noqa: E402
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: 
 
 from loader_helpers import CPU, config, damage, take  # noqa: E402
 
-from dali_pipelines.loader import TrainLoader  # noqa: E402
-from dali_pipelines.storage import Reader  # noqa: E402
+from dune_fast.dali_pipelines.loader import TrainLoader  # noqa: E402
+from dune_fast.dali_pipelines.storage import Reader  # noqa: E402
 
 
 def test_storage_that_fails_for_a_while_costs_nothing(sharded, monkeypatch):

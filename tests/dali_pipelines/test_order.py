@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dali_pipelines.datasets import DataError
-from dali_pipelines.order import Permutation, SampleOrder, Shares, exact_weights, rank_slots
+from dune_fast.dali_pipelines.datasets import DataError
+from dune_fast.dali_pipelines.order import Permutation, SampleOrder, Shares, exact_weights, rank_slots
 
 
 def images_of_step(order: SampleOrder, step: int) -> list[tuple[int, int]]:

@@ -7,8 +7,8 @@ import pickle
 import numpy as np
 import pytest
 
-from dali_pipelines.errors import DataError
-from dali_pipelines.pickle_keys import pickle_keys, pickle_paths
+from dune_fast.dali_pipelines.errors import DataError
+from dune_fast.dali_pipelines.pickle_keys import pickle_keys, pickle_paths
 
 
 class Annotation:

@@ -14,11 +14,11 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: dali)")
 
-from dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset  # noqa: E402
-from dali_pipelines.images import SUFFIXES, to_rgb  # noqa: E402
-from dali_pipelines.loader import ValLoader  # noqa: E402
-from dali_pipelines.pipeline import Decoder, whole_images  # noqa: E402
-from dali_pipelines.source import ImageSource  # noqa: E402
+from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset  # noqa: E402
+from dune_fast.dali_pipelines.images import SUFFIXES, to_rgb  # noqa: E402
+from dune_fast.dali_pipelines.loader import ValLoader  # noqa: E402
+from dune_fast.dali_pipelines.pipeline import Decoder, whole_images  # noqa: E402
+from dune_fast.dali_pipelines.source import ImageSource  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from PIL import Image
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: dali)")
 TF = pytest.importorskip("torchvision.transforms.v2.functional")
 
-from dali_pipelines.augmentation import draw_words, resized_crops, train_geometry, validation_geometry  # noqa: E402
-from dali_pipelines.datasets import DataConfig, DataError  # noqa: E402
-from dali_pipelines.pipeline import DecodeError, Decoder, import_dali  # noqa: E402
-from kernels import philox  # noqa: E402
+from dune_fast.dali_pipelines.augmentation import draw_words, resized_crops, train_geometry, validation_geometry  # noqa: E402
+from dune_fast.dali_pipelines.datasets import DataConfig, DataError  # noqa: E402
+from dune_fast.dali_pipelines.pipeline import DecodeError, Decoder, import_dali  # noqa: E402
+from dune_fast.kernels import philox  # noqa: E402
 
 CPU = torch.device("cpu")
 BICUBIC = TF.InterpolationMode.BICUBIC

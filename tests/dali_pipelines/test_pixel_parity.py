@@ -8,11 +8,11 @@ from PIL import Image
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: dali)")
 TF = pytest.importorskip("torchvision.transforms.v2.functional")
 
-from dali_pipelines.augmentation import colour_params, draw_words, resized_crops  # noqa: E402
-from dali_pipelines.datasets import DataConfig, DatasetConfig  # noqa: E402
-from dali_pipelines.loader import TrainLoader  # noqa: E402
-from kernels import philox  # noqa: E402
-from kernels.augment import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
+from dune_fast.dali_pipelines.augmentation import colour_params, draw_words, resized_crops  # noqa: E402
+from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig  # noqa: E402
+from dune_fast.dali_pipelines.loader import TrainLoader  # noqa: E402
+from dune_fast.kernels import philox  # noqa: E402
+from dune_fast.kernels.augment import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
 
 SIZE, BATCH, STEPS, SEED = 96, 24, 6, 2
 

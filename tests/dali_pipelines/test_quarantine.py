@@ -5,10 +5,10 @@ import threading
 
 import pytest
 
-from dali_pipelines.datasets import DataConfig
-from dali_pipelines.errors import DataError
-from dali_pipelines.listing import PathList
-from dali_pipelines.quarantine import Quarantine
+from dune_fast.dali_pipelines.datasets import DataConfig
+from dune_fast.dali_pipelines.errors import DataError
+from dune_fast.dali_pipelines.listing import PathList
+from dune_fast.dali_pipelines.quarantine import Quarantine
 
 NAMES, IMAGES = ["a", "b"], [PathList(f"{i}.jpg" for i in range(100)), PathList(["x.jpg", "y.jpg"])]
 

@@ -12,14 +12,14 @@ from loader_helpers import damage
 from PIL import Image
 from sharding_helpers import SETTINGS, configured, contents, digests, webdataset
 
-from dali_pipelines.datasets import DatasetConfig, index_dataset
-from dali_pipelines.errors import BrokenImage
-from dali_pipelines.images import plain_jpeg
-from dali_pipelines.pipeline import Decoder
-from dali_pipelines.shard_writer import Item, Job, ShardSettings, Tally, prepare, write_shard
-from dali_pipelines.sharding import shard_dataset
-from dali_pipelines.shards import open_manifest_folder
-from dali_pipelines.storage import Location, Reader
+from dune_fast.dali_pipelines.datasets import DatasetConfig, index_dataset
+from dune_fast.dali_pipelines.errors import BrokenImage
+from dune_fast.dali_pipelines.images import plain_jpeg
+from dune_fast.dali_pipelines.pipeline import Decoder
+from dune_fast.dali_pipelines.shard_writer import Item, Job, ShardSettings, Tally, prepare, write_shard
+from dune_fast.dali_pipelines.sharding import shard_dataset
+from dune_fast.dali_pipelines.shards import open_manifest_folder
+from dune_fast.dali_pipelines.storage import Location, Reader
 
 BROKEN = {"cut.jpg", "text.jpg", "half.png", "float.tiff"}
 

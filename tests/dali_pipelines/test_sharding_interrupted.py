@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from sharding_helpers import SETTINGS, configured, contents, digests
 
-from dali_pipelines import sharding
-from dali_pipelines.datasets import index_dataset
-from dali_pipelines.errors import DataError
-from dali_pipelines.shard_writer import ShardSettings
-from dali_pipelines.sharding import shard_dataset
+from dune_fast.dali_pipelines import sharding
+from dune_fast.dali_pipelines.datasets import index_dataset
+from dune_fast.dali_pipelines.errors import DataError
+from dune_fast.dali_pipelines.shard_writer import ShardSettings
+from dune_fast.dali_pipelines.sharding import shard_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -25,8 +25,8 @@ SCRIPT = """
 import sys
 
 if __name__ == "__main__":
-    from dali_pipelines import sharding
-    from dali_pipelines.datasets import DataConfig, DatasetConfig
+    from dune_fast.dali_pipelines import sharding
+    from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig
 
     sharding._SAMPLE = 2
     data = DataConfig(datasets={"d": DatasetConfig(root=sys.argv[1])})

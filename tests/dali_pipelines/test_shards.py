@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from sharding_helpers import read, upload
 
-from dali_pipelines import shards
-from dali_pipelines.datasets import DatasetConfig, index_dataset
-from dali_pipelines.errors import DataError
-from dali_pipelines.shards import open_manifest_folder
-from dali_pipelines.tar_index import RECORD, open_index, write_index
+from dune_fast.dali_pipelines import shards
+from dune_fast.dali_pipelines.datasets import DatasetConfig, index_dataset
+from dune_fast.dali_pipelines.errors import DataError
+from dune_fast.dali_pipelines.shards import open_manifest_folder
+from dune_fast.dali_pipelines.tar_index import RECORD, open_index, write_index
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

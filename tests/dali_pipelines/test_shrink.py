@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset
-from dali_pipelines.errors import BrokenImage
-from dali_pipelines.shard_writer import ShardSettings, prepare
-from dali_pipelines.shrink import shrunk_bytes
-from dali_pipelines.source import ImageSource
-from dali_pipelines.storage import Reader
+from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset
+from dune_fast.dali_pipelines.errors import BrokenImage
+from dune_fast.dali_pipelines.shard_writer import ShardSettings, prepare
+from dune_fast.dali_pipelines.shrink import shrunk_bytes
+from dune_fast.dali_pipelines.source import ImageSource
+from dune_fast.dali_pipelines.storage import Reader
 
 
 def shrunk(path, cache) -> bytes:

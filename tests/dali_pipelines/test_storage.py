@@ -9,9 +9,9 @@ import fsspec
 import numpy as np
 import pytest
 
-from dali_pipelines import storage
-from dali_pipelines.errors import BrokenImage, DataError, StorageError
-from dali_pipelines.storage import Location, Reader, patiently, write_whole
+from dune_fast.dali_pipelines import storage
+from dune_fast.dali_pipelines.errors import BrokenImage, DataError, StorageError
+from dune_fast.dali_pipelines.storage import Location, Reader, patiently, write_whole
 
 DATA = bytes(np.random.default_rng(0).integers(0, 256, 10_000, dtype=np.uint8))
 

@@ -8,7 +8,7 @@ pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: 
 
 from loader_helpers import CPU, config, damage, take  # noqa: E402
 
-from dali_pipelines.loader import ValLoader  # noqa: E402
+from dune_fast.dali_pipelines.loader import ValLoader  # noqa: E402
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dune_fast.distill.step import finite_images
-from dune_fast.nn.routing import make_routes
+from dune_fast.kernels.nn.routing import make_routes
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dune_fast.distill.objective import ObjectiveConfig, TermWeights, coefficients, combine, ownership, teacher_losses
-from kernels.teacher_drop import drop_uniforms, teacher_drop
+from dune_fast.kernels.teacher_drop import drop_uniforms, teacher_drop
 
 GROUPS = ["3d", "generic", "human"]
 OWN = {"dino": ["generic"], "mast3r": ["3d"], "hmr": ["human"]}

@@ -9,7 +9,7 @@ from torch import nn
 
 from dune_fast.distill.phi_s import HadamardError, SecondMoments, hadamard, hadamard_base
 from dune_fast.distill.standardization import TeacherStatistics, fold_inverse
-from kernels.distill_loss import standardize
+from dune_fast.kernels.distill_loss import standardize
 
 WIDTHS = (1, 2, 4, 12, 20, 24, 28, 36, 64, 96, 192, 256, 384, 512, 768, 1000, 1024, 1152, 1280, 1408, 1536, 1664, 2048)
 TEACHERS = {"a": (12, ["cls", "patch"]), "b": (20, ["patch"])}

@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from dali_pipelines.order import SampleOrder, rank_slots
+from dune_fast.dali_pipelines.order import SampleOrder, rank_slots
 from dune_fast.distill.objective import ObjectiveConfig, ownership
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep
-from dune_fast.nn.projectors import ProjectorConfig
-from dune_fast.nn.routing import make_routes, union, within
-from dune_fast.nn.student import build_student
-from dune_fast.nn.vit import ViTConfig
-from kernels.moments import moments
-from teachers.config import TeacherConfig
-from teachers.ensemble import TeacherEnsemble
+from dune_fast.kernels.moments import moments
+from dune_fast.kernels.nn.routing import make_routes, union, within
+from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.student import ProjectorConfig, build_student
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.ensemble import TeacherEnsemble
 
 GROUPS = ["3d", "generic", "human"]
 TEACHERS = {

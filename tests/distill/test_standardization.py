@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dune_fast.distill.standardization import TeacherStatistics
-from kernels.distill_loss import standardize
+from dune_fast.kernels.distill_loss import standardize
 
 TEACHERS = {"a": (8, ["cls", "patch"]), "b": (12, ["patch"])}
 

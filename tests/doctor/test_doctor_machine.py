@@ -9,9 +9,11 @@ import types
 import pytest
 import torch
 
-import kernels.attention
-from dali_pipelines import pipeline
-from dali_pipelines.errors import DataError
+import dune_fast.kernels.attention  # noqa: F401
+import dune_fast.kernels.moments  # noqa: F401
+from dune_fast import kernels
+from dune_fast.dali_pipelines import pipeline
+from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.doctor import FAIL, OK, WARN, Finding, examine, machine
 
 NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="simulates a machine without a GPU")
@@ -111,8 +113,6 @@ def test_a_triton_kernel_that_is_wrong_or_missing_on_a_gpu_is_a_failure(monkeypa
     arange = torch.arange
     monkeypatch.setattr(torch, "arange", lambda *args, device, **kwargs: arange(*args, **kwargs))
     assert machine.triton().status == OK
-    import kernels.moments
-
     right = kernels.moments.moments
     monkeypatch.setattr(kernels.moments, "moments", lambda x: tuple(m * 1.001 for m in right(x)))
     finding = machine.triton()

@@ -16,7 +16,7 @@ from PIL import Image
 from dune_fast import cli
 from dune_fast.doctor import FAIL, OK, WARN, examine, machine, run
 from dune_fast.engine.config import RunConfig, compose_config
-from teachers.config import TeacherConfig
+from dune_fast.teachers.config import TeacherConfig
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dali_pipelines.loader import Batch
-from dali_pipelines.order import rank_slots
+from dune_fast.dali_pipelines.loader import Batch
+from dune_fast.dali_pipelines.order import rank_slots
 from dune_fast.distill.step import PerImage, StepOutput
 from dune_fast.engine import trainer
 from dune_fast.engine.accumulation import merge, part_momentum, split

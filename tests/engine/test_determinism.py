@@ -13,8 +13,8 @@ from bench.step_variants import VARIANTS, synthetic_config
 from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.engine.determinism import NotDeterministicError, deterministic_algorithms, explained
 from dune_fast.engine.trainer import Trainer
-from dune_fast.nn.vit import ViTConfig
-from teachers.config import TeacherConfig
+from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.teachers.config import TeacherConfig
 
 NO_DETERMINISTIC_FORM = {
     "aten::upsample_bicubic2d_backward", "aten::_upsample_bicubic2d_aa_backward", "aten::upsample_bilinear2d_backward",

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from dune_fast.cli import main
 from dune_fast.engine.config import compose_config
 from dune_fast.engine.trainer import Trainer
-from teachers.drift import DriftError
-from teachers.toy import random_state
+from dune_fast.teachers.drift import DriftError
+from dune_fast.teachers.toy import random_state
 
 
 @pytest.fixture

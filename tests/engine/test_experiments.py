@@ -8,7 +8,7 @@ import torch
 from dune_fast.distill.objective import ownership
 from dune_fast.engine.config import compose_config
 from dune_fast.engine.schedules import learning_rates, scaled_learning_rate
-from dune_fast.nn.student import Student
+from dune_fast.student import Student
 
 DUNE_TEACHERS = {
     "dino2reg_vitlarge_14": (1024, ("cls", "patch")),

@@ -12,11 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dune_fast.engine.config import compose_config
 from dune_fast.engine.flops import Flops, count_flops, projector_flops, run_flops, teacher_flops, vit_flops
-from dune_fast.nn.projectors import ProjectorConfig, Projectors
-from dune_fast.nn.student import build_student
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
-from teachers.config import TeacherConfig
-from teachers.registry import build_teacher
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.student import ProjectorConfig, Projectors, build_student
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.registry import build_teacher
 
 SMALL = ViTConfig(image_size=56, embed_dim=48, depth=3, num_heads=3)
 PLAIN = ViTConfig(
@@ -98,7 +97,7 @@ def test_a_teacher_known_by_its_configuration_has_its_networks_operations(family
     }[family]
     grid = 8
     if family == "xfeat":
-        from teachers.xfeat import XFeat
+        from dune_fast.teachers.xfeat import XFeat
 
         with torch.device("meta"):
             trunk = XFeat()

@@ -13,11 +13,10 @@ from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep
 from dune_fast.engine.deepspeed_engine import Engine, init_distributed
 from dune_fast.engine.optimizer import OptimizerConfig
-from dune_fast.nn.projectors import ProjectorConfig
-from dune_fast.nn.student import build_student
-from dune_fast.nn.vit import ViTConfig
-from teachers.config import TeacherConfig
-from teachers.ensemble import TeacherEnsemble
+from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.student import ProjectorConfig, build_student
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.ensemble import TeacherEnsemble
 
 TEACHERS = {
     "one": TeacherConfig("conv_patchify", "random:1", 14, 24, groups=["generic"]),

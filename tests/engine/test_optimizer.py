@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from dune_fast.engine.optimizer import OptimizerConfig, build_optimizer, parameter_groups, scale_gradients
-from dune_fast.nn.projectors import ProjectorConfig
-from dune_fast.nn.student import build_student
-from dune_fast.nn.vit import ViTConfig
+from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.student import ProjectorConfig, build_student
 
 
 def test_weight_decay_on_tensors_of_two_or_more_dimensions_only():

@@ -21,7 +21,7 @@ from dune_fast.engine.trainer import Trainer
 from dune_fast.evaluate.run import evaluate_run
 from dune_fast.export.check import ExportError
 from dune_fast.export.run import export
-from kernels.distill_loss import standardize
+from dune_fast.kernels.distill_loss import standardize
 
 ROOT = Path(__file__).resolve().parents[2]
 

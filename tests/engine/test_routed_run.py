@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dali_pipelines.datasets import DatasetConfig
+from dune_fast.dali_pipelines.datasets import DatasetConfig
 from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.engine.metrics import read_metrics
 from dune_fast.engine.trainer import Trainer

@@ -14,10 +14,10 @@ from dune_fast.engine.checkpoints import load_run
 from dune_fast.evaluate.run import evaluate_run
 from dune_fast.export.run import export
 from dune_fast.load import ModelNotFoundError
-from teachers.config import TeacherConfig
-from teachers.containers import TeacherWeightsError
-from teachers.ensemble import TeacherEnsemble
-from teachers.verify import inspect_file
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.containers import TeacherWeightsError
+from dune_fast.teachers.ensemble import TeacherEnsemble
+from dune_fast.teachers.verify import inspect_file
 
 IMAGES = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
 

@@ -11,10 +11,9 @@ from safetensors.torch import save_file
 from dune_fast.engine.config import compose_config, load_config
 from dune_fast.engine.trainer import Trainer
 from dune_fast.engine.warm_start import WarmStartError, warm_start
-from dune_fast.nn.projectors import ProjectorConfig
-from dune_fast.nn.student import Student, build_student
-from dune_fast.nn.vit import ViTConfig
-from teachers.containers import TeacherWeightsError
+from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.student import ProjectorConfig, Student, build_student
+from dune_fast.teachers.containers import TeacherWeightsError
 
 ENCODER = ViTConfig(image_size=56, embed_dim=48, depth=2, num_heads=3)
 TEACHERS = {"a": (24, ("cls", "patch")), "b": (32, ("patch",))}

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dune_fast.engine.deepspeed_engine import Engine, init_distributed
 from dune_fast.engine.optimizer import OptimizerConfig
-from dune_fast.nn.block import Block, run_blocks
-from kernels import library
+from dune_fast.kernels import library
+from dune_fast.kernels.nn.block import Block, run_blocks
 
 fused = library.interpreted if library.INTERPRETER else contextlib.nullcontext
 CUT = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # small parameters too

@@ -9,15 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dali_pipelines.loader import Batch
+from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.evaluate.figures import loss_figure, pca_figure, smooth, to_display
 from dune_fast.evaluate.held_out import held_out_cosines, pca_rgb
-from dune_fast.nn.projectors import ProjectorConfig
-from dune_fast.nn.student import build_student
-from dune_fast.nn.vit import ViTConfig
-from teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
-from teachers.ensemble import TeacherEnsemble
+from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.student import ProjectorConfig, build_student
+from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
+from dune_fast.teachers.ensemble import TeacherEnsemble
 
 TEACHERS = {"a": TeacherConfig("conv_patchify", "random:1", 14, 24)}
 WIDTHS = {"a": (24, ["cls", "patch"])}

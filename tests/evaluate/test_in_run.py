@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dali_pipelines.datasets import DatasetConfig
-from dali_pipelines.loader import ValLoader
+from dune_fast.dali_pipelines.datasets import DatasetConfig
+from dune_fast.dali_pipelines.loader import ValLoader
 from dune_fast.distill.objective import teacher_losses
 from dune_fast.engine import checkpoints
 from dune_fast.engine.checkpoints import load_run
@@ -19,7 +19,7 @@ from dune_fast.engine.config import compose_config
 from dune_fast.engine.metrics import CLOCK, read_metrics
 from dune_fast.engine.trainer import Trainer
 from dune_fast.evaluate.in_run import HeldOutLoss, InRunEvaluation
-from teachers.ensemble import TeacherEnsemble
+from dune_fast.teachers.ensemble import TeacherEnsemble
 from tests.engine.conftest import overrides, photos, small_run, trained_run
 
 __all__ = ["overrides", "photos", "trained_run"]  # fixtures

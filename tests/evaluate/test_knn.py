@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dali_pipelines.datasets import DataConfig, Dataset, DatasetConfig, index_dataset
-from dali_pipelines.listing import PathList
-from dali_pipelines.sharding import ShardSettings, shard_dataset
-from dali_pipelines.storage import Reader
+from dune_fast.dali_pipelines.datasets import DataConfig, Dataset, DatasetConfig, index_dataset
+from dune_fast.dali_pipelines.listing import PathList
+from dune_fast.dali_pipelines.sharding import ShardSettings, shard_dataset
+from dune_fast.dali_pipelines.storage import Reader
 from dune_fast.evaluate.knn import TEMPERATURE, LabelError, choose, knn_predict, labelled
 
 neighbors = pytest.importorskip("sklearn.neighbors")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import library
+from dune_fast.kernels import library
 
 _TYPES = {
     "fp64": torch.float64,

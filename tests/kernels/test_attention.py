@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dune_fast.nn.block import SelfAttention
-from kernels import attention as module
-from kernels.attention import FLASH_ATTN_INSTALLED, attention, resolve_backend
-from kernels.library import traced
-from kernels.rope2d import grid_positions, rope2d_angles
+from dune_fast.kernels import attention as module
+from dune_fast.kernels.attention import FLASH_ATTN_INSTALLED, attention, resolve_backend
+from dune_fast.kernels.library import traced
+from dune_fast.kernels.nn.block import SelfAttention
+from dune_fast.kernels.rope2d import grid_positions, rope2d_angles
 
 
 def formula(qkv: torch.Tensor) -> torch.Tensor:

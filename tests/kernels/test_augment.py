@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from kernels import augment
-from kernels.augment import ColourParams, augment_colour, augment_colour_reference
+from dune_fast.kernels import augment
+from dune_fast.kernels.augment import ColourParams, augment_colour, augment_colour_reference
 
 TF = pytest.importorskip("torchvision.transforms.v2.functional")
 

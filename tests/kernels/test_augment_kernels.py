@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels import augment, augment_kernels
-from kernels.augment import ColourParams, augment_colour
+from dune_fast.kernels import augment, augment_kernels
+from dune_fast.kernels.augment import ColourParams, augment_colour
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

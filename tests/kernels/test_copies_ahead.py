@@ -15,8 +15,8 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from bench.aot import specialize
-from kernels import distill_loss, gelu, moments
-from kernels.launching import recording
+from dune_fast.kernels import distill_loss, gelu, moments
+from dune_fast.kernels.launching import recording
 
 x = torch.empty(4, 9, 256, dtype=torch.bfloat16, device="meta")
 vector = torch.empty(256, device="meta")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.cpu import multiplies_bf16
+from dune_fast.kernels.cpu import multiplies_bf16
 
 
 @pytest.mark.parametrize(

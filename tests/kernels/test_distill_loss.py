@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dune_fast.distill.objective import ObjectiveConfig, coefficients, combine, teacher_losses
 from dune_fast.distill.standardization import Standardizer
-from kernels import distill_loss as module
-from kernels import distill_loss_kernels, library
-from kernels.distill_loss import distill_loss, distill_loss_reference
+from dune_fast.kernels import distill_loss as module
+from dune_fast.kernels import distill_loss_kernels, library
+from dune_fast.kernels.distill_loss import distill_loss, distill_loss_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 CONFIG = ObjectiveConfig()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.fp8 import (
+from dune_fast.kernels.fp8 import (
     E4M3,
     FP8Linear,
     FP8Rows,
@@ -21,9 +21,9 @@ from kernels.fp8 import (
     quantize_rows_reference,
     residual_layer_norm_fp8,
 )
-from kernels.gelu import bias_gelu_reference
-from kernels.layer_norm import layer_norm_reference, residual_layer_norm_reference
-from kernels.library import INTERPRETER
+from dune_fast.kernels.gelu import bias_gelu_reference
+from dune_fast.kernels.layer_norm import layer_norm_reference, residual_layer_norm_reference
+from dune_fast.kernels.library import INTERPRETER
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 

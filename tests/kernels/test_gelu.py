@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import gelu as module
-from kernels.gelu import bias_gelu, bias_gelu_backward_op, bias_gelu_op, bias_gelu_reference, linear_gelu
-from kernels.library import INTERPRETER, jit, tl
+from dune_fast.kernels import gelu as module
+from dune_fast.kernels.gelu import bias_gelu, bias_gelu_backward_op, bias_gelu_op, bias_gelu_reference, linear_gelu
+from dune_fast.kernels.library import INTERPRETER, jit, tl
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

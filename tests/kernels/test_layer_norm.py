@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import library
-from kernels.layer_norm import (
+from dune_fast.kernels import library
+from dune_fast.kernels.layer_norm import (
     layer_norm,
     layer_norm_backward_op,
     layer_norm_op,

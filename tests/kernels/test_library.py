@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from kernels import launching, library
-from kernels.launching import Launch, architecture, choose, processors, recording
-from kernels.library import as_rows, describe, guard_device, interpreted, register, use_triton
+from dune_fast.kernels import launching, library
+from dune_fast.kernels.launching import Launch, architecture, choose, processors, recording
+from dune_fast.kernels.library import as_rows, describe, guard_device, interpreted, register, use_triton
 
 CPU = torch.device("cpu")
 
@@ -117,9 +117,9 @@ def test_without_triton_the_references_serve():
     """macOS and Windows have no triton: every file must import there and compute."""
     code = (
         "import sys, importlib, pkgutil; sys.modules['triton'] = None\n"
-        "import torch, kernels\n"
+        "import torch; from dune_fast import kernels\n"
         "names = [m.name for m in pkgutil.iter_modules(kernels.__path__)]\n"
-        "modules = {n: importlib.import_module('kernels.' + n) for n in names}\n"
+        "modules = {n: importlib.import_module('dune_fast.kernels.' + n) for n in names}\n"
         "mean, m2 = modules['moments'].moments(torch.tensor([[1.0], [3.0]]))\n"
         "assert (mean.item(), m2.item()) == (2.0, 2.0)\n"
         "x = torch.randn(2, 3, 4, requires_grad=True)\n"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import moments as module
-from kernels.moments import moments, moments_reference
+from dune_fast.kernels import moments as module
+from dune_fast.kernels.moments import moments, moments_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

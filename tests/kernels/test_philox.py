@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import philox
+from dune_fast.kernels import philox
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, expected words
 KNOWN = [

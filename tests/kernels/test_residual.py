@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import library
-from kernels.layer_norm import residual_reference
-from kernels.residual import residual, residual_backward_op, residual_op
+from dune_fast.kernels import library
+from dune_fast.kernels.layer_norm import residual_reference
+from dune_fast.kernels.residual import residual, residual_backward_op, residual_op
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

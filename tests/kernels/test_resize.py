@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from kernels import library
-from kernels import resize as module
-from kernels.resize import resize_normalize, resize_normalize_reference
+from dune_fast.kernels import library
+from dune_fast.kernels import resize as module
+from dune_fast.kernels.resize import resize_normalize, resize_normalize_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -180,11 +180,11 @@ import importlib, re, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from bench.aot import specialize
-from kernels.launching import recording
+from dune_fast.kernels.launching import recording
 
 for name, kernel, rows in (("resize", "_resize_kernel", 7), ("augment_kernels", "_blur_kernel", 8)):
     with recording("sm_90") as launches:
-        next(iter(importlib.import_module(f"kernels.{name}").aot_calls(torch.device("meta"))))[1]()
+        next(iter(importlib.import_module(f"dune_fast.kernels.{name}").aot_calls(torch.device("meta"))))[1]()
         launched, = (launch for launch in launches if launch.kernel.__name__ == kernel)
     source = specialize(launched)
     source = ASTSource(launched.kernel, source.signature, source.constants, source.attributes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.rope2d import (
+from dune_fast.kernels.rope2d import (
     grid_positions,
     rope2d,
     rope2d_,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import teacher_drop as module
-from kernels.teacher_drop import teacher_drop, teacher_drop_reference
+from dune_fast.kernels import teacher_drop as module
+from dune_fast.kernels.teacher_drop import teacher_drop, teacher_drop_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from teachers.assets import Asset, AssetError, fetch
-from teachers.config import TeacherConfig
-from teachers.download import DownloadError
+from dune_fast.teachers.assets import Asset, AssetError, fetch
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.download import DownloadError
 
 
 @pytest.fixture(scope="session")

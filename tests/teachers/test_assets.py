@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from teachers import assets, download
-from teachers.assets import ASSETS, AssetError, asset_files, asset_path, cache_dir, fetch
+from dune_fast.teachers import assets, download
+from dune_fast.teachers.assets import ASSETS, AssetError, asset_files, asset_path, cache_dir, fetch
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +197,7 @@ def test_cache_that_cannot_be_written_is_named(demo, tmp_path, monkeypatch):
 
 CHILD = """
 import json, sys
-from teachers import assets
+from dune_fast.teachers import assets
 spec, url = json.loads(sys.argv[1]), sys.argv[2]
 spec["members"] = tuple(spec["members"])
 assets.ASSETS["demo"] = assets.Asset(**spec)
@@ -208,7 +208,7 @@ print(assets.asset_path("asset:demo").stat().st_size)
 
 def test_processes_that_fetch_at_once_download_once(demo, server, members):
     command = [sys.executable, "-c", CHILD, json.dumps(dataclasses.asdict(demo)), server.url]
-    root = str(Path(assets.__file__).parents[1])
+    root = str(Path(assets.__file__).resolve().parents[1])
     children = [
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env={**os.environ, "PYTHONPATH": root})
         for _ in range(3)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from teachers.drift import LIMITS, DriftError, check_drift, drift_rows, measure_drift
-from teachers.ensemble import TeacherEnsemble
-from teachers.toy import random_state
+from dune_fast.teachers.drift import LIMITS, DriftError, check_drift, drift_rows, measure_drift
+from dune_fast.teachers.ensemble import TeacherEnsemble
+from dune_fast.teachers.toy import random_state
 
 
 @pytest.fixture

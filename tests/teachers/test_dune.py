@@ -14,16 +14,15 @@ from safetensors.torch import save_file
 import dune_fast
 from bench.case import Case
 from dune_fast.engine.warm_start import warm_start
-from dune_fast.nn.projectors import ProjectorConfig
-from dune_fast.nn.student import build_student
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.student import ProjectorConfig, build_student
+from dune_fast.teachers.architecture import architecture_metadata, random_vit_state
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.containers import TeacherWeightsError
+from dune_fast.teachers.dune import encoder_state
+from dune_fast.teachers.ensemble import TeacherEnsemble
+from dune_fast.teachers.registry import build_teacher
 from dune_fast.teachers_cli import load_teacher_config
-from teachers.architecture import architecture_metadata, random_vit_state
-from teachers.config import TeacherConfig
-from teachers.containers import TeacherWeightsError
-from teachers.dune import encoder_state
-from teachers.ensemble import TeacherEnsemble
-from teachers.registry import build_teacher
 
 DUNE = ViTConfig(image_size=56, embed_dim=64, depth=2, num_heads=1)
 UNIC = replace(DUNE, image_size=64, patch_size=16, num_registers=0, layer_scale=None)

@@ -7,14 +7,14 @@ import torch
 from safetensors.torch import save_file
 
 import dune_fast
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
-from teachers.architecture import random_vit_state
-from teachers.config import TeacherConfig
-from teachers.containers import TeacherWeightsError, strip_wrappers
-from teachers.encoder_names import beside_encoder
-from teachers.ensemble import TeacherEnsemble
-from teachers.registry import build_teacher
-from teachers.verify import inspect_file
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.teachers.architecture import random_vit_state
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.containers import TeacherWeightsError, strip_wrappers
+from dune_fast.teachers.encoder_names import beside_encoder
+from dune_fast.teachers.ensemble import TeacherEnsemble
+from dune_fast.teachers.registry import build_teacher
+from dune_fast.teachers.verify import inspect_file
 
 SMALL = ViTConfig(image_size=56, embed_dim=64, depth=2, num_heads=1)
 STATE = random_vit_state(SMALL, 1)

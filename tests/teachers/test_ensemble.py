@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from teachers.config import IMAGENET_MEAN, IMAGENET_STD
-from teachers.ensemble import TeacherEnsemble
+from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.teachers.ensemble import TeacherEnsemble
 
 PATCH = 14
 

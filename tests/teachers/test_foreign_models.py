@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from teachers.config import TeacherConfig
-from teachers.containers import TeacherWeightsError
-from teachers.ensemble import TeacherEnsemble
-from teachers.registry import build_teacher
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.containers import TeacherWeightsError
+from dune_fast.teachers.ensemble import TeacherEnsemble
+from dune_fast.teachers.registry import build_teacher
 
 
 def timm_config(model, patch_size, num_features, tokens=("patch",), **fields):

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dune_fast.nn.vit import ViTConfig
-from teachers.architecture import random_vit_state
-from teachers.config import TeacherConfig
-from teachers.containers import TeacherWeightsError, read_container
-from teachers.registry import build_teacher, family_class
+from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.teachers.architecture import random_vit_state
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.containers import TeacherWeightsError, read_container
+from dune_fast.teachers.registry import build_teacher, family_class
 
 SMALL = ViTConfig(image_size=28, embed_dim=64, depth=1, num_heads=1, num_registers=0)
 

@@ -7,9 +7,9 @@ import subprocess
 
 import pytest
 
-from teachers import download
-from teachers.assets import ASSETS, AssetError, fetch
-from teachers.download import DownloadError, locate_wheel
+from dune_fast.teachers import download
+from dune_fast.teachers.assets import ASSETS, AssetError, fetch
+from dune_fast.teachers.download import DownloadError, locate_wheel
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
-from teachers import onnx_vit
-from teachers.assets import asset_path
-from teachers.config import TeacherConfig
-from teachers.registry import build_teacher
-from teachers.weights import TeacherWeightsError
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.teachers import onnx_vit
+from dune_fast.teachers.assets import asset_path
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.registry import build_teacher
+from dune_fast.teachers.weights import TeacherWeightsError
 
 onnx = pytest.importorskip("onnx")
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dune_fast.nn.block import SelfAttention
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
-from kernels.fp8 import FP8Linear
-from teachers.acceleration import GraphedTrunk
-from teachers.config import TeacherConfig
-from teachers.ensemble import TeacherEnsemble
-from teachers.precision import prepare, resolve_precision
-from teachers.vit import ViTTrunk
+from dune_fast.kernels.fp8 import FP8Linear
+from dune_fast.kernels.nn.block import SelfAttention
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.teachers.acceleration import GraphedTrunk
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.ensemble import TeacherEnsemble
+from dune_fast.teachers.precision import prepare, resolve_precision
+from dune_fast.teachers.vit import ViTTrunk
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from teachers.containers import TeacherWeightsError, container_state, read_container
+from dune_fast.teachers.containers import TeacherWeightsError, container_state, read_container
 
 WEIGHTS = {"blocks.0.norm1.weight": torch.arange(3.0)}
 

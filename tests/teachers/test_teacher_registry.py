@@ -8,13 +8,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import teachers
-from dune_fast.nn.vit import VisionTransformer
-from teachers.config import TeacherConfig, check_config
-from teachers.registry import UnknownTeacherError, build_teacher, families, family_class, register
-from teachers.vit import ViTTeacher
+from dune_fast import teachers
+from dune_fast.kernels.nn.vit import VisionTransformer
+from dune_fast.teachers.config import TeacherConfig, check_config
+from dune_fast.teachers.registry import UnknownTeacherError, build_teacher, families, family_class, register
+from dune_fast.teachers.vit import ViTTeacher
 
-CONFIGS = sorted((Path(teachers.__file__).parents[1] / "configs" / "teachers").glob("*.yaml"))
+CONFIGS = sorted((Path(teachers.__file__).resolve().parents[1] / "configs" / "teachers").glob("*.yaml"))
 
 
 PARAMETERS = {384: 22, 768: 86, 1024: 304, 1536: 1136}  # millions, as published for ViT-S, B, L and g

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from teachers.containers import TeacherWeightsError, read_pickle
-from teachers.registry import build_teacher
-from teachers.weights import build_loaded
+from dune_fast.teachers.containers import TeacherWeightsError, read_pickle
+from dune_fast.teachers.registry import build_teacher
+from dune_fast.teachers.weights import build_loaded
 
 
 class Pair(nn.Module):

@@ -13,10 +13,10 @@ import yaml
 from dune_fast import teachers_cli
 from dune_fast.cli import main
 from dune_fast.engine.overrides import config_names
-from dune_fast.nn.vit import ViTConfig
-from teachers.architecture import random_vit_state
-from teachers.config import TeacherConfig
-from teachers.verify import inspect_file
+from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.teachers.architecture import random_vit_state
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.verify import inspect_file
 
 SMALL = ViTConfig(image_size=28, embed_dim=64, depth=2, num_heads=1, num_registers=2)
 

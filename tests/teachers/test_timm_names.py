@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 
 from dune_fast.cli import main
 from dune_fast.engine.config import ConfigError, compose_config
-from teachers.ensemble import TeacherEnsemble
-from teachers.timm_names import timm_config
-from teachers.verify import inspect_file
+from dune_fast.teachers.ensemble import TeacherEnsemble
+from dune_fast.teachers.timm_names import timm_config
+from dune_fast.teachers.verify import inspect_file
 
 
 @pytest.fixture

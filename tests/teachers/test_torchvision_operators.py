@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from teachers import torchvision_operators
+from dune_fast.teachers import torchvision_operators
 
 
 def test_the_hook_declares_the_operators_at_the_first_import_and_imports_nothing_before(tmp_path):

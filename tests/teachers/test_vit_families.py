@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from bench.case import Case
 from bench.cases import RUNNERS
 from bench.teacher_case import teacher_config
-from dune_fast.nn.vit import ViTConfig
-from teachers.architecture import random_vit_state
-from teachers.config import TeacherConfig
-from teachers.containers import TeacherWeightsError, read_container
-from teachers.ensemble import TeacherEnsemble
-from teachers.registry import build_teacher
+from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.teachers.architecture import random_vit_state
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.containers import TeacherWeightsError, read_container
+from dune_fast.teachers.ensemble import TeacherEnsemble
+from dune_fast.teachers.registry import build_teacher
 
 CASES = ("dinov2_reg", "mast3r", "multihmr", "unic_dbotft", "unic_deit3", "unic_dino", "unic_ibot")
 TOLERANCE = 2e-5  # float32; two orders of summation
@@ -196,10 +196,10 @@ def test_swiglu_of_vit_g_computes_what_timm_computes(registers, images, tmp_path
 
 @pytest.mark.parametrize("name", ["dinov2_vitg14", "dinov2_vitg14_reg"])
 def test_vit_g_has_the_published_sizes(name):
-    from dune_fast.nn.vit import VisionTransformer
+    from dune_fast.kernels.nn.vit import VisionTransformer
+    from dune_fast.teachers.architecture import infer_vit
+    from dune_fast.teachers.dinov2 import DINOv2Teacher
     from dune_fast.teachers_cli import load_teacher_config
-    from teachers.architecture import infer_vit
-    from teachers.dinov2 import DINOv2Teacher
 
     architecture = DINOv2Teacher.architecture(load_teacher_config(name))
     assert (architecture.depth, architecture.num_heads, architecture.mlp) == (40, 24, "swiglu")

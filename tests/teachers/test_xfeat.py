@@ -7,10 +7,10 @@ import importlib.util
 import pytest
 import torch
 
-from teachers.config import TeacherConfig
-from teachers.registry import build_teacher
-from teachers.weights import TeacherWeightsError
-from teachers.xfeat import XFeat
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.registry import build_teacher
+from dune_fast.teachers.weights import TeacherWeightsError
+from dune_fast.teachers.xfeat import XFeat
 
 CONFIG = TeacherConfig(
     family="xfeat",

@@ -1,4 +1,4 @@
-"""What users of DINOv2 and of DUNE call and read on an encoder, by their names; the network is `dune_fast.nn.vit`."""
+"""What users of DINOv2 and of DUNE call and read on an encoder, by their names; the network is in `vit.py`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dune_fast.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
-from dune_fast.nn.preprocessing import Preprocessing
+from dune_fast.kernels.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.kernels.nn.preprocessing import Preprocessing
 
 _NO_TABLE_SIZE = 512
 """Side in pixels, about, of images for an encoder without a position table, which would say it: MASt3R's."""

@@ -17,10 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dune_fast.nn.block import LAYER_NORM_EPS, MLP_KINDS, Block, LayerNorm, init_linear, product_dtype, run_blocks
-from dune_fast.nn.dinov2_interface import DINOv2Interface
-from dune_fast.nn.patches import PatchEmbed, SharedPatches
-from kernels.rope2d import grid_positions, rope2d_angles
+from dune_fast.kernels.nn.block import (
+    LAYER_NORM_EPS,
+    MLP_KINDS,
+    Block,
+    LayerNorm,
+    init_linear,
+    product_dtype,
+    run_blocks,
+)
+from dune_fast.kernels.nn.dinov2_interface import DINOv2Interface
+from dune_fast.kernels.nn.patches import PatchEmbed, SharedPatches
+from dune_fast.kernels.rope2d import grid_positions, rope2d_angles
 
 
 @dataclass
@@ -135,7 +143,7 @@ class VisionTransformer(DINOv2Interface, nn.Module):
         self.norm = LayerNorm(dim, eps=LAYER_NORM_EPS) if cfg.final_norm else nn.Identity()
 
     def init_weights(self) -> VisionTransformer:
-        """Draws the student's initial weights from torch's generator; see `dune_fast.nn.student.build_student`.
+        """Draws the student's initial weights from torch's generator; see `dune_fast.student.build_student`.
 
         Truncated normal 0.02 for linear weights and positions, zero biases, 1e-6 normal for cls and registers; the
         patch projection keeps PyTorch's default.

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dune_fast.nn.block import product_dtype
-from kernels.library import use_triton
+from dune_fast.kernels.library import use_triton
+from dune_fast.kernels.nn.block import product_dtype
 
 _ALIGNMENT = 16
 """Values that a row of pixels is padded to a multiple of on a GPU."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 
 X = torch.randn(2, 3, 42, 56, generator=torch.Generator().manual_seed(0))
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dune_fast.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
-from dune_fast.nn.preprocessing import Preprocessing
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.kernels.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.kernels.nn.preprocessing import Preprocessing
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 
 SIZES = [(100, 80), (60, 131), (56, 56), (30, 40)]
 

@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from dune_fast.nn.block import Block, LayerNorm, run_blocks
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
-from kernels import library
-from kernels.attention import attention
-from kernels.fp8 import FP8Linear
-from kernels.rope2d import grid_positions, rope2d_angles, rope2d_reference
+from dune_fast.kernels import library
+from dune_fast.kernels.attention import attention
+from dune_fast.kernels.fp8 import FP8Linear
+from dune_fast.kernels.nn.block import Block, LayerNorm, run_blocks
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.kernels.rope2d import grid_positions, rope2d_angles, rope2d_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 fused = library.interpreted if library.INTERPRETER else contextlib.nullcontext

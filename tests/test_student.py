@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dune_fast.nn.block import Block
-from dune_fast.nn.projectors import ProjectorConfig, Projectors
-from dune_fast.nn.student import build_student
-from dune_fast.nn.vit import ViTConfig
+from dune_fast.kernels.nn.block import Block
+from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.student import ProjectorConfig, Projectors, build_student
 
 TEACHERS = {"a": (24, ["cls", "patch"]), "b": (40, ["patch"])}
 ENCODER = ViTConfig(image_size=56, embed_dim=48, depth=4, num_heads=3)

@@ -7,14 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dune_fast.nn import patches as module
-from dune_fast.nn.patches import PatchEmbed, SharedPatches, unfold
-from dune_fast.nn.projectors import ProjectorConfig
-from dune_fast.nn.student import build_student
-from dune_fast.nn.vit import ViTConfig
-from kernels.library import traced
-from teachers.config import TeacherConfig
-from teachers.ensemble import TeacherEnsemble
+from dune_fast.kernels.library import traced
+from dune_fast.kernels.nn import patches as module
+from dune_fast.kernels.nn.patches import PatchEmbed, SharedPatches, unfold
+from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.student import ProjectorConfig, build_student
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.ensemble import TeacherEnsemble
 
 
 def images(height: int = 28, width: int = 42) -> torch.Tensor:

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dune_fast.nn.projectors import ProjectorConfig
-from dune_fast.nn.student import Student, build_student
-from dune_fast.nn.vit import ViTConfig
+from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.student import ProjectorConfig, Student, build_student
 
 TEACHERS = {"a": (24, ["cls", "patch"]), "b": (32, ["patch"])}
 

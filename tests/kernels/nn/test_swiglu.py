@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dune_fast.nn.block import MLP, Block, SwiGLU, run_blocks, swiglu_hidden_dim
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
-from kernels.fp8 import FP8Linear
+from dune_fast.kernels.fp8 import FP8Linear
+from dune_fast.kernels.nn.block import MLP, Block, SwiGLU, run_blocks, swiglu_hidden_dim
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 
 
 @pytest.mark.parametrize(("dim", "ratio", "hidden"), [(1536, 4.0, 4096), (64, 4.0, 176), (48, 4.0, 128), (40, 1.1, 32)])

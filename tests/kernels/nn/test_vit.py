@@ -7,7 +7,7 @@ import timm
 import torch
 from torch.nn.functional import interpolate
 
-from dune_fast.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 
 
 def tiny(**changes) -> VisionTransformer:
@@ -86,8 +86,8 @@ def test_intermediate_layers_reshape_row_major():
 
 def test_rope_makes_attention_depend_on_relative_position_only():
     """Shifting all positions changes nothing: the defining property of a rotary embedding."""
-    from kernels.attention import attention
-    from kernels.rope2d import grid_positions, rope2d, rope2d_angles
+    from dune_fast.kernels.attention import attention
+    from dune_fast.kernels.rope2d import grid_positions, rope2d, rope2d_angles
 
     qkv = torch.randn(2, 20, 3, 2, 16)
     qkv[:, :, 2] = torch.randn(20, 2, 16)

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import attention
-from kernels.fp8 import E4M3, FP8Linear, FP8Rows, bias_gelu_fp8, layer_norm_fp8, residual_layer_norm_fp8
-from kernels.gelu import bias_gelu, linear_gelu
-from kernels.layer_norm import layer_norm, residual_layer_norm
-from kernels.library import use_triton
-from kernels.residual import residual
-from kernels.rope2d import rope2d, rope2d_
+from dune_fast.kernels.attention import attention
+from dune_fast.kernels.fp8 import E4M3, FP8Linear, FP8Rows, bias_gelu_fp8, layer_norm_fp8, residual_layer_norm_fp8
+from dune_fast.kernels.gelu import bias_gelu, linear_gelu
+from dune_fast.kernels.layer_norm import layer_norm, residual_layer_norm
+from dune_fast.kernels.library import use_triton
+from dune_fast.kernels.residual import residual
+from dune_fast.kernels.rope2d import rope2d, rope2d_
 
 LAYER_NORM_EPS = 1e-6
 MLP_KINDS = ("gelu", "swiglu")
