@@ -1,8 +1,8 @@
 """Compiles every kernel for GPUs that are not there; reads registers, spills and shared memory off the machine code.
 
-Each file of `kernels/` that has an `aot_calls` runs its implementations on meta tensors of real shapes while launches
-are recorded; every distinct launch is compiled with the specialization that triton would choose for it: integers equal
-to 1 are constants, multiples of 16 and aligned pointers are marked so. Needs triton without its interpreter, no GPU.
+The `examples` of each file of `kernels/` run on meta tensors of real shapes while launches are recorded. Every distinct
+launch is compiled with the specialization that triton would choose for it: integers equal to 1 are constants, multiples
+of 16 and aligned pointers are marked so. Needs triton without its interpreter, no GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dune_fast import kernels
-from dune_fast.kernels.launching import Recorded, recording
+from dune_fast.kernels.launching import Example, Recorded, recording
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 _NAMES = {
@@ -71,11 +71,21 @@ def discover(only: str | None = None) -> list[str]:
     names = [
         module.name
         for module in pkgutil.iter_modules(kernels.__path__)
-        if hasattr(kernel_module(module.name), "aot_calls")
+        if hasattr(kernel_module(module.name), "examples")
     ]
     if only is not None and only not in names:
         raise ValueError(f"no kernels named {only!r}; choose one of {', '.join(names)}")
     return names if only is None else [only]
+
+
+def cases(module: str) -> list[tuple[str, Example]]:
+    """Labels and examples, on meta tensors, of what to compile of a module; call it under `recording` of the target."""
+    chosen = kernel_module(module)
+    return [
+        (f"{example.label} {list(shape)} {str(dtype)[6:]}", example)
+        for shape, dtype in chosen.AOT
+        for example in chosen.examples(shape, dtype, torch.device("meta"))
+    ]
 
 
 class Source(NamedTuple):
@@ -128,12 +138,13 @@ def _type(value: object) -> str:
 
 
 def compile_case(module: str, index: int, targets: Sequence[str]) -> list[Resources]:
-    """Compiles what one call of a module's `aot_calls` launches, for every target."""
+    """Compiles what one example of a module launches, for every target."""
     results = []
     for target in targets:
-        label, call = list(kernel_module(module).aot_calls(torch.device("meta")))[index]
         with recording(target) as launches:
-            call()
+            chosen = cases(module)[index : index + 1]  # none: the target lacks the type
+            for _, example in chosen:
+                example.op(*example.args)
             launches = list(launches)
         done: list[tuple[Any, Source]] = []
         for recorded in launches:
@@ -146,7 +157,7 @@ def compile_case(module: str, index: int, targets: Sequence[str]) -> list[Resour
             except Exception as error:  # one that does not compile is a line of the report, the others still count
                 text = (str(error).strip() or repr(error)).splitlines()[-1]
                 used = {"error": f"{type(error).__name__}: {text}"}
-            results.append(Resources(module, label, recorded.kernel.__name__, target, **used))
+            results.append(Resources(module, chosen[0][0], recorded.kernel.__name__, target, **used))
     return results
 
 
@@ -211,8 +222,7 @@ def compile_all(targets: Sequence[str], only: str | None = None, quick: bool = F
     check_targets(targets)
     tasks = []
     for module in discover(only):
-        cases = list(kernel_module(module).aot_calls(torch.device("meta")))
-        tasks += [(module, index) for index in range(1 if quick else len(cases))]
+        tasks += [(module, index) for index in range(1 if quick else len(cases(module)))]
     return run_all(compile_case, [(module, index, tuple(targets)) for module, index in tasks])
 
 

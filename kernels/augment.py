@@ -20,6 +20,7 @@ kernels, and the bytes that they move, are in kernels/augment_kernels.py; a CPU 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
 
 import torch
@@ -39,6 +40,7 @@ from dune_fast.kernels.colour_params import (
     SOLARIZE_THRESHOLD,
     ColourParams,
 )
+from dune_fast.kernels.launching import Example
 from dune_fast.kernels.library import DTYPES, guard, guard_device, register, use_triton
 
 
@@ -213,3 +215,24 @@ def _per_image(values: Tensor) -> Tensor:
 def _channels(values: tuple[float, float, float], like: Tensor) -> Tensor:
     """[1, 3, 1, 1] of constants made on the device: torch.tensor would copy from the host, which waits."""
     return torch.cat([like.new_full((1,), value) for value in values])[None, :, None, None]
+
+
+AOT = tuple(((128, 3, side), dtype) for side in (448, 336, 37) for dtype in (torch.float32, torch.bfloat16))
+
+
+def examples(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Iterator[Example]:
+    """Decoded images [B, S, S, 3], a strided crop of them, and float [B, 3, S, S], to `dtype`; normalisation alone."""
+    count, _, side = shape
+    decoded = torch.randint(256, (count, side + 12, side + 12, 3), dtype=torch.uint8, device=device)
+    flags = torch.rand(count, device=device) < 0.5
+    factors, order = torch.rand(count, device=device), torch.rand(count, 4, device=device).argsort(1)
+    params = [order, *[factors] * 4, flags, flags, factors + 0.5, flags]
+    images = {
+        "uint8": torch.randint(256, (count, side, side, 3), dtype=torch.uint8, device=device),
+        "uint8 crop": decoded[:, 7:-5, 5:-7],
+        "float32": torch.rand(count, 3, side, side, device=device),
+        "bfloat16": torch.rand(count, 3, side, side, device=device).bfloat16(),
+    }
+    for name, x in images.items():
+        yield Example(f"{name}", _augment_colour, (x, params, dtype))
+        yield Example(f"{name}, normalisation", _augment_colour, (x, [], dtype))

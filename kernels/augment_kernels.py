@@ -18,8 +18,6 @@ kernels/colour_params.py; a kernel sees no globals.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import torch
 from torch import Tensor
 
@@ -273,24 +271,3 @@ def augment_colour_triton(images: Tensor, params: list[Tensor], dtype: torch.dty
     tiles = triton.cdiv(height, smooth["ROWS"]) * triton.cdiv(width, smooth["BLOCK"])
     launch(_blur_kernel, (batch * 3 * tiles,), work, blur, sigma, solarize, out, height, width, **smooth)
     return out
-
-
-def aot_calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Decoded images of both training sizes, a strided crop, float images and an odd size; and normalisation alone."""
-    factor, flag = torch.empty(128, device=device), torch.empty(128, dtype=torch.bool, device=device)
-    order = torch.empty(128, 4, dtype=torch.int64, device=device)
-    params = [order, factor, factor, factor, factor, flag, flag, factor, flag]
-    decoded = torch.empty(128, 448, 448, 3, dtype=torch.uint8, device=device)
-    cases = {
-        "uint8 448": decoded,
-        "uint8 336": torch.empty(128, 336, 336, 3, dtype=torch.uint8, device=device),
-        "uint8 crop": decoded[:, 7:343, 5:341],
-        "uint8 odd": torch.empty(128, 37, 41, 3, dtype=torch.uint8, device=device),
-        "float32 336": torch.empty(128, 3, 336, 336, device=device),
-        "bfloat16 336": torch.empty(128, 3, 336, 336, dtype=torch.bfloat16, device=device),
-    }
-    for name, images in cases.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            label = f"{name} to {str(dtype)[6:]}"
-            yield label, lambda x=images, d=dtype: augment_colour_triton(x, params, d)
-            yield f"{label}, normalisation", lambda x=images, d=dtype: augment_colour_triton(x, [], d)

@@ -19,7 +19,7 @@ Shapes: s, t [B, P, C] or [B, C]; mean, inv_std float32 [C] -> [B].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dune_fast.kernels.distill_loss_kernels import EPS, MAX_CHANNELS, backward_triton, forward_triton
-from dune_fast.kernels.launching import VIT_CHANNELS
+from dune_fast.kernels.launching import VIT_CHANNELS, Example, draw
 from dune_fast.kernels.library import guard, guard_device, register, use_triton
 
 
@@ -171,21 +171,21 @@ def distill_loss(
     return distill_loss_reference(*arguments)
 
 
-def aot_calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Both passes on patch tokens cut from [B, 1 + P, C], for the widths of ViTs and others, and on cls tokens."""
-    widths = (64, *VIT_CHANNELS, 2048, MAX_CHANNELS)
-    for dtype, kind, channels in [
-        *((torch.bfloat16, "patch", channels) for channels in widths),
-        *((torch.float32, "patch", channels) for channels in widths[-3:]),
-        (torch.bfloat16, "cls", 1024),
-    ]:
-        tokens = torch.empty(128, 577, channels, dtype=dtype, device=device)
-        x = tokens[:, 1:] if kind == "patch" else tokens[:, 0]
-        mean = torch.empty(channels, device=device)
-        yield f"{kind} C={channels} {str(dtype)[6:]}", lambda x=x, mean=mean: _both_ways(x, mean)
+_WIDTHS = (64, *VIT_CHANNELS, 2048, MAX_CHANNELS)
+AOT = (
+    *(((128, 576, channels), torch.bfloat16) for channels in _WIDTHS),
+    *(((128, 576, channels), torch.float32) for channels in _WIDTHS[-3:]),
+)
 
 
-def _both_ways(x: Tensor, mean: Tensor) -> None:
-    terms = (0.5, 0.5, 1.0)
-    total, _, _, saved = forward_triton(x, x, mean, mean, *terms)
-    backward_triton(x, x, mean, mean, saved, total, *terms)
+def examples(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Iterator[Example]:
+    """Both passes on patch tokens [B, N, C] cut from [B, 1 + N, C], and on cls tokens [B, C] cut from them."""
+    student, teacher = (draw((shape[0], 1 + shape[1], shape[2]), dtype, device) for _ in range(2))
+    mean, inv_std = draw(shape[2:], torch.float32, device), torch.rand(shape[2], device=device) + 0.3
+    upstream = draw(shape[:1], torch.float32, device)
+    for kind, cut in (("patch", slice(1, None)), ("cls", 0)):
+        for x, y in ((student[:, cut], teacher[:, cut]), (student[:, cut], teacher.float()[:, cut])):
+            label = f"{kind}, {str(y.dtype)[6:]} teacher"
+            saved = torch.rand(x.numel() // shape[2], 2, device=device) + 0.1
+            yield Example(label, _forward, (x, y, mean, inv_std, 0.5, 0.5, 1.0))
+            yield Example(f"{label}, backward", _backward, (x, y, mean, inv_std, saved, upstream, 0.5, 0.5, 1.0))

@@ -20,7 +20,6 @@ Shapes: x [..., C] -> values float8_e4m3fn [..., C], scale float32 [..., 1].
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dune_fast.kernels.fp8_kernels import QUANTIZE, layer_norm_kernel, quantize_kernel
 from dune_fast.kernels.gelu import bias_gelu_reference, guard_bias_gelu
-from dune_fast.kernels.launching import VIT_CHANNELS, architecture, choose, launch
+from dune_fast.kernels.launching import VIT_SHAPES, Example, architecture, choose, draw, launch
 from dune_fast.kernels.layer_norm import guard_layer_norm, layer_norm_reference
 from dune_fast.kernels.layer_norm_kernels import contiguous, flat_rows, forward_options
 from dune_fast.kernels.library import guard, guard_device, register, triton, use_triton
@@ -242,17 +241,18 @@ class FP8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-def aot_calls(device: torch.device) -> Iterator[tuple[str, Callable]]:
-    """What to compile ahead of time: frozen bf16 teachers, ViT-Ti to L; nothing for sm_80, which has no float8."""
+AOT = VIT_SHAPES
 
-    def unless_old(call: Callable) -> Callable:
-        return lambda: None if architecture(device) == "sm_80" else call()
 
-    for channels in VIT_CHANNELS:
-        x = torch.empty(128 * 577, channels, dtype=torch.bfloat16, device=device)
-        wide = torch.empty(128 * 577, 4 * channels, dtype=torch.bfloat16, device=device)
-        p = x[0]
-        yield f"quantize_rows {channels}", unless_old(partial(_quantize_fused, x))
-        yield f"layer_norm_fp8 {channels}", unless_old(partial(_layer_norm_fused, x, None, None, p, p, 1e-6))
-        yield f"residual_layer_norm_fp8 {channels}", unless_old(partial(_layer_norm_fused, x, x, p, p, p, 1e-6))
-        yield f"bias_gelu_fp8 {4 * channels}", unless_old(partial(_bias_gelu_fused, wide, wide[0]))
+def examples(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Iterator[Example]:
+    """Frozen teachers, [B, N, C] and [B, N, 4 * C] of `dtype`; nothing for sm_80, which has no float8."""
+    if architecture(device) == "sm_80":
+        return
+    x, y, wide = (draw((*shape[:2], n * shape[2]), dtype, device) for n in (1, 1, 4))
+    p = draw(shape[2:], dtype, device)
+    yield Example("quantize_rows", quantize_rows_op, (x,))
+    yield Example("layer_norm_fp8", layer_norm_fp8_op, (x, None, None, p, p, 1e-6))
+    yield Example("residual_layer_norm_fp8", layer_norm_fp8_op, (x, y, p, p, p, 1e-6))
+    yield Example("residual_layer_norm_fp8 without affine", layer_norm_fp8_op, (x, y, p, None, None, 1e-6))
+    yield Example("layer_norm_fp8 without parameters", layer_norm_fp8_op, (x, None, None, None, None, 1e-6))
+    yield Example("bias_gelu_fp8", bias_gelu_fp8_op, (wide, draw(wide.shape[2:], dtype, device)))

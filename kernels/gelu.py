@@ -28,15 +28,14 @@ Shapes: x, h [..., F]; bias [F].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dune_fast.kernels.launching import VIT_CHANNELS, Launch, choose, launch, processors
+from dune_fast.kernels.launching import VIT_SHAPES, Example, Launch, choose, draw, launch, processors
 from dune_fast.kernels.layer_norm import flat_rows
 from dune_fast.kernels.library import guard, guard_device, jit, register, tl, triton, use_triton
 
@@ -268,12 +267,13 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out.view(*x.shape[:-1], len(bias))
 
 
-def aot_calls(device: torch.device) -> Iterator[tuple[str, Callable]]:
-    """What to compile ahead of time: MLPs of ViT-Ti to L, bf16 products with fp32 and bf16 parameters."""
-    for width in VIT_CHANNELS:
-        x = torch.empty(128 * 577, 4 * width, dtype=torch.bfloat16, device=device)
-        for dtype in (torch.float32, torch.bfloat16):
-            bias = torch.empty(4 * width, dtype=dtype, device=device)
-            kind = f"{str(dtype)[6:]} bias {4 * width}"
-            yield f"bias_gelu {kind}", partial(_forward_fused, x, bias)
-            yield f"bias_gelu_backward {kind}", partial(_backward_fused, x, x, bias)
+AOT = VIT_SHAPES
+
+
+def examples(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Iterator[Example]:
+    """Products of MLPs, [B, N, 4 * C] of `dtype`, with parameters of float32 and of `dtype`."""
+    x, dh = (draw((*shape[:2], 4 * shape[2]), dtype, device) for _ in range(2))
+    for kept in (torch.float32, dtype):
+        bias = draw(x.shape[2:], kept, device)
+        yield Example(f"bias_gelu, {str(kept)[6:]} bias", bias_gelu_op, (x, bias))
+        yield Example(f"bias_gelu_backward, {str(kept)[6:]} bias", bias_gelu_backward_op, (dh, x, bias))

@@ -4,9 +4,9 @@ No autotuning: it would time kernels in the middle of a distributed run, and dif
 architecture, or "default", to rows ordered by size, each with its evidence: the device it was measured on, or "not yet
 measured: " and the reasoning.
 
-For `python -m bench.kernels --aot` a file of kernels yields from `aot_calls(device)` pairs of a label and a call of its
-implementations on meta tensors; under `recording` that call notes every launch, so what is compiled ahead of time is
-what a run would compile.
+A file of kernels describes its operations once: `examples(shape, dtype, device)` yields an `Example` of each form, and
+AOT lists the (shape, dtype) to compile. `python -m bench.kernels --aot` calls them on meta tensors under `recording`,
+which notes every launch; `tests/kernels/test_contract.py` calls them on small ones.
 """
 
 from __future__ import annotations
@@ -21,10 +21,25 @@ import torch
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 """Multiprocessors of A100, H100 and B200, for compiling ahead of time."""
 VIT_CHANNELS = (192, 384, 768, 1024)
-"""Widths of ViT-Ti, S, B and L, for `aot_calls`."""
+"""Widths of ViT-Ti, S, B and L."""
+VIT_SHAPES = tuple(((128, 577, channels), torch.bfloat16) for channels in VIT_CHANNELS)
+"""Shapes [B, N, C] at 336 pixels and their type, to compile ahead of time."""
 
 _target: str | None = None
 _recorded: list[Recorded] = []
+
+
+class Example(NamedTuple):
+    """One call of a registered operation."""
+
+    label: str
+    op: Any
+    args: tuple
+
+
+def draw(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Normal random numbers; none on the meta device."""
+    return torch.randn(shape, device=device).to(dtype)
 
 
 class Launch(NamedTuple):

@@ -25,15 +25,14 @@ Shapes: x, y, x', h [..., C]; gamma, b, weight, bias [C]; mean, rstd float32 [ro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dune_fast.kernels.launching import VIT_CHANNELS
+from dune_fast.kernels.launching import VIT_SHAPES, Example, draw
 from dune_fast.kernels.layer_norm_kernels import flat_rows, launch_backward, launch_forward
 from dune_fast.kernels.library import guard, guard_device, register, use_triton
 
@@ -309,24 +308,29 @@ def residual_layer_norm(
     return _LayerNorm.apply(x, y, *parameters.values(), eps, out_dtype or x.dtype)
 
 
-def aot_calls(device: torch.device) -> Iterator[tuple[str, Callable]]:
-    """What to compile ahead of time: training with a float32 and a bf16 stream, and frozen teachers (all bf16)."""
-    rows, fp32, bf16 = 128 * 577, torch.float32, torch.bfloat16
-    for channels in VIT_CHANNELS:
-        mean = torch.empty(rows, device=device)
-        y = torch.empty(rows, channels, dtype=bf16, device=device)
-        for stream, dtype in ((fp32, fp32), (bf16, fp32), (bf16, bf16)):  # of x and of the parameters
-            x, p = y.to(stream), torch.empty(channels, dtype=dtype, device=device)
-            trained = dtype == fp32
-            calls = {"layer_norm": partial(_forward_fused, x, p, p, 1e-6, bf16)}
-            for name, gamma in (("", p), (" without gamma", None)):
-                call = partial(_residual_forward_fused, x, y, gamma, p if trained else None, p, p, 1e-6, bf16)
-                calls["residual_layer_norm" + name] = call
-            if trained:
-                call = partial(_backward_fused, y, None, x, None, None, None, p, mean, mean, None)
-                calls["layer_norm_backward"] = call
-                for name, saved in (("", (y, p)), (" without gamma", (None, None))):
-                    call = partial(_backward_fused, y, x, x, *saved, p, p, mean, mean, bf16)
-                    calls["residual_layer_norm_backward" + name] = call
-            for name, call in calls.items():
-                yield f"{name}, {str(stream)[6:]} x, {str(dtype)[6:]} parameters {channels}", call
+AOT = VIT_SHAPES
+
+
+def examples(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Iterator[Example]:
+    """Training with a float32 and a `dtype` stream, frozen teachers (all `dtype`); branches [B, N, C] of `dtype`."""
+    fp32, rows = torch.float32, shape[0] * shape[1]
+    y, mean, rstd = draw(shape, dtype, device), draw((rows,), fp32, device), torch.rand(rows, device=device) + 0.5
+    for stream, kept in ((fp32, fp32), (dtype, fp32), (dtype, dtype)):  # of x and of the parameters
+        x, p = draw(shape, stream, device), draw(shape[2:], kept, device)
+        kind, shift = f"{str(stream)[6:]} x, {str(kept)[6:]} parameters", p if kept == fp32 else None
+        yield Example(f"layer_norm, {kind}", layer_norm_op, (x, p, p, 1e-6, dtype))
+        for name, gamma in (("", p), (" without gamma", None)):
+            args = (x, y, gamma, shift, p, p, 1e-6, dtype)
+            yield Example(f"residual_layer_norm{name}, {kind}", residual_layer_norm_op, args)
+        if kept == fp32:
+            args = (y, None, x, None, None, None, p, mean, rstd, None)
+            yield Example(f"layer_norm_backward, {kind}", layer_norm_backward_op, args)
+            for name, saved in (("", (y, p)), (" without gamma", (None, None))):
+                args = (y, x, x, *saved, p, p, mean, rstd, dtype)
+                yield Example(f"residual_layer_norm_backward{name}, {kind}", layer_norm_backward_op, args)
+        else:
+            none = (None,) * 4
+            yield Example("layer_norm without parameters", layer_norm_op, (x, *none[:2], 1e-6, dtype))
+            yield Example("residual_layer_norm without parameters", residual_layer_norm_op, (x, y, *none, 1e-6, fp32))
+            args = (y, None, x, *none, mean, rstd, None)
+            yield Example("layer_norm_backward without parameters", layer_norm_backward_op, args)

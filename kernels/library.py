@@ -4,7 +4,7 @@ An operation is registered under `torch.ops.dune_fast` with a Triton implementat
 name), a plain reference for the CPU and a fake for tracing; its `autograd.Function` calls the registered forward and
 backward from outside. So torch.compile keeps a call whole, checkpointing, autocast and CUDA graphs work, and no tracer
 looks into Triton. A file follows this order: formula, reference, `@jit` kernels, launch table, implementation (checks
-layouts, allocates, calls `launch`), registration, public function, `aot_calls`.
+layouts, allocates, calls `launch`), registration, public function, `examples`.
 """
 
 from __future__ import annotations

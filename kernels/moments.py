@@ -17,12 +17,12 @@ loads, and a launch is (by estimate) a twentieth of the time that one teacher's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from dune_fast.kernels.launching import VIT_CHANNELS, Launch, choose, launch, processors
+from dune_fast.kernels.launching import VIT_CHANNELS, Example, Launch, choose, draw, launch, processors
 from dune_fast.kernels.library import as_rows, guard, jit, register, row_offsets, tl, use_triton
 
 
@@ -196,9 +196,13 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return _moments(x.detach()) if use_triton(x) else moments_reference(x.detach())
 
 
-def aot_calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Patch tokens of a teacher, cut from [B, 1 + N, C], for the widths of ViTs and narrow and wide ones."""
-    for dtype, widths in ((torch.bfloat16, (64, *VIT_CHANNELS, 4096)), (torch.float32, (64, 1024))):
-        for channels in widths:
-            tokens = torch.empty(128, 577, channels, dtype=dtype, device=device)
-            yield f"C={channels} {str(dtype)[6:]}", lambda tokens=tokens: _moments_triton(tokens[:, 1:])
+AOT = tuple(
+    ((128, 576, channels), dtype)
+    for dtype, widths in ((torch.bfloat16, (64, *VIT_CHANNELS, 4096)), (torch.float32, (64, 1024)))
+    for channels in widths
+)
+
+
+def examples(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Iterator[Example]:
+    """Patch tokens [B, N, C] of a teacher, cut from [B, 1 + N, C]."""
+    yield Example("moments", _moments, (draw((shape[0], 1 + shape[1], shape[2]), dtype, device)[:, 1:],))

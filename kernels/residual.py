@@ -17,14 +17,13 @@ Shapes: x, y, out [..., C]; gamma, b [C].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dune_fast.kernels.launching import VIT_CHANNELS
+from dune_fast.kernels.launching import VIT_SHAPES, Example, draw
 from dune_fast.kernels.layer_norm import (
     branch_gradients,
     branch_saved,
@@ -141,14 +140,17 @@ def residual(
     return _Residual.apply(x, y, gamma, branch_bias, out_dtype or x.dtype)
 
 
-def aot_calls(device: torch.device) -> Iterator[tuple[str, Callable]]:
-    """What to compile ahead of time: the ends of an encoder (out in x's type) and of a projector (out in bf16)."""
-    fp32, bf16 = torch.float32, torch.bfloat16
-    for channels in VIT_CHANNELS:
-        p = torch.empty(channels, device=device)
-        y = torch.empty(128 * 577, channels, dtype=bf16, device=device)
-        for stream, out in ((fp32, fp32), (fp32, bf16), (bf16, bf16)):
-            kind = f"{str(stream)[6:]} x, {str(out)[6:]} out {channels}"
-            yield f"residual, {kind}", partial(_forward_fused, y.to(stream), y, p, p, out)
-            dx = None if stream == out else stream
-            yield f"residual_backward, {kind}", partial(_backward_fused, y.to(out), y, p, p, dx, bf16)
+AOT = VIT_SHAPES
+
+
+def examples(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Iterator[Example]:
+    """The ends of an encoder (out in x's type) and of a projector (out in `dtype`); branches [B, N, C] of `dtype`."""
+    p, y = draw(shape[2:], torch.float32, device), draw(shape, dtype, device)
+    for stream, out in ((torch.float32, torch.float32), (torch.float32, dtype), (dtype, dtype)):
+        kind = f"{str(stream)[6:]} x, {str(out)[6:]} out"
+        x, dout = draw(shape, stream, device), draw(shape, out, device)
+        yield Example(f"residual, {kind}", residual_op, (x, y, p, p, out))
+        args = (dout, y, p, p, None if stream == out else stream, dtype)
+        yield Example(f"residual_backward, {kind}", residual_backward_op, args)
+    yield Example("residual without parameters", residual_op, (x, y, None, None, torch.float32))
+    yield Example("residual_backward of a bias alone", residual_backward_op, (y, None, None, p, None, None))

@@ -14,13 +14,13 @@ Shapes: images [B, 3, H, W], scale and shift [3] -> [B, 3, h, w].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dune_fast.kernels.launching import Launch, choose, launch
+from dune_fast.kernels.launching import Example, Launch, choose, draw, launch
 from dune_fast.kernels.library import DTYPES, guard, guard_device, jit, register, tl, triton, use_triton
 
 MAX_SIDE = 32768
@@ -212,14 +212,16 @@ def resize_normalize(
     return resize_normalize_reference(images, size, scale, shift, dtype)
 
 
-def aot_calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
-    """MASt3R's sizes, one that divides nothing, and channels last; with and without the affine."""
-    affine = torch.empty(3, device=device)
-    for dtype in (torch.float32, torch.bfloat16):
-        for before, after in ((336, 384), (448, 512), (336, 192), (37, 43)):
-            images = torch.empty(128, 3, before, before, dtype=dtype, device=device)
-            for scale in (affine, None):
-                label = f"{before} to {after} {str(dtype)[6:]}{'' if scale is None else ' affine'}"
-                yield label, lambda x=images, n=after, s=scale: _fused(x, n, n, s, s, x.dtype)
-    images = torch.empty(128, 336, 336, 3, device=device).permute(0, 3, 1, 2)
-    yield "336 to 384 channels last", lambda x=images: _fused(x, 384, 384, affine, affine, torch.bfloat16)
+AOT = tuple(((128, 3, side), dtype) for dtype in (torch.float32, torch.bfloat16) for side in (336, 448, 37))
+
+
+def examples(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Iterator[Example]:
+    """Images [B, 3, S, S] of `dtype` to MASt3R's 16 / 14 and DUNE's 8 / 14 of the side, with and without the affine."""
+    count, _, side = shape
+    scale, shift = torch.rand(2, 3, device=device) + 0.5
+    images = draw((count, 3, side, side), dtype, device)
+    for after in (-(-side * 8 // 7), -(-side * 4 // 7)):
+        yield Example(f"to {after}, affine", resize_op, (images, after, after, scale, shift, dtype))
+        yield Example(f"to {after}", resize_op, (images, after, after, None, None, dtype))
+    last = draw((count, side, side, 3), dtype, device).permute(0, 3, 1, 2)
+    yield Example(f"to {after}, channels last", resize_op, (last, after, after, scale, shift, torch.bfloat16))

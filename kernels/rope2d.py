@@ -18,14 +18,13 @@ Shapes: x [..., N, H, D] with positions [..., N, 2] = (y, x); qkv [B, N, 3, H, D
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dune_fast.kernels.launching import VIT_CHANNELS, Launch, choose, launch
+from dune_fast.kernels.launching import VIT_CHANNELS, Example, Launch, choose, draw, launch
 from dune_fast.kernels.library import guard, guard_device, jit, register, tl, triton, use_triton
 
 # ---------------------------------------------------------------- tables and reference
@@ -233,13 +232,14 @@ def rope2d_(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return qkv
 
 
-def aot_calls(device: torch.device) -> Iterator[tuple[str, Callable]]:
-    """What to compile ahead of time: heads of 64 channels, bf16 and fp32."""
-    for channels in VIT_CHANNELS:
-        cos = torch.empty(1024, 2, 16, device=device)
-        for dtype in (torch.bfloat16, torch.float32):
-            qkv = torch.empty(128, 1024, 3, channels // 64, 64, dtype=dtype, device=device)
-            kind = f"{str(dtype)[6:]} {channels}"
-            yield f"rope2d_ {kind}", partial(_fused_, qkv, cos, cos)
-            yield f"rope2d {kind}", partial(_fused, qkv, cos, cos, False)
-            yield f"rope2d backward {kind}", partial(_fused, qkv, cos, cos, True)
+AOT = tuple(((128, 1024, channels), dtype) for channels in VIT_CHANNELS for dtype in (torch.bfloat16, torch.float32))
+
+
+def examples(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Iterator[Example]:
+    """qkv [B, N, 3, C / 64, 64] of `dtype`, forward in place and not, and backward."""
+    images, tokens, channels = shape
+    qkv = draw((images, tokens, 3, channels // 64, 64), dtype, device)
+    cos, sin = (draw((tokens, 2, 16), torch.float32, device) for _ in range(2))
+    yield Example("rope2d_", rope2d_inplace_op, (qkv, cos, sin))
+    yield Example("rope2d", rope2d_op, (qkv, cos, sin, False))
+    yield Example("rope2d backward", rope2d_op, (qkv, cos, sin, True))

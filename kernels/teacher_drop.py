@@ -12,13 +12,13 @@ Shapes: L, c float32 [T, B]; positions, groups int64 [B]; own bool [T, G].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from dune_fast.kernels import philox
-from dune_fast.kernels.launching import launch
+from dune_fast.kernels.launching import Example, launch
 from dune_fast.kernels.library import guard, guard_device, jit, register, tl, use_triton
 
 
@@ -164,13 +164,14 @@ def teacher_drop(
     return _drop(losses.detach(), positions, own, groups, step, signed, probability)
 
 
-def aot_calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Three teachers and nine (three blocks of random words), with and without sharing masks."""
+AOT = (((128, 1, 1), torch.float32),)
+
+
+def examples(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Iterator[Example]:
+    """Losses of three teachers and of nine (three blocks of random words), [T, B]; with and without sharing masks."""
+    positions, groups = torch.arange(shape[0], device=device), torch.arange(shape[0], device=device) % 3
     for teachers in (3, 9):
-        losses = torch.empty(teachers, 128, device=device)
-        images = torch.empty(128, dtype=torch.int64, device=device)
-        own = torch.empty(teachers, 3, dtype=torch.bool, device=device)
-        for restrict in (False, True):
-            mask = (own, images) if restrict else (None, None)
-            call = (losses, images, *mask, 1000, 1 << 40, 0.5)
-            yield f"T={teachers}{' masked' * restrict}", lambda call=call: _drop_triton(*call)
+        losses, own = torch.rand(teachers, shape[0], device=device), torch.rand(teachers, 3, device=device) < 0.6
+        for mask in ((None, None), (own, groups)):
+            label = f"{teachers} teachers{'' if mask[0] is None else ', masked'}"
+            yield Example(label, _drop, (losses, positions, *mask, 1000, 1 << 40, 0.5))

@@ -146,31 +146,9 @@ def test_nan_stays_in_its_image(device, fused):
     assert gradient[[0, 2]].isfinite().all() and gradient[1, 2].isnan().all()
 
 
-def test_the_same_bits_every_time(device, fused):
-    inputs = arguments((2, 40, 24), (BF16, BF16), device)
-    with fused():
-        first, second = (losses_and_gradient(distill_loss, inputs) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 def test_more_tiles_than_programs_and_patches_than_a_block(device, fused, no_worse, monkeypatch):
     monkeypatch.setattr(distill_loss_kernels, "processors", lambda device: 1)
     assert_right(arguments((1, 1100, 8), device=device), fused, no_worse)
-
-
-def test_images_beyond_2_to_31_elements(device, fused):
-    """The second image starts past what 32 bits can index; the memory between is never touched."""
-    torch.use_deterministic_algorithms(False)  # no NaN into four gigabytes; the `poisoned` fixture restores its state
-    far = 2**31 + 16
-    near, teacher, mean, inv_std = arguments((2, 2, 8), (BF16, BF16), device)
-    student = torch.empty(far + 64, dtype=BF16, device=device).as_strided((2, 2, 8), (far, 16, 1))
-    student.copy_(near)
-    with fused():
-        ours = losses_and_gradient(distill_loss, (student, teacher, mean, inv_std))
-        expected = losses_and_gradient(distill_loss, (near, teacher, mean, inv_std))
-        swapped = losses_and_gradient(distill_loss, (teacher, student, mean, inv_std))[0]
-    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
-    assert swapped.isfinite().all()
 
 
 def test_no_images(device, fused):
@@ -194,21 +172,6 @@ def test_references_agree_in_float64(terms):
     found.append(module._backward_reference(student.detach(), *inputs[1:], saved, upstream, *terms))
     for a, b in zip(found, [*expected, gradient], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("types", [(FP32, FP32), (BF16, FP32)])
-@pytest.mark.parametrize("triton", [False, True])
-def test_opcheck(triton, types, device, fused):
-    student, teacher, mean, inv_std = arguments((2, 4, 8), types, device)
-    inputs = (student[:, 1:], teacher[:, 1:], mean, inv_std)
-    saved = module._forward_reference(*inputs, 0.5, 0.5, 1.0)[-1]
-    calls = [(module._forward, inputs), (module._backward, (*inputs, saved, torch.randn(2, device=device)))]
-    for operation, values in calls:
-        if triton:
-            with fused():
-                torch.library.opcheck(operation, (*values, 0.5, 0.5, 1.0))
-        else:
-            torch.library.opcheck(operation, (*values, 0.5, 0.5, 1.0))
 
 
 def objective(student, teacher, mean, inv_std, step):
@@ -287,7 +250,7 @@ def test_messages(change, words, fused):
 
 
 @pytest.mark.gpu
-def test_is_captured_never_waits_and_keeps_no_standardized_features():
+def test_keeps_no_standardized_features():
     assert not library.INTERPRETER
     student, teacher, mean, inv_std = arguments((64, 577, 768), (BF16, BF16), "cuda")
     student, teacher = student[:, 1:].requires_grad_(), teacher[:, 1:]
@@ -295,18 +258,5 @@ def test_is_captured_never_waits_and_keeps_no_standardized_features():
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss = distill_loss(student, teacher, mean, inv_std)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    tokens = 64 * 576
-    assert torch.cuda.max_memory_allocated() - before < 32 * tokens + 2**16
-    (expected,) = torch.autograd.grad(loss.total.mean(), student)
-
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        (gradient,) = torch.autograd.grad(distill_loss(student, teacher, mean, inv_std).total.mean(), student)
-    gradient.fill_(torch.nan)
-    graph.replay()
-    assert torch.equal(gradient, expected)
+    loss = distill_loss(student, teacher, mean, inv_std)  # noqa: F841  holds what is saved
+    assert torch.cuda.max_memory_allocated() - before < 32 * 64 * 576 + 2**16
