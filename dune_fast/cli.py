@@ -94,7 +94,7 @@ def run_launcher(command: list[str], environment: dict[str, str]) -> int:
 
 
 _BY_SIGNAL = {
-    "SIGKILL": ": often the system's, for want of memory (`dmesg` says so); `dune-fast plan` estimates what a run takes",
+    "SIGKILL": ": often the system's, for want of memory (`dmesg` says so); `dune-fast plan` estimates the need",
     "SIGSEGV": ", in compiled code: `dune-fast doctor` looks for packages that do not fit each other",
 }
 
