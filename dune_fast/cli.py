@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import argcomplete
 
 from dune_fast import __version__, data_cli, export_cli, planning_cli, teachers_cli
 from dune_fast.completion import complete_overrides
+
+logger = logging.getLogger(__name__)
 
 TRAIN_SCRIPT = Path(__file__).with_name("train.py")
 
@@ -48,7 +51,7 @@ def launch_training(args: argparse.Namespace, run: Path | None) -> int:
         "-m",
         "deepspeed.launcher.runner",
         "--log_level",
-        "info" if args.debug else "error",
+        "info" if args.debug else "critical",  # the ranks say what is wrong
         "--num_accelerators",
         str(args.processes or max(1, torch.cuda.device_count())),
     ]
@@ -81,10 +84,25 @@ def run_launcher(command: list[str], environment: dict[str, str]) -> int:
     try:
         with subprocess.Popen(command, env=environment) as launcher:
             before |= {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
-            return launcher.wait()
+            status = launcher.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if name := ended_by(status):
+        logger.error("a process of the run was ended by %s%s", name, _BY_SIGNAL.get(name, ""))
+    return status
+
+
+_BY_SIGNAL = {
+    "SIGKILL": ": often the system's, for want of memory (`dmesg` says so); `dune-fast plan` estimates the need",
+    "SIGSEGV": ", in compiled code: `dune-fast doctor` looks for packages that do not fit each other",
+}
+
+
+def ended_by(status: int) -> str | None:
+    """The signal that ended a rank, from the launcher's exit status; None for a program's own status."""
+    number = 256 - status if status > 192 else -status  # the launcher passes on -number, of which a byte is left
+    return signal.Signals(number).name if number in set(signal.Signals) else None
 
 
 def evaluate(args: argparse.Namespace) -> int:

@@ -91,6 +91,8 @@ def _hold(run: Path) -> None:
 
 
 def _prepare(cfg: RunConfig, precision: str, parts: Callable[[], int]) -> int | None:
+    if not cfg.output_dir:
+        raise ValueError("output_dir is empty; give the run's folder, e.g. output_dir=runs/mine")
     run = Path(cfg.output_dir)
     if run.exists() and not run.is_dir():
         raise ValueError(f"output_dir={run} is a file; choose a folder")

@@ -82,7 +82,23 @@ def test_a_mistake_that_shows_late_gives_a_sentence_and_no_traceback_of_ours(ove
     result = cli("distill", "-n", "1", *overrides, "teachers.one.weights=/nowhere/w.safetensors")
     assert result.returncode != 0
     assert "there is no weights file /nowhere/w.safetensors" in result.stdout
-    assert "Traceback" not in result.stdout
+    assert "Traceback" not in result.stdout and "launch.py" not in result.stdout  # Regression: the launcher's own line
+
+
+def test_a_process_that_a_signal_ended_is_said(overrides, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\nif os.environ.get('LOCAL_RANK') == '0': os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    result = cli("distill", "-n", "1", *overrides)
+    assert result.returncode != 0 and "a process of the run was ended by SIGKILL: often" in result.stdout
+    assert "launch.py" not in result.stdout
+
+
+def test_an_empty_folder_name_is_refused(overrides):
+    """Regression: the run wrote into the current folder, and named it '' at its end."""
+    result = run(sys.executable, "dune_fast/train.py", *overrides, "output_dir=")
+    assert result.returncode == 2 and "output_dir is empty" in result.stdout
 
 
 def test_ranks_must_divide_the_batch(overrides):
