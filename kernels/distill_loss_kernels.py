@@ -146,8 +146,8 @@ _TABLE = {
         Launch(256, {"BLOCK_R": 4, "BLOCK_C": 256, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}, _REASON),
         Launch(512, {"BLOCK_R": 2, "BLOCK_C": 512, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}, _REASON),
         Launch(1024, {"BLOCK_R": 1, "BLOCK_C": 1024, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}, _REASON),
-        Launch(2048, {"BLOCK_R": 1, "BLOCK_C": 2048, "PROGRAMS": 6, "STAGES": 3, "num_warps": 2}, _REASON),
-        Launch(MAX_CHANNELS, {"BLOCK_R": 1, "BLOCK_C": 4096, "PROGRAMS": 3, "STAGES": 3, "num_warps": 4}, _REASON),
+        Launch(2048, {"BLOCK_R": 1, "BLOCK_C": 2048, "PROGRAMS": 6, "STAGES": 3, "num_warps": 4}, _REASON),
+        Launch(MAX_CHANNELS, {"BLOCK_R": 1, "BLOCK_C": 4096, "PROGRAMS": 3, "STAGES": 3, "num_warps": 8}, _REASON),
     ]
 }
 """By channels; PROGRAMS a multiprocessor where both operands have two bytes, else fewer in the same shared memory.
