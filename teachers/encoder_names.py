@@ -22,21 +22,19 @@ _PREFIXES = ("", "encoder.", "backbone.", "teacher.", "student.")
 """Which one is taken where a file has several encoders, the first of them first."""
 
 _PARTS = ("blocks", "patch_embed", "norm")
-_CHANGE_TOKENS = re.compile(r"(norm|rope|adapter|prompt|lora|embed)\w*|\w*(_norm|_embed|_token|_tokens|lora)")
-"""Modules that an encoder may have and ours has not: tokens pass through them."""
-_AFTER_TOKENS = re.compile(r"(decoder|head|fc_norm|mask_token|attn_pool|projector|predictor|dec_|downstream)\w*")
-"""What reads finished tokens, and the mask token, which no whole image sees."""
+_AFTER_TOKENS = re.compile(
+    r"(decoder|head|fc_norm|mask_token|attn_pool|projector|predictor|dec_|downstream|classifier|linear|proj|last_layer"
+    r"|neck|criterion|loss|teacher_norms|pre_logits|text)\w*|\w*_(heads?|decoder|classifier|projector|predictor|loss)"
+)
+"""Modules that read finished tokens, and the mask token, which no whole image sees. Whatever else stands beside the
+blocks may change tokens on their way (another stem, a norm before the blocks, adapters, positions)."""
 _COUNTERS = ("n_averaged", "logit_scale", "logit_bias")
 
 
 def beside_encoder(name: str) -> bool:
     """Whether the features of an encoder do without the tensor of this name: heads, decoders, other parts."""
-    part, _, rest = name.partition(".")
-    if part in _PARTS:
-        return False
-    if _AFTER_TOKENS.fullmatch(part) or name in _COUNTERS:
-        return True
-    return bool(rest) and not _CHANGE_TOKENS.fullmatch(part)
+    part = name.partition(".")[0]
+    return part not in _PARTS and bool(_AFTER_TOKENS.fullmatch(part) or name in _COUNTERS)
 
 
 def encoder_prefix(names: Iterable[str], path: Path | str) -> str:
@@ -82,7 +80,7 @@ def encoder_state(state: Mapping[str, Tensor], path: Path | str) -> dict[str, Te
 
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """timm's spelling of DINOv2 to ours: registers, a table without a position for cls, the packed SwiGLU."""
-    state = {key.replace("reg_token", "register_tokens"): value for key, value in state.items()}
+    state = {"register_tokens" if key == "reg_token" else key: value for key, value in state.items()}
     table = state.get("pos_embed")
     has_cls = table is not None and table.ndim == 3 and "cls_token" in state
     if has_cls and _square(table.shape[1]) and not _square(table.shape[1] - 1):  # cls gets no position

@@ -64,6 +64,8 @@ UNKNOWN = [
     "blocks.0.attn.inner.weight",
     "blocks.1.norm3.weight", "blocks.0.attn.relative_position_bias_table", "storage_tokens", "dist_token",
     "norm_pre.weight", "rope_embed.periods", "cls_norm.weight", "patch_embed.norm.weight", "pos_embed_spatial",
+    "ln_pre.weight", "pre_layrnorm.bias", "stem.0.weight", "conv_stem.weight", "rel_pos_bias.table", "position.weight",
+    "cross_blocks.0.norm1.weight", "blocks_token_only.0.norm1.weight", "reg_tokens", "adaptor.fc.weight",
 ]  # fmt: skip
 
 
@@ -104,7 +106,8 @@ def test_no_family_drops_what_it_has_no_place_for(family, tmp_path):
 def test_what_stands_beside_an_encoder_may_be_there(tmp_path):
     beside = ["head.weight", "heads.0.bias", "fc_norm.weight", "mask_token", "decoder_embed.weight",
               "decoder_pos_embed",
-              "decoder_blocks.0.norm1.weight", "n_averaged", "something.else", "attn_pool.q.weight"]  # fmt: skip
+              "decoder_blocks.0.norm1.weight", "n_averaged", "attn_pool.q.weight", "aux_head.weight",
+              "criterion.center", "classifier.weight"]  # fmt: skip
     assert all(map(beside_encoder, beside))
     torch.save({**STATE, **dict.fromkeys(beside, torch.zeros(1))}, tmp_path / "w.pth")
     loaded = dune_fast.load_encoder(tmp_path / "w.pth").state_dict()
