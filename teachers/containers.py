@@ -78,6 +78,8 @@ def read_container(path: Path) -> dict[str, Any]:
             content = plain(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         raise _unsafe(path, str(error)) from error
+    except NotImplementedError as error:
+        raise TeacherWeightsError(f"{path}: {error}") from error
     except Exception as error:  # a hostile pickle can make the reader fail in any way
         if "TorchScript" in str(error):
             raise TeacherWeightsError(

@@ -31,7 +31,10 @@ class _Dtype:
 
     def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
         if not isinstance(code, str) or np.dtype(code).kind not in _PLAIN_KINDS + "O":
-            raise ValueError(f"arrays of the type {code!r} are not read")
+            raise NotImplementedError(
+                f"arrays of the type {code!r} are not read; where the file was made, save torch.from_numpy(ARRAY) or "
+                "a list in their place"
+            )
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
