@@ -18,6 +18,7 @@ from rich.table import Column, Table
 from dune_fast.engine.overrides import config_names
 from dune_fast.teachers.config import TeacherConfig
 
+_NAME_IT = "If timm has the model, name it: --model NAME"
 _SHOWN = 12  # names of tensors, per kind of fault
 
 
@@ -145,8 +146,8 @@ def verify(args: argparse.Namespace) -> int:
     write(f"{report.path}: {report.container}, {report.tensors} tensors, {report.values:,} values\n")
     if report.family is None:
         write(
-            "of no known family: no teacher by its tensors' names. If timm has the model, name it: --model NAME; an "
-            "own network is a teacher of the family module\n"
+            f"of no known family: no teacher by its tensors' names. {_NAME_IT}; an own network is a teacher of the "
+            "family module\n"
         )
         return 1
     write(f"family: {report.family}\n")
@@ -162,7 +163,7 @@ def verify(args: argparse.Namespace) -> int:
             f"as a teacher: '+teachers.NAME=timm:{cfg.model}@{report.path}'\n"
         )
     elif report.architecture is None:
-        write(f"not usable: {report.problem}\n")
+        write(f"not usable: {report.problem}\n{_NAME_IT}\n")
         return 1
     for key, value in (asdict(report.architecture) if report.architecture else {}).items():
         write(f"  {key}: {value}\n")
@@ -176,6 +177,8 @@ def verify(args: argparse.Namespace) -> int:
         write(f"{kind}: {len(names)}{': ' if names else ''}{', '.join(names[:_SHOWN])}{more}\n")
     if report.unplaced:
         write("not usable: without the tensors that have no place, the features would be others than the file's\n")
+    if not report.sound and report.family != "timm":
+        write(f"{_NAME_IT}\n")
     if projected := sorted({key.split(".")[1] for key in fit.surplus if key.startswith("projectors.")}):
         write(f"with projectors: a student distilled from {', '.join(projected)}\n")
     for token, numbers in report.fingerprint.items():

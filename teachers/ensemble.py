@@ -119,7 +119,11 @@ class TeacherEnsemble(nn.Module):
                 inputs[key] = self._input(images if chosen is None else chosen.take(images), size, cfg)
             with autocast(cfg.precision, images.device):
                 # what other networks do not see, the student above all, is not kept for them
-                features = self._features(run, inputs[key], patches if inputs[key] is images else None)
+                try:
+                    features = self._features(run, inputs[key], patches if inputs[key] is images else None)
+                except (AssertionError, RuntimeError) as error:
+                    self._explain(readers[0], inputs[key], error)
+                    raise
                 tokens = {teacher.name: teacher.read(features) for teacher in readers}
             for name, read in tokens.items():
                 self._check(name, read, rows, columns)
@@ -152,6 +156,16 @@ class TeacherEnsemble(nn.Module):
                 f"must be multiples of {step}; choose an image size of {_neighbours(max(height, width), step)}"
             )
         return height // patch, width // patch
+
+    def _explain(self, teacher: Teacher, images: Tensor, error: Exception) -> None:
+        """ValueError if a network that is made for one size has failed at another."""
+        own, patch, size = getattr(teacher.trunk, "own_size", None), teacher.config.patch_size, images.shape[-1]
+        if own is None or size == own or isinstance(error, torch.OutOfMemoryError):
+            return
+        raise ValueError(
+            f"teachers.{teacher.name}: {teacher.config.model} takes images of {own} px alone, and this run gives it "
+            f"{size} px: choose image_size={own // patch * self.student_patch_size}, or a model that takes any size"
+        ) from error
 
     def _input(self, images: Tensor, size: tuple[int, int], cfg: TeacherConfig) -> Tensor:
         """Student's images to a teacher's: resized first, then re-normalised."""

@@ -34,6 +34,8 @@ class TimmTrunk(Trunk):
         self.num_prefix_tokens = int(getattr(model, "num_prefix_tokens", 0))
         self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         self.has_cls = has_cls(model)
+        self.own_size: int | None = None
+        """Side of the images that the model is made for, where it may refuse others."""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features = self.model.forward_features(images)
@@ -78,7 +80,10 @@ class TimmTeacher(Teacher):
             # buffers that timm does not save are computed when the model is built: not on the meta device
             check_fit(compare(model.state_dict(), state, CLASSIFIERS), cfg.model, path)
             model.load_state_dict({k: state[k].to(v.dtype) for k, v in model.state_dict().items()}, strict=True)
-        return TimmTrunk(model.eval().requires_grad_(False), patch_size(model, cfg.patch_size))
+        trunk = TimmTrunk(model.eval().requires_grad_(False), patch_size(model, cfg.patch_size))
+        if model.pretrained_cfg.get("fixed_input_size"):
+            trunk.own_size = int(options.get("img_size") or model.pretrained_cfg["input_size"][-1])
+        return trunk
 
     def tokens(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         return features

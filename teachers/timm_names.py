@@ -93,7 +93,7 @@ def timm_matches(state: Mapping[str, Tensor], path: Path, model: str = "") -> li
 
     Args:
         state: of the file.
-        path: the file; `config.json` beside it, as on timm's hub, may say the model.
+        path: the file; its name may say the model, or `config.json` beside it, as on timm's hub.
         model: the model, where the caller knows it: it alone is returned, fitting or not.
     """
     if model:
@@ -104,6 +104,8 @@ def timm_matches(state: Mapping[str, Tensor], path: Path, model: str = "") -> li
         return []
     patterns = _patterns(state)
     names = [name for name in timm.list_models() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    named = [name for name in (*timm.list_models(), *timm.list_pretrained()) if name in path.stem]
+    names = sorted(named, key=len)[-1:] + names  # with the tag of the weights, if the file's name has it
     if (stated := _stated_model(path)) is not None and timm.is_model(stated):
         names = [stated, *names]
     fitting = [name for name in dict.fromkeys(names) if _fits(name, state)]

@@ -133,7 +133,13 @@ def fingerprint(cfg: TeacherConfig) -> dict[str, dict[str, float]]:
 
     The mean, the deviation, and the probe: the mean of features times cos(channel index).
     """
-    tokens = TeacherEnsemble({"teacher": cfg}, cfg.patch_size)(fixed_image(_GRID * cfg.patch_size))["teacher"]
+    ensemble = TeacherEnsemble({"teacher": cfg}, cfg.patch_size)
+    try:
+        tokens = ensemble(fixed_image(_GRID * cfg.patch_size))["teacher"]
+    except ValueError:  # a network that takes one size alone
+        if (own := getattr(ensemble.teachers["teacher"].trunk, "own_size", None)) is None:
+            raise
+        tokens = ensemble(fixed_image(own))["teacher"]
     weights = torch.cos(torch.arange(cfg.num_features, dtype=torch.float32))
     return {
         kind: {"mean": float(x.mean()), "std": float(x.std()), "probe": float((x * weights).mean())}

@@ -10,7 +10,7 @@ from dune_fast.cli import main
 from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.teachers.ensemble import TeacherEnsemble
 from dune_fast.teachers.timm_names import timm_config
-from dune_fast.teachers.verify import inspect_file
+from dune_fast.teachers.verify import fingerprint, inspect_file
 
 
 @pytest.fixture
@@ -65,11 +65,42 @@ def test_verify_prints_how_to_use_it(saved, capsys):
 
 def test_a_model_is_named_where_its_tensors_do_not_show_it(saved, capsys):
     path, _ = saved("resnet10t")
+    path = path.rename(path.with_name("weights.safetensors"))
     assert main(["teachers", "verify", str(path)]) == 1
     assert "name it: --model NAME" in capsys.readouterr().out
     assert main(["teachers", "verify", str(path), "--model", "resnet10t"]) == 0
     assert main(["teachers", "verify", str(path), "--model", "resnet14t"]) == 1
     assert "missing: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prefix", ["", "timm_"])
+def test_the_name_of_a_file_says_the_model_and_its_weights(prefix, saved):
+    """A ResNet's tensors show no model, and no tensors show how their images were normalised."""
+    path, _ = saved("resnet10t")
+    assert inspect_file(path.rename(path.with_name(f"{prefix}resnet10t.c3_in1k.safetensors"))).sound
+    path, _ = saved("convnext_nano")
+    tagged = inspect_file(path.rename(path.with_name(f"{prefix}convnext_nano.d1h_in1k.safetensors")))
+    assert tagged.sound and tagged.models[0] == "convnext_nano.d1h_in1k"
+
+
+def test_a_file_that_is_not_one_of_our_vits_is_told_how_to_name_its_model(saved, capsys):
+    """EVA-02's blocks look like DINO's, and "not usable" was all that was said."""
+    path, _ = saved("eva02_tiny_patch14_224")
+    path = path.rename(path.with_name("weights.safetensors"))
+    assert main(["teachers", "verify", str(path)]) == 1
+    assert "not usable" in (out := capsys.readouterr().out) and "name it: --model NAME" in out
+
+
+@pytest.mark.parametrize(("name", "patch"), [("beit_base_patch16_224", 16), ("hiera_tiny_224", 32)])
+def test_a_model_for_one_size_alone_says_so(name, patch):
+    """It ended `verify` and the first step by a traceback out of timm."""
+    cfg = timm_config(name, "random:1")
+    assert set(fingerprint(cfg)) == set(cfg.token_types)
+    ensemble = TeacherEnsemble({"a": cfg}, 14)
+    side = 224 // patch
+    with pytest.raises(ValueError, match=f"a: {name} takes images of 224 px alone.*image_size={side * 14}"):
+        ensemble(torch.zeros(1, 3, 56, 56))
+    assert ensemble(torch.zeros(1, 3, side * 14, side * 14))["a"]["patch"].shape[1] == side**2
 
 
 def test_a_teacher_by_its_name_in_timm(tmp_path, monkeypatch):
