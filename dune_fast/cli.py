@@ -31,7 +31,7 @@ def distill(args: argparse.Namespace) -> int:
 def resume(args: argparse.Namespace) -> int:
     """Goes on with a run, or finishes it, under the configuration that its folder holds.
 
-    Overrides change what a run may change when it goes on, e.g. deepspeed=zero2.
+    Overrides change what a run may change when it goes on, e.g. deepspeed.zero_stage=2.
     """
     return launch_training(args, args.run)
 

@@ -1,35 +1,13 @@
-"""The page for users of the published code: its commands compose, its names are there."""
+"""The page for users of the published code: its tables name what there is. Its commands: tests/test_docs.py."""
 
 from __future__ import annotations
 
-import ast
 import re
-import shlex
 from pathlib import Path
 
-import pytest
-
-import dune_fast
-from dune_fast.cli import build_parser
 from dune_fast.engine.config import compose_config
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "from_dune.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
-
-
-COMMANDS = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines() if line.strip()]
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_a_command_of_the_page(command):
-    program, *arguments = command
-    assert program == "dune-fast"
-    parsed = build_parser().parse_args(arguments)
-    if arguments[0] == "distill":
-        compose_config(parsed.overrides)
 
 
 def test_the_overrides_of_the_table_compose_alone_and_together():
@@ -46,13 +24,6 @@ def test_the_overrides_of_the_table_compose_alone_and_together():
     fields = {code.partition("=")[0]: code for code in usable if code not in groups}
     cfg = compose_config(["experiment=dune_336", *fields.values()])
     assert cfg.optimizer.betas == [0.9, 0.99] and cfg.train.images == 128_116_700
-
-
-def test_python_of_the_page_parses_and_its_names_are_public():
-    for block in blocks("python"):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dune_fast":
-                assert node.attr in dir(dune_fast)
 
 
 def test_scalars_of_the_page_are_those_that_a_step_gives():
