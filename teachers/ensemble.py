@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dune_fast.kernels.nn.patches import SharedPatches
 from dune_fast.kernels.nn.routing import Route, Routes, union, within
+from dune_fast.kernels.nn.vit import nearest_multiples
 from dune_fast.kernels.resize import resize_normalize
 from dune_fast.teachers.acceleration import GraphedTrunk
 from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
@@ -153,7 +154,7 @@ class TeacherEnsemble(nn.Module):
             demands = "".join(f", and {name} needs a patch grid divisible by {m}" for name, m in strict.items())
             raise ValueError(
                 f"images of {height}x{width} pixels do not fit: the student's patch size is {patch}{demands}, so sides "
-                f"must be multiples of {step}; choose an image size of {_neighbours(max(height, width), step)}"
+                f"must be multiples of {step}; choose an image size of {nearest_multiples(max(height, width), step)}"
             )
         return height // patch, width // patch
 
@@ -234,8 +235,3 @@ def _input_key(cfg: TeacherConfig) -> Hashable:
 
 def _statistics(cfg: TeacherConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(cfg.mean), tuple(cfg.std)
-
-
-def _neighbours(size: int, step: int) -> str:
-    below = size // step * step
-    return f"{below} or {below + step}" if below else str(step)

@@ -216,17 +216,3 @@ class TeacherStatistics(nn.Module):
             std = torch.where(count > 1, variance.sqrt().float(), normalizer.std)  # no two rows on any rank: as it was
             statistics.append(((normalizer.mean.double() + delta).float(), std))
         return statistics
-
-
-def fold_inverse(linear: nn.Linear, normalizer: Normalizer) -> nn.Linear:
-    """A linear layer that gives a teacher's own scale and basis where `linear` gives standardized features.
-
-    x = R^T (std y + mean) with y = W h + b. Fits the last layer of a projector that has it to itself: a transformer or
-    simple projector shares it between cls and patch tokens, whose statistics differ. `eps` is not applied.
-    """
-    rotation = normalizer.rotation
-    scaled = normalizer.std[:, None] * linear.weight, normalizer.std * linear.bias + normalizer.mean
-    weight, bias = scaled if rotation is None else (rotation.T @ part for part in scaled)
-    folded = nn.Linear(linear.in_features, linear.out_features, device=weight.device, dtype=weight.dtype)
-    folded.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
-    return folded
