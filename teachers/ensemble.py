@@ -154,7 +154,7 @@ class TeacherEnsemble(nn.Module):
             demands = "".join(f", and {name} needs a patch grid divisible by {m}" for name, m in strict.items())
             raise ValueError(
                 f"images of {height}x{width} pixels do not fit: the student's patch size is {patch}{demands}, so sides "
-                f"must be multiples of {step}; choose an image size of {nearest_multiples(max(height, width), step)}"
+                f"must be multiples of {step}; the nearest are {nearest_multiples(max(height, width), step)}"
             )
         return height // patch, width // patch
 

@@ -97,14 +97,14 @@ def test_copy_shares_no_weights(toy_config, images):
 
 @pytest.mark.parametrize(("height", "width"), [(57, 56), (56, 50), (0, 56)])
 def test_image_that_is_no_multiple_of_the_patch(toy_config, height, width):
-    with pytest.raises(ValueError, match=r"sides must be multiples of 14; choose an image size of 56"):
+    with pytest.raises(ValueError, match=r"sides must be multiples of 14; the nearest are 56"):
         TeacherEnsemble({"a": toy_config()}, PATCH)(torch.zeros(1, 3, height, width))
 
 
 def test_grid_multiple_names_the_next_sizes(toy_config):
     ensemble = TeacherEnsemble({"a": toy_config(grid_multiple=4), "b": toy_config(grid_multiple=6)}, PATCH)
     assert ensemble.size_multiple == 14 * 12
-    with pytest.raises(ValueError, match="a needs a patch grid divisible by 4, and b .* by 6.* 336 or 504"):
+    with pytest.raises(ValueError, match="a needs a patch grid divisible by 4, and b .* by 6.* 336 and 504"):
         ensemble(torch.zeros(1, 3, 448, 448))
     assert ensemble(torch.zeros(1, 3, 168, 336))["a"]["patch"].shape[1] == 12 * 24
 
@@ -214,5 +214,5 @@ def test_demo_teachers_agree_on_the_grid(asset, toy_config):
         ("saliency", "patch"): (1, 96, 384),
         ("geometric", "patch"): (1, 96, 64),
     }
-    with pytest.raises(ValueError, match="geometric needs a patch grid divisible by 4.* 112 or 168"):
+    with pytest.raises(ValueError, match="geometric needs a patch grid divisible by 4.* 112 and 168"):
         ensemble(torch.randn(1, 3, 140, 140))
