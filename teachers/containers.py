@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dune_fast.teachers.run_files import CheckpointError, checkpoint_state, is_checkpoint
-from dune_fast.teachers.safe_types import ALLOWED, plain
+from dune_fast.teachers.safe_types import ALLOWED, UnreadTypeError, plain
 
 STATE_ENTRIES = (
     "model", "model_state_dict", "state_dict", "teacher", "student", "encoder", "module", "backbone", "network", "net",
@@ -78,7 +78,7 @@ def read_container(path: Path) -> dict[str, Any]:
             content = plain(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         raise _unsafe(path, str(error)) from error
-    except NotImplementedError as error:
+    except UnreadTypeError as error:
         raise TeacherWeightsError(f"{path}: {error}") from error
     except Exception as error:  # a hostile pickle can make the reader fail in any way
         if "TorchScript" in str(error):

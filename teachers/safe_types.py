@@ -26,12 +26,16 @@ _PLAIN_KINDS = "biufcSUMm"  # NumPy's kinds of fixed size; "O" holds Python obje
 _MAX_NESTING = 200
 
 
+class UnreadTypeError(Exception):
+    """A type that could be read without running code, and is not."""
+
+
 class _Dtype:
     """Stands for `numpy.dtype`: the type's code and its byte order; structures are refused."""
 
     def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
         if not isinstance(code, str) or np.dtype(code).kind not in _PLAIN_KINDS + "O":
-            raise NotImplementedError(
+            raise UnreadTypeError(
                 f"arrays of the type {code!r} are not read; where the file was made, save torch.from_numpy(ARRAY) or "
                 "a list in their place"
             )
