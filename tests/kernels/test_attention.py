@@ -170,7 +170,7 @@ def test_a_cpu_takes_the_faster_form(monkeypatch, native, trained, dtype, expect
     """`expected`: in which torch's own attention is called; None for the plain formula, which does not call it."""
     seen = []
 
-    def noted(q, k, v):
+    def noted(q, k, v, attn_mask=None):
         seen.append(q.dtype)
         return torch.zeros_like(q)
 
@@ -196,6 +196,21 @@ def test_the_formula_of_a_cpu_is_attention(monkeypatch, tokens):
     reference.backward(up.double())
     torch.testing.assert_close(out.double(), reference, rtol=0.02, atol=0.02)
     torch.testing.assert_close(qkv.grad.double(), exact.grad, rtol=0.02, atol=0.03)
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 69, 257, 261])
+def test_padded_keys_change_nothing(monkeypatch, tokens):
+    monkeypatch.setattr(module, "MULTIPLIES_BF16", True)
+    masks = []
+
+    def noted(*args, attn_mask=None, attend=F.scaled_dot_product_attention):
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    qkv = 3 * torch.randn(2, tokens, 3, 2, 16).bfloat16()
+    torch.testing.assert_close(attention(qkv).double(), attention(qkv.double()), rtol=0.02, atol=0.02)
+    assert [mask is not None for mask in masks] == [tokens % 32 > 1, False]  # a multiple of 32 and one over are fast
 
 
 def test_autocast_leaves_float32_attention_alone(monkeypatch):
