@@ -56,9 +56,6 @@ class TeacherConfig:
     """ViT: backend of self-attention, one of `kernels.attention.BACKENDS`."""
     compile: bool = False
     """Compile the network with torch.compile, once for every shape of a batch it meets."""
-    cuda_graph: bool = False
-    """Replay the network as a CUDA graph, one for every shape; worth it where launches cost more than the products:
-    few images a GPU. Costs the memory of one forward pass a shape."""
     image_size: int | None = None
     """Side in pixels of the square images its weights were made for. Other sizes are allowed: positions adapt."""
     num_heads: int | None = None

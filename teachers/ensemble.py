@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,6 @@ from dune_fast.kernels.nn.patches import SharedPatches
 from dune_fast.kernels.nn.routing import Route, Routes, union, within
 from dune_fast.kernels.nn.vit import nearest_multiples
 from dune_fast.kernels.resize import resize_normalize
-from dune_fast.teachers.acceleration import GraphedTrunk
 from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
 from dune_fast.teachers.precision import autocast, prepare, resolve_precision
 from dune_fast.teachers.protocol import Teacher, Trunk
@@ -28,15 +26,14 @@ class TeacherEnsemble(nn.Module):
     bicubic, corners aligned, no antialias. Then it is normalised as the teacher wants it. Inputs and trunks that
     teachers have in common are computed once. Nothing here waits for the device.
 
-    A teacher computes as its configuration says: see `teachers.precision` and `teachers.acceleration`. An autocast
-    around the call has no influence. The host holds the weights of one file at a time in float32, the device none that
-    run in less.
+    A teacher computes as its configuration says (`teachers.precision`); an autocast around the call has no influence.
+    The host holds the weights of one file at a time in float32, the device none that run in less.
 
     Args:
         configs: teacher name -> configuration.
         student_patch_size: q, in pixels.
         autocast_dtype: what `precision: auto` means, torch.bfloat16, or None for float32.
-        device: where the teachers run, the CPU by default. Moved later, they record their CUDA graphs anew.
+        device: where the teachers run, the CPU by default.
 
     Raises:
         ValueError: no teacher, or a wrong configuration (see `build_teacher` and `resolve_precision`).
@@ -61,7 +58,6 @@ class TeacherEnsemble(nn.Module):
         """(trunk, input) -> who reads what this trunk makes of this input."""
         for teacher in self.teachers.values():
             self._runs.setdefault((teacher.trunk_key, _input_key(teacher.config)), []).append(teacher)
-        self._graphs: dict[tuple[Hashable, Hashable], GraphedTrunk] = {}
         self._grid_multiples = {
             name: math.lcm(teacher.config.grid_multiple, teacher.trunk.grid_multiple)
             for name, teacher in self.teachers.items()
@@ -79,10 +75,6 @@ class TeacherEnsemble(nn.Module):
         """Stays in evaluation mode: the teachers are frozen."""
         return super().train(False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TeacherEnsemble:
-        self._graphs.clear()  # they hold the weights' old addresses
-        return super()._apply(fn, recurse)
-
     @torch.no_grad()
     def forward(
         self, images: Tensor, routes: Routes | None = None, patches: SharedPatches | None = None
@@ -99,7 +91,7 @@ class TeacherEnsemble(nn.Module):
 
         Returns:
             teacher name -> {"cls": [n, C], "patch": [n, N, C]}, the token types that its configuration asks for, in
-            float32 or bfloat16. With `cuda_graph` they are good until the next call.
+            float32 or bfloat16.
 
         Raises:
             ValueError: an image size that some teacher cannot take, or tokens that do not cover the student's grid.
@@ -108,8 +100,8 @@ class TeacherEnsemble(nn.Module):
         patches = SharedPatches() if patches is None else patches
         inputs: dict[Hashable, Tensor] = {}
         outputs: dict[str, dict[str, Tensor]] = dict.fromkeys(self.teachers, {})
-        for run, readers in self._runs.items():
-            cfg = readers[0].config
+        for readers in self._runs.values():
+            trunk, cfg = readers[0].trunk, readers[0].config
             chosen = None if routes is None else union([routes[teacher.name] for teacher in readers])
             if chosen is not None and not len(chosen):
                 outputs |= {teacher.name: _no_tokens(teacher.config, rows * columns, images) for teacher in readers}
@@ -118,10 +110,12 @@ class TeacherEnsemble(nn.Module):
             if key not in inputs:
                 size = (rows * cfg.patch_size, columns * cfg.patch_size)
                 inputs[key] = self._input(images if chosen is None else chosen.take(images), size, cfg)
+            # pixels that other networks do not see, the student above all, are not kept for them, and a compiled
+            # network reads nothing that it was not compiled with
+            shares = inputs[key] is images and isinstance(trunk, ViTTrunk) and not cfg.compile
             with autocast(cfg.precision, images.device):
-                # what other networks do not see, the student above all, is not kept for them
                 try:
-                    features = self._features(run, inputs[key], patches if inputs[key] is images else None)
+                    features = trunk(images, patches) if shares else trunk(inputs[key])
                 except (AssertionError, RuntimeError) as error:
                     self._explain(readers[0], inputs[key], error)
                     raise
@@ -130,18 +124,6 @@ class TeacherEnsemble(nn.Module):
                 self._check(name, read, rows, columns)
                 outputs[name] = read if chosen is None else _share(read, routes[name], chosen)
         return outputs
-
-    def _features(
-        self, run: tuple[Hashable, Hashable], images: Tensor, patches: SharedPatches | None = None
-    ) -> Any:
-        """What the run's trunk makes of its input."""
-        teacher = self._runs[run][0]
-        if not teacher.config.cuda_graph:
-            # a compiled network reads nothing that it was not compiled with
-            shares = patches is not None and isinstance(teacher.trunk, ViTTrunk) and not teacher.config.compile
-            return teacher.trunk(images, patches) if shares else teacher.trunk(images)
-        # a trunk with two kinds of input has features of both alive at once: a graph for each
-        return self._graphs.setdefault(run, GraphedTrunk(teacher.trunk))(images)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of the student's patches; ValueError if the image's size does not suit every teacher."""

@@ -68,8 +68,6 @@ def resolve_precision(
             f"teachers.{name}.attention is {cfg.attention!r}, but the family {cfg.family!r} brings its own attention; "
             "leave it at auto"
         )
-    if cfg.cuda_graph and device.type != "cuda":
-        raise ValueError(f"teachers.{name}.cuda_graph is true, but the teachers run on {device}; set it to false")
     if cfg.precision != "auto":
         return cfg
     if autocast_dtype is None:  # what belongs to bf16 goes with it

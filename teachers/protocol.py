@@ -70,7 +70,7 @@ class Teacher(ABC):
     def trunk_key(self) -> Hashable:
         """What makes two teachers' trunks the same network, computed in the same way."""
         cfg = self.config
-        how = (cfg.precision, cfg.stream, cfg.epilogue_gelu, cfg.attention, cfg.compile, cfg.cuda_graph)
+        how = (cfg.precision, cfg.stream, cfg.epilogue_gelu, cfg.attention, cfg.compile)
         return (cfg.family, cfg.weights, *how)
 
     @abstractmethod
