@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dune_fast.kernels.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PRECISIONS", "STREAMS", "TOKEN_TYPES", "TeacherConfig", "check_config"]
+__all__ = [
+    "IMAGENET_MEAN", "IMAGENET_STD", "PRECISIONS", "STREAMS", "TOKEN_TYPES", "TeacherConfig", "check_config",
+    "input_key", "network_key",
+]  # fmt: skip
 
 TOKEN_TYPES = ("cls", "patch")
 PRECISIONS = ("auto", "bf16", "fp8", "fp32")
@@ -76,6 +80,24 @@ class TeacherConfig:
     """Size of that file; null if not known."""
     sha256: str = ""
     """SHA-256 of that file in hexadecimal; empty if not known."""
+
+
+_READING = (
+    "token_types", "mean", "std", "groups", "grid_multiple", "layer", "norm", "force_precision", "url", "bytes",
+    "sha256",
+)  # fmt: skip
+"""Fields that say what the network sees and what is read from it, or are bookkeeping."""
+
+
+def network_key(cfg: TeacherConfig) -> str:
+    """Equal for teachers whose networks are the same and compute in the same way."""
+    network = {name: value for name, value in asdict(cfg).items() if name not in _READING}
+    return json.dumps(network, sort_keys=True, default=repr)
+
+
+def input_key(cfg: TeacherConfig) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Equal for teachers that see the same pixels of an image."""
+    return cfg.patch_size, tuple(cfg.mean), tuple(cfg.std)
 
 
 def check_config(name: str, cfg: TeacherConfig) -> None:

@@ -6,7 +6,7 @@ A family is a key map on top: `teachers/dinov2.py`, `mast3r.py`, `multihmr.py`, 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import container_state, read_container
 from dune_fast.teachers.encoder_names import beside_encoder, encoder_state
 from dune_fast.teachers.protocol import Teacher, Trunk
-from dune_fast.teachers.weights import RANDOM, TeacherWeightsError, build_loaded, random_seed, weights_path
+from dune_fast.teachers.weights import TeacherWeightsError, build_loaded, random_seed, weights_path
 
 PUBLISHED_DEPTH = {192: 12, 384: 12, 768: 12, 1024: 24, 1536: 40}
 """Channels of a token -> blocks, in the published sizes ViT-Ti, S, B, L and g."""
@@ -65,13 +65,6 @@ class ViTTeacher(Teacher):
             raise ValueError(f"teachers.{self.name}.layer is {layer}; {self.config.weights} has {depth} blocks")
         self.block = (depth if layer is None else layer) - 1
         self.trunk.blocks.add(self.block)  # one pass to the deepest block serves every teacher of this trunk
-
-    @property
-    def trunk_key(self) -> Hashable:
-        cfg = self.config
-        asked = (cfg.num_heads, cfg.num_registers, cfg.interpolate_offset, cfg.interpolate_antialias)
-        drawn = (cfg.patch_size, cfg.num_features, cfg.image_size) if cfg.weights.startswith(RANDOM) else ()
-        return (*super().trunk_key, *asked, *drawn)
 
     @classmethod
     @abstractmethod

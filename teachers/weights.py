@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dune_fast.teachers.assets import asset_path
-from dune_fast.teachers.containers import CURE, TeacherWeightsError
+from dune_fast.teachers.containers import CURE, TeacherWeightsError, container_state, read_container
 from dune_fast.teachers.run_files import CheckpointError, weights_in
 
 Unused = Sequence[str] | Callable[[str], bool]
@@ -132,6 +132,35 @@ def check_fit(fit: Fit, module: str, path: Path | str) -> None:
             "(teachers: the family timm or module), or merge what was added (LoRA) into the weights first"
         )
     raise TeacherWeightsError(f"{path} does not fit {module}: {shown}. {cure}")
+
+
+def build_foreign(
+    build: Callable[[], nn.Module], seed: int | None, path: Path | None, network: str, unused: Unused = ()
+) -> nn.Module:
+    """A network that only its own code can build, on the CPU, in eval mode and frozen.
+
+    The student's initial weights do not depend on it: torch's generator is as before.
+
+    Args:
+        build: makes the network, weights and all.
+        seed: of the weights that it draws; None leaves them to it.
+        path: file that all weights are taken from; None for those that `build` gives.
+        network: its name, for messages.
+        unused: see `compare`.
+
+    Raises:
+        TeacherWeightsError: the file does not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        module = build()
+    if path is not None:
+        # buffers that a file does not have are computed when the network is built: not on the meta device
+        state, wanted = container_state(read_container(path), path), module.state_dict()
+        check_fit(compare(wanted, state, unused), network, path)
+        module.load_state_dict({key: state[key].to(value.dtype) for key, value in wanted.items()}, strict=True)
+    return module.eval().requires_grad_(False)
 
 
 def build_loaded(

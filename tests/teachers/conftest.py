@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.toy.conv_patchify import toy_teacher
 from dune_fast.teachers.assets import Asset, AssetError, fetch
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.download import DownloadError
@@ -41,11 +42,7 @@ def asset() -> Callable[[str], Path]:
 @pytest.fixture
 def toy_config() -> Callable[..., TeacherConfig]:
     """A random two-layer teacher, fields replaced at will."""
-
-    def make(**fields: object) -> TeacherConfig:
-        return TeacherConfig(**{"family": "conv_patchify", "weights": "random:1", "num_features": 24, **fields})
-
-    return make
+    return toy_teacher
 
 
 MEMBERS = {

@@ -27,10 +27,10 @@ def by_hand(teacher, images, size):
     cfg, trunk = teacher.config, teacher.trunk
     column = [torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD, cfg.mean, cfg.std)]
     images = ((images * column[1] + column[0]) - column[2]) / column[3]
-    hidden = F.gelu(F.conv2d(images, trunk.proj.weight, trunk.proj.bias, stride=trunk.patch_size))
+    hidden = F.gelu(F.conv2d(images, trunk.module.proj.weight, trunk.module.proj.bias, stride=trunk.patch_size))
     patch = torch.stack(
         [
-            F.linear(hidden[:, :, r, c], trunk.lin.weight, trunk.lin.bias)
+            F.linear(hidden[:, :, r, c], trunk.module.lin.weight, trunk.module.lin.bias)
             for r in range(hidden.shape[2])
             for c in range(hidden.shape[3])
         ],
@@ -91,7 +91,7 @@ def test_stays_frozen_and_gives_no_graph(toy_config, images):
 def test_copy_shares_no_weights(toy_config, images):
     ensemble = TeacherEnsemble({"a": toy_config()}, PATCH)
     twin = copy.deepcopy(ensemble)
-    twin.trunks[0].lin.bias += 1
+    twin.trunks[0].module.lin.bias += 1
     torch.testing.assert_close(twin(images)["a"]["patch"], ensemble(images)["a"]["patch"] + 1)
 
 
@@ -111,7 +111,7 @@ def test_grid_multiple_names_the_next_sizes(toy_config):
 
 def test_tokens_off_the_grid_are_reported(toy_config, images):
     ensemble = TeacherEnsemble({"a": toy_config()}, PATCH)
-    ensemble.trunks[0].proj.stride = (7, 7)
+    ensemble.trunks[0].module.proj.stride = (7, 7)
     with pytest.raises(ValueError, match=r"teacher a gives \d+ patch tokens, the student 4x6 = 24.*patch_size"):
         ensemble(images)
 
@@ -132,9 +132,9 @@ def test_wrong_width_in_the_configuration_is_named(toy_config, tmp_path):
 def test_weights_kept_in_bfloat16_compute_what_autocast_computes(toy_config, images):
     full = TeacherEnsemble({"a": toy_config()}, PATCH)
     low = TeacherEnsemble({"a": toy_config()}, PATCH, autocast_dtype=torch.bfloat16)
-    assert low.trunks[0].lin.weight.dtype == torch.bfloat16
+    assert low.trunks[0].module.lin.weight.dtype == torch.bfloat16
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = full.trunks[0](images)
+        expected = full.trunks[0](images)["patch"]
     assert torch.equal(low(images)["a"]["patch"], expected)
     error = (low(images)["a"]["patch"].float() - full(images)["a"]["patch"]).norm() / full(images)["a"]["patch"].norm()
     assert 0 < error < 2e-2  # eight bits of mantissa
