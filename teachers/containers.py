@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import pickle
 import re
-import stat
 import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dune_fast.teachers.files import member_fault
 from dune_fast.teachers.run_files import CheckpointError, checkpoint_state, is_checkpoint
 from dune_fast.teachers.safe_types import ALLOWED, UnreadTypeError, plain
 
@@ -132,16 +132,8 @@ def check_archive(path: Path) -> None:
         if isinstance(error, TeacherWeightsError):
             raise
         raise damaged(path, error) from error
-    seen: set[str] = set()
-    for member in members:
-        name = PurePosixPath(member.filename.replace("\\", "/"))
-        if name.is_absolute() or ".." in name.parts or ":" in member.filename[:3]:
-            raise TeacherWeightsError(f"{path} has a member outside its own folder ({member.filename!r}), not read")
-        if stat.S_ISLNK(member.external_attr >> 16):
-            raise TeacherWeightsError(f"{path} has a link as a member, {member.filename!r}; it is not read")
-        if member.flag_bits & 0x1 or member.filename in seen:
-            raise TeacherWeightsError(f"{path} has an encrypted or doubled member, {member.filename!r}; it is not read")
-        seen.add(member.filename)
+    if fault := member_fault(members):
+        raise TeacherWeightsError(f"{path} has {fault}; it is not read")
     unpacked, limit = sum(member.file_size for member in members), max(_UNPACKED_FACTOR * size, _UNPACKED_FLOOR)
     if unpacked > limit:
         raise TeacherWeightsError(

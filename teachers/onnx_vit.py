@@ -19,10 +19,9 @@ from torch import Tensor
 
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.teachers.architecture import infer_vit
-from dune_fast.teachers.assets import cache_dir
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import TeacherWeightsError, damaged, read_safetensors
-from dune_fast.teachers.download import file_sha256
+from dune_fast.teachers.files import cache_dir, file_sha256
 from dune_fast.teachers.registry import register
 from dune_fast.teachers.vit import ViTTeacher
 

@@ -17,7 +17,7 @@ import pytest
 from bench.toy.conv_patchify import toy_teacher
 from dune_fast.teachers.assets import Asset, AssetError, fetch
 from dune_fast.teachers.config import TeacherConfig
-from dune_fast.teachers.download import DownloadError
+from dune_fast.teachers.files import DownloadError
 
 
 @pytest.fixture(scope="session")

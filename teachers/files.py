@@ -1,34 +1,30 @@
-"""Find a wheel through pip and download it: resumed after an interruption, checked, moved into place whole."""
+"""Files that all floors use: the cache folder, locks, checksums, members of archives, downloads that resume."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import http.client
-import importlib.util
-import json
 import logging
-import re
+import os
 import ssl
-import subprocess
-import sys
+import stat
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import BinaryIO
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["DownloadError", "download", "file_sha256", "locate_wheel", "remote_size"]
 
 _CHUNK = 1 << 18
 _ATTEMPTS = 4  # in a row without a single new byte
 _PAUSE_SECONDS = 0.5  # before trying again, doubled with every failure
 _STALL_SECONDS = 30.0
-_PIP_SECONDS = 600.0
 _NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 _LOG_SECONDS = 5.0  # between progress lines where there is no terminal
 
@@ -37,51 +33,50 @@ class DownloadError(ValueError):
     """A file could not be located or downloaded; the caller says what to do about it."""
 
 
+def cache_dir() -> Path:
+    """The folder of everything that is fetched: `$DUNE_FAST_CACHE`, else `$XDG_CACHE_HOME/dune_fast`, else
+    `~/.cache/dune_fast`. It need not exist yet."""
+    if chosen := os.environ.get("DUNE_FAST_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dune_fast"
+
+
+@contextmanager
+def locked(path: Path, name: str) -> Iterator[None]:
+    """Hold an exclusive lock on `path`; it is dropped by the system even if this process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another process is fetching %s; waiting for it", name)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def locate_wheel(package: str, version: str, filename: str) -> str:
-    """The address (http, https or file) that the user's pip configuration gives for a wheel.
-
-    pip is asked twice at most. `pip index versions -vv` reads the index pages alone, so it is quick, but the lines it
-    logs are no contract. Where they do not name the file, `pip install --dry-run --report` is asked: its report is
-    documented, but pip may download the whole wheel to write it.
-
-    Raises:
-        DownloadError: pip is missing, finds no such version, or cannot reach its index.
-    """
-    if importlib.util.find_spec("pip") is None:
-        raise DownloadError(f"pip is not installed beside {sys.executable}")
-    listing = _pip("index", "versions", "-vv", "--pre", package)
-    # a masked password ("****") makes an address useless
-    address = re.compile(rf"(?:https?|file)://[^\s#*]+/{re.escape(filename)}(?=[\s#]|$)", re.IGNORECASE | re.MULTILINE)
-    if found := address.search(listing.stdout + "\n" + listing.stderr):
-        return found.group()
-    options = ("--dry-run", "--quiet", "--ignore-installed", "--no-deps", "--only-binary=:all:", "--report", "-")
-    report = _pip("install", *options, f"{package}=={version}")
-    if report.returncode != 0:
-        reason = next((line for line in reversed(report.stderr.splitlines()) if line.startswith("ERROR")), "pip failed")
-        raise DownloadError(f"pip found no wheel ({reason.removeprefix('ERROR: ')})")
-    try:
-        return json.loads(report.stdout[report.stdout.index("{") :])["install"][0]["download_info"]["url"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise DownloadError("pip's report does not name the wheel's address") from error
-
-
-def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # one retry: without a connection the answer should come in seconds
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries=1", *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_PIP_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise DownloadError(f"pip did not answer ({error.__class__.__name__})") from error
+def member_fault(members: Sequence[zipfile.ZipInfo]) -> str:
+    """What is wrong with a zip archive's members before anything is unpacked, "a member ..."; empty if nothing is."""
+    seen: set[str] = set()
+    for member in members:
+        name = PurePosixPath(member.filename.replace("\\", "/"))
+        if name.is_absolute() or ".." in name.parts or ":" in member.filename[:3]:
+            return f"a member outside its own folder, {member.filename!r}"
+        if stat.S_ISLNK(member.external_attr >> 16):
+            return f"a link as a member, {member.filename!r}"
+        if member.flag_bits & 0x1 or member.filename in seen:
+            return f"an encrypted or doubled member, {member.filename!r}"
+        seen.add(member.filename)
+    return ""
 
 
 def download(url: str, target: Path, part: Path, size: int | None, sha256: str, title: str) -> None:
-    """Download `url` to `target`, through `part`, which a later call resumes from.
+    """Downloads `url` to `target`, through `part`, which a later call resumes from.
 
     `target` appears only when its `size` (bytes) and `sha256` are right. Where the size is None, the server is asked
     for it; where the hash is empty, the size alone decides.
@@ -91,43 +86,48 @@ def download(url: str, target: Path, part: Path, size: int | None, sha256: str, 
     """
     if urllib.parse.urlsplit(url).scheme not in ("http", "https", "file"):
         raise DownloadError(f"the address has an unknown scheme: {url}")
-    size = remote_size(url) if size is None else size
-    resumed = part.exists()
-    _complete(url, part, size, title)
-    if not sha256:
-        part.replace(target)
-        return
-    found = file_sha256(part)
-    if found != sha256 and resumed:
-        # the start may be a leftover of another version: try once from nothing before giving up
-        logger.warning("%s: the resumed download has the wrong hash; starting over", title)
-        part.unlink()
+    size = _remote_size(url) if size is None else size
+    while True:
+        resumed = part.exists()
         _complete(url, part, size, title)
-        found = file_sha256(part)
-    if found != sha256:
+        if not sha256 or (found := file_sha256(part)) == sha256:
+            part.replace(target)
+            return
         part.unlink()
-        raise DownloadError(f"the file at {url} has SHA-256 {found}, expected {sha256}, so it was deleted")
-    part.replace(target)
+        if not resumed:
+            raise DownloadError(f"the file at {url} has SHA-256 {found}, expected {sha256}, so it was deleted")
+        # the start may be a leftover of another version: once from nothing before giving up
+        logger.warning("%s: the resumed download has the wrong hash; starting over", title)
 
 
-def remote_size(url: str) -> int:
-    """Bytes of the file at `url`, as its server says; DownloadError if it does not."""
-    request = urllib.request.Request(url, headers={"Accept-Encoding": "identity", "User-Agent": "dune_fast"})
+def _request(url: str, **headers: str) -> Any:
+    """The server's open answer."""
+    headers = {"Accept-Encoding": "identity", "User-Agent": "dune_fast", **headers}
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_STALL_SECONDS)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"the server answered {error.code} {error.reason}"
+    return str(getattr(error, "reason", error)) or error.__class__.__name__
+
+
+def _remote_size(url: str) -> int:
+    """Bytes of the file at `url`, as its server says."""
     try:
-        with urllib.request.urlopen(request, timeout=_STALL_SECONDS) as response:
+        with _request(url) as response:
             length = response.headers.get("Content-Length") or ""
     except urllib.error.HTTPError as error:
-        raise DownloadError(f"the server answered {error.code} {error.reason} for {url}") from error
+        raise DownloadError(f"{_reason(error)} for {url}") from error
     except (*_NETWORK_ERRORS, OSError) as error:
-        reason = str(getattr(error, "reason", error)) or error.__class__.__name__
-        raise DownloadError(f"no answer from {url} ({reason})") from error
+        raise DownloadError(f"no answer from {url} ({_reason(error)})") from error
     if not length.isdecimal():
         raise DownloadError(f"the server does not say how large {url} is")
     return int(length)
 
 
 def _complete(url: str, part: Path, size: int, title: str) -> None:
-    """Bring `part` to `size` bytes, reconnecting while there is progress."""
+    """Brings `part` to `size` bytes, reconnecting while there is progress."""
     if _size(part) > size:
         part.unlink()
     failures, best = 0, _size(part)
@@ -137,13 +137,13 @@ def _complete(url: str, part: Path, size: int, title: str) -> None:
                 _transfer(url, part, size, report)
                 reason = "the connection ended early"
             except urllib.error.HTTPError as error:
-                reason = f"the server answered {error.code} {error.reason}"
+                reason = _reason(error)
                 if error.code == 416:  # nothing there to resume from
                     part.unlink(missing_ok=True)
                 elif error.code < 500 and error.code not in (408, 429):
                     raise DownloadError(f"{reason} for {url}") from error
             except _NETWORK_ERRORS as error:
-                reason = str(getattr(error, "reason", error)) or error.__class__.__name__
+                reason = _reason(error)
             if _size(part) >= size:
                 break
             # progress is a size never reached before: a server that cannot resume begins again every time
@@ -160,13 +160,9 @@ def _size(part: Path) -> int:
 
 
 def _transfer(url: str, part: Path, size: int, report: Callable[[int], None]) -> None:
-    """Append the rest of the file to `part`; from its beginning where the server cannot resume."""
+    """Appends the rest of the file to `part`; from its beginning where the server cannot resume."""
     have = _size(part)
-    headers = {"Accept-Encoding": "identity", "User-Agent": "dune_fast"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-    request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=_STALL_SECONDS) as response:
+    with _request(url, **({"Range": f"bytes={have}-"} if have else {})) as response:
         begins_at_have = (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-")
         resuming = have > 0 and response.status == 206 and begins_at_have  # status is None for file://
         with open(part, "ab" if resuming else "wb") as sink:
