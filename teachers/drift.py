@@ -63,8 +63,7 @@ class Drift:
 def measure_drift(ensemble: TeacherEnsemble, images: Tensor) -> list[Drift]:
     """Runs every teacher of lower precision once as it is and once in float32.
 
-    The float32 twins are read from their files again, one file at a time, and freed: besides the ensemble there is
-    never more than one in memory.
+    The float32 twins are read from their files again, one file at a time: never more than one is in memory.
 
     Args:
         ensemble: as it trains.

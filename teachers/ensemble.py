@@ -27,11 +27,10 @@ class TeacherEnsemble(nn.Module):
     bicubic, corners aligned, no antialias. Then it is normalised as the teacher wants it. Inputs and trunks that
     teachers have in common are computed once. Nothing here waits for the device.
 
-    A teacher computes as its configuration says (`teachers.precision`); an autocast around the call has no influence.
-    The host holds the weights of one file at a time in float32, the device none that run in less.
+    A teacher computes in its own precision (`teachers.precision`), whatever autocast is around the call. The host holds
+    one file's weights at a time in float32, the device none that run in less.
 
     Args:
-        configs: teacher name -> configuration.
         student_patch_size: q, in pixels.
         autocast_dtype: what `precision: auto` means, torch.bfloat16, or None for float32.
         device: where the teachers run, the CPU by default.
@@ -85,11 +84,9 @@ class TeacherEnsemble(nn.Module):
 
         Args:
             images: [B, 3, H, W], ImageNet-normalised, at the student's resolution.
-            routes: which n of these images each teacher gets; all of them by default. A trunk that several teachers
-                read runs once on the images that any of them gets: never more than all their images together. One
-                without any does not run.
+            routes: which n of these images each teacher gets; all of them by default. A trunk runs once, on the images
+                that any of its teachers gets, and not at all if there are none.
             patches: of these images, shared with the student; by default the teachers share among themselves.
-                Those of teachers that see other pixels, by size or normalisation, are their own.
 
         Returns:
             teacher name -> {"cls": [n, C], "patch": [n, N, C]}, the token types that its configuration asks for, in

@@ -79,10 +79,8 @@ def download(url: str, target: Path, part: Path, size: int | None, sha256: str, 
     """Downloads `url` to `target`, through `part`, which a later call resumes from.
 
     `target` appears only when its `size` (bytes) and `sha256` are right. Where the size is None, the server is asked
-    for it; where the hash is empty, the size alone decides.
-
-    Raises:
-        DownloadError: no connection, or a file that is not the one asked for (the partial file is then deleted).
+    for it; where the hash is empty, the size alone decides. DownloadError if there is no connection, or the file is not
+    the one asked for; the partial file is then deleted.
     """
     if urllib.parse.urlsplit(url).scheme not in ("http", "https", "file"):
         raise DownloadError(f"the address has an unknown scheme: {url}")

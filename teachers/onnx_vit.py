@@ -74,10 +74,9 @@ def converted_state(path: Path) -> dict[str, Tensor]:
 
 
 def encoder_of(path: Path) -> dict[str, Tensor]:
-    """Read the encoder's weights out of the ONNX graph.
+    """The encoder's weights out of the ONNX graph.
 
-    Raises:
-        TeacherWeightsError: no `onnx` package, not an ONNX file, or a graph of another model.
+    TeacherWeightsError if the package onnx is missing, or the file is no export of this model.
     """
     try:
         import onnx

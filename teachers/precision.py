@@ -31,13 +31,7 @@ FP8_CAPABILITY = (8, 9)
 def resolve_precision(
     name: str, cfg: TeacherConfig, autocast_dtype: torch.dtype | None, device: torch.device
 ) -> TeacherConfig:
-    """The configuration with "auto" decided.
-
-    Args:
-        name: what the run calls the teacher.
-        cfg: of the teacher.
-        autocast_dtype: of the run's own products, what "auto" stands for: torch.bfloat16, or None for float32.
-        device: where the teacher will run.
+    """The configuration with "auto" decided: bf16 where the run's `autocast_dtype` is torch.bfloat16, fp32 for None.
 
     Raises:
         ValueError: what the configuration asks for is not to be had with this family or on this device.
@@ -90,10 +84,8 @@ def prepare(name: str, cfg: TeacherConfig, trunk: Trunk, device: torch.device) -
     Weights are cast where they are and moved then: the device never holds a teacher in float32 that runs in less.
 
     Args:
-        name: of a teacher that reads the trunk, for messages.
-        cfg: of that teacher, its precision resolved.
+        name, cfg: of a teacher that reads the trunk, its precision resolved.
         trunk: with float32 weights, on the CPU.
-        device: where it will run.
 
     Raises:
         ValueError: a network that fp8 or the attention backend does not take.

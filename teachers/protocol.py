@@ -35,8 +35,7 @@ class Teacher(ABC):
 
     Args:
         name: what the run calls it.
-        config: see `TeacherConfig`.
-        trunks: trunks built so far, by key; a new one is added.
+        trunks: trunks built so far, by `network_key`; a new one is added.
 
     Raises:
         ValueError: the configuration contradicts itself or the weights.
@@ -73,8 +72,7 @@ class Teacher(ABC):
 
     @abstractmethod
     def tokens(self, features: Any) -> dict[str, Tensor]:
-        """The trunk's features as {"cls": [B, C], "patch": [B, N, C]}, patches row-major; more types than asked for
-        may be given where they cost nothing."""
+        """The trunk's features as {"cls": [B, C], "patch": [B, N, C]}, patches row-major, or one of them."""
 
     def read(self, features: Any) -> dict[str, Tensor]:
         """The tokens that the configuration asks for: {"cls": [B, C], "patch": [B, N, C]} or one of them."""

@@ -52,12 +52,7 @@ def families() -> list[str]:
 
 
 def build_teacher(name: str, cfg: TeacherConfig, trunks: MutableMapping[str, Trunk] | None = None) -> Teacher:
-    """The teacher that `cfg` describes, weights loaded, on the CPU.
-
-    Args:
-        name: what the run calls it.
-        cfg: see `TeacherConfig`.
-        trunks: trunks built so far, by key, to share; a new one is added.
+    """The teacher that `cfg` describes, weights loaded, on the CPU. Trunks are shared by `trunks`, see `Teacher`.
 
     Raises:
         UnknownTeacherError: `cfg.family` is not registered.

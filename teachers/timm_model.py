@@ -97,8 +97,7 @@ def import_timm() -> ModuleType:
 def create(name: str, model: str, options: dict[str, Any]) -> nn.Module:
     """timm's model without classifier and without weights, for any image size where the architecture allows it.
 
-    Raises:
-        ValueError: no such model, or arguments that it does not take.
+    ValueError if there is no such model, or it does not take these arguments.
     """
     timm = import_timm()
     if not model or not timm.is_model(model):

@@ -76,8 +76,7 @@ def timm_config(model: str, weights: str = "", image_size: int | None = None, na
 def from_shorthand(name: str, text: str) -> TeacherConfig:
     """The teacher that `+teachers.NAME=timm:MODEL` or `+teachers.NAME=timm:MODEL@FILE` stands for.
 
-    Raises:
-        ValueError: the text is something else, or timm does not know the model.
+    ValueError if the text is something else, or timm does not know the model.
     """
     if not text.startswith(SHORTHAND):
         raise ValueError(

@@ -104,8 +104,7 @@ class ViTTeacher(Teacher):
     def architecture(cls, cfg: TeacherConfig) -> ViTConfig:
         """What the configuration alone says of the network, with the published depth for its width.
 
-        Raises:
-            ValueError: a width that no published size has, or no image size.
+        ValueError for a width that no published size has, or if there is no image size.
         """
         if cfg.num_features not in PUBLISHED_DEPTH or (cfg.image_size is None and cls.pos_embed == "learned"):
             raise ValueError(
@@ -126,11 +125,7 @@ class ViTTeacher(Teacher):
 
     @classmethod
     def read_file(cls, path: Path, cfg: TeacherConfig) -> tuple[ViTConfig, dict[str, Tensor]]:
-        """A published file's architecture and tensors, renamed.
-
-        Raises:
-            TeacherWeightsError: damaged, unsafe, or of another model.
-        """
+        """A published file's architecture and tensors, renamed; TeacherWeightsError if it is of another model."""
         return cls.read_content(read_container(path), path, cfg)
 
     @classmethod
