@@ -19,7 +19,7 @@ from dune_fast.engine.optimizer import OptimizerConfig
 from dune_fast.engine.schedules import ema_momenta, learning_rates
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.student import ProjectorConfig, Student
-from dune_fast.teachers.dune import flat_blocks
+from dune_fast.teachers.encoder_names import flat_blocks
 from dune_fast.teachers.ensemble import TeacherEnsemble
 
 

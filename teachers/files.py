@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -163,18 +163,15 @@ def _transfer(url: str, part: Path, size: int, report: Callable[[int], None]) ->
     with _request(url, **({"Range": f"bytes={have}-"} if have else {})) as response:
         begins_at_have = (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-")
         resuming = have > 0 and response.status == 206 and begins_at_have  # status is None for file://
+        have = have if resuming else 0
         with open(part, "ab" if resuming else "wb") as sink:
-            _copy(response, sink, have if resuming else 0, size, report)
-
-
-def _copy(response: BinaryIO, sink: BinaryIO, have: int, size: int, report: Callable[[int], None]) -> None:
-    report(have)
-    while chunk := response.read(_CHUNK):
-        sink.write(chunk)
-        have += len(chunk)
-        if have > size:  # another file, maybe an endless one; the hash check speaks for it
-            break
-        report(have)
+            report(have)
+            while chunk := response.read(_CHUNK):
+                sink.write(chunk)
+                have += len(chunk)
+                if have > size:  # another file, maybe an endless one; the hash check speaks for it
+                    break
+                report(have)
 
 
 @contextmanager

@@ -102,7 +102,8 @@ def prepare(name: str, cfg: TeacherConfig, trunk: Trunk, device: torch.device) -
         if isinstance(module, SelfAttention):
             module.backend = cfg.attention
         if cfg.epilogue_gelu and isinstance(module, Block):
-            _require_mlp(name, module)
+            if not isinstance(module.mlp, MLP):
+                raise ValueError(f"teachers.{name}.epilogue_gelu is true, but its blocks have SwiGLU; set it to false")
             module.mlp.epilogue_gelu = True
     if isinstance(trunk, ViTTrunk) and cfg.precision != "fp32":
         # said outright: where no position table is added, the embedding is bf16, and the stream would be too
@@ -124,11 +125,6 @@ def _quantize(name: str, trunk: ViTTrunk) -> None:
             block.quantize()
         except ValueError as error:
             raise ValueError(f"teachers.{name}.precision is fp8: {error}; choose bf16") from error
-
-
-def _require_mlp(name: str, block: Block) -> None:
-    if not isinstance(block.mlp, MLP):
-        raise ValueError(f"teachers.{name}.epilogue_gelu is true, but its blocks have SwiGLU; set it to false")
 
 
 def _try_attention(name: str, cfg: TeacherConfig, trunk: Trunk, device: torch.device) -> None:
