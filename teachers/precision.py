@@ -40,33 +40,38 @@ def resolve_precision(
     check_config(name, cfg)
     if autocast_dtype not in (None, torch.bfloat16):
         raise ValueError(f"teachers compute in float32 or torch.bfloat16 by default, not in {autocast_dtype}")
-    own = issubclass(family_class(cfg.family), ViTTeacher)
-    if cfg.precision == "fp8" and not own:
-        raise ValueError(
-            f"teachers.{name}.precision is fp8, but only ViTs of this project's own blocks can be quantized, not the "
-            f"family {cfg.family!r}; choose bf16"
-        )
+    if not issubclass(family_class(cfg.family), ViTTeacher):
+        _refuse_foreign(name, cfg)
     if cfg.precision == "fp8" and device.type != "cpu" and not _has_fp8(device):
         needed, found = ".".join(map(str, FP8_CAPABILITY)), torch.cuda.get_device_name(device)
         raise ValueError(
             f"teachers.{name}.precision is fp8, which needs NVIDIA's compute capability {needed} or newer; "
             f"{device} is {found}; choose bf16"
         )
-    if (cfg.stream != "fp32" or cfg.epilogue_gelu) and not own:
-        raise ValueError(
-            f"teachers.{name}.stream and epilogue_gelu are for ViTs of this project's own blocks, not for the family "
-            f"{cfg.family!r}; leave them at fp32 and false"
-        )
-    if cfg.attention != "auto" and not own:
-        raise ValueError(
-            f"teachers.{name}.attention is {cfg.attention!r}, but the family {cfg.family!r} brings its own attention; "
-            "leave it at auto"
-        )
     if cfg.precision != "auto":
         return cfg
     if autocast_dtype is None:  # what belongs to bf16 goes with it
         return replace(cfg, precision="fp32", stream="fp32", epilogue_gelu=False)
     return replace(cfg, precision="bf16")
+
+
+def _refuse_foreign(name: str, cfg: TeacherConfig) -> None:
+    """ValueError if something is asked for that only the blocks of `kernels.nn` have."""
+    if cfg.precision == "fp8":
+        raise ValueError(
+            f"teachers.{name}.precision is fp8, but only ViTs of this project's own blocks can be quantized, not the "
+            f"family {cfg.family!r}; choose bf16"
+        )
+    if cfg.stream != "fp32" or cfg.epilogue_gelu:
+        raise ValueError(
+            f"teachers.{name}.stream and epilogue_gelu are for ViTs of this project's own blocks, not for the family "
+            f"{cfg.family!r}; leave them at fp32 and false"
+        )
+    if cfg.attention != "auto":
+        raise ValueError(
+            f"teachers.{name}.attention is {cfg.attention!r}, but the family {cfg.family!r} brings its own attention; "
+            "leave it at auto"
+        )
 
 
 def _has_fp8(device: torch.device) -> bool:
