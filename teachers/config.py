@@ -8,11 +8,6 @@ from typing import Any
 
 from dune_fast.kernels.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
-__all__ = [
-    "IMAGENET_MEAN", "IMAGENET_STD", "PRECISIONS", "STREAMS", "TOKEN_TYPES", "TeacherConfig", "check_config",
-    "input_key", "network_key",
-]  # fmt: skip
-
 TOKEN_TYPES = ("cls", "patch")
 PRECISIONS = ("auto", "bf16", "fp8", "fp32")
 STREAMS = ("fp32", "bf16")

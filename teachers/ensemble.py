@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dune_fast.kernels.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.patches import SharedPatches
 from dune_fast.kernels.nn.routing import Route, Routes, union, within
 from dune_fast.kernels.nn.vit import nearest_multiples
 from dune_fast.kernels.resize import resize_normalize
-from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig, input_key, network_key
+from dune_fast.teachers.config import TeacherConfig, input_key, network_key
 from dune_fast.teachers.precision import autocast, prepare, resolve_precision
 from dune_fast.teachers.protocol import Teacher, Trunk
 from dune_fast.teachers.registry import build_teacher

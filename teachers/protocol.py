@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig, check_config, network_key
+from dune_fast.kernels.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.teachers.config import TeacherConfig, check_config, network_key
 
 
 class Trunk(nn.Module):
