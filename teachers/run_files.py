@@ -61,7 +61,6 @@ class Manifest:
     """What a checkpoint holds."""
 
     step: int
-    """Training steps behind it."""
     updates: int
     """Updates that the optimizer has made: the steps, less those skipped."""
     world_size: int

@@ -78,7 +78,7 @@ class ViTTeacher(Teacher):
 
     @classmethod
     def completed(cls, state: dict[str, Tensor], content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-        """`convert`'s tensors with those that the container says are left out because they change nothing."""
+        """`convert`'s tensors with those that the container leaves out because they change nothing."""
         return state
 
     @classmethod

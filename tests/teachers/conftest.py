@@ -78,15 +78,10 @@ def make_wheel(tmp_path: Path) -> Callable[..., tuple[Path, Asset]]:
             for name, content in packed.items():
                 archive.writestr(name, content)
         described = {
-            "package": "demo-pkg",
-            "version": "1.0",
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "size": path.stat().st_size,
-            "licence": "MIT",
-            "note": "a test's wheel",
+            "package": "demo-pkg", "version": "1.0", "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "size": path.stat().st_size, "licence": "MIT", "note": "a test's wheel", "weights": "demo_pkg/weights.bin",
             "members": ("demo_pkg/*.bin", "demo_pkg/*.jpg", "*.dist-info/METADATA"),
-            "weights": "demo_pkg/weights.bin",
-        }
+        }  # fmt: skip
         return path, Asset(**{**described, **fields})
 
     return make

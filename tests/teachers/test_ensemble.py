@@ -27,15 +27,10 @@ def by_hand(teacher, images, size):
     cfg, trunk = teacher.config, teacher.trunk
     column = [torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD, cfg.mean, cfg.std)]
     images = ((images * column[1] + column[0]) - column[2]) / column[3]
-    hidden = F.gelu(F.conv2d(images, trunk.module.proj.weight, trunk.module.proj.bias, stride=trunk.patch_size))
-    patch = torch.stack(
-        [
-            F.linear(hidden[:, :, r, c], trunk.module.lin.weight, trunk.module.lin.bias)
-            for r in range(hidden.shape[2])
-            for c in range(hidden.shape[3])
-        ],
-        dim=1,
-    )
+    proj, lin = trunk.module.proj, trunk.module.lin
+    hidden = F.gelu(F.conv2d(images, proj.weight, proj.bias, stride=trunk.patch_size))
+    rows, columns = hidden.shape[2:]
+    patch = torch.stack([lin(hidden[:, :, r, c]) for r in range(rows) for c in range(columns)], dim=1)
     return {"cls": patch.mean(1), "patch": patch}
 
 
@@ -58,11 +53,8 @@ def count_calls(ensemble):
 
 
 def test_teachers_with_one_trunk_run_it_once(toy_config, images):
-    configs = {
-        "a": toy_config(token_types=["cls"]),
-        "b": toy_config(token_types=["patch"]),
-        "c": toy_config(weights="random:2"),
-    }
+    configs = {"a": toy_config(token_types=["cls"]), "b": toy_config(token_types=["patch"])}
+    configs["c"] = toy_config(weights="random:2")
     ensemble = TeacherEnsemble(configs, PATCH)
     assert len(ensemble.trunks) == 2
     calls = count_calls(ensemble)
@@ -209,10 +201,8 @@ def test_demo_teachers_agree_on_the_grid(asset, toy_config):
     assert len(calls) == len(ensemble.trunks) == 2
     shapes = {(name, kind): tuple(x.shape) for name, tokens in outputs.items() for kind, x in tokens.items()}
     assert shapes == {
-        ("semantic", "cls"): (1, 384),
-        ("semantic", "patch"): (1, 96, 384),
-        ("saliency", "patch"): (1, 96, 384),
+        ("semantic", "cls"): (1, 384), ("semantic", "patch"): (1, 96, 384), ("saliency", "patch"): (1, 96, 384),
         ("geometric", "patch"): (1, 96, 64),
-    }
+    }  # fmt: skip
     with pytest.raises(ValueError, match="geometric needs a patch grid divisible by 4.* 112 and 168"):
         ensemble(torch.randn(1, 3, 140, 140))
