@@ -28,6 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dune_fast.teachers.files import file_sha256
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
@@ -96,9 +98,9 @@ class Manifest:
             return cls(**values)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing") from None
+        except CheckpointError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             raise CheckpointError(f"{path} is damaged ({str(error) or repr(error)})") from None
 
 
@@ -111,8 +113,7 @@ def _file_fault(path: Path, info: FileInfo) -> str:
         size = path.stat().st_size
         if size != info.bytes:
             return f"{path.name} has {size} bytes instead of {info.bytes}"
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_sha256(path)
     except FileNotFoundError:
         return f"{path.name} is missing"
     except OSError as error:
