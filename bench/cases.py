@@ -20,7 +20,7 @@ from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.kernels.rope2d import rope2d_angles, rotate
 from dune_fast.released import load_released
 from dune_fast.student import LadderProjector, TransformerProjector
-from dune_fast.teachers.dune import flat_blocks
+from dune_fast.teachers.encoder_names import flat_blocks
 
 
 def run_encoder(case: Case) -> list[Check]:

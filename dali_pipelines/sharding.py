@@ -46,8 +46,7 @@ from dune_fast.dali_pipelines.shard_writer import (
 from dune_fast.dali_pipelines.shards import FORMAT, MANIFEST, Manifest, Shard, Split
 from dune_fast.dali_pipelines.storage import Reader, write_whole
 from dune_fast.dali_pipelines.tar_index import open_index, write_index
-from dune_fast.teachers.assets import locked
-from dune_fast.teachers.download import file_sha256
+from dune_fast.teachers.files import file_sha256, locked
 
 __all__ = ["ShardSettings", "shard_dataset"]
 

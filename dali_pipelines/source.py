@@ -14,7 +14,7 @@ from dune_fast.dali_pipelines.listing import is_turned
 from dune_fast.dali_pipelines.quarantine import Quarantine
 from dune_fast.dali_pipelines.shrink import shrunk_bytes
 from dune_fast.dali_pipelines.storage import Reader
-from dune_fast.teachers.assets import cache_dir
+from dune_fast.teachers.files import cache_dir
 
 
 class ImageSource:

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dune_fast.dali_pipelines.errors import BrokenImage, DataError, StorageError
-from dune_fast.teachers.assets import cache_dir, locked
+from dune_fast.teachers.files import cache_dir, locked
 
 logger = logging.getLogger(__name__)
 

@@ -41,7 +41,7 @@ def load_teacher_config(name: str) -> TeacherConfig:
 
 def presence(cfg: TeacherConfig) -> str:
     """Whether the weights are here, without fetching anything."""
-    from dune_fast.teachers.assets import cache_dir
+    from dune_fast.teachers.files import cache_dir
     from dune_fast.teachers.weights import RANDOM
 
     if cfg.weights.startswith(RANDOM):
@@ -93,9 +93,9 @@ def show(args: argparse.Namespace) -> int:
 
 def fetch(args: argparse.Namespace) -> int:
     """Gets a teacher's weights: resumed after an interruption, checked for their size and hash."""
-    from dune_fast.teachers.assets import asset_path, cache_dir, locked
+    from dune_fast.teachers.assets import asset_path
     from dune_fast.teachers.containers import check_archive, read_safetensors
-    from dune_fast.teachers.download import DownloadError, download, file_sha256
+    from dune_fast.teachers.files import DownloadError, cache_dir, download, file_sha256, locked
     from dune_fast.teachers.weights import RANDOM
 
     cfg = load_teacher_config(args.name)

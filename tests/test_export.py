@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.toy.conv_patchify import toy_teacher
 from dune_fast import cli
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine import checkpoints
@@ -23,7 +24,6 @@ from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.load import load_encoder, load_model
 from dune_fast.student import ProjectorConfig, build_student
 from dune_fast.teachers.architecture import random_vit_state
-from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import read_container
 
 TINY = ViTConfig(image_size=56, embed_dim=192, depth=12, num_heads=3)
@@ -33,8 +33,8 @@ SMALL = replace(TINY, embed_dim=128, depth=2, num_heads=2)
 def write_run(folder: Path, encoder: ViTConfig, **projector) -> Path:
     """A finished run with random weights of which every one matters (LayerScale near 0.3)."""
     teachers = {
-        "one": TeacherConfig("conv_patchify", "random:1", num_features=24),
-        "two": TeacherConfig("conv_patchify", "random:2", num_features=40, token_types=["patch"]),
+        "one": toy_teacher("random:1", num_features=24),
+        "two": toy_teacher("random:2", num_features=40, token_types=["patch"]),
     }
     cfg = RunConfig(image_size=encoder.image_size, student=encoder, teachers=teachers)
     cfg.projector = ProjectorConfig(**projector)

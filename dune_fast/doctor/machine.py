@@ -19,7 +19,7 @@ import torch
 from dune_fast.doctor import FAIL, OK, WARN, Check, Finding
 from dune_fast.engine.devices import peak_tflops
 from dune_fast.engine.provenance import driver_version
-from dune_fast.teachers.assets import cache_dir
+from dune_fast.teachers.files import cache_dir
 
 _DRIVERS = {13: 580, 12: 525}  # CUDA's major version -> the oldest driver branch that runs it
 _SHARED_MEMORY = 2**30

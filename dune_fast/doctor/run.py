@@ -20,8 +20,8 @@ from dune_fast.doctor.machine import existing, writable
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.memory import disk_bytes
 from dune_fast.engine.overrides import config_names
-from dune_fast.teachers.assets import cache_dir
 from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.files import cache_dir
 from dune_fast.teachers.registry import family_class
 from dune_fast.teachers.vit import ViTTeacher
 from dune_fast.teachers.weights import RANDOM, weights_path

@@ -249,7 +249,23 @@ def compose_config(overrides: list[str], folder: Path | None = None, complete: b
 def _strict(values: Any) -> DictConfig:
     """Values under the schema; a field that it does not have is an error, even one added with Hydra's `+`."""
     plain = OmegaConf.to_container(values) if OmegaConf.is_config(values) else values
-    return OmegaConf.merge(OmegaConf.structured(RunConfig), expand_home(plain))
+    return OmegaConf.merge(OmegaConf.structured(RunConfig), without_removed(expand_home(plain)))
+
+
+def without_removed(values: Any) -> Any:
+    """A run's values without `teachers.*.cuda_graph`, which older versions had; ConfigError where one is true."""
+    if not isinstance(values, dict) or not isinstance(values.get("teachers"), dict):
+        return values
+    kept = dict(values["teachers"])
+    for name, teacher in kept.items():
+        if isinstance(teacher, dict) and "cuda_graph" in teacher:
+            if teacher["cuda_graph"]:
+                raise ConfigError(
+                    f"teachers.{name}.cuda_graph is true, but CUDA graphs of teachers are gone; the features are the "
+                    "same without: take the line out"
+                )
+            kept[name] = {key: value for key, value in teacher.items() if key != "cuda_graph"}
+    return values | {"teachers": kept}
 
 
 def load_config(path: Path) -> RunConfig:

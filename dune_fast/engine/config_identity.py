@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dune_fast.engine.config import ConfigError, RunConfig, as_dict, flatten
+from dune_fast.engine.config import ConfigError, RunConfig, as_dict, flatten, without_removed
 
 FREE = (
     "name", "output_dir", "evaluation", "deepspeed.zero_stage", "deepspeed.options", "data.num_threads",
@@ -37,7 +37,7 @@ def config_hash(cfg: RunConfig) -> str:
 def _completed(saved: dict[str, Any]) -> dict[str, Any]:
     """A saved configuration with the defaults of fields that it is too old to have."""
     try:
-        completed = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(RunConfig), saved))
+        completed = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(RunConfig), without_removed(saved)))
     except (OmegaConfBaseException, ValueError):  # it has fields that are gone: they will be named
         completed = saved
     assert isinstance(completed, dict)

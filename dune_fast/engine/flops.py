@@ -27,7 +27,7 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.student import ProjectorConfig
-from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.config import TeacherConfig, input_key, network_key
 from dune_fast.teachers.registry import check_family, family_class
 from dune_fast.teachers.vit import ViTTeacher
 
@@ -143,10 +143,6 @@ def published_network(name: str, cfg: TeacherConfig) -> nn.Module | None:
                 from dune_fast.teachers.xfeat import XFeat
 
                 return XFeat().eval()
-            if cfg.family == "conv_patchify":
-                from dune_fast.teachers.toy import HIDDEN_DIM, ConvPatchify
-
-                return ConvPatchify(cfg.patch_size, HIDDEN_DIM, cfg.num_features).eval()
             if cfg.family == "timm":
                 from dune_fast.teachers.timm_model import create
 
@@ -215,13 +211,9 @@ def _count_or_none(name: str, trunk: nn.Module, side: int) -> int | None:
         return None
 
 
-_READING = ("token_types", "groups", "layer", "norm", "force_precision", "grid_multiple", "url", "bytes", "sha256")
-
-
 def teachers_by_trunk(teachers: Mapping[str, TeacherConfig]) -> list[list[str]]:
     """Names of teachers, those that share a network and its input together."""
-    shared: dict[str, list[str]] = {}
-    for name, cfg in teachers.items():  # equal in all fields but those that say what is read from the network
-        key = repr({field: value for field, value in dataclasses.asdict(cfg).items() if field not in _READING})
-        shared.setdefault(key, []).append(name)
+    shared: dict[tuple, list[str]] = {}
+    for name, cfg in teachers.items():
+        shared.setdefault((network_key(cfg), input_key(cfg)), []).append(name)
     return list(shared.values())

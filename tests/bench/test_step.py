@@ -28,6 +28,7 @@ from bench.step_results import (
     relative_difference,
 )
 from bench.step_variants import VARIANTS, SyntheticLoader, synthetic_config
+from bench.toy.conv_patchify import toy_teacher
 from dune_fast.engine.config import RunConfig, TrainConfig
 from dune_fast.engine.deepspeed_engine import init_distributed
 from dune_fast.engine.flops import Flops
@@ -308,7 +309,7 @@ def test_the_baseline_turns_queries_in_their_own_type():
 
 def test_the_baseline_says_what_it_cannot_run():
     cfg = config()
-    cfg.teachers["xfeat"] = TeacherConfig("conv_patchify", "random:1", 14, 24)
+    cfg.teachers["xfeat"] = toy_teacher("random:1", 14, 24)
     with pytest.raises(ValueError, match="xfeat is of another family"):
         Bench(cfg, 2, init_distributed(), 2, Quiet()).build(VARIANTS[0])
 
