@@ -64,7 +64,7 @@ class DatasetConfig:
     (BEDLAM: "*closeup*")."""
     shrink: int = 0
     """Shorter side in pixels. Larger images are shrunk to it once, into the cache folder, so that decoding does not
-    dominate; 0 uses the images as they are. See `dali_pipelines.shrink`."""
+    dominate; 0 uses the images as they are. See `dali_pipelines.source`."""
     expected_train: int = 0
     """How many training images there should be, for `dune-fast data check`; 0: not known."""
     expected_val: int = 0

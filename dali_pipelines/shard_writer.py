@@ -25,7 +25,7 @@ import torch
 
 from dune_fast.dali_pipelines.errors import BrokenImage, DataError, StorageError
 from dune_fast.dali_pipelines.images import decode, encode, plain_jpeg, shrink
-from dune_fast.dali_pipelines.pipeline import Decoder
+from dune_fast.dali_pipelines.pipeline import Decoder, whole_images
 from dune_fast.dali_pipelines.storage import Location, Reader, sync_folder, write_whole
 from dune_fast.dali_pipelines.tar_index import RECORD, open_index, write_index
 
@@ -174,7 +174,7 @@ def _decoded(
         results = [x if isinstance(x, BrokenImage) else attempt(x, item) for x, item in zip(files, items, strict=True)]
         good = [i for i, result in enumerate(results) if not isinstance(result, BrokenImage)]
         encoded = [np.frombuffer(results[i][0], np.uint8) for i in good]
-        for k in decoder.refused(encoded, [results[i][1] for i in good]):
+        for k in decoder.refused(encoded, whole_images([results[i][1] for i in good], decoder.image_size)):
             results[good[k]] = attempt(files[good[k]], items[good[k]], by_pillow=True)
         yield from zip(items, results, strict=True)
 

@@ -35,7 +35,7 @@ def stream(data: DataConfig, start: int, steps: int, world: int) -> list[dict[st
     for rank in range(world):
         with TrainLoader(data, 32, 12, rank, world, 0, CPU) as loader:
             batches = list(itertools.islice(loader.batches(start), steps))
-            ranks.append([(batch, loader._plan(batch.step)) for batch in batches])
+            ranks.append([(batch, loader.plans(batch.step)) for batch in batches])
     found = []
     for parts in zip(*ranks, strict=True):
         step: dict[str, object] = {"paths": [path for batch, _ in parts for path in batch.paths]}

@@ -100,8 +100,7 @@ def test_every_kind_of_image_equals_pils_rgb(photo):
 
 def test_batches_come_back_in_order_and_sizes_may_vary(photo):
     data = [encoded(photo(i, 40, 40), "PNG") for i in range(9)]
-    decoder = Decoder(4, 16, 2, CPU)
-    decoder.reset(2)
+    decoder = Decoder(4, 16, 2, CPU, depth=2)
     parts = [data[:4], data[4:7], data[7:]]
     geometries = [validation_geometry(np.full((len(p), 2), 40), np.zeros(len(p), bool), 16) for p in parts]
     for part, geometry in zip(parts[:2], geometries, strict=False):
@@ -124,8 +123,7 @@ def test_broken_images_are_found_among_good_ones_and_the_decoder_lives_again(pho
     decoder.submit(arrays[:4], geometry[list(range(4))])
     with pytest.raises(DecodeError):
         decoder.receive()
-    assert set(decoder.find_broken(arrays, geometry)) == {2, 5}
-    decoder.reset(1)
+    assert set(decoder.refused(arrays, geometry)) == {2, 5}
     decoder.submit(arrays[:2], geometry[[0, 1]])
     assert decoder.receive()[0].shape == (2, 32, 32, 3)
 
@@ -136,7 +134,7 @@ def test_failure_that_is_not_the_images_fault_blames_none(photo, monkeypatch):
     monkeypatch.setattr(Decoder, "_try", lambda self, data, geometry: "out of memory")
     geometry = validation_geometry(np.full((1, 2), 64), np.zeros(1, bool), 32)
     with pytest.raises(DataError, match="even a good image.*out of memory"):
-        decoder.find_broken([np.frombuffer(encoded(photo(0, 64, 64), "JPEG"), np.uint8)], geometry)
+        decoder.refused([np.frombuffer(encoded(photo(0, 64, 64), "JPEG"), np.uint8)], geometry)
 
 
 def test_missing_dali_says_what_to_install(monkeypatch):

@@ -173,9 +173,9 @@ def test_image_that_dali_refuses_is_encoded_anew_or_broken(photos, tmp_path, mon
     damage(broken, "wrong tables")  # DALI and Pillow refuse it, while its header is that of a plain JPEG
     really = Decoder.refused
 
-    def refuse(self, encoded, sizes):
+    def refuse(self, encoded, geometry):
         extra = {i: "refused" for i, data in enumerate(encoded) if data.tobytes() == refused.read_bytes()}
-        return really(self, encoded, sizes) | extra
+        return really(self, encoded, geometry) | extra
 
     monkeypatch.setattr(Decoder, "refused", refuse)
     items = [Item(i, Location(str(path)), path.name, False) for i, path in enumerate(sorted(photos.iterdir()))]

@@ -10,8 +10,7 @@ from PIL import Image
 from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset
 from dune_fast.dali_pipelines.errors import BrokenImage
 from dune_fast.dali_pipelines.shard_writer import ShardSettings, prepare
-from dune_fast.dali_pipelines.shrink import shrunk_bytes
-from dune_fast.dali_pipelines.source import ImageSource
+from dune_fast.dali_pipelines.source import ImageSource, shrunk_bytes
 from dune_fast.dali_pipelines.storage import Reader
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig
+from dune_fast.dali_pipelines.decode import plan_ahead
 from dune_fast.dali_pipelines.loader import TrainLoader, ValLoader
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def data(tmp_path_factory, write_folder) -> DataConfig:
 def lines(loader, start: int, steps: int) -> list[tuple[int, str]]:
     """(global position, all that belongs to the image) of every image of some steps."""
     found = []
-    for plan in itertools.islice(loader._plan_ahead(start), steps):
+    for plan in itertools.islice(plan_ahead(loader.plans, 2, start), steps):
         for i, (dataset, index) in enumerate(plan.images):
             path = loader._source._images[dataset].relative(index)
             geometry = [np.asarray(part[i]).astype(int).tolist() for part in vars(plan.geometry).values()]
