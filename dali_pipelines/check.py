@@ -16,9 +16,9 @@ from dune_fast.dali_pipelines.datasets import DataConfig, Dataset, DatasetConfig
 from dune_fast.dali_pipelines.errors import BrokenImage, DataError
 from dune_fast.dali_pipelines.order import Permutation
 from dune_fast.dali_pipelines.pipeline import Decoder, whole_images
-from dune_fast.dali_pipelines.progress import Progress
 from dune_fast.dali_pipelines.shards import is_manifest_folder, read_manifest, verify_shards
 from dune_fast.dali_pipelines.source import Image, ImageSource
+from dune_fast.teachers.progress import Progress
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 TOLERATED = 0.01

@@ -19,10 +19,10 @@ import numpy as np
 
 from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.dali_pipelines.images import SUFFIXES
-from dune_fast.dali_pipelines.progress import Progress
 from dune_fast.dali_pipelines.shards import ShardImages
 from dune_fast.dali_pipelines.storage import cached, file_system, is_url, patiently
 from dune_fast.dali_pipelines.tar_index import RECORD, open_index, scan_tar, write_index
+from dune_fast.teachers.progress import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -80,4 +80,6 @@ def pickle_paths(path: str | Path) -> tuple[str, list[str]]:
 
 def _elements(value: object) -> list[object]:
     """The keys of a dictionary, the elements of a list or a tuple; none of anything else."""
-    return value.found if isinstance(value, _Anything) else list(value) if isinstance(value, (dict, list, tuple)) else []
+    if isinstance(value, _Anything):
+        return value.found
+    return list(value) if isinstance(value, (dict, list, tuple)) else []

@@ -1,4 +1,4 @@
-"""How far long work over many images is: a bar on a terminal, a log line now and then elsewhere."""
+"""How far long work is: a bar on a terminal, a log line now and then elsewhere."""
 
 from __future__ import annotations
 
