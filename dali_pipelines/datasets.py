@@ -17,8 +17,9 @@ import numpy as np
 from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.dali_pipelines.foreign_shards import find_shards, open_foreign_shards
 from dune_fast.dali_pipelines.listing import PathList, imagefolder_splits, list_images, name_left_out
-from dune_fast.dali_pipelines.shards import ShardImages, is_manifest_folder, open_manifest_folder
+from dune_fast.dali_pipelines.shards import is_manifest_folder, open_manifest_folder
 from dune_fast.dali_pipelines.storage import is_url
+from dune_fast.dali_pipelines.tar_index import ShardImages
 
 __all__ = ["DataConfig", "DataError", "Dataset", "DatasetConfig", "Images", "index_dataset", "index_datasets"]
 
