@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
@@ -140,20 +140,12 @@ def scan_tar(path: str, pattern: str) -> np.ndarray:
     globs = [part.strip() for part in pattern.split("|")]
     chosen = [m for m in members if any(fnmatch.fnmatchcase(m.name, g) for g in globs)] if pattern else _images(members)
     records = np.zeros(len(chosen), RECORD)
-    records["offset"] = [member.offset for member in chosen]
-    records["length"] = [member.length for member in chosen]
+    records["offset"] = [member.offset_data for member in chosen]
+    records["length"] = [member.size for member in chosen]
     return records
 
 
-class _Member(NamedTuple):
-    """A file in a tar, and where its bytes are."""
-
-    name: str
-    offset: int
-    length: int
-
-
-def _members(path: str) -> Iterator[_Member]:
+def _members(path: str) -> Iterator[tarfile.TarInfo]:
     """The regular files below 4 GiB in a tar file."""
     with open_binary(path) as stream:
         size = stream.seek(0, os.SEEK_END)
@@ -169,7 +161,7 @@ def _members(path: str) -> Iterator[_Member]:
                         raise DataError(f"{path} is truncated: {member.name} goes beyond its {size} bytes")
                     found += member.name.lower().endswith(SUFFIXES)
                     if member.size < 1 << 32:
-                        yield _Member(member.name, member.offset_data, member.size)
+                        yield member
                 _check_end(stream, archive.offset, path, found)
         except tarfile.TarError as error:
             stream.seek(0)
@@ -178,14 +170,14 @@ def _members(path: str) -> Iterator[_Member]:
             raise DataError(f"{path} cannot be read as a tar file: {hint}") from error
 
 
-def _images(members: list[_Member]) -> list[_Member]:
+def _images(members: list[tarfile.TarInfo]) -> list[tarfile.TarInfo]:
     """One image of each sample."""
     split = [(_split_name(member.name), member) for member in members]
     images = [(*parts, member) for parts, member in split if parts is not None]
-    chosen: list[_Member] = []
+    chosen: list[tarfile.TarInfo] = []
     together: Counter[tuple[str, ...]] = Counter()  # the words of samples that have several
     for _, run in itertools.groupby(images, key=lambda image: image[0]):
-        best: dict[str, tuple[int, _Member]] = {}  # by what is between the key and the extension
+        best: dict[str, tuple[int, tarfile.TarInfo]] = {}  # by what is between the key and the extension
         for _, inner, rank, member in run:
             if inner not in best or rank < best[inner][0]:
                 best[inner] = rank, member

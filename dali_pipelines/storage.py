@@ -20,7 +20,6 @@ import secrets
 import threading
 import time
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,10 +211,8 @@ class Reader:
     """
 
     def __init__(self, patience: float, open_files: int = 128) -> None:
-        self._patience, self._limit = patience, open_files
-        self._stop = threading.Event()
-        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
+        self._patience, self._stop = patience, threading.Event()
+        self._open = functools.lru_cache(open_files)(_OpenFile)
 
     def read(self, location: Location) -> np.ndarray:
         """The bytes at a location, uint8 [length].
@@ -262,25 +259,12 @@ class Reader:
         if length < 0:
             with open(path, "rb", buffering=0) as file:
                 return file.read()
-        file = self._shard(path)
+        file = self._open(path)
         try:
             return _read_fully(file.descriptor, offset, length)
         except OSError:
-            with self._lock:  # a stale handle stays stale
-                self._open.pop(path, None)
+            self._open.cache_clear()  # a stale handle stays stale
             raise
-
-    def _shard(self, path: str) -> _OpenFile:
-        with self._lock:
-            if (file := self._open.get(path)) is not None:
-                self._open.move_to_end(path)
-                return file
-        file = _OpenFile(path)  # outside the lock: on a network folder this takes its time
-        with self._lock:
-            self._open[path] = file
-            while len(self._open) > self._limit:
-                self._open.popitem(last=False)
-        return file
 
 
 def _read_fully(descriptor: int, offset: int, length: int) -> bytes:
