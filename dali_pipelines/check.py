@@ -127,14 +127,7 @@ def _check_shards(report: Report, folder: str, full: bool) -> None:
     if full:
         size = sum(shard.bytes for split in splits for shard in split.shards)
         with Progress(f"reading {report.name}", size >> 20, "MiB") as progress:
-            read = 0
-
-            def advance(count: int) -> None:
-                nonlocal read
-                before, read = read, read + count
-                progress.advance((read >> 20) - (before >> 20), count)
-
-            for problem in verify_shards(folder, advance):
+            for problem in verify_shards(folder, lambda count: progress.advance(count / (1 << 20), count)):
                 report.note(FAIL, problem)
 
 
