@@ -10,11 +10,11 @@ import atexit
 import contextlib
 import functools
 import logging
-import queue
-import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,45 +145,22 @@ class ImageLoader:
 
     def _consume(self, start: int) -> Iterator[Batch]:
         """Takes decoded batches from a thread and finishes them on the device."""
-        ready: queue.Queue = queue.Queue(maxsize=self.config.prefetch)
-        stop = threading.Event()
-
-        def put(item: object) -> None:
-            while not stop.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-
-        def produce() -> None:
+        steps = decode_steps(self.plans, self._source, self.config.read_ahead, self._new_decoder, start)
+        # the current device is a matter of each thread
+        set_device = functools.partial(torch.cuda.set_device, self.device) if self.device.type == "cuda" else None
+        with contextlib.closing(steps), ThreadPoolExecutor(1, "decode-images", set_device) as thread:
+            ready = deque(thread.submit(next, steps, None) for _ in range(self.config.prefetch + 1))
             try:
-                if self.device.type == "cuda":
-                    torch.cuda.set_device(self.device)  # the current device is a matter of each thread
-                steps = decode_steps(self.plans, self._source, self.config.read_ahead, self._new_decoder, start)
-                with contextlib.closing(steps):
-                    for item in steps:
-                        put(item)
-                        if stop.is_set():
-                            return
-                put(None)
-            except BaseException as error:  # the consumer raises it
-                put(error)
-
-        thread = threading.Thread(target=produce, name="decode-images", daemon=True)
-        thread.start()
-        try:
-            while True:
-                began = time.perf_counter()
-                item = ready.get()
-                self.waited_s += time.perf_counter() - began
-                if item is None:
-                    return
-                if isinstance(item, BaseException):
-                    raise item
-                yield self._finish(*item)
-        finally:
-            stop.set()
-            thread.join()
+                while True:
+                    began = time.perf_counter()
+                    item = ready.popleft().result()
+                    self.waited_s += time.perf_counter() - began
+                    if item is None:
+                        return
+                    ready.append(thread.submit(next, steps, None))
+                    yield self._finish(*item)
+            finally:
+                thread.shutdown(wait=True, cancel_futures=True)
 
     def _finish(self, plan: Plan, images: Tensor, event: torch.cuda.Event | None) -> Batch:
         """Colour augmentation and the transfer of all else, on the consumer's stream; the host waits for neither."""
