@@ -14,12 +14,9 @@ import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from dune_fast.dali_pipelines.datasets import DataConfig, Images
 from dune_fast.dali_pipelines.errors import DataError
-
-if TYPE_CHECKING:
-    from dune_fast.dali_pipelines.datasets import DataConfig, Images
 
 logger = logging.getLogger(__name__)
 
