@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.distill.step import PerImage
-from dune_fast.engine.container import write_tensors
+from dune_fast.engine.checkpoints import write_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch.distributed as dist
 
 from dune_fast.dali_pipelines.datasets import Dataset
-from dune_fast.engine import checkpoints
+from dune_fast.engine.checkpoints import clear_partial
 from dune_fast.engine.config import ConfigError, RunConfig, dump_config
 from dune_fast.engine.config_identity import refuse_changes
-from dune_fast.engine.container import Manifest
 from dune_fast.engine.memory import checkpoint_bytes
 from dune_fast.engine.run_log import open_run_log
+from dune_fast.teachers.run_files import Manifest, complete_steps, folder, newest_good, tag
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,23 @@ def _hold(run: Path) -> None:
     os.pwrite(held, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
+_RESULTS = (
+    "checkpoints", "tensorboard", "metrics.jsonl", "log.txt", "run.json", "config.yaml", "encoder.safetensors",
+    "student.safetensors", "drift.json", "held_out.json", "pca.png", "loss.png", "quarantine.rank*.jsonl",
+    "nonfinite_step_*.safetensors",
+)  # fmt: skip
+"""What a run writes into its folder."""
+
+
+def _clear(run: Path) -> None:
+    """Deletes what an earlier run has left in the folder; other files stay."""
+    for path in (path for pattern in _RESULTS for path in run.glob(pattern)):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def _prepare(cfg: RunConfig, precision: str, parts: Callable[[], int]) -> int | None:
     if not cfg.output_dir:
         raise ValueError("output_dir is empty; give the run's folder, e.g. output_dir=runs/mine")
@@ -103,20 +120,20 @@ def _prepare(cfg: RunConfig, precision: str, parts: Callable[[], int]) -> int | 
             raise  # the others are explained where the command ends
         raise ValueError(f"output_dir={run} cannot be made ({error.strerror}): choose another folder") from None
     _hold(run)
-    holds_run = (run / "metrics.jsonl").exists() or bool(checkpoints.complete_steps(run))
+    holds_run = (run / "metrics.jsonl").exists() or bool(complete_steps(run))
     if holds_run and cfg.train.overwrite:
         logger.info("starting anew in %s: what the earlier run left there is deleted", run)
-        checkpoints.clear(run)
+        _clear(run)
     elif holds_run and not cfg.train.resume:
         raise ValueError(
             f"{run} holds a run: go on with train.resume=true, start anew with train.overwrite=true, "
             "or choose another name=..."
         )
     open_run_log(run)
-    checkpoints.clear_partial(run)
-    step = checkpoints.newest_good(run)
+    clear_partial(run)
+    step = newest_good(run)
     if step is not None:
-        manifest = Manifest.read(checkpoints.folder(run) / checkpoints.tag(step))
+        manifest = Manifest.read(folder(run) / tag(step))
         if cfg.train.accumulation == 0:
             cfg.train.accumulation = manifest.config["train"].get("accumulation", 1)
         if cfg.train.precision == "auto":
