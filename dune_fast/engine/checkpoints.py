@@ -67,13 +67,8 @@ _DTYPES = {
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> FileInfo:
     """Writes a safetensors file and makes it durable; returns its checksum.
 
-    Own code rather than the library's: that one copies every tensor and holds the interpreter's lock while it writes,
-    which would stop the training thread, and its errors are not OSErrors. Here writing and hashing run without it.
-
-    Args:
-        path: the file.
-        tensors: contiguous, on the CPU.
-        metadata: of the file.
+    `tensors` are contiguous and on the CPU. Own code rather than the library's: that one copies every tensor and holds
+    the interpreter's lock while it writes, which would stop the training thread, and its errors are not OSErrors.
     """
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     at = 0
@@ -142,7 +137,7 @@ class Saver:
         self._copies, self._thread = HostCopies(), None
 
     def save(self, manifest: Manifest, state: ShardedState, small: Mapping[str, Tensor]) -> None:
-        """Begins a save; the one before has ended when it returns. All ranks call it at the same step.
+        """Begins a save, after the one before has ended. All ranks call it at the same step.
 
         A save that fails (a full disk, say) warns and leaves the checkpoints before it alone; the next one tries anew.
 
@@ -166,11 +161,7 @@ class Saver:
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits until the save that was begun has ended; whether it succeeded (also if there was none).
-
-        Args:
-            timeout: seconds to wait at most.
-        """
+        """Waits, for `timeout` seconds at most, until the save has ended; False if it failed."""
         if self._thread is not None:
             self._thread.join(timeout)
         return not self.fault
@@ -274,9 +265,7 @@ def clear_partial(run: Path, before: int | None = None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def load(
-    run: Path, step: int, state: ShardedState, shapes: dict[str, list[int]]
-) -> tuple[Manifest, dict[str, Tensor]]:
+def load(run: Path, step: int, state: ShardedState, shapes: dict[str, list[int]]) -> tuple[Manifest, dict[str, Tensor]]:
     """Loads this rank's shards from a checkpoint of any number of ranks and any ZeRO stage; all ranks call it.
 
     Returns:

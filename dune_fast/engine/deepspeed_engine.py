@@ -191,7 +191,6 @@ class Engine:
         and `skipped` says so; the host reads nothing for it.
 
         Args:
-            learning_rate: of this step.
             loss: this rank's, a scalar on the device; None to look at the gradients alone.
             skip: bool scalar on the device, the same on all ranks; true skips the step whatever it brings.
 

@@ -100,11 +100,31 @@ _RESULTS = (
 
 def _clear(run: Path) -> None:
     """Deletes what an earlier run has left in the folder; other files stay."""
-    for path in (path for pattern in _RESULTS for path in run.glob(pattern)):
+    for path in [path for pattern in _RESULTS for path in run.glob(pattern)]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _settle(cfg: RunConfig, run: Path, step: int | None, precision: str, parts: Callable[[], int]) -> None:
+    """Fixes precision and accumulation, the checkpoint's if there is one, and refuses a changed configuration."""
+    if step is not None:
+        manifest = Manifest.read(folder(run) / tag(step))
+        if cfg.train.accumulation == 0:
+            cfg.train.accumulation = manifest.config["train"].get("accumulation", 1)
+        if cfg.train.precision == "auto":
+            cfg.train.precision = manifest.config["train"]["precision"]  # "auto", if it is an old one
+        try:
+            refuse_changes(manifest.config, cfg)
+        except ValueError as error:
+            if not cfg.train.allow_config_change:
+                raise
+            logger.warning("%s", error)
+    if cfg.train.precision == "auto":
+        cfg.train.precision = precision
+    if cfg.train.accumulation == 0:
+        cfg.train.accumulation = parts()
 
 
 def _prepare(cfg: RunConfig, precision: str, parts: Callable[[], int]) -> int | None:
@@ -132,22 +152,7 @@ def _prepare(cfg: RunConfig, precision: str, parts: Callable[[], int]) -> int | 
     open_run_log(run)
     clear_partial(run)
     step = newest_good(run)
-    if step is not None:
-        manifest = Manifest.read(folder(run) / tag(step))
-        if cfg.train.accumulation == 0:
-            cfg.train.accumulation = manifest.config["train"].get("accumulation", 1)
-        if cfg.train.precision == "auto":
-            cfg.train.precision = manifest.config["train"]["precision"]  # "auto", if it is an old one
-        try:
-            refuse_changes(manifest.config, cfg)
-        except ValueError as error:
-            if not cfg.train.allow_config_change:
-                raise
-            logger.warning("%s", error)
-    if cfg.train.precision == "auto":
-        cfg.train.precision = precision
-    if cfg.train.accumulation == 0:
-        cfg.train.accumulation = parts()
+    _settle(cfg, run, step, precision, parts)
     free, needed = shutil.disk_usage(run).free, checkpoint_bytes(cfg)
     if free < needed:
         raise ConfigError(
@@ -166,10 +171,7 @@ def count_images(datasets: Sequence[Dataset]) -> dict[str, int]:
 def refuse_other_images(saved: dict[str, int], found: dict[str, int], allowed: bool) -> None:
     """Raises ConfigError if a run would go on with more or fewer images: every further step would have others.
 
-    Args:
-        saved: `count_images` at the checkpoint; empty if it is too old to know.
-        found: the same, now.
-        allowed: whether to warn instead.
+    `saved` is `count_images` at the checkpoint, empty if that is an old one; `allowed` warns instead.
     """
     other = [f"{name}: {count} -> {found.get(name, 0)}" for name, count in saved.items() if found.get(name, 0) != count]
     if not other:
