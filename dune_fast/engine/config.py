@@ -1,4 +1,7 @@
-"""The configuration of a run: typed, composed by Hydra from `configs/`, checked, dumped beside the run."""
+"""The configuration of a run: typed, composed by Hydra from `configs/`, checked, dumped beside the run.
+
+More than 300 lines: every field has its meaning beside it.
+"""
 
 from __future__ import annotations
 

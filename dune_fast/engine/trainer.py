@@ -1,4 +1,8 @@
-"""The training run: builds everything from the configuration, steps, logs, saves, stops when it must."""
+"""The training run: builds everything from the configuration, steps, logs, saves, stops when it must.
+
+`_open`, `_build_step` and `_build_loop` build, once; `run`, `_loop` and `train_step` go round. More than 300 lines: all
+parts of a run meet here.
+"""
 
 from __future__ import annotations
 
