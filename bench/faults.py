@@ -25,7 +25,7 @@ from rich.console import Console
 
 from bench.fault_runs import STEPS, Bench, Lost, Started, last_step, newest, partial
 from dune_fast.engine import checkpoints
-from dune_fast.engine.container import MANIFEST
+from dune_fast.teachers.run_files import MANIFEST
 
 HANG_SECONDS = 15.0
 """`train.timeout_minutes` of the run in which a rank hangs."""

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dune_fast.engine.overrides import config_names
+from dune_fast.engine.overrides import config_names, field_names
 
 GROUPS = ("experiment", "data", "student", "projector", "deepspeed")
 """Folders of `configs/` from which an override chooses one file."""
@@ -14,7 +14,6 @@ GROUPS = ("experiment", "data", "student", "projector", "deepspeed")
 def complete_overrides(prefix: str, **_: object) -> list[str]:
     """Overrides that begin with `prefix`: "experiment=" with all its names, or fields up to their equals sign."""
     from dune_fast.engine.config import RunConfig
-    from dune_fast.engine.config_messages import field_names
 
     group, equals, _value = prefix.partition("=")
     if equals:

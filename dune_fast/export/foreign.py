@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dune_fast.engine.container import write_tensors
+from dune_fast.engine.checkpoints import write_tensors
 from dune_fast.export.check import ExportError, Outputs, Reader
 from dune_fast.kernels.nn.block import LAYER_NORM_EPS
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig

@@ -8,8 +8,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from dune_fast.engine.checkpoints import write_tensors
 from dune_fast.engine.config import load_config
-from dune_fast.engine.container import write_tensors
 from dune_fast.export import TARGETS, foreign, onnx_graph, published
 from dune_fast.export.check import ExportError, Reader, compare, encoder_outputs, sizes
 from dune_fast.kernels.nn.vit import VisionTransformer

@@ -13,9 +13,9 @@ import pytest
 
 from dune_fast.engine import checkpoints
 from dune_fast.engine.config import ConfigError, compose_config
-from dune_fast.engine.container import CheckpointError, Manifest
 from dune_fast.engine.run_folder import LOCK
 from dune_fast.engine.trainer import Trainer
+from dune_fast.teachers.run_files import CheckpointError, Manifest
 
 
 def test_a_changed_configuration_is_named_field_by_field_and_refused(overrides, finished, caplog):
