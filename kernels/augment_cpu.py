@@ -20,16 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dune_fast.kernels.colour_params import (
-    BLUR_TAPS,
-    BRIGHTNESS,
-    CONTRAST,
-    GRAY_WEIGHTS,
-    HUE,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ColourParams,
-)
+from dune_fast.kernels.colour_params import BLUR_TAPS, BRIGHTNESS, CONTRAST, GRAY_WEIGHTS, HUE, ColourParams
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 _HALF = BLUR_TAPS // 2
 

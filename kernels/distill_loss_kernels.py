@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dune_fast.kernels.launching import Launch, choose, launch, processors
-from dune_fast.kernels.library import as_rows, jit, row_offsets, tl
+from dune_fast.kernels.library import as_rows, contiguous, jit, row_offsets, tl
 
 EPS = 1e-8
 SMALLEST_BETA = 2.0**-60
@@ -163,17 +163,11 @@ def _prepare(
     resident = options.pop("PROGRAMS") * 4 // (student.element_size() + teacher.element_size())
     programs = min(-(-s.count // options["BLOCK_R"]), resident * processors(student.device))
     options |= {
-        "s_outer": s.outer_stride,
-        "s_inner": s.inner_stride,
-        "t_outer": t.outer_stride,
-        "t_inner": t.inner_stride,
-        "S_PERIOD": s.period,
-        "T_PERIOD": t.period,
-        "STANDARDIZE": mean is not None,
-        "CHANNELS": channels,
-    }
-    statistics = (x if x is None else x.contiguous() for x in (mean, inv_std))
-    return (s.x, t.x, *statistics), s.count, programs, options
+        "s_outer": s.outer_stride, "s_inner": s.inner_stride, "S_PERIOD": s.period,
+        "t_outer": t.outer_stride, "t_inner": t.inner_stride, "T_PERIOD": t.period,
+        "STANDARDIZE": mean is not None, "CHANNELS": channels,
+    }  # fmt: skip
+    return (s.x, t.x, *contiguous(mean, inv_std)), s.count, programs, options
 
 
 def forward_triton(
@@ -204,8 +198,7 @@ def backward_triton(
     gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     launch(
         _gradient_kernel, (programs,), *operands, saved, upstream.contiguous(), gradient, tokens,
-        cosine_weight=cosine_weight, smooth_l1_weight=smooth_l1_weight,
-        inverse_beta=1.0 / max(beta, SMALLEST_BETA),
+        cosine_weight=cosine_weight, smooth_l1_weight=smooth_l1_weight, inverse_beta=1.0 / max(beta, SMALLEST_BETA),
         PATCHES=tokens // len(student), **options,
     )  # fmt: skip
     return gradient

@@ -36,16 +36,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dune_fast.kernels.launching import VIT_SHAPES, Example, Launch, choose, draw, launch, processors
-from dune_fast.kernels.layer_norm import flat_rows
-from dune_fast.kernels.library import guard, guard_device, jit, register, tl, triton, use_triton
+from dune_fast.kernels.library import flat_rows, guard, guard_device, jit, register, tl, triton, use_triton, widen
 
 # ---------------------------------------------------------------- reference
 
 
 def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
     """`torch.nn.functional.gelu(x + bias)` in float32 (float64 for float64), cast to x's dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return F.gelu(x.to(wide) + bias.to(wide)).to(x.dtype)
+    wide = widen(x)
+    return F.gelu(wide + bias.to(wide.dtype)).to(x.dtype)
 
 
 def _backward_reference(dh, x, bias):
@@ -224,24 +223,18 @@ def guard_bias_gelu(operation: str, x: Tensor, bias: Tensor) -> None:
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """Exact GELU of x + bias.
+    """Exact GELU of x + bias, [..., F] in x's dtype; ValueError if shapes, types or devices do not fit.
 
     Args:
         x: a matrix product before its bias [..., F], fp32, bf16 or fp16 (others take the reference), any strides.
         bias: [F].
-
-    Returns:
-        [..., F] in x's dtype.
-
-    Raises:
-        ValueError: shapes, types or devices do not fit.
     """
     guard_bias_gelu("bias_gelu", x, bias)
     return _BiasGelu.apply(x, bias) if use_triton(x, bias) else bias_gelu_reference(x, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU of x W^T + b in the epilogue of the product, for frozen models: the wide tensor is written once.
+    """GELU of x W^T + b, [..., F], in the epilogue of the product, for frozen models: it is written once.
 
     On CUDA it is one kernel of cuBLASLt, whose GELU is the tanh form: within 5e-4 of the exact one, less than what
     rounding to bf16 changes where |u| > 0.25. On a CPU torch applies the exact form to the rounded product. No gradient
@@ -250,9 +243,6 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Args:
         x: [..., D], bf16 or fp16.
         weight, bias: [F, D] and [F], in x's dtype.
-
-    Returns:
-        [..., F] in x's dtype.
 
     Raises:
         ValueError: shapes, types or devices do not fit.

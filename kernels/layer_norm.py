@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dune_fast.kernels.launching import VIT_SHAPES, Example, draw
-from dune_fast.kernels.layer_norm_kernels import flat_rows, launch_backward, launch_forward
-from dune_fast.kernels.library import guard, guard_device, register, use_triton
+from dune_fast.kernels.layer_norm_kernels import launch_backward, launch_forward
+from dune_fast.kernels.library import flat_rows, guard, guard_device, register, use_triton, widen
 
 # ---------------------------------------------------------------- reference
 
@@ -43,9 +43,9 @@ def layer_norm_reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """`torch.nn.functional.layer_norm` in float32 (float64 for float64), then cast."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
-    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(out_dtype or x.dtype)
+    wide = widen(x)
+    weight, bias = (None if p is None else p.to(wide.dtype) for p in (weight, bias))
+    return F.layer_norm(wide, x.shape[-1:], weight, bias, eps).to(out_dtype or x.dtype)
 
 
 def residual_reference(
@@ -67,15 +67,9 @@ def residual_reference(
 
 
 def residual_layer_norm_reference(
-    x: Tensor,
-    y: Tensor,
-    gamma: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None = None,
-    branch_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor, gamma: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
+    out_dtype: torch.dtype | None = None, branch_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(x', LN(x')) in plain torch; float32 inside (float64 for float64)."""
     out = residual_reference(x, y, gamma, branch_bias)
     return out, layer_norm_reference(out, weight, bias, eps, out_dtype)
@@ -254,16 +248,13 @@ def guard_layer_norm(operation: str, x: Tensor, y: Tensor | None = None, **param
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """LayerNorm over the last dimension.
+    """LayerNorm over the last dimension, [..., C].
 
     Args:
         x: [..., C], fp32, bf16 or fp16 (others take the plain reference), any strides, C up to 4096 on a GPU.
         weight, bias: [C], or None; no bias without a weight.
         eps: added to the variance.
         out_dtype: of the result, e.g. that of the matrix product that reads it; x's by default.
-
-    Returns:
-        [..., C].
 
     Raises:
         ValueError: shapes, types or devices do not fit.
@@ -275,31 +266,19 @@ def layer_norm(
 
 
 def residual_layer_norm(
-    x: Tensor,
-    y: Tensor,
-    gamma: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None = None,
-    branch_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """x' = x + gamma * (y + branch_bias) and LN(x') in one pass.
+    x: Tensor, y: Tensor, gamma: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
+    out_dtype: torch.dtype | None = None, branch_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x' = x + gamma * (y + branch_bias) and LN(x') in one pass. Other arguments and errors: see `layer_norm`.
 
     Args:
-        x: the residual stream [..., C], fp32, bf16 or fp16 (others take the plain reference), C up to 4096 on a GPU.
-        y: the branch's output, of x's shape, any of these types.
+        x: the residual stream [..., C].
+        y: the branch's output, of x's shape, fp32, bf16 or fp16.
         gamma: LayerScale [C], or None for 1.
-        weight, bias: [C], or None; no bias without a weight.
-        eps: added to the variance.
-        out_dtype: of LN(x'), e.g. that of the matrix product that reads it; x's by default.
-        branch_bias: of the linear layer whose product y is [C], or None for 0.
+        branch_bias: [C], of the linear layer whose product y is, or None for 0.
 
     Returns:
         (x' in x's dtype, LN(x') in `out_dtype`), both [..., C].
-
-    Raises:
-        ValueError: shapes, types or devices do not fit.
     """
     parameters = {"gamma": gamma, "branch_bias": branch_bias, "weight": weight, "bias": bias}
     guard_layer_norm("residual_layer_norm", x, y, **parameters)

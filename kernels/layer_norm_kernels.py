@@ -12,13 +12,11 @@ if it has one; their sum over the programs, in a fixed order, is the gradient.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from dune_fast.kernels.launching import Launch, choose, launch, processors
-from dune_fast.kernels.library import jit, tl, triton
+from dune_fast.kernels.library import contiguous, flat_rows, jit, tl, triton
 
 
 @jit
@@ -197,17 +195,6 @@ def forward_options(x: Tensor) -> dict[str, int]:
     """Constants and warps of a forward kernel over rows x [rows, C]."""
     channels = x.shape[1]
     return choose(FORWARD, x.device, channels) | {"C": channels, "BLOCK_C": triton.next_power_of_2(channels)}
-
-
-def flat_rows(x: Tensor) -> Tensor:
-    """x [..., C] as [rows, C] with adjacent channels, a view where one row stride describes it."""
-    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
-    """Parameters [C] with adjacent elements; None stays None."""
-    return [None if p is None else p.contiguous() for p in parameters]
 
 
 def launch_forward(x, y, gamma, branch_bias, weight, bias, out, h, mean, rstd, eps):

@@ -25,7 +25,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dune_fast.kernels.launching import VIT_CHANNELS, Example, Launch, choose, draw, launch
-from dune_fast.kernels.library import guard, guard_device, jit, register, tl, triton, use_triton
+from dune_fast.kernels.library import (
+    followed,
+    guard,
+    guard_device,
+    jit,
+    register,
+    tl,
+    triton,
+    use_triton,
+    widen,
+)
 
 # ---------------------------------------------------------------- tables and reference
 
@@ -38,19 +48,10 @@ def grid_positions(height: int, width: int, device: torch.device | None = None) 
 
 
 def rope2d_angles(positions: Tensor, head_dim: int, base: float = 100.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for every token, float32 whatever the tokens' type.
+    """(cos, sin) of positions (y, x), integers [..., N, 2]: float32 [..., N, 2, D // 4], by axis and frequency.
 
-    bf16 angles would be off by up to 0.06 rad at position 31.
-
-    Args:
-        positions: integer [..., N, 2] = (y, x).
-        head_dim: D, divisible by 4.
-
-    Returns:
-        (cos, sin), each float32 [..., N, 2, D // 4]: the axis (y, x), then the frequency.
-
-    Raises:
-        ValueError: a head dimension that is no multiple of 4.
+    Float32 whatever the tokens' type: bf16 angles would be off by up to 0.06 rad at position 31. ValueError if
+    `head_dim` D is no multiple of 4.
     """
     if head_dim % 4:
         raise ValueError(f"RoPE2D needs a head dimension divisible by 4, got {head_dim}")
@@ -62,7 +63,7 @@ def rope2d_angles(positions: Tensor, head_dim: int, base: float = 100.0) -> tupl
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates x [..., N, H, D] by angles [..., N, 2, D // 4] of `rope2d_angles`; in float32 (float64 for float64)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = widen(x)
     # as whole heads: x cos + (v, u) (-sin, sin), two passes over all channels instead of six over quarters
     cos, sin = (torch.cat(pair, -1).flatten(-2).unsqueeze(-2).to(wide.dtype) for pair in ((cos, cos), (-sin, sin)))
     swapped = wide.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)  # [..., N, H, axis, (u, v), D / 4] -> (v, u)
@@ -197,14 +198,11 @@ def _guard(operation: str, qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def rope2d(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the queries and keys of qkv; the values pass through.
+    """Rotates the queries and keys of qkv, into a new tensor; the values pass through.
 
     Args:
         qkv: [B, N, 3, H, D], fp32, bf16 or fp16 (others take the plain reference), any strides.
         cos, sin: float32 [N, 2, D // 4] from `rope2d_angles`.
-
-    Returns:
-        [B, N, 3, H, D], a new tensor.
 
     Raises:
         ValueError: shapes, types or devices do not fit.
@@ -214,17 +212,9 @@ def rope2d(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope2d_(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rope2d` in place, for tensors that no gradient goes through. Arguments: see `rope2d`.
-
-    Returns:
-        `qkv` itself.
-
-    Raises:
-        ValueError: shapes, types or devices do not fit, or autograd follows `qkv`.
-    """
+    """`rope2d` in place; returns `qkv` itself. ValueError also if autograd follows `qkv`."""
     _guard("rope2d_", qkv, cos, sin)
-    followed = torch.is_grad_enabled() and qkv.requires_grad
-    guard(not followed, "rope2d_ writes in place, call rope2d on a tensor that needs a gradient", qkv=qkv)
+    guard(not followed(qkv), "rope2d_ writes in place, call rope2d on a tensor that needs a gradient", qkv=qkv)
     if use_triton(qkv, cos, sin):
         rope2d_inplace_op(qkv, cos, sin)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from dune_fast.kernels.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PRECISIONS", "STREAMS", "TOKEN_TYPES", "TeacherConfig", "check_config"]
 

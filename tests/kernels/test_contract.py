@@ -1,4 +1,5 @@
-"""What every operation keeps: opcheck, same bits, any layout, 64-bit offsets, no wait for the device, CUDA graphs.
+"""What every operation keeps: opcheck, its reference's values, same bits, any layout, 64-bit offsets, torch.compile,
+no wait for the device, CUDA graphs.
 
 The operations and their inputs are the `examples` of the kernel files; forward and backward of the public functions are
 those of the benchmark. The files' own tests check values against the references.
@@ -90,6 +91,20 @@ def test_opcheck(module, index, triton, dtype, device, fused):
     one = example(module, index, device, 2, dtype)
     with fused() if triton else contextlib.nullcontext():
         torch.library.opcheck(one.op, one.args)
+
+
+@each_example
+def test_the_plain_implementation_gives_the_same_values(module, index, device, fused):
+    """That of a CPU, which no public function calls. Float8 may round to the neighbour."""
+    one = example(module, index, device, dtype=torch.float32)
+    with fused():
+        found = run(one.op, fresh(one.args))
+    on_cpu = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, one.args)
+    for ours, plain in zip(found, run(one.op, fresh(on_cpu)), strict=True):
+        assert ours.dtype == plain.dtype and ours.shape == plain.shape
+        digits = 1e-5 if ours.dtype == torch.float32 else 2**-4 if ours.dtype == torch.float8_e4m3fn else 2**-7
+        error = (ours.double().cpu() - plain.double()).norm()
+        assert error <= digits * plain.double().norm(), error
 
 
 @each_example
@@ -222,6 +237,18 @@ def test_public_functions_take_any_layout(operation, layout, device, fused):
     with fused():
         expected = outputs(operation.ours(*plain))
         assert_same(outputs(operation.ours(*strided)), expected)
+
+
+@each_operation
+def test_public_functions_compile_whole(operation, device, fused):
+    torch.manual_seed(0)
+    inputs = operation.make((2, 3, 14) if operation.on_images else (2, 3, 64), BF16, device)
+    inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+    torch.compiler.reset()
+    compiled = torch.compile(operation.ours, fullgraph=True, backend="aot_eager")
+    with fused():
+        expected = outputs(operation.ours(*fresh(tuple(inputs))))
+        assert_same_bits(outputs(compiled(*inputs)), expected)
 
 
 @pytest.mark.gpu
