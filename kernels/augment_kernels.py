@@ -7,13 +7,14 @@
 
 Bytes a pixel, uint8 to fp32 (bf16 in brackets), at the paper's probabilities: the first reads 3 for 80 % of the images,
 the second reads 3 and writes 12 [6], the third reads and writes 12 [6] for 20 %: 22.2 [13.8]. The minimum is 15 [9], if
-the mean were known before the image is read and neighbours cost nothing. Recomputing the colours of neighbours would
-save the intermediate, for 8 more hue rotations a pixel. It is float32, or float16 where the output is bf16, whose own
-rounding is 8 times coarser; as large as the output, for nobody may wait to know how many images are blurred, but only
-what belongs to those is ever touched.
+the mean were known before the image is read and neighbours cost nothing.
+
+The intermediate is float32, or float16 where the output is bf16, whose own rounding is 8 times coarser. Without it the
+blur would compute the colours of neighbours again, 8 more hue rotations a pixel. It is as large as the output, because
+the host does not know how many images are blurred; only their part is touched.
 
 Branches on an image's parameters are free: a program works on one image. Literals below are the constants of
-kernels/colour_params.py; a kernel sees no globals.
+kernels/colour_params.py and kernels/imagenet.py; a kernel sees no globals.
 """
 
 from __future__ import annotations

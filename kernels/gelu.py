@@ -10,17 +10,17 @@ For results in bf16, fp16 and float8 the kernels take, with Q(x) = 1 - Phi(x) = 
 
     gelu(u) = max(u, 0) - |u| Q(|u|),   slope(u) = D(|u|) if u < 0 else 1 - D(|u|),   D(x) = Q(x) - x phi(x)
 
-P is the minimax fit to log2 Q on [0, 14.5] with the weight 1 / min(1 + 1 / (30 max(x, 1) Q(x)), 1000): against float64
-h is off by at most 5e-7, and by 3e-6 of itself for u >= -1, 1e-5 for u >= -3 and 2^-9 (half a unit of bf16) down to
-where float32 underflows; the slope is off by 1.2e-6. One special function and 19 instructions an element where erf
-takes 43. It is not erfc's rational forms (Abramowitz and Stegun, 7.1.25 to 28): their error is absolute, so they lose
-what is left of Q below u = -5, as 1 + erf does, and they divide. For float32 results, which have the digits to show
-3e-6, the kernels take erf. In all types the kernels give gelu(-inf) its limit, 0, where torch has NaN.
+P is the minimax fit to log2 Q on [0, 14.5] with the weight 1 / min(1 + 1 / (30 max(x, 1) Q(x)), 1000). Against float64
+h is off by at most 5e-7; relative to itself by 3e-6 for u >= -1, 1e-5 for u >= -3 and 2^-9 (half a unit of bf16) down
+to where float32 underflows. The slope is off by 1.2e-6. It takes one special function and 19 instructions an element;
+erf takes 43. The rational forms of erfc (Abramowitz and Stegun, 7.1.25 to 28) divide, and their error is absolute: they
+lose what is left of Q below u = -5, as 1 + erf does. Float32 results would show an error of 3e-6, so for them the
+kernels take erf. In all types the kernels give gelu(-inf) its limit, 0, where torch has NaN.
 
-x is the matrix product without its bias, so that dbias comes out of the pass that makes dx instead of one of its own
-over the widest tensor of the block. Arithmetic is float32. Minimal bytes moved, bf16: forward 4 an element, backward
-6; x is kept for the backward. dbias goes through float32 partials [stripe, F] added in a fixed order: no atomics, and
-every run gives the same bits.
+x is the matrix product without its bias: the pass that makes dx then makes dbias too, which would otherwise read the
+widest tensor of the block again. Arithmetic is float32. Minimal bytes moved, bf16: forward 4 an element, backward 6.
+Kept for the backward: x. dbias is the sum of float32 partials [stripe, F] in a fixed order, without atomics, so every
+run gives the same bits.
 
 Shapes: x, h [..., F]; bias [F].
 """

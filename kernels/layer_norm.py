@@ -9,15 +9,15 @@ Backward, with dh and dx' (the gradient that reaches x' past the norm), n = (x' 
     dgamma = sum_rows dx * (y + b) = sum_rows dx * y + b * sum_rows dx
     dweight = sum_rows dh * n,   dbias = sum_rows dh
 
-gamma and b may be missing. b is here and not in the product so that its gradient comes out of the pass that makes dx,
-instead of one of its own over dy. `kernels.residual` is x' alone. Arithmetic is float32 whatever is stored. h is the
-norm of x' as stored: the backward, which reads that, sees the same numbers.
+gamma and b may be missing. b is added here and not by the product, so that the pass that makes dx makes its gradient
+too. `kernels.residual` is x' alone. Arithmetic is float32 whatever is stored. h is the norm of x' as stored, because
+the backward reads that.
 
 Minimal bytes moved for each element, fp32 stream and bf16 branch [all bf16]: forward x 4 + y 2 + x' 4 + h 2 = 12 [8],
 where multiply, add, norm and cast apart move 32; backward dh 2 + dx' 4 + x' 4 + y 2 + dx 4 + dy 2 = 18 [12]. Kept for
-the backward: x' (an output, held anyway), mean and rstd (8 bytes a row), and y if gamma is trained: nothing else holds
-y, and (x' - x) / gamma would lose its digits at gamma = 1e-4. Sums over rows are float32 partials added in a fixed
-order: no atomics, and every run gives the same bits.
+the backward: x' (an output, held anyway), mean and rstd (8 bytes a row), and y if gamma is trained. y cannot be made
+again: (x' - x) / gamma would lose its digits at gamma = 1e-4. Sums over rows are float32 partials, added in a fixed
+order without atomics, so every run gives the same bits.
 
 Shapes: x, y, x', h [..., C]; gamma, b, weight, bias [C]; mean, rstd float32 [rows].
 """

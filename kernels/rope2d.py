@@ -8,10 +8,9 @@ Within a half of size D/2 the pair (j, j + D/4), j < D/4, is rotated by the angl
 The backward is the inverse rotation, sin replaced by -sin; it keeps nothing but the tables of cosines and sines.
 
 Minimal bytes moved, bf16: q and k read and written once, 8 * B * N * H * D (the tables, 4 * N * D bytes, stay in the
-cache for all images). `rope2d_` moves just that, in place. `rope2d` also copies v, 12 * B * N * H * D: where a
-gradient is needed, rotating in place gains nothing. The output of a linear layer is a view of its matrix product, and
-for a view that was written to, autograd clones the gradient and copies it into that of the base, which moves more than
-v.
+cache for all images). `rope2d_` moves just that, in place. `rope2d`, for training, also copies v: 12 * B * N * H * D.
+In place would be worse there: a linear layer's output is a view, and when a view is written to, autograd clones the
+gradient and copies it into that of the base, which moves more than v.
 
 Shapes: x [..., N, H, D] with positions [..., N, 2] = (y, x); qkv [B, N, 3, H, D]; cos, sin float32 [N, 2, D/4].
 """

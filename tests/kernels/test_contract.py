@@ -17,6 +17,7 @@ from torch import Tensor
 from bench.aot import discover, kernel_module
 from bench.kernel_cases import OPERATIONS, Operation, draw_upstream, outputs, run_both
 from dune_fast.kernels import library
+from dune_fast.kernels.fp8 import FP8Linear
 from dune_fast.kernels.launching import Example
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -33,9 +34,14 @@ def many(module: str, device: torch.device) -> int:
     return 512 if device.type == "cuda" else 3 if module in ("resize", "augment") else 30
 
 
-def example(module: str, index: int, device: torch.device, images: int = 3, dtype: torch.dtype = BF16) -> Example:
-    if module == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+def skip_without_float8(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no float8")
+
+
+def example(module: str, index: int, device: torch.device, images: int = 3, dtype: torch.dtype = BF16) -> Example:
+    if module == "fp8":
+        skip_without_float8(device)
     torch.manual_seed(0)
     return list(kernel_module(module).examples(shape_for(module, images), dtype, device))[index]
 
@@ -254,6 +260,14 @@ def test_public_functions_compile_whole(operation, device, fused):
 @pytest.mark.gpu
 @each_operation
 def test_public_functions_do_not_wait_and_are_captured(operation):
-    if operation.file == "fp8" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("this GPU has no float8")
+    if operation.file == "fp8":
+        skip_without_float8(torch.device("cuda"))
     check_capture(public(operation, torch.device("cuda")))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_float8_product_does_not_wait_and_is_captured():
+    skip_without_float8(torch.device("cuda"))
+    x, linear = torch.randn(64, 192, device="cuda", dtype=BF16), FP8Linear(torch.nn.Linear(192, 64)).cuda()
+    check_capture(lambda: [linear(x)])
