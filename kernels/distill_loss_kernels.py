@@ -134,24 +134,21 @@ def _gradient_kernel(
         tl.store(gradient + at, out.to(gradient.dtype.element_ty), mask=valid)
 
 
-_REASON = (
-    "not yet measured: reasoned for sm_90 from 32 values of each operand a thread, so that up to 1024 channels one "
-    "warp sums a token without a barrier (16 instructions a value; 25 with four warps a token); 12 warps a "
-    "multiprocessor keep 48 to 96 KiB in flight where 40 would do, and stay resident with up to 168 registers "
-    "(at most 128 are used)"
-)
 _TABLE = {
     "default": [
-        Launch(64, {"BLOCK_R": 16, "BLOCK_C": 64, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}, _REASON),
-        Launch(256, {"BLOCK_R": 4, "BLOCK_C": 256, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}, _REASON),
-        Launch(512, {"BLOCK_R": 2, "BLOCK_C": 512, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}, _REASON),
-        Launch(1024, {"BLOCK_R": 1, "BLOCK_C": 1024, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}, _REASON),
-        Launch(2048, {"BLOCK_R": 1, "BLOCK_C": 2048, "PROGRAMS": 6, "STAGES": 3, "num_warps": 4}, _REASON),
-        Launch(MAX_CHANNELS, {"BLOCK_R": 1, "BLOCK_C": 4096, "PROGRAMS": 3, "STAGES": 3, "num_warps": 8}, _REASON),
+        Launch(64, {"BLOCK_R": 16, "BLOCK_C": 64, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}),
+        Launch(256, {"BLOCK_R": 4, "BLOCK_C": 256, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}),
+        Launch(512, {"BLOCK_R": 2, "BLOCK_C": 512, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}),
+        Launch(1024, {"BLOCK_R": 1, "BLOCK_C": 1024, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}),
+        Launch(2048, {"BLOCK_R": 1, "BLOCK_C": 2048, "PROGRAMS": 6, "STAGES": 3, "num_warps": 4}),
+        Launch(MAX_CHANNELS, {"BLOCK_R": 1, "BLOCK_C": 4096, "PROGRAMS": 3, "STAGES": 3, "num_warps": 8}),
     ]
 }
-"""By channels; PROGRAMS a multiprocessor where both operands have two bytes, else fewer in the same shared memory.
-All must be resident at once: a second wave would take as long as the first."""
+"""By channels; PROGRAMS a multiprocessor where both operands have two bytes, else fewer in the same shared memory. All
+must be resident at once: a second wave would take as long as the first. Not yet measured: reasoned for sm_90 from 32
+values of each operand a thread, so that up to 1024 channels one warp sums a token without a barrier (16 instructions a
+value; 25 with four warps a token). 12 warps a multiprocessor keep 48 to 96 KiB in flight where 40 would do, and stay
+resident with up to 168 registers (at most 128 are used)."""
 
 
 def _prepare(

@@ -127,27 +127,13 @@ def _backward_kernel(
     tl.store(partials + stripe * F + col, tl.sum(dbias, 0), mask=keep)
 
 
-FORWARD = {
-    "default": [
-        Launch(
-            65536, {"ROWS": 8, "BLOCK_F": 256, "num_warps": 4},
-            "not yet measured: 16 elements a thread, 2 loads of 16 bytes; 19 instructions an element, so that bytes "
-            "are the limit; 256 divides every ViT's MLP; 32 registers let 64 warps be resident",
-        ),
-    ]
-}  # fmt: skip
-"""By channels; the tile of a program."""
-BACKWARD = {
-    "default": [
-        Launch(
-            65536, {"ROWS": 8, "BLOCK_F": 256, "STAGES": 3, "per_processor": 6, "num_warps": 4},
-            "not yet measured: 16 elements a thread, 28 instructions an element; the 1 to 2 tiles of 8 KiB that each "
-            "of 6 programs has on its way are 48 to 96 KiB a multiprocessor where 40 would do, and 6 stay resident "
-            "with up to 80 registers (64 to 72 are used)",
-        ),
-    ]
-}  # fmt: skip
-"""By channels; the tile of an iteration, and how many programs share a multiprocessor where x has two bytes."""
+FORWARD = {"default": [Launch(65536, {"ROWS": 8, "BLOCK_F": 256, "num_warps": 4})]}
+"""By channels; the tile of a program. Not yet measured: 16 elements a thread, 2 loads of 16 bytes. 19 instructions an
+element, so that bytes are the limit. 256 divides every ViT's MLP. 32 registers let 64 warps be resident."""
+BACKWARD = {"default": [Launch(65536, {"ROWS": 8, "BLOCK_F": 256, "STAGES": 3, "per_processor": 6, "num_warps": 4})]}
+"""By channels; the tile of an iteration, and how many programs share a multiprocessor where x has two bytes. Not yet
+measured: 16 elements a thread, 28 instructions an element. 6 programs have 1 to 2 tiles of 8 KiB each on their way, 48
+to 96 KiB a multiprocessor where 40 would do, and stay resident with up to 80 registers (64 to 72 are used)."""
 
 # ---------------------------------------------------------------- implementation
 

@@ -134,13 +134,10 @@ def _resize_kernel(
             lowest += whole + carry
 
 
-_REASON = (
-    "not yet measured: two columns a thread; predicted 167 us for 128 bf16 images from 336 to 384 on an H100, 189 "
-    "with four columns and 32 rows: 56 registers let 36 warps share a multiprocessor, and fewer rows are read twice. "
-    "Waiting for a row's loads binds, then instructions; 128 columns divide 384 and 512"
-)
-TABLE = {"default": [Launch(MAX_SIDE, {"ROWS": 64, "BLOCK": 128, "num_warps": 2}, _REASON)]}
-"""By columns of the result."""
+TABLE = {"default": [Launch(MAX_SIDE, {"ROWS": 64, "BLOCK": 128, "num_warps": 2})]}
+"""By columns of the result. Not yet measured: two columns a thread; predicted 167 us for 128 bf16 images from 336 to
+384 on an H100, 189 with four columns and 32 rows. 56 registers let 36 warps share a multiprocessor, and fewer rows are
+read twice. Waiting for a row's loads binds, then instructions. 128 columns divide 384 and 512."""
 
 # ---------------------------------------------------------------- implementation
 
