@@ -36,8 +36,6 @@ from dune_fast.kernels.launching import VIT_SHAPES, Example, draw
 from dune_fast.kernels.layer_norm_kernels import launch_backward, launch_forward
 from dune_fast.kernels.library import flat_rows, guard, guard_device, register, use_triton, widen
 
-# ---------------------------------------------------------------- reference
-
 
 def layer_norm_reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None = None
@@ -133,7 +131,7 @@ def _forward_fused(x, weight, bias, eps, dtype):
 
 
 def _backward_fused(dh, dout, x, y, gamma, branch_bias, weight, mean, rstd, branch_dtype):
-    dx, dy = _gradients(x, gamma, branch_dtype)
+    dx, dy, _ = _backward_fake(dh, dout, x, y, gamma, branch_bias, weight, mean, rstd, branch_dtype)
     own_dy = None if _dx_serves(x, gamma, branch_dtype) else dy
     return dx, dy, launch_backward(dh, dout, x, y, gamma, branch_bias, weight, mean, rstd, dx, own_dy)
 
@@ -153,15 +151,11 @@ def _dx_serves(x, gamma, branch_dtype):
     return branch_dtype is None or (gamma is None and branch_dtype == x.dtype)
 
 
-def _gradients(x, gamma, branch_dtype):
-    """dx; dy, empty if `_dx_serves`."""
-    dy = x.new_empty(0 if _dx_serves(x, gamma, branch_dtype) else x.shape, dtype=branch_dtype or x.dtype)
-    return x.new_empty(x.shape), dy
-
-
 def _backward_fake(dh, dout, x, y, gamma, branch_bias, weight, mean, rstd, branch_dtype):
+    """dx; dy, empty if `_dx_serves`; sums: dweight and dbias, dgamma, branch_bias's gradient, as far as there are."""
+    dy = x.new_empty(0 if _dx_serves(x, gamma, branch_dtype) else x.shape, dtype=branch_dtype or x.dtype)
     sums = 2 * (weight is not None) + (y is not None) + (branch_bias is not None)
-    return *_gradients(x, gamma, branch_dtype), x.new_empty(sums, x.shape[-1], dtype=torch.float32)
+    return x.new_empty(x.shape), dy, x.new_empty(sums, x.shape[-1], dtype=torch.float32)
 
 
 layer_norm_op = register(
@@ -190,8 +184,7 @@ class _LayerNorm(torch.autograd.Function):
             out = x
         else:
             out, h, mean, rstd = residual_layer_norm_op(x, y, gamma, branch_bias, weight, bias, eps, dtype)
-        branch = branch_saved(ctx, y, gamma, branch_bias)
-        ctx.save_for_backward(out, *branch, weight, mean, rstd)
+        ctx.save_for_backward(out, *branch_saved(ctx, y, gamma, branch_bias), weight, mean, rstd)
         ctx.branch_dtype = None if y is None else y.dtype
         ctx.dtypes = [None if p is None else p.dtype for p in (gamma, branch_bias, weight, bias)]
         return h if y is None else (out, h)
@@ -200,13 +193,10 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *upstream):
         *dout, dh = upstream
-        out, y, gamma, branch_bias, weight, mean, rstd = ctx.saved_tensors
-        branch = ctx.branch_dtype
-        dx, dy, sums = layer_norm_backward_op(
-            dh, *(dout or [None]), out, y, gamma, branch_bias, weight, mean, rstd, branch
-        )  # fmt: skip
-        if _dx_serves(out, gamma, branch):
-            dy = None if branch is None else dx
+        out, y, gamma, branch_bias, weight, _, _ = saved = ctx.saved_tensors
+        dx, dy, sums = layer_norm_backward_op(dh, *(dout or [None]), *saved, ctx.branch_dtype)
+        if _dx_serves(out, gamma, ctx.branch_dtype):
+            dy = None if ctx.branch_dtype is None else dx
         affine = [None, None] if weight is None else list(sums[:2])
         parameters = [*branch_gradients(sums, y, branch_bias), *affine]
         gradients = (None if g is None or t is None else g.to(t) for g, t in zip(parameters, ctx.dtypes, strict=True))
@@ -248,16 +238,12 @@ def guard_layer_norm(operation: str, x: Tensor, y: Tensor | None = None, **param
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """LayerNorm over the last dimension, [..., C].
+    """LayerNorm over the last dimension, [..., C]; ValueError if shapes, types or devices do not fit.
 
     Args:
         x: [..., C], fp32, bf16 or fp16 (others take the plain reference), any strides, C up to 4096 on a GPU.
         weight, bias: [C], or None; no bias without a weight.
-        eps: added to the variance.
         out_dtype: of the result, e.g. that of the matrix product that reads it; x's by default.
-
-    Raises:
-        ValueError: shapes, types or devices do not fit.
     """
     guard_layer_norm("layer_norm", x, weight=weight, bias=bias)
     if not use_triton(x, weight, bias):
@@ -272,8 +258,7 @@ def residual_layer_norm(
     """x' = x + gamma * (y + branch_bias) and LN(x') in one pass. Other arguments and errors: see `layer_norm`.
 
     Args:
-        x: the residual stream [..., C].
-        y: the branch's output, of x's shape, fp32, bf16 or fp16.
+        x, y: the residual stream and the branch's output, [..., C], each fp32, bf16 or fp16.
         gamma: LayerScale [C], or None for 1.
         branch_bias: [C], of the linear layer whose product y is, or None for 0.
 
@@ -309,7 +294,7 @@ def examples(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.devi
                 yield Example(f"residual_layer_norm_backward{name}, {kind}", layer_norm_backward_op, args)
         else:
             none = (None,) * 4
-            yield Example("layer_norm without parameters", layer_norm_op, (x, *none[:2], 1e-6, dtype))
+            yield Example("layer_norm without parameters", layer_norm_op, (x, None, None, 1e-6, dtype))
             yield Example("residual_layer_norm without parameters", residual_layer_norm_op, (x, y, *none, 1e-6, fp32))
             args = (y, None, x, *none, mean, rstd, None)
             yield Example("layer_norm_backward without parameters", layer_norm_backward_op, args)
