@@ -32,16 +32,7 @@ _SDP = {
 # time, and torch keeps it. A run has few: for each network one number of images a step, two with
 # `objective.route_by_dataset` (tests/distill/test_routing.py), those of the drift check, and an evaluation's whole and
 # last batches. Each is made where it is first met: nothing is warmed up or padded for them.
-_HOPPER = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
-_HOPPER_DETERMINISTIC = [backend for backend in _HOPPER if backend != SDPBackend.CUDNN_ATTENTION]
-"""Under `torch.use_deterministic_algorithms(True)`: torch refuses cuDNN then, and the backward passes of the others add
-in a fixed order."""
+_HOPPER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # looked up once, here: torch.compile, which traces `attention`, cannot look into the import system
 FLASH_ATTN_INSTALLED = importlib.util.find_spec("flash_attn") is not None
@@ -53,7 +44,8 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def _cpu_form(qkv: Tensor) -> str:
-    """"sdpa", or what a CPU computes faster: "float32", conversions included, "formula" or "padded" in bf16.
+    """How a CPU computes fastest: by "sdpa", by sdpa in "float32", conversions included, by the "formula" in bf16, or
+    by sdpa with "padded" keys.
 
     torch's backward pass in half precision multiplies without the CPU's bf16 instructions; the formula's products use
     them. Forward + backward in bf16, in float32 and by the formula, [16, 69] / [4, 257] / [2, 577] tokens: one core of
@@ -107,16 +99,13 @@ def resolve_backend(backend: str, qkv: Tensor) -> str:
 
 
 def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
-    """Softmax self-attention.
+    """Softmax self-attention, [B, N, H, D] in the dtype of `qkv`.
 
     Args:
         qkv: [B, N, 3, H, D], fp32, bf16 or fp16; queries, keys and values along dimension 2.
         backend: "auto" takes flash-attn where it is installed and applies (CUDA, half precision), else the fastest of
             `torch.nn.functional.scaled_dot_product_attention` on the device; a CPU computes half precision in float32,
             by the plain formula or with padded keys where that is faster. The others force one.
-
-    Returns:
-        [B, N, H, D], the dtype of `qkv`.
 
     Raises:
         ValueError: `qkv` is not [B, N, 3, H, D], or the backend is unknown, not installed, or refused by
@@ -141,8 +130,9 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
         with sdpa_kernel(_SDP[backend]):
             out = F.scaled_dot_product_attention(q, k, v)
     elif qkv.is_cuda and _is_hopper(qkv.device):
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        with sdpa_kernel(_HOPPER_DETERMINISTIC if deterministic else _HOPPER, set_priority=True):
+        # deterministic algorithms: torch refuses cuDNN; the backward passes of the others add in a fixed order
+        order = _HOPPER[1:] if torch.are_deterministic_algorithms_enabled() else _HOPPER
+        with sdpa_kernel(order, set_priority=True):
             out = F.scaled_dot_product_attention(q, k, v)
     else:
         out = F.scaled_dot_product_attention(q, k, v)

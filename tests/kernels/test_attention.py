@@ -79,11 +79,18 @@ def test_compiles_whole():
     torch.testing.assert_close(compiled(qkv), attention(qkv))
 
 
-def test_compiles_whole_on_the_path_of_a_gpu(monkeypatch):
-    """Regression: the look for flash-attn was a cached function; torch 2.11 cannot trace it, later ones warn of it."""
+@pytest.fixture
+def gpu(monkeypatch):
+    """An attention that does not ask the device, which is no GPU."""
     plain = SimpleNamespace(scaled_dot_product_attention=lambda q, k, v: (q @ k.mT).softmax(-1) @ v)
-    monkeypatch.setattr(module, "F", plain)  # torch's own asks the device
-    monkeypatch.setattr(module, "_is_hopper", lambda device: False)
+    monkeypatch.setattr(module, "F", plain)
+    monkeypatch.setattr(module, "_is_hopper", lambda device: True)
+    return monkeypatch
+
+
+def test_compiles_whole_on_the_path_of_a_gpu(gpu):
+    """Regression: the look for flash-attn was a cached function; torch 2.11 cannot trace it, later ones warn of it."""
+    gpu.setattr(module, "_is_hopper", lambda device: False)
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.filterwarnings("error", message="(?s).*lru_cache")
         qkv = torch.empty(2, 5, 3, 2, 16, dtype=torch.bfloat16, device="cuda")
@@ -92,7 +99,7 @@ def test_compiles_whole_on_the_path_of_a_gpu(monkeypatch):
 
 
 @pytest.fixture
-def backends_asked_for(monkeypatch):
+def backends_asked_for(gpu):
     """Lists of backends, in order of priority, that attention asks for on a Hopper GPU, which it believes to be on."""
     asked = []
 
@@ -102,11 +109,8 @@ def backends_asked_for(monkeypatch):
         asked.append(list(backends))
         yield
 
-    plain = SimpleNamespace(scaled_dot_product_attention=lambda q, k, v: (q @ k.mT).softmax(-1) @ v)
-    monkeypatch.setattr(module, "F", plain)
-    monkeypatch.setattr(module, "sdpa_kernel", sdpa_kernel)
-    monkeypatch.setattr(module, "_is_hopper", lambda device: True)
-    monkeypatch.setattr(module, "FLASH_ATTN_INSTALLED", False)
+    gpu.setattr(module, "sdpa_kernel", sdpa_kernel)
+    gpu.setattr(module, "FLASH_ATTN_INSTALLED", False)
     return asked
 
 
@@ -150,10 +154,7 @@ def test_a_forced_backend_that_is_not_deterministic_is_refused(deterministic):
         attention(torch.zeros(2, 5, 3, 3, 16), "cudnn")
 
 
-def test_a_new_choice_of_algorithms_compiles_whole(monkeypatch):
-    plain = SimpleNamespace(scaled_dot_product_attention=lambda q, k, v: (q @ k.mT).softmax(-1) @ v)
-    monkeypatch.setattr(module, "F", plain)
-    monkeypatch.setattr(module, "_is_hopper", lambda device: True)
+def test_hoppers_choice_compiles_whole(gpu):
     compiled = torch.compile(attention, fullgraph=True, backend="eager")
     assert on_a_gpu(compiled).shape == (2, 5, 2, 16)
 
