@@ -61,13 +61,14 @@ def find_shards(given: str) -> list[str] | None:
     folder = os.path.abspath(os.path.expanduser(given))
     tars = []
     if os.path.isdir(folder):
-        for entry in os.scandir(folder):
-            if entry.name.startswith("."):
-                continue
-            if entry.name.lower().endswith(SUFFIXES) or entry.is_dir():
-                return None
-            if entry.name.endswith(".tar"):
-                tars.append(entry.path)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.name.lower().endswith(SUFFIXES) or entry.is_dir():
+                    return None
+                if entry.name.endswith(".tar"):
+                    tars.append(entry.path)
     return sorted(tars) or None
 
 

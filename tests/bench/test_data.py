@@ -33,8 +33,8 @@ def photographs(tmp_path):
 
 def test_photographs_are_shrunk_to_the_shorter_side_or_left_alone(tmp_path, photographs):
     smaller = data.prepare_images(tmp_path / "given", 60, tmp_path / "smaller")
-    assert {Image.open(path).size for path in smaller} == {(60, 80)}
-    assert {Image.open(path).size for path in photographs} == {(90, 120)}
+    assert {Image.open(path).copy().size for path in smaller} == {(60, 80)}
+    assert {Image.open(path).copy().size for path in photographs} == {(90, 120)}
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no JPEG"):
         data.prepare_images(tmp_path / "empty", 60, tmp_path / "nothing")

@@ -35,21 +35,18 @@ def launch(processes: int, folder: Path, reference: Path, overrides: list[str]) 
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
     command = [sys.executable, str(ROOT / "tests/engine/zero_worker.py"), str(folder), str(reference), *overrides]
-    logs = [(folder / f"log_{processes}_{rank}.txt").open("w+") for rank in range(processes)]
-    ranks = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=log, stderr=log
-        )
-        for r, log in enumerate(logs)
-    ]  # fmt: skip
+    logs, ranks = [folder / f"log_{processes}_{rank}.txt" for rank in range(processes)], []
+    for rank, path in enumerate(logs):
+        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with path.open("w") as log:
+            ranks.append(subprocess.Popen(command, cwd=ROOT, env=own, stdout=log, stderr=log))
     try:
         codes = [process.wait(timeout=280) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
     for code, log in zip(codes, logs, strict=True):
-        log.seek(0)
-        assert code == 0, log.read()[-4000:]
+        assert code == 0, log.read_text()[-4000:]
 
 
 def kept_run(photos: Path) -> list[str]:
