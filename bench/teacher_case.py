@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.case import FORWARD, Case, Check, relative_error
-from dune_fast.kernels.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.rope2d import grid_positions
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.ensemble import TeacherEnsemble

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dune_fast.kernels.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.patches import SharedPatches
 from dune_fast.kernels.nn.routing import Route, Routes, union, within
 from dune_fast.kernels.nn.vit import nearest_multiples

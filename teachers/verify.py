@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dune_fast.kernels.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import container_state, read_container, state_entry
