@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import sys
 import tempfile
@@ -35,8 +34,7 @@ from torch import Tensor
 from bench import data_index
 from bench.data_contenders import ours, torchvision_loader, webdataset_loader
 from bench.data_turns import Contender, compare
-from bench.kernels import RESULTS, folder_name, versions
-from bench.step_results import read_results
+from bench.records import RESULTS, folder_name, read_json, read_steps, versions, write_json
 from dune_fast.dali_pipelines.augmentation import colour_params, draw_words, train_geometry
 from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset
 from dune_fast.dali_pipelines.pipeline import Decoder
@@ -115,12 +113,8 @@ def breakdown(
 
 def fastest_step(folder: Path) -> tuple[str, float] | None:
     """(experiment and variant, images a second) of the fastest step measured on this device, if any was."""
-    experiments = read_results(folder / "step.json")["experiments"]
-    rates = {
-        f"{experiment}, {variant}": line["images_per_second"]
-        for experiment, variants in experiments.items()
-        for variant, line in variants.items()
-    }
+    steps = read_steps(folder / "step.json")
+    rates = {f"{name}, {line.variant}": line.images_per_second for name, lines in steps.items() for line in lines}
     return max(rates.items(), key=lambda item: item[1], default=None)
 
 
@@ -196,10 +190,7 @@ def bench_index(args: argparse.Namespace, console: Console) -> int:
 
 def write_record(path: Path, key: str, record: dict) -> None:
     """Puts one run's record in the place of an older one of the same sizes."""
-    everything = json.loads(path.read_text()) if path.exists() else {}
-    everything[key] = record
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(everything, indent=1) + "\n")
+    write_json(path, read_json(path) | {key: record})
 
 
 def build_parser() -> argparse.ArgumentParser:
