@@ -133,7 +133,7 @@ def table_of(results: dict[str, Contender]) -> Table:
 
 def bench(args: argparse.Namespace, console: Console) -> int:
     """The comparison; returns the exit status."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = own_device()
     folder = args.output / folder_name(device_name(device))
     with tempfile.TemporaryDirectory() as temporary:
         paths = prepare_images(args.images, args.shorter_side, Path(temporary) / "images")
@@ -161,10 +161,7 @@ def bench(args: argparse.Namespace, console: Console) -> int:
         share = median(best.rates) / step[1]
         console.print(f"the fastest step ({step[0]}) consumes {step[1]:.0f} images/s: {best.name} gives {share:.2f} x")
     record = {
-        "device": device_name(device),
-        "versions": versions(),
-        "cores": os.cpu_count(),
-        "load_before_and_after": [*map(float, (args.load, os.getloadavg()[0]))],
+        **machine(args),
         "photographs": str(args.images or "demo"),
         **{key: getattr(args, key) for key in ("shorter_side", "size", "batch", "threads", "rounds", "seconds")},
         "contenders": [asdict(result) for result in results.values()],
@@ -179,13 +176,23 @@ def bench(args: argparse.Namespace, console: Console) -> int:
 def bench_index(args: argparse.Namespace, console: Console) -> int:
     """What a large index costs; returns the exit status, 1 beyond the limits."""
     record, within = data_index.measure(args, console)
-    device = device_name(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
-    about = {"device": device, "versions": versions(), "cores": os.cpu_count()}
-    about["load_before_and_after"] = [float(args.load), os.getloadavg()[0]]
-    path = args.output / folder_name(device) / "data_index.json"
+    about = machine(args)
+    path = args.output / folder_name(about["device"]) / "data_index.json"
     write_record(path, f"{args.index} images", {**about, **record})
     console.print(f"written to {path}")
     return 0 if within else 1
+
+
+def own_device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def machine(args: argparse.Namespace) -> dict:
+    """What every record says of where it was measured."""
+    load = [float(args.load), os.getloadavg()[0]]
+    about = {"device": device_name(own_device()), "versions": versions(), "cores": os.cpu_count()}
+    return {**about, "load_before_and_after": load}
 
 
 def write_record(path: Path, key: str, record: dict) -> None:
