@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from bench.gpu_targets import (
     percent,
     targets,
 )
-from bench.records import CURVE_LIMITS, RESULTS, Measured, Row, read_csv, read_json, relative_difference
+from bench.records import CURVE_LIMITS, RESULTS, Measured, Row, read_csv, relative_difference
 
 TARGET = "sm_90"
 IMAGENET_100 = 100 * 1_281_167
@@ -60,7 +61,7 @@ def read_predicted(folder: Path = RESULTS) -> dict:
         for name in (FORWARD, BOTH) if line["passes"] == FORWARD else (BOTH,):
             key = line["operation"], name, line["dtype"], line["shape"]
             times[key] = times.get(key, 0.0) + float(line["us"])
-    return read_json(folder / "predicted.json") | {"kernels": times}
+    return json.loads((folder / "predicted.json").read_text()) | {"kernels": times}
 
 
 def page(folder: Path, jobs: Sequence[Job], predicted: dict) -> str:
