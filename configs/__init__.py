@@ -1,0 +1,1 @@
+"""YAML files that Hydra composes. A package, so that a wheel holds them."""
