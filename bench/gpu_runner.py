@@ -154,13 +154,14 @@ def _end(process: subprocess.Popen) -> None:
 
 def _copy(stream: BinaryIO, targets: list[BinaryIO]) -> None:
     """Copies as it comes; a target that takes nothing any more is left out, so that the command is not held up."""
-    while chunk := stream.read1(1 << 16):
-        for target in list(targets):
-            try:
-                target.write(chunk)
-                target.flush()
-            except (OSError, ValueError):
-                targets.remove(target)
+    with stream:
+        while chunk := stream.read1(1 << 16):
+            for target in list(targets):
+                try:
+                    target.write(chunk)
+                    target.flush()
+                except (OSError, ValueError):
+                    targets.remove(target)
 
 
 def _reason(status: int | None, seconds: float) -> str:

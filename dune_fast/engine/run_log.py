@@ -70,8 +70,8 @@ def setup_logging(debug: bool, rank: int) -> None:
         *([RunLog()] if rank == 0 else []),
     ]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=handlers, force=True)
-    for name in ("dune_fast", "teachers", "dali_pipelines"):
-        logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.INFO if rank == 0 else logging.WARNING)
+    level = logging.DEBUG if debug else logging.INFO if rank == 0 else logging.WARNING
+    logging.getLogger("dune_fast").setLevel(level)
 
 
 def open_run_log(folder: Path) -> None:

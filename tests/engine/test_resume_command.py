@@ -22,6 +22,9 @@ def handlers():
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
     yield
+    for handler in root.handlers:
+        if handler not in before:
+            handler.close()
     root.handlers[:] = before
     root.setLevel(level)
 

@@ -85,17 +85,16 @@ def test_a_folder_in_use_is_refused(overrides, finished):
     """By another process; what that one holds is free again when it has ended, however it ends."""
     hold = "import fcntl, os, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
     hold += "file.write(f'process {os.getpid()}'); file.flush(); print('held', flush=True); sys.stdin.read()"
-    other = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", hold, str(finished / LOCK)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )  # fmt: skip
-    try:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"in use by another training .process {other.pid}.: .*another name="):
-            Trainer(compose_config([*overrides, "train.overwrite=true"]))
-        assert checkpoints.complete_steps(finished) == [3, 6]
-    finally:
-        other.kill()
-        other.wait()
+    ) as other:  # fmt: skip
+        try:
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(ValueError, match=f"in use by another training .process {other.pid}.: .*another name="):
+                Trainer(compose_config([*overrides, "train.overwrite=true"]))
+            assert checkpoints.complete_steps(finished) == [3, 6]
+        finally:
+            other.kill()
     assert Trainer(compose_config(overrides)).step == 6
     try_it = "import fcntl, sys; file = open(sys.argv[1], 'r+'); print(file.read()); "
     try_it += "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)"

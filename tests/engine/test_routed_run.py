@@ -25,7 +25,8 @@ def test_a_routed_run_trains_and_its_teachers_see_their_own_images(overrides, ph
         trunk.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, len(args[0]))))
     trainer.run()
     assert trainer.loader.groups == ["3d", "generic"]
-    for (generic, on_host), of_one, of_two in zip(wanted, seen[::2], seen[1::2], strict=True):
+    assert seen[:2] == [("one", 1), ("two", 1)]  # what counts the operations, before the first step
+    for (generic, on_host), of_one, of_two in zip(wanted, seen[2::2], seen[3::2], strict=True):
         assert on_host.tolist() == generic.long().tolist()
         assert of_one == ("one", int(generic.sum())) and of_two == ("two", 8 - int(generic.sum()))
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
