@@ -15,7 +15,7 @@ from types import FrameType
 
 import argcomplete
 
-from dune_fast import __version__, data_cli, export_cli, planning_cli, teachers_cli
+from dune_fast import __version__, data_cli, evaluate_cli, export_cli, planning_cli, teachers_cli
 from dune_fast.completion import complete_overrides
 
 logger = logging.getLogger(__name__)
@@ -105,14 +105,6 @@ def ended_by(status: int) -> str | None:
     return signal.Signals(number).name if number in set(signal.Signals) else None
 
 
-def evaluate(args: argparse.Namespace) -> int:
-    """Held-out agreement and figures of a finished run."""
-    from dune_fast.evaluate.run import evaluate_run
-
-    evaluate_run(args.run, figures=not args.no_figures)
-    return 0
-
-
 def config(args: argparse.Namespace) -> int:
     """Prints the resolved configuration."""
     from omegaconf import OmegaConf
@@ -152,10 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_launcher_options(sub)
     sub.set_defaults(run_command=resume)
 
-    sub = commands.add_parser("evaluate", help="evaluate a run", description=evaluate.__doc__)
-    sub.add_argument("run", type=Path, help="folder of the run, e.g. runs/demo")
-    sub.add_argument("--no-figures", action="store_true", help="numbers only")
-    sub.set_defaults(run_command=evaluate)
+    evaluate_cli.add_parsers(commands)
 
     sub = commands.add_parser("config", help="print a configuration", description=config.__doc__)
     sub.add_argument("overrides", **hydra)

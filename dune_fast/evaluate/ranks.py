@@ -33,6 +33,12 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
+    def same(self, x: Tensor) -> Tensor:
+        """Rank 0's, in place."""
+        if self.size > 1:
+            dist.broadcast(x, 0)
+        return x
+
     def gather(self, x: Tensor) -> Tensor:
         """The ranks' tensors, of one shape, one after the other: [B, ...] -> [size * B, ...]."""
         if self.size == 1:
