@@ -168,7 +168,7 @@ def extract(
     found = FeatureSet(folder, values["num_images"], per_part, shapes, values)
     _open(found, ranks)
     missing = [i for i in range(found.parts) if not found.part_path(i).is_file()]
-    mine = missing[ranks.rank :: ranks.size]
+    mine = [i for i in missing if i % ranks.size == ranks.rank]  # others may have begun: by number, not by what is left
     done = found.images - sum(len(found.rows(i)) for i in missing)
     with Progress(title, found.images, done=done) as progress:
         for index, part in _compute(model, images, found, mine, batch, dtype, ranks, data or DataConfig()):
@@ -181,8 +181,8 @@ def extract(
 def _open(wanted: FeatureSet, ranks: Ranks) -> None:
     """Makes the folder; FeatureError if it holds features of something else."""
     path = wanted.folder / MANIFEST
+    (wanted.folder / "parts").mkdir(parents=True, exist_ok=True)
     if ranks.rank == 0:
-        (wanted.folder / "parts").mkdir(parents=True, exist_ok=True)
         if path.is_file():
             there = json.loads(path.read_text())
             if changed := sorted(k for k in {*there, *wanted.values} if there.get(k) != wanted.values.get(k)):
