@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dune_fast.evaluate.model import FrozenModel, open_model
-from dune_fast.kernels.nn.vit import ViTConfig, VisionTransformer
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.teachers.architecture import architecture_metadata
 from tests.engine.conftest import finished, photos, trained_run
 

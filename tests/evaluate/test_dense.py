@@ -95,24 +95,22 @@ def test_depth_is_averaged_with_the_mirror_image(model):
 def job(squares, task, **changed) -> DenseTask:
     train, val = open_pairs(squares, task)
     given = {"size": 56} if task == "segmentation" else {}
-    cfg = recipe(task, **{"iterations": 60, "lr": 0.03, "batch": 4, **given, **changed.pop("recipe", {})})
+    cfg = recipe(task, **{"iterations": 30, "lr": 0.05, "batch": 4, **given, **changed.pop("recipe", {})})
     return DenseTask(task, train, val, cfg, crop=DepthCrop(56, 56), max_depth=6.0, threads=1, **changed)
 
 
 @pytest.mark.parametrize("cached", [0, 56])
 def test_bright_squares_are_segmented(model, squares, own_cache, cached):
     metrics, head = run_dense(job(squares, "segmentation", cached=cached), model, own_cache, Ranks())
-    assert metrics["miou"] > 0.6 and head.conv_seg.out_channels == 2  # as the labels say
-    untrained, _ = run_dense(job(squares, "segmentation", recipe={"iterations": 1}), model, own_cache, Ranks())
-    assert metrics["miou"] > untrained["miou"] + 0.1
+    assert metrics["miou"] > 0.75 and head.conv_seg.out_channels == 2  # as the labels say; all dark gives 0.4
 
 
-@pytest.mark.parametrize(("cached", "layers"), [(0, 1), (56, 1)])
-def test_the_depth_of_a_ramp_is_learned(encoder_file, squares, own_cache, cached, layers):
+@pytest.mark.parametrize("cached", [0, 56])
+def test_the_depth_of_bright_squares_is_learned(encoder_file, squares, own_cache, cached):
     model = open_model(str(encoder_file), torch.device("cpu"), norm=False, precision="fp32")
-    metrics, _ = run_dense(job(squares, "depth", cached=cached, layers=layers), model, own_cache, Ranks())
-    untrained, _ = run_dense(job(squares, "depth", recipe={"iterations": 1}), model, own_cache, Ranks())
-    assert metrics["rmse"] < 0.7 * untrained["rmse"] and metrics["a1"] > untrained["a1"]
+    cfg = {"lr": 0.02, "iterations": 25}
+    metrics, _ = run_dense(job(squares, "depth", cached=cached, recipe=cfg), model, own_cache, Ranks())
+    assert metrics["rmse"] < 0.85  # the best constant gives 0.95: dark is 1.5 m, bright 4.3 m away
 
 
 def test_training_goes_on_after_a_kill(model, squares, own_cache, monkeypatch, caplog):
@@ -124,7 +122,7 @@ def test_training_goes_on_after_a_kill(model, squares, own_cache, monkeypatch, c
     def save(head, optimizer, step, path):
         plain(head, optimizer, step, path)
         steps.append(step)
-        if step == 5:
+        if len(steps) == 5:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(probe, "_save", save)
