@@ -21,6 +21,13 @@ examples:
   dune-fast evaluate runs/mine --task depth --data /data/nyu            nyu_train.txt and nyu_test.txt
   dune-fast evaluate runs/demo --task segmentation --cached 224 --iterations 500 --data own    quick, on a CPU
   torchrun --nproc-per-node 8 -m dune_fast evaluate runs/mine --task knn --data /data/imagenet
+
+layouts of segmentation and depth (labels: PNG, 255 for none; depths: PNG of 16 bits in mm, or .npy in metres):
+  ade20k      images/{training,validation}, annotations/{training,validation}
+  cityscapes  leftImg8bit/{train,val}, gtFine/{train,val}
+  nyud        nyu_train.txt and nyu_test.txt: an image and its target a line
+  scannet     SCENE/{color,depth,label}; scannetv2_{train,val}.txt name the scenes
+  plain       images/{train,val}, labels/{train,val} or depth/{train,val}; or train.txt and val.txt as nyud
 """
 FEATURES = """\
 examples:
@@ -43,6 +50,7 @@ def evaluate(args: argparse.Namespace) -> int:
             raise ValueError(f"--data and --projector are for tasks: give --task, one of {', '.join(_TASKS)}")
         evaluate_run(Path(args.run), figures=not args.no_figures)
         return 0
+    from dune_fast.engine.run_log import setup_logging
     from dune_fast.evaluate.ranks import open_ranks
     from dune_fast.evaluate.task import TaskOptions, run_task
     from dune_fast.teachers_cli import load_teacher_config
@@ -50,6 +58,8 @@ def evaluate(args: argparse.Namespace) -> int:
     fields = TaskOptions.__dataclass_fields__
     options = TaskOptions(**{name: getattr(args, name) for name in fields})
     with open_ranks(args.device) as ranks:
+        if ranks.rank:
+            setup_logging(args.debug, ranks.rank)  # the others say what is wrong, nothing else
         run_task(args.run, options, args.out, ranks, load_teacher_config)
     return 0
 
@@ -60,6 +70,7 @@ def features(args: argparse.Namespace) -> int:
     Images are resized by their shorter side and cut to a square, as in a run's evaluation. The same command goes on
     after an interruption.
     """
+    from dune_fast.engine.run_log import setup_logging
     from dune_fast.evaluate.feature_files import check_format, images_of, write_features
     from dune_fast.evaluate.model import check_size, open_model
     from dune_fast.evaluate.ranks import open_ranks
@@ -67,6 +78,8 @@ def features(args: argparse.Namespace) -> int:
 
     check_format(args.format)
     with open_ranks(args.device) as ranks:
+        if ranks.rank:
+            setup_logging(args.debug, ranks.rank)  # the others say what is wrong, nothing else
         images = images_of(args.images, args.pattern)
         model = open_model(
             args.weights, ranks.device, teacher=load_teacher_config, projector=args.projector, precision=args.precision

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from dune_fast.dali_pipelines.listing import PathList
-from dune_fast.dali_pipelines.progress import Progress
 from dune_fast.evaluate.crops import DepthCrop, depth_crop, normalized, scaled, segmentation_crop, square_target
 from dune_fast.evaluate.extract import extract, image_identity
 from dune_fast.evaluate.heads import IGNORED, MIN_DEPTH, Layer, resize
@@ -71,7 +70,10 @@ def run_dense(job: DenseTask, model: FrozenModel, cache: Path, ranks: Ranks) -> 
         DataError: images or targets that cannot be read.
         ValueError: labels that no class has, a batch that ranks cannot share.
     """
-    classes = job.classes or CLASSES.get(job.train.layout, 0) or count_classes(job.train)
+    classes = job.classes or CLASSES.get(job.train.layout, 0)
+    if job.task == "segmentation":
+        job = replace(job, classes=classes or count_classes(job.train, ranks))
+        classes = job.classes
     if job.task == "segmentation" and classes < 2:
         raise ValueError(f"there are labels of {classes} class: 2 are needed; set --classes, or look at --data")
     if job.task == "depth" and job.max_depth <= MIN_DEPTH:
@@ -82,7 +84,7 @@ def run_dense(job: DenseTask, model: FrozenModel, cache: Path, ranks: Ranks) -> 
         *image_identity([PathList(target for _, target in job.train.files)]),
     ]
     values = {
-        "format": 1, "weights": model.weights_sha256(), "reading": model.reading, "recipe": job.recipe,
+        "format": 1, "weights": model.weights_sha256, "reading": model.reading, "recipe": job.recipe,
         "classes": classes, "max_depth": job.max_depth, "crop": job.crop, "cached": job.cached, "task": job.task,
         "layout": job.train.layout, "depth_scale": job.train.depth_scale, "images": sources,
     }  # fmt: skip
@@ -107,10 +109,10 @@ def run_dense(job: DenseTask, model: FrozenModel, cache: Path, ranks: Ranks) -> 
     return metrics.result(), head
 
 
-def count_classes(pairs: Pairs) -> int:
+def count_classes(pairs: Pairs, ranks: Ranks) -> int:
     """One more than the largest label of all images."""
     largest = -1
-    with Progress("counting classes", len(pairs)) as progress:
+    with ranks.progress("counting classes", len(pairs)) as progress:
         for index in range(len(pairs)):
             labels = pairs.read(index)[1]
             known = labels[labels != IGNORED]
@@ -119,8 +121,19 @@ def count_classes(pairs: Pairs) -> int:
     return largest + 1
 
 
+def _read(job: DenseTask, pairs: Pairs, index: int) -> tuple[Tensor, Tensor]:
+    """See `Pairs.read`; ValueError for a label that no class has, which a GPU would only say as a device assertion."""
+    image, target = pairs.read(index)
+    if job.task == "segmentation" and (wrong := target[(target != IGNORED) & (target >= job.classes)]).numel():
+        raise ValueError(
+            f"{pairs.files[index][1]} has the label {int(wrong.max())}; there are {job.classes} classes from 0 "
+            f"(layout {pairs.layout}), and {IGNORED} for none: correct --classes or --layout"
+        )
+    return image, target
+
+
 def _crop(job: DenseTask, index: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-    image, target = job.train.read(index)
+    image, target = _read(job, job.train, index)
     if job.task == "segmentation":
         return segmentation_crop(image, target, job.recipe.size, random)
     return depth_crop(image, target, job.crop, random)
@@ -132,14 +145,14 @@ def _predictions(
     """(classes or depth, target) of each validation image of this rank, [H, W] each."""
     mine = range(ranks.rank, len(job.val), ranks.size)
     squares = _Squares(job, model, job.val, cache, ranks) if job.cached else None
-    with Progress("evaluating", len(mine)) as progress, torch.no_grad():
+    with ranks.progress("evaluating", len(mine)) as progress, torch.no_grad():
         for index in mine:
             if squares is not None:
                 layers, targets = squares([index])
                 output, target = resize(head(layers), targets.shape[-2:])[0], targets[0]
                 yield (output.argmax(0) if job.task == "segmentation" else output[0]), target
             else:
-                image, target = job.val.read(index)
+                image, target = _read(job, job.val, index)
                 if job.task == "segmentation":
                     logits = window_logits(image, model, head, job.recipe, ranks.device)
                     prediction = resized_argmax(logits, target.shape)
@@ -219,7 +232,7 @@ class _Squares:
         if not self.seen.all():
             broken = pairs.files[int((~self.seen).nonzero()[0])][0]
             raise ValueError(f"{broken} cannot be decoded: take it out of the dataset")
-        self.targets = torch.stack([square_target(pairs.read(i)[1], job.cached) for i in range(len(pairs))])
+        self.targets = torch.stack([square_target(_read(job, pairs, i)[1], job.cached) for i in range(len(pairs))])
         self.device = ranks.device
 
     def __call__(self, indices: list[int]) -> tuple[list[Layer], Tensor]:

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from dune_fast.dali_pipelines.datasets import DataConfig, Dataset, DatasetConfig, Images
 from dune_fast.dali_pipelines.loader import ValLoader
-from dune_fast.dali_pipelines.progress import Progress
 from dune_fast.dali_pipelines.storage import file_system, is_url, write_whole
 from dune_fast.evaluate.model import FrozenModel, fingerprint
 from dune_fast.evaluate.ranks import Ranks
@@ -106,7 +105,7 @@ def identity(model: FrozenModel, images: Sequence[Images], size: int, tokens: Se
     """What features depend on, in a form that JSON holds."""
     return {
         "format": FORMAT,
-        "weights_sha256": model.weights_sha256(),
+        "weights_sha256": model.weights_sha256,
         "reading": json.loads(json.dumps(model.reading, default=str)),
         "size": size,
         "tokens": sorted(tokens),
@@ -170,10 +169,10 @@ def extract(
     missing = [i for i in range(found.parts) if not found.part_path(i).is_file()]
     mine = [i for i in missing if i % ranks.size == ranks.rank]  # others may have begun: by number, not by what is left
     done = found.images - sum(len(found.rows(i)) for i in missing)
-    with Progress(title, found.images, done=done) as progress:
+    with ranks.progress(title, found.images, done=done) as progress:
         for index, part in _compute(model, images, found, mine, batch, dtype, ranks, data or DataConfig()):
             write_whole(found.part_path(index), safetensors.numpy.save(part))
-            progress.advance(len(part["seen"]) if ranks.size == 1 else ranks.size * len(part["seen"]))
+            progress.advance(len(part["seen"]) * ranks.size)  # the others are about as far
     ranks.barrier()
     return found
 
@@ -252,8 +251,3 @@ def _empty(wanted: FeatureSet, part: int, dtype: str) -> dict[str, Tensor]:
 
 def _arrays(buffer: dict[str, Tensor]) -> dict[str, Any]:
     return {name: x.numpy() for name, x in buffer.items()}
-
-
-def limit_threads(data: DataConfig, threads: int | None) -> DataConfig:
-    """The reading's configuration with another number of threads."""
-    return data if threads is None else replace(data, num_threads=threads)

@@ -5,6 +5,7 @@ A run, a checkpoint, an export, a weights file, a published name, the name of a 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -64,6 +65,7 @@ class FrozenModel:
             pads += [missing // 2, missing - missing // 2]
         return self.encode(F.pad(images, pads))
 
+    @functools.cached_property
     def weights_sha256(self) -> str:
         """Over names, types, shapes and values of all tensors, so a file and its copy by another name are the same."""
         digest = hashlib.sha256()

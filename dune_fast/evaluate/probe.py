@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from dune_fast.dali_pipelines.order import Permutation
-from dune_fast.dali_pipelines.progress import Progress
 from dune_fast.dali_pipelines.storage import write_whole
 from dune_fast.evaluate.heads import (
     WARM_UP_STEPS,
@@ -165,7 +164,7 @@ def train(
     step = first = _resume(head, optimizer, state, ranks)
     loss, saved = torch.tensor(torch.nan), time.monotonic()
     share = cfg.batch // ranks.size
-    with Progress(f"training the {task} head", cfg.iterations, "steps", first) as progress:
+    with ranks.progress(f"training the {task} head", cfg.iterations, "steps", first) as progress:
         for layers, targets in _batches(cfg, count, crops, encode, ranks, first, share, cached, threads):
             head.train()
             output = head(layers)

@@ -11,7 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dune_fast.dali_pipelines.progress import Progress
 from dune_fast.engine.launch import place
+
+
+class _Silent(contextlib.nullcontext):
+    """In place of a progress bar."""
+
+    def __enter__(self) -> _Silent:
+        return self
+
+    def advance(self, units: int) -> None:
+        """Says nothing."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,10 @@ class Ranks:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+
+    def progress(self, title: str, total: int, unit: str = "images", done: int = 0) -> Progress | _Silent:
+        """A progress bar of rank 0's; see `Progress`."""
+        return _Silent() if self.rank else Progress(title, total, unit, done)
 
     def barrier(self) -> None:
         """Waits until every rank is here."""

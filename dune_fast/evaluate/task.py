@@ -99,7 +99,7 @@ def run_task(
     run = _classify if options.task in ("knn", "linear") else _dense
     metrics, about, head = run(model, options, ranks)
     result = {
-        "model": model.name, "weights_sha256": model.weights_sha256(), "task": options.task, "metrics": metrics,
+        "model": model.name, "weights_sha256": model.weights_sha256, "task": options.task, "metrics": metrics,
         **about, "options": asdict(options), "reading": model.reading, "device": device_name(ranks.device),
         "processes": ranks.size, "seconds": round(time.monotonic() - began, 1), "versions": versions(),
     }  # fmt: skip
@@ -176,7 +176,8 @@ def result_table(result: dict[str, Any]) -> Table:
     """The metrics; beside them the paper's where the task is the same."""
     task, layout = result["task"], result["layout"]
     counts = " and ".join(f"{n:,}" for n in result["images"])
-    table = Table("", "", title=f"{task}: {result['model']}", caption=f"{counts} images", title_justify="left")
+    table = Table("metric", "value", show_header=False, title_justify="left")
+    table.title, table.caption = f"{task}: {result['model']}", f"{counts} images"
     table.columns[1].justify = "right"
     for name, value in result["metrics"].items():
         table.add_row(name, f"{value:.4g}" if name.endswith("/C") else f"{value:.4f}")

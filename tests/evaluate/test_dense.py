@@ -7,9 +7,11 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from dune_fast import cli
@@ -163,6 +165,7 @@ def test_the_command_and_its_files(encoder_file, squares, tmp_path, capsys):
     [
         (["--task", "depth", "--layout", "nyud"], "no images with depth for train; expected is the layout nyud"),
         (["--task", "segmentation", "--classes", "1"], "there are labels of 1 class"),
+        (["--task", "segmentation", "--layout", "ade20k"], "expected is the layout ade20k"),
         (["--task", "segmentation", "--cached", "50"], "--size 50: sides of images"),
         (["--task", "depth", "--iterations", "0"], "--iterations is 0: it must be above 0"),
         (["--task", "depth", "--max-depth", "0"], "--max-depth is 0.0: give metres"),
@@ -171,6 +174,21 @@ def test_the_command_and_its_files(encoder_file, squares, tmp_path, capsys):
 def test_errors_of_the_command(encoder_file, squares, capsys, more, words):
     assert cli.main(["evaluate", str(encoder_file), "--data", str(squares), *more]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_label_that_no_class_has_is_named(model, squares, own_cache):
+    """Regression: on a GPU it would be a device assertion."""
+    wrong = job(squares, "segmentation", classes=3, recipe={"iterations": 2})
+    path = wrong.train.files[3][1]
+    changed = Image.open(path)
+    before = changed.copy()
+    changed.putpixel((5, 5), 7)
+    changed.save(path)
+    try:
+        with pytest.raises(ValueError, match=r"png has the label 7; there are 3 classes .*--classes"):
+            run_dense(replace(wrong, recipe=replace(wrong.recipe, batch=12)), model, own_cache, Ranks())
+    finally:
+        before.save(path)
 
 
 def test_four_layers_of_a_deeper_encoder(squares, own_cache, tmp_path):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_the_cache_is_hit_by_the_same_and_missed_by_all_else(counted, images, tm
 def test_a_copy_of_the_weights_by_another_name_is_the_same(model, encoder_file, tmp_path):
     shutil.copy(encoder_file, tmp_path / "copy.safetensors")
     copy = open_model(str(tmp_path / "copy.safetensors"), torch.device("cpu"), precision="fp32")
-    assert copy.weights_sha256() == model.weights_sha256() and copy.reading == model.reading
+    assert copy.weights_sha256 == model.weights_sha256 and copy.reading == model.reading
 
 
 def test_a_broken_image_is_a_row_of_nan(model, images, tmp_path):
@@ -224,6 +225,21 @@ def test_features_of_a_teacher_that_has_no_cls(tmp_path, capsys):
     assert "has no cls token" in capsys.readouterr().err
     assert cli.main([*command, "--config-dir", str(tmp_path / "own"), "--tokens", "mean", "patch"]) == 0
     assert np.load(tmp_path / "f" / "patch.npy").shape == (6, 4, 4, 24)
+
+
+def test_images_of_a_list_and_of_tar_files(model, tmp_path):
+    write_colours(tmp_path / "images", 2, 3)
+    (tmp_path / "list.txt").write_text("images/red/0.png\nimages/blue/1.png\n")
+    with tarfile.open(tmp_path / "train-000000.tar", "w") as tar:
+        for name in ("blue/1", "red/0"):
+            tar.add(tmp_path / "images" / f"{name}.png", f"{name.replace('/', '_')}.png")
+    rows = []
+    for given in ("list.txt", "train-{000000..000000}.tar"):
+        images = images_of(str(tmp_path / given))
+        found = extract(model, images, 28, ["cls"], folder=tmp_path / given.partition(".")[0])
+        assert len(found.whole("cls")[0]) == 2
+        rows.append(found.whole("cls")[0])
+    assert torch.equal(*rows)
 
 
 def test_an_unknown_name_is_explained(tmp_path, capsys):
