@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dune_fast.engine.devices import autocast_dtype
+from dune_fast.evaluate.exported import load_exported
 from dune_fast.evaluate.heads import Layer
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.load import PUBLISHED, PUBLISHED_ENCODERS, ModelNotFoundError, load_encoder, load_model
@@ -89,7 +90,8 @@ def open_model(
     """Loads a network.
 
     Args:
-        name: a path or a published name as `dune_fast.load_encoder` takes it, or a teacher's name.
+        name: a path or a published name as `dune_fast.load_encoder` takes it, the folder of an export to timm or
+            transformers, or a teacher's name.
         device: where it goes.
         teacher: configuration of a teacher by its name; ValueError if there is none.
         projector: of a student, the teacher whose projector's output is read, by its name or an unambiguous part of it.
@@ -116,10 +118,10 @@ def open_model(
             raise ValueError(f"--layers 4 is for encoders; {name} is read as a teacher: leave it out, or name a file")
         return _teacher(name, found, device, dtype, how)
     try:
-        encoder = load_encoder(name, device)
+        encoder = load_exported(Path(name).expanduser()) or load_encoder(name)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(f"{error}; or a teacher's name (`dune-fast teachers list`)") from error
-    return frozen_encoder(name, encoder, dtype, how)
+    return frozen_encoder(name, encoder.to(device), dtype, how)
 
 
 def frozen_encoder(

@@ -27,6 +27,7 @@ from dune_fast.evaluate.extract import FeatureError, extract
 from dune_fast.evaluate.feature_files import images_of, write_features
 from dune_fast.evaluate.model import open_model
 from dune_fast.evaluate.ranks import Ranks
+from dune_fast.teachers.containers import TeacherWeightsError
 from tests.evaluate.conftest import write_colours, write_encoder
 
 
@@ -249,3 +250,40 @@ def test_an_unknown_name_is_explained(tmp_path, capsys):
     assert "there is no model 'runs/nothing'" in said and "teachers list" in said
     assert cli.main(["features", "dinov2_vitx", str(tmp_path / "images"), "--out", str(tmp_path / "f")]) == 2
     assert "there is no teacher 'dinov2_vitx': did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["safetensors", "timm", "hf"])
+def test_an_export_has_the_features_of_its_run(finished, images, tmp_path, target):
+    if target != "safetensors":
+        pytest.importorskip({"timm": "timm", "hf": "transformers"}[target])
+    assert cli.main(["export", str(finished), "--to", target, "--output", str(tmp_path / "export")]) == 0
+    found = []
+    for name in (finished, tmp_path / "export"):
+        network = open_model(str(name), torch.device("cpu"), precision="fp32")
+        size = 56  # what the run was trained at: libraries resize positions in other ways
+        found.append(extract(network, images, size, ["cls", "mean"], folder=tmp_path / name.name).whole("cls")[0])
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+def test_a_damaged_export_is_explained(finished, tmp_path):
+    pytest.importorskip("transformers")
+    folder = tmp_path / "export"
+    assert cli.main(["export", str(finished), "--to", "hf", "--output", str(folder)]) == 0
+    config = json.loads((folder / "config.json").read_text())
+    for text, words in (
+        ("{", "is no JSON"),
+        (json.dumps({key: config[key] for key in config if key != "hidden_size"}), "lacks 'hidden_size'"),
+        (json.dumps(config | {"num_hidden_layers": 3}), "blocks.2.* is missing"),
+    ):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(TeacherWeightsError, match=words):
+            open_model(str(folder), torch.device("cpu"))
+
+
+def test_the_folder_of_a_checkpoint(finished, images, tmp_path):
+    checkpoint = finished / "checkpoints" / "step_0000006"
+    found = []
+    for name in (finished, checkpoint):
+        network = open_model(str(name), torch.device("cpu"), precision="fp32")
+        found.append(extract(network, images, 56, ["cls"], folder=tmp_path / name.name).whole("cls")[0])
+    assert torch.equal(*found)
