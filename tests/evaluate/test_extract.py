@@ -220,12 +220,12 @@ def test_features_of_a_teacher_that_has_no_cls(tmp_path, capsys):
     write_colours(tmp_path / "images", 2, 3)
     command = ["features", "mine", str(tmp_path / "images"), "--out", str(tmp_path / "f"), "--size", "64"]
     (tmp_path / "own" / "teachers").mkdir(parents=True)
-    text = "family: conv_patchify\nweights: random:1\nnum_features: 24\npatch_size: 16\ntoken_types: [patch]\n"
+    text = "family: mast3r\nweights: random:1\nnum_features: 192\npatch_size: 16\ntoken_types: [patch]\n"
     (tmp_path / "own" / "teachers" / "mine.yaml").write_text(text)
     assert cli.main([*command, "--config-dir", str(tmp_path / "own"), "--tokens", "cls"]) == 2
     assert "has no cls token" in capsys.readouterr().err
     assert cli.main([*command, "--config-dir", str(tmp_path / "own"), "--tokens", "mean", "patch"]) == 0
-    assert np.load(tmp_path / "f" / "patch.npy").shape == (6, 4, 4, 24)
+    assert np.load(tmp_path / "f" / "patch.npy").shape == (6, 4, 4, 192)
 
 
 def test_images_of_a_list_and_of_tar_files(model, tmp_path):
