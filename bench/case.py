@@ -6,6 +6,7 @@ Tolerances: relative Frobenius error 1e-5 forward, 1e-4 gradients, in float32 on
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,11 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
     return float(difference / scale if scale > 0 else difference)
 
 
-def group_of(dataset: str) -> str:
-    """Group of a dataset of the published list."""
-    return "generic" if dataset in GENERIC else "human" if dataset in HUMAN else "3d"
-
-
-def own_groups(teachers: list[str]) -> dict[str, list[str]]:
-    """teacher -> groups of its own datasets, by the published names."""
-    return {name: [group for prefix, group in OWN_GROUP.items() if name.startswith(prefix)] for name in teachers}
+def compare(
+    ours: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = FORWARD, under: str = ""
+) -> list[Check]:
+    """A check of every expected tensor, called `under` + its name."""
+    return [Check(under + name, relative_error(ours[name], value), tolerance) for name, value in expected.items()]
 
 
 def objective_of(info: dict[str, Any]) -> ObjectiveConfig:
@@ -93,7 +91,8 @@ def objective_of(info: dict[str, Any]) -> ObjectiveConfig:
 
 def batch_groups(info: dict[str, Any], cfg: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """(ownership table [T, G], group of each image [B]) of a loss or train case."""
-    groups = [group_of(name) for name in info["datasets"]]
-    known = sorted({"generic", "3d", "human"})
-    own = ownership(own_groups(list(info["teachers"])), known, cfg, torch.device("cpu"))
-    return own, torch.tensor([known.index(group) for group in groups])
+    known = ["3d", "generic", "human"]
+    own = {name: [group for prefix, group in OWN_GROUP.items() if name.startswith(prefix)] for name in info["teachers"]}
+    groups = ["generic" if name in GENERIC else "human" if name in HUMAN else "3d" for name in info["datasets"]]
+    table = ownership(own, known, cfg, torch.device("cpu"))
+    return table, torch.tensor([known.index(group) for group in groups])

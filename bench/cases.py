@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, objective_of, relative_error
+from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, compare, objective_of, relative_error
 from bench.linear_case import run_linear_depth, run_linear_seg
 from bench.teacher_case import run_teacher
 from bench.train_case import run_train
@@ -21,7 +21,7 @@ from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.kernels.rope2d import rope2d_angles, rotate
 from dune_fast.released import load_released
 from dune_fast.student import LadderProjector, TransformerProjector
-from dune_fast.teachers.dune import flat_blocks
+from dune_fast.teachers.encoder_names import flat_blocks
 
 
 def run_encoder(case: Case) -> list[Check]:
@@ -35,19 +35,18 @@ def run_encoder(case: Case) -> list[Check]:
         )
     )  # fmt: skip
     encoder.load_state_dict(flat_blocks(case.under("state")))
-    checks = []
-    with torch.no_grad():
-        for size in info["sizes"]:
-            image = case[f"{size}/image"]
+    checks: list[Check] = []
+    for size in info["sizes"]:
+        expected = case.under(size)
+        image = expected.pop("image")
+        with torch.no_grad():
             ours = encoder(image)
             cls, _, patches = encoder.split(ours["x_prenorm"])
             ours |= {"unnormed_cls": cls, "unnormed_patch": patches}
-            count = sum(f"{size}/intermediate{i}" in case for i in range(info["depth"]))
+            count = sum(f"intermediate{i}" in expected for i in range(info["depth"]))
             layers = encoder.get_intermediate_layers(image, count) if count else ()
-            ours |= {f"intermediate{i}": layer for i, layer in enumerate(layers)}
-            for name, reference in case.under(size).items():
-                if name != "image":
-                    checks.append(Check(f"{size}/{name}", relative_error(ours[name], reference), FORWARD))
+        ours |= {f"intermediate{i}": layer for i, layer in enumerate(layers)}
+        checks += compare(ours, expected, under=f"{size}/")
     return checks
 
 
@@ -55,7 +54,7 @@ def _gradient_checks(module: torch.nn.Module, case: Case, rename: Callable[[str]
     gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
     expected = {rename(name): gradient for name, gradient in case.under("grad").items()}
     assert gradients.keys() == expected.keys()
-    return [Check(f"grad/{k}", relative_error(gradients[k], v), GRADIENT) for k, v in expected.items()]
+    return compare(gradients, expected, GRADIENT, "grad/")
 
 
 def run_tp(case: Case) -> list[Check]:
@@ -90,14 +89,9 @@ def run_lp(case: Case) -> list[Check]:
     for i in blocks:
         cls, patch = case[f"tokens_cls/{i + 1}"], case[f"tokens_patch/{i + 1}"]
         inputs[i] = torch.cat([cls[:, None], patch], 1).requires_grad_()
-    outputs = {name: head(inputs) for name, head in ladder.items()}
-    pairs = [(outputs[n][t], case[f"grad_out/{n}/{t}"]) for n in outputs for t in ("cls", "patch")]
-    torch.autograd.backward(*zip(*pairs, strict=True))
-    checks = [
-        Check(f"out/{n}/{t}", relative_error(outputs[n][t].detach(), case[f"out/{n}/{t}"]), FORWARD)
-        for n in outputs
-        for t in ("cls", "patch")
-    ]
+    outputs = {f"{n}/{t}": x for n, head in ladder.items() for t, x in head(inputs).items() if t in ("cls", "patch")}
+    torch.autograd.backward(list(outputs.values()), [case[f"grad_out/{name}"] for name in outputs])
+    checks = compare({n: x.detach() for n, x in outputs.items()}, {n: case[f"out/{n}"] for n in outputs}, under="out/")
     for token, part in (("cls", slice(0, 1)), ("patch", slice(1, None))):
         for i, reference in case.under(f"grad_{token}").items():
             ours = inputs[int(i) - 1].grad[:, part].reshape(reference.shape)
@@ -143,10 +137,7 @@ def _metric_checks(
     for key, value in parts.items():
         name, token, part = key.rsplit("/", 2)
         ours[f"loss/dist_{token}{term[part]}_{name}"] = value.mean()
-    return [
-        Check(f"metrics/{key}", relative_error(ours[key], value), FORWARD)
-        for key, value in case.under("metrics").items()
-    ]
+    return compare(ours, case.under("metrics"), under="metrics/")
 
 
 def run_teacher_norm(case: Case) -> list[Check]:
@@ -155,21 +146,17 @@ def run_teacher_norm(case: Case) -> list[Check]:
     channels = case[f"step0/in/{tokens[0]}"].shape[-1]
     statistics = TeacherStatistics({"teacher": (channels, tokens)}, info["convention"], info["eps"])
     normalizers = {token: normalizer for _, token, normalizer in statistics.items()}
-    checks = []
+    checks: list[Check] = []
     for step, momentum in enumerate(info["momenta"]):
         x = case.under(f"step{step}/in")
         standardizers = statistics.update({"teacher": x}, momentum)["teacher"]
+        ours = {f"out/{token}": standardize(x[token], *standardizers[token]) for token in tokens}
         for token in tokens:
-            ours = standardize(x[token], *standardizers[token])
-            checks.append(Check(f"step{step}/{token}", relative_error(ours, case[f"step{step}/out/{token}"]), FORWARD))
-            for name in ("mean", "std"):
-                error = relative_error(getattr(normalizers[token], name), case[f"step{step}/running/{token}/{name}"])
-                checks.append(Check(f"step{step}/running/{token}/{name}", error, FORWARD))
+            ours |= {f"running/{token}/{name}": getattr(normalizers[token], name) for name in ("mean", "std")}
+        checks += compare(ours, {name: case[f"step{step}/{name}"] for name in ours}, under=f"step{step}/")
     running = statistics.running()["teacher"]
-    for token, x in case.under("eval/in").items():
-        error = relative_error(standardize(x, *running[token]), case[f"eval/out/{token}"])
-        checks.append(Check(f"eval/{token}", error, FORWARD))
-    return checks
+    ours = {token: standardize(x, *running[token]) for token, x in case.under("eval/in").items()}
+    return checks + compare(ours, {token: case[f"eval/out/{token}"] for token in ours}, under="eval/")
 
 
 def run_rope2d(case: Case) -> list[Check]:
@@ -194,11 +181,7 @@ def run_checkpoint(case: Case) -> list[Check]:
     height, width = student.encoder.grid(image)
     ours["dense/cls"] = dense[:, 0]
     ours["dense/patch"] = dense[:, 1:].transpose(1, 2).unflatten(2, (height, width))
-    return [
-        Check(name, relative_error(ours[name], reference), FORWARD)
-        for name, reference in case.tensors.items()
-        if name != "image"
-    ]
+    return compare(ours, {name: value for name, value in case.tensors.items() if name != "image"})
 
 
 RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
@@ -214,3 +197,4 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "linear_depth": run_linear_depth,
     "linear_seg": run_linear_seg,
 }
+"""Kind of a case -> what recomputes it; a kind that is not here is "not built"."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import sys
 import tempfile
@@ -35,8 +34,7 @@ from torch import Tensor
 from bench import data_index
 from bench.data_contenders import ours, torchvision_loader, webdataset_loader
 from bench.data_turns import Contender, compare
-from bench.kernels import RESULTS, folder_name, versions
-from bench.step_results import read_results
+from bench.records import RESULTS, folder_name, read_json, read_steps, versions, write_json
 from dune_fast.dali_pipelines.augmentation import colour_params, draw_words, train_geometry
 from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset
 from dune_fast.dali_pipelines.pipeline import Decoder
@@ -115,12 +113,8 @@ def breakdown(
 
 def fastest_step(folder: Path) -> tuple[str, float] | None:
     """(experiment and variant, images a second) of the fastest step measured on this device, if any was."""
-    experiments = read_results(folder / "step.json")["experiments"]
-    rates = {
-        f"{experiment}, {variant}": line["images_per_second"]
-        for experiment, variants in experiments.items()
-        for variant, line in variants.items()
-    }
+    steps = read_steps(folder / "step.json")
+    rates = {f"{name}, {line.variant}": line.images_per_second for name, lines in steps.items() for line in lines}
     return max(rates.items(), key=lambda item: item[1], default=None)
 
 
@@ -139,7 +133,7 @@ def table_of(results: dict[str, Contender]) -> Table:
 
 def bench(args: argparse.Namespace, console: Console) -> int:
     """The comparison; returns the exit status."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = own_device()
     folder = args.output / folder_name(device_name(device))
     with tempfile.TemporaryDirectory() as temporary:
         paths = prepare_images(args.images, args.shorter_side, Path(temporary) / "images")
@@ -167,10 +161,7 @@ def bench(args: argparse.Namespace, console: Console) -> int:
         share = median(best.rates) / step[1]
         console.print(f"the fastest step ({step[0]}) consumes {step[1]:.0f} images/s: {best.name} gives {share:.2f} x")
     record = {
-        "device": device_name(device),
-        "versions": versions(),
-        "cores": os.cpu_count(),
-        "load_before_and_after": [*map(float, (args.load, os.getloadavg()[0]))],
+        **machine(args),
         "photographs": str(args.images or "demo"),
         **{key: getattr(args, key) for key in ("shorter_side", "size", "batch", "threads", "rounds", "seconds")},
         "contenders": [asdict(result) for result in results.values()],
@@ -185,21 +176,28 @@ def bench(args: argparse.Namespace, console: Console) -> int:
 def bench_index(args: argparse.Namespace, console: Console) -> int:
     """What a large index costs; returns the exit status, 1 beyond the limits."""
     record, within = data_index.measure(args, console)
-    device = device_name(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
-    about = {"device": device, "versions": versions(), "cores": os.cpu_count()}
-    about["load_before_and_after"] = [float(args.load), os.getloadavg()[0]]
-    path = args.output / folder_name(device) / "data_index.json"
+    about = machine(args)
+    path = args.output / folder_name(about["device"]) / "data_index.json"
     write_record(path, f"{args.index} images", {**about, **record})
     console.print(f"written to {path}")
     return 0 if within else 1
 
 
+def own_device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def machine(args: argparse.Namespace) -> dict:
+    """What every record says of where it was measured."""
+    load = [float(args.load), os.getloadavg()[0]]
+    about = {"device": device_name(own_device()), "versions": versions(), "cores": os.cpu_count()}
+    return {**about, "load_before_and_after": load}
+
+
 def write_record(path: Path, key: str, record: dict) -> None:
     """Puts one run's record in the place of an older one of the same sizes."""
-    everything = json.loads(path.read_text()) if path.exists() else {}
-    everything[key] = record
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(everything, indent=1) + "\n")
+    write_json(path, read_json(path) | {key: record})
 
 
 def build_parser() -> argparse.ArgumentParser:

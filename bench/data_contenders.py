@@ -32,15 +32,13 @@ def build_transform(size: int, config: DataConfig):
     from torchvision.transforms import v2
 
     jitter = v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
+    crop = v2.RandomResizedCrop(
+        size, tuple(config.crop_scale), tuple(config.crop_ratio), interpolation=v2.InterpolationMode.BICUBIC,
+        antialias=True,
+    )  # fmt: skip
     return v2.Compose(
         [
-            v2.RandomResizedCrop(
-                size,
-                tuple(config.crop_scale),
-                tuple(config.crop_ratio),
-                interpolation=v2.InterpolationMode.BICUBIC,
-                antialias=True,
-            ),
+            crop,
             v2.RandomHorizontalFlip(config.flip_probability),
             v2.RandomApply([jitter], config.jitter_probability),
             v2.RandomGrayscale(config.grayscale_probability),
@@ -53,34 +51,34 @@ def build_transform(size: int, config: DataConfig):
     )
 
 
-class _Files(Dataset):
-    """Image files without end, in a random order. The transform is built in the worker: torchvision is its business."""
-
-    def __init__(self, paths: list[Path], size: int, config: DataConfig) -> None:
-        self.paths, self.size, self.config = paths, size, config
-        self._transform = None
-
-    def __len__(self) -> int:
-        return _ENDLESS
-
-    def __getitem__(self, index: int) -> Tensor:
-        self._transform = self._transform or build_transform(self.size, self.config)
-        choice = torch.randint(len(self.paths), ()).item()
-        with Image.open(self.paths[choice]) as image:
-            return self._transform(image.convert("RGB"))
-
-
-class _Decode:
-    """webdataset's sample to a tensor; a class, so that workers can be given it."""
+class _Transform:
+    """A PIL image's file to a tensor. The transform is built in the worker: torchvision is its business."""
 
     def __init__(self, size: int, config: DataConfig) -> None:
         self.size, self.config = size, config
         self._transform = None
 
-    def __call__(self, sample: dict) -> Tensor:
+    def __call__(self, file: Path | io.BytesIO) -> Tensor:
         self._transform = self._transform or build_transform(self.size, self.config)
-        with Image.open(io.BytesIO(sample["jpg"])) as image:
+        with Image.open(file) as image:
             return self._transform(image.convert("RGB"))
+
+    def sample(self, sample: dict) -> Tensor:
+        """The same of webdataset's sample."""
+        return self(io.BytesIO(sample["jpg"]))
+
+
+class _Files(Dataset):
+    """Image files without end, in a random order."""
+
+    def __init__(self, paths: list[Path], size: int, config: DataConfig) -> None:
+        self.paths, self.transform = paths, _Transform(size, config)
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(self.paths[torch.randint(len(self.paths), ()).item()])
 
 
 def ours(paths: list[Path], size: int, batch: int, workers: int, device: torch.device) -> Iterator[Tensor]:
@@ -114,7 +112,7 @@ def webdataset_loader(paths: list[Path], size: int, batch: int, workers: int) ->
         webdataset.ResampledShards(shards),
         webdataset.tarfile_to_samples(),
         webdataset.shuffle(1000),
-        webdataset.map(_Decode(size, DataConfig())),
+        webdataset.map(_Transform(size, DataConfig()).sample),
         webdataset.batched(batch, collation_fn=torch.stack),
     )
     loader = DataLoader(

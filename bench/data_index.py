@@ -148,7 +148,7 @@ def _rank(connection: Connection, data: DataConfig, batch: int, rank: int, world
         choose, locate = [], []
         for step in range(_STEPS):
             begin = time.perf_counter()
-            _, _, images = loader.choose(step * 997)
+            _, _, images = loader.plans.choose(step * 997)
             chosen = time.perf_counter()
             for dataset, index in images:
                 loader.datasets[dataset].train.locate(index)

@@ -27,11 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.optimizer import parameter_groups
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.block import MLP, Block, SelfAttention
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.kernels.teacher_drop import drop_uniforms
 from dune_fast.student import Student, TransformerProjector, split_cls
-from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.teachers.registry import build_teacher
 from dune_fast.teachers.vit import ViTTeacher
 

@@ -114,6 +114,7 @@ class Bench:
             environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
                 "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "500", "RANK": str(rank),
                 "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                "PYTHONPATH": str(ROOT), "DUNE_FAST_CONFIGS": str(ROOT / "bench" / "toy"),
             }  # fmt: skip
             logs.append(run / f"log_{number + rank:03}")
             with logs[-1].open("w") as log:

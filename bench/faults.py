@@ -25,7 +25,7 @@ from rich.console import Console
 
 from bench.fault_runs import STEPS, Bench, Lost, Started, last_step, newest, partial
 from dune_fast.engine import checkpoints
-from dune_fast.engine.container import MANIFEST
+from dune_fast.teachers.run_files import MANIFEST
 
 HANG_SECONDS = 15.0
 """`train.timeout_minutes` of the run in which a rank hangs."""
@@ -150,38 +150,40 @@ def lose_manifest(folder: Path) -> None:
     (folder / MANIFEST).unlink()
 
 
+@contextmanager
+def missing_shard(bench: Bench) -> Iterator[str]:
+    """A shard, whose name this gives, is not there."""
+    shard = bench.draw.choice(sorted(bench.shards().glob("**/*.tar")))
+    hidden = shard.with_name(shard.name + ".hidden")
+    shard.rename(hidden)
+    try:
+        yield shard.name
+    finally:
+        hidden.rename(shard)
+
+
 def remove_shard(bench: Bench, run: Path) -> Happened:
     """A shard disappears between two starts: the run must refuse to go on without it, not train on other images."""
     started = bench.start(run, 1, sharded=True)
     bench.wait_for_step(started, run, bench.later_step(run))
     started.kill()
-    shard = bench.draw.choice(sorted(bench.shards().glob("**/*.tar")))
-    hidden = shard.with_name(shard.name + ".hidden")
-    shard.rename(hidden)
-    try:
+    with missing_shard(bench) as shard:
         refused = bench.start(run, 1, sharded=True)
         code, text = refused.wait()[0], refused.text()
-    finally:
-        hidden.rename(shard)
-    if not code or shard.name not in text or "Traceback" in text:
-        raise Lost(f"without {shard.name} it ended with {code}: {refused.said()}")
-    return f"without {shard.name}: exit {code}, the shard named; then put back"
+    if not code or shard not in text or "Traceback" in text:
+        raise Lost(f"without {shard} it ended with {code}: {refused.said()}")
+    return f"without {shard}: exit {code}, the shard named; then put back"
 
 
 def remove_shard_in_run(bench: Bench, run: Path) -> Happened:
     """A shard disappears under a running training, and is put back once that has ended or gone on."""
     started = bench.start(run, 1, sharded=True)
     bench.wait_until(started, lambda: newest(run) > 0, "a checkpoint")
-    shard = bench.draw.choice(sorted(bench.shards().glob("**/*.tar")))
-    hidden = shard.with_name(shard.name + ".hidden")
-    shard.rename(hidden)
-    try:
+    with missing_shard(bench) as shard:
         code = started.wait()[0]
-    finally:
-        hidden.rename(shard)
-    if code and shard.name not in started.text():
-        raise Lost(f"it ended with {code} without naming {shard.name}: {started.said()}")
-    return f"{shard.name} removed: " + (f"exit {code}, the shard named" if code else "read from what was open")
+    if code and shard not in started.text():
+        raise Lost(f"it ended with {code} without naming {shard}: {started.said()}")
+    return f"{shard} removed: " + (f"exit {code}, the shard named" if code else "read from what was open")
 
 
 def preempt(bench: Bench, run: Path, ranks: int) -> Happened:

@@ -11,7 +11,6 @@ The status is 0 if everything that ran succeeded, 1 if something failed, 2 witho
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 import time
@@ -27,8 +26,8 @@ from bench.gpu_jobs import Job, install_command, installed, jobs
 from bench.gpu_page import page, read_predicted
 from bench.gpu_runner import ROOT, Outcome, now, run_job
 from bench.gpu_targets import read_record
+from bench.records import RESULTS, folder_name, versions, write_json, write_text
 
-RESULTS = Path(__file__).parent / "results"
 REQUIRED = ("numpy", "torch", "triton", "rich", "matplotlib", "pytest")
 NO_GPU = (
     "bench.gpu measures on a CUDA GPU and found none; without one, `python -m pytest tests` checks the kernels in "
@@ -43,7 +42,6 @@ def describe_device() -> dict | None:
 
     if not torch.cuda.is_available():
         return None
-    from bench.kernels import folder_name, versions
     from dune_fast.engine.provenance import driver_version, git_state
 
     found = torch.cuda.get_device_properties(0)
@@ -115,20 +113,12 @@ class Session:
         record["device"] = {**self.device, "date": now()}
         if outcome.status != "skipped" or outcome.name not in record["jobs"]:
             record["jobs"][outcome.name] = asdict(outcome)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / "gpu.json", json.dumps(record, indent=1) + "\n")
+        write_json(self.folder / "gpu.json", record)
         try:
             write_text(self.folder / "README.md", page(self.folder, self.jobs, read_predicted()))
         except Exception:  # a result that cannot be read must not cost the measurements that are still to come
             self.broken = True
             say(f"the page could not be written:\n{traceback.format_exc()}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole: what ends the process leaves the old one or the new one."""
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def overview(everything: Sequence[Job]) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 from bench.gpu_jobs import Job
@@ -24,10 +22,8 @@ from bench.gpu_targets import (
     percent,
     targets,
 )
-from bench.kernel_results import Row
-from bench.step_results import CURVE_LIMITS, Measured, relative_difference
+from bench.records import CURVE_LIMITS, RESULTS, Measured, Row, read_csv, relative_difference
 
-PREDICTED = Path(__file__).parent / "results"
 TARGET = "sm_90"
 IMAGENET_100 = 100 * 1_281_167
 """Images of 100 epochs of ImageNet-1K."""
@@ -51,25 +47,21 @@ def shown(value: float | None, form: str = ".0f", unit: str = "") -> str:
     return "" if value is None else format(value, form) + unit
 
 
-def read_predicted(folder: Path = PREDICTED) -> dict:
+def read_predicted(folder: Path = RESULTS) -> dict:
     """What is predicted of an H100; anything but the first three may lack.
 
     From predicted.json "device", "source", "copy_gb_s" and "step": {experiment: {variant: {"median_ms", "peak_gib",
     "host_syncs"}}}; "kernels": {(operation, passes, dtype, shape): microseconds} from the CSV that `python -m
     bench.kernels --aot sm_90 --predict --csv bench/results/predicted_sm_90.csv` writes, a line a launch.
     """
-    predicted = json.loads((folder / "predicted.json").read_text())
     times: dict[tuple[str, ...], float] = {}
-    path = folder / f"predicted_{TARGET}.csv"
-    with path.open(newline="") if path.exists() else nullcontext(()) as file:
-        for line in csv.DictReader(file):
-            if line["target"] != TARGET or not line["us"]:
-                continue
-            passes = (FORWARD, BOTH) if line["passes"] == FORWARD else (BOTH,)
-            for name in passes:
-                key = line["operation"], name, line["dtype"], line["shape"]
-                times[key] = times.get(key, 0.0) + float(line["us"])
-    return predicted | {"kernels": times}
+    for line in read_csv(folder / f"predicted_{TARGET}.csv"):
+        if line["target"] != TARGET or not line["us"]:
+            continue
+        for name in (FORWARD, BOTH) if line["passes"] == FORWARD else (BOTH,):
+            key = line["operation"], name, line["dtype"], line["shape"]
+            times[key] = times.get(key, 0.0) + float(line["us"])
+    return json.loads((folder / "predicted.json").read_text()) | {"kernels": times}
 
 
 def page(folder: Path, jobs: Sequence[Job], predicted: dict) -> str:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from bench.gpu_runner import Outcome
-from bench.kernel_results import Row, read_rows
-from bench.step_results import CURVE_LIMITS, Measured, measured, read_curves, read_results, relative_difference
+from bench.records import (
+    CURVE_LIMITS,
+    Measured,
+    Row,
+    read_curves,
+    read_json,
+    read_rows,
+    read_steps,
+    relative_difference,
+)
 
 OF_A_COPY = "of a copy"
 FORWARD, BOTH = "forward", "forward+backward"
@@ -52,13 +59,12 @@ class Results:
     def read(cls, folder: Path) -> Results:
         """From a folder, of which any file may be absent."""
         record = read_record(folder)
-        content = read_results(folder / "step.json")
-        data = json.loads((folder / "data.json").read_text()) if (folder / "data.json").exists() else {}
+        data = read_json(folder / "data.json")
         return cls(
             record["device"],
             {name: Outcome.from_json(line) for name, line in record["jobs"].items()},
             read_rows(folder / "kernels.csv"),
-            {name: measured(content, name) for name in content["experiments"]},
+            read_steps(folder / "step.json"),
             read_curves(folder / f"curve_{EXPERIMENT}.csv"),
             list(data.values())[-1] if data else {},
         )
@@ -78,8 +84,7 @@ class Results:
 
 def read_record(folder: Path) -> dict:
     """{"device": ..., "jobs": {name: fields of `Outcome`}} of a device's folder."""
-    path = folder / "gpu.json"
-    return json.loads(path.read_text()) if path.exists() else {"device": {}, "jobs": {}}
+    return read_json(folder / "gpu.json") or {"device": {}, "jobs": {}}
 
 
 def is_main(shape: str) -> bool:

@@ -40,6 +40,7 @@ from dune_fast.kernels.teacher_drop import teacher_drop, teacher_drop_reference
 Inputs = tuple[Any, ...]
 Call = Callable[..., Any]
 Shape = tuple[int, int, int]
+Make = Callable[[Shape, torch.dtype, torch.device], Inputs]
 SHAPES: tuple[Shape, ...] = (
     (128, 577, 768),
     (128, 577, 1024),
@@ -61,7 +62,7 @@ class Operation:
     name: str
     file: str
     """Of `kernels/`."""
-    make: Callable[[Shape, torch.dtype, torch.device], Inputs]
+    make: Make
     """Random inputs of features [B, N, C]; those that are trained require a gradient."""
     ours: Call
     eager: Call
@@ -93,15 +94,13 @@ class Operation:
 
 def moved_bytes(operation: Operation, shape: Shape, dtype: torch.dtype, backward: bool) -> int:
     """Minimal bytes of a forward pass, or of a forward and a backward pass."""
-    units = zip(operation.bytes, operation.fixed_bytes, strict=True)
-    forward, back = (typed * dtype.itemsize + fixed for typed, fixed in units)
-    return round((forward + back * backward) * operation.values(shape))
+    units = zip(operation.bytes[: 1 + backward], operation.fixed_bytes, strict=False)
+    return round(sum(typed * dtype.itemsize + fixed for typed, fixed in units) * operation.values(shape))
 
 
 def counted_flops(operation: Operation, shape: Shape, backward: bool) -> int:
     """Floating-point operations of a forward pass, or of both."""
-    forward, back = operation.flops
-    return round((forward + back * backward) * operation.values(shape))
+    return round(sum(operation.flops[: 1 + backward]) * operation.values(shape))
 
 
 def outputs(result: Any) -> list[Tensor]:
@@ -168,10 +167,6 @@ def _vector(channels: int, device: torch.device, around: float = 0.0) -> Tensor:
     return (around + 0.2 * torch.randn(channels, device=device)).requires_grad_()
 
 
-def _moments(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    return (_features(shape, dtype, device, spare=1),)
-
-
 def _var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = (x if x.dtype == torch.float64 else x.float()).flatten(0, -2)
     var, mean = torch.var_mean(rows, 0, correction=0)
@@ -206,12 +201,9 @@ def _stream(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     return x.detach().float().requires_grad_(), *others
 
 
-def _frozen_residual(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    return tuple(x.detach() for x in _residual(shape, dtype, device))
-
-
-def _frozen(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    return tuple(x.detach() for x in _layer_norm(shape, dtype, device))
+def _frozen(make: Make) -> Make:
+    """The same inputs, none of them trained."""
+    return lambda *case: tuple(x.detach() for x in make(*case))
 
 
 def _gelu(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -219,18 +211,10 @@ def _gelu(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     return _features(wide, dtype, device).requires_grad_(), _vector(wide[2], device)
 
 
-def _frozen_gelu(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    return tuple(x.detach() for x in _gelu(shape, dtype, device))
-
-
 def _rope(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     images, tokens, channels = shape
     cos, sin = rope2d_angles(grid_positions(1, tokens, device), 64)
-    return _features((images, tokens, 3 * channels), dtype, device).view(images, tokens, 3, -1, 64), cos, sin
-
-
-def _rope_trained(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    qkv, cos, sin = _rope(shape, dtype, device)
+    qkv = _features((images, tokens, 3 * channels), dtype, device).view(images, tokens, 3, -1, 64)
     return qkv.requires_grad_(), cos, sin
 
 
@@ -259,15 +243,8 @@ def _photographs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inpu
 
     jitter, *others = (draw(0, 1) < p for p in (0.8, 0.2, 0.2, 0.2))
     identity = ColourParams.identity(count, device)
-    factors = [
-        torch.where(jitter, draw(low, high), none)
-        for (low, high), none in (
-            ((0.6, 1.4), identity.brightness),
-            ((0.6, 1.4), identity.contrast),
-            ((0.8, 1.2), identity.saturation),
-            ((-0.1, 0.1), identity.hue),
-        )
-    ]
+    ranges = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.8, 1.2), "hue": (-0.1, 0.1)}
+    factors = [torch.where(jitter, draw(*ends), getattr(identity, name)) for name, ends in ranges.items()]
     order = torch.rand(count, 4, device=device).argsort(1)
     return images, ColourParams(order, *factors, others[0], others[1], draw(0.1, 5.0), others[2]), dtype
 
@@ -290,7 +267,7 @@ def _resize_gold(images: Tensor, size: tuple[int, int], scale: Tensor, shift: Te
 
 OPERATIONS = (
     Operation(
-        "moments", "moments", _moments,
+        "moments", "moments", lambda *case: (_features(*case, spare=1),),
         moments, _var_mean, bytes=(1, 0), flops=(4, 0),
     ),
     Operation(
@@ -322,30 +299,30 @@ OPERATIONS = (
         bias_gelu, lambda x, bias: F.gelu(x + bias.to(x.dtype)), bytes=(8, 12), flops=(4 * 12, 4 * 20),
     ),
     Operation(
-        "rope2d", "rope2d", _rope_trained,
+        "rope2d", "rope2d", _rope,
         rope2d, rope2d_reference, bytes=(6, 6), flops=(6, 6),
     ),
     Operation(
-        "rope2d_", "rope2d", _rope,
+        "rope2d_", "rope2d", _frozen(_rope),
         rope2d_, rope2d_reference, bytes=(4, 0), flops=(6, 0),
     ),
     Operation(
-        "quantize_rows", "fp8", lambda *x: _frozen(*x)[:1],
+        "quantize_rows", "fp8", lambda *case: _frozen(_layer_norm)(*case)[:1],
         quantize_rows, lambda x: FP8Rows(*quantize_rows_reference(x)),
         bytes=(1, 0), fixed_bytes=(1, 0), flops=(3, 0), gold=lambda x: x,
     ),
     Operation(
-        "layer_norm_fp8", "fp8", _frozen,
+        "layer_norm_fp8", "fp8", _frozen(_layer_norm),
         lambda *x: layer_norm_fp8(*x, EPS), lambda *x: FP8Rows(*quantize_rows_reference(layer_norm_reference(*x, EPS))),
         bytes=(1, 0), fixed_bytes=(1, 0), flops=(10, 0), gold=lambda *x: layer_norm_reference(*x, EPS),
     ),
     Operation(
-        "residual_layer_norm_fp8", "fp8", _frozen_residual,
+        "residual_layer_norm_fp8", "fp8", _frozen(_residual),
         lambda *x: residual_layer_norm_fp8(*x, EPS), _residual_fp8_reference,
         bytes=(3, 0), fixed_bytes=(1, 0), flops=(12, 0), gold=lambda *x: residual_layer_norm_reference(*x, EPS),
     ),
     Operation(
-        "bias_gelu_fp8", "fp8", _frozen_gelu,
+        "bias_gelu_fp8", "fp8", _frozen(_gelu),
         bias_gelu_fp8, lambda x, bias: FP8Rows(*quantize_rows_reference(F.gelu(x + bias.to(x.dtype)))),
         bytes=(4, 0), fixed_bytes=(4, 0), flops=(4 * 15, 0), gold=lambda x, bias: F.gelu(x + bias),
     ),

@@ -13,8 +13,6 @@ the status is 1 if anything spills or does not compile. `--aot sm_90 --predict` 
 from __future__ import annotations
 
 import argparse
-import platform
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,11 +35,11 @@ from bench.kernel_cases import (
     run_both,
     select,
 )
-from bench.kernel_results import Row, plot_roofline, write_rows
+from bench.plots import plot_roofline
 from bench.predict import predict_all
-from bench.predict_report import TARGET_PERCENT, launch_table, total_table, totals, write_csv
+from bench.predict_report import TARGET_PERCENT, launch_table, total_table, totals, write_predictions
+from bench.records import RESULTS, Row, folder_name, versions, write_rows
 
-RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PREDICTED: tuple[Shape, ...] = (*SHAPES[:2], IMAGE_SHAPES[0])
 """Shapes that are predicted unless others are given."""
@@ -162,19 +160,6 @@ def shapes_of(operation: Operation, given: Sequence[Shape] | None) -> Sequence[S
     return [shape for shape in given if (shape[1] == 3) == operation.on_images]
 
 
-def versions() -> str:
-    """Of what the numbers depend on."""
-    from dune_fast.kernels.library import triton
-
-    toolkit = torch.version.cuda or torch.version.hip
-    return f"torch {torch.__version__}, triton {triton and triton.__version__}, CUDA {toolkit}, {platform.system()}"
-
-
-def folder_name(device: str) -> str:
-    """ "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
 def bench(args: argparse.Namespace, console: Console) -> int:
     """The measurements; returns the exit status."""
     operations = [operation for operation in select(args.only) if shapes_of(operation, args.shape)]
@@ -258,7 +243,7 @@ def predict(args: argparse.Namespace, console: Console) -> int:
         case = f"{line.operation} {line.passes} {line.dtype} {line.shape}"
         console.print(f"below {TARGET_PERCENT:.0f} %: {case}, {line.percent:.0f} %, limited by {line.limit}")
     if args.csv:
-        write_csv(args.csv, lines)
+        write_predictions(args.csv, lines)
     failed = [line for line in lines if line.error]
     seconds = time.perf_counter() - start
     console.print(f"{len(lines)} launches in {seconds:.0f} s, {len(below)} below target, {len(failed)} do not compile")

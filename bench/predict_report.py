@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +10,8 @@ import torch
 from rich.table import Table
 
 from bench.kernel_cases import OPERATIONS, moved_bytes
-from bench.kernel_results import read_rows
 from bench.predict import DEVICES, WARPS, Prediction
+from bench.records import read_rows, write_csv
 
 TARGET_PERCENT = 85.0
 FEATURE_KERNELS = ("moments", "distill_loss", "layer_norm", "gelu", "rope2d", "fp8")
@@ -119,26 +118,27 @@ def total_table(lines: Sequence[Total]) -> Table:
     return table
 
 
-def write_csv(path: Path, predictions: Sequence[Prediction]) -> None:
-    """Everything that is known of each launch."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            ["target", "operation", "passes", "dtype", "shape", "kernel", "programs", "warps", "registers", "shared",
-             "bytes", "read_again", "load_bits", "store_bits", "instructions_a_warp", "occupancy", "waves", "in_flight",
-             "in_flight_needed", *(f"us_{name}" for name in _BY), "us", "percent_of_copy", "limit", "error"]
+_HEADER = (
+    "target", "operation", "passes", "dtype", "shape", "kernel", "programs", "warps", "registers", "shared", "bytes",
+    "read_again", "load_bits", "store_bits", "instructions_a_warp", "occupancy", "waves", "in_flight",
+    "in_flight_needed", *(f"us_{name}" for name in _BY), "us", "percent_of_copy", "limit", "error",
+)  # fmt: skip
+
+
+def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
+    """Everything that is known of each launch, as a CSV."""
+    lines = []
+    for line in predictions:
+        label = [line.target, line.operation, line.passes, line.dtype, line.shape, line.kernel]
+        if line.limits is None:
+            lines.append([*label, *[""] * (len(_HEADER) - len(label) - 1), line.error])
+            continue
+        work, found = line.work, line.limits
+        numbers = [found.occupancy, found.waves, found.in_flight, found.needed]
+        numbers += [*(found.by[name] for name in _BY), found.us]
+        lines.append(
+            [*label, work.programs, work.warps, work.registers, work.shared, work.bytes, f"{work.requested:.3f}",
+             *work.widths, f"{work.executed['issue']:.0f}", *(f"{x:.3f}" for x in numbers), f"{found.percent:.1f}",
+             found.limit, ""]
         )  # fmt: skip
-        for line in predictions:
-            label = [line.target, line.operation, line.passes, line.dtype, line.shape, line.kernel]
-            if line.limits is None:
-                writer.writerow([*label, *[""] * (16 + len(_BY)), line.error])
-                continue
-            work, found = line.work, line.limits
-            numbers = [found.occupancy, found.waves, found.in_flight, found.needed]
-            numbers += [*(found.by[name] for name in _BY), found.us]
-            writer.writerow(
-                [*label, work.programs, work.warps, work.registers, work.shared, work.bytes, f"{work.requested:.3f}",
-                 *work.widths, f"{work.executed['issue']:.0f}", *(f"{x:.3f}" for x in numbers), f"{found.percent:.1f}",
-                 found.limit, ""]
-            )  # fmt: skip
+    write_csv(path, _HEADER, lines)

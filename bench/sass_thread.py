@@ -3,13 +3,16 @@
 The integer instructions that a compiled loop counts and indexes with are executed on the launch's own arguments and
 program index; what depends on memory is unknown. A branch on something unknown falls through into the code that it
 would skip, unless that is a call (the slow path of a division); an unknown loop ends after one iteration. The
-effect of an instruction is that which it has where compiled code uses it.
+effect of an instruction is that which it has where compiled code uses it. One method executes one instruction, which is
+why the file is longer than others: `_lop3` is LOP3's and ULOP3's.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
 
 from bench.sass import GLOBAL, JUMPS, MASK, Instruction, Operand, next_register
 
@@ -44,6 +47,10 @@ _COMPARE = {
     "EQ": lambda a, b: a == b, "NE": lambda a, b: a != b, "F": lambda a, b: False, "T": lambda a, b: True,
 }  # fmt: skip
 _JOIN = {"AND": lambda a, b: a and b, "OR": lambda a, b: a or b, "XOR": lambda a, b: a != b}
+
+
+class Unknown(Exception):
+    """An operand depends on memory: so does everything that the instruction writes."""
 
 
 class Thread:
@@ -100,10 +107,13 @@ class Thread:
                 if instruction.op == "CALL":
                     calls.append(position)
                 position = self.at[instruction.operands[-1].value]
-            elif on:
-                run(instruction, list(instruction.operands), set(instruction.modifiers))
             elif on is None:
                 self._forget(instruction)
+            elif on:
+                try:
+                    run(instruction, list(instruction.operands), set(instruction.modifiers))
+                except Unknown:
+                    self._forget(instruction)
         raise RuntimeError(f"a thread executes more than {LIMIT} instructions; last: {instruction.text}")
 
     def _guard(self, instruction: Instruction) -> bool | None:
@@ -118,7 +128,7 @@ class Thread:
             return False
         for operand in instruction.operands[:-1]:
             if operand.kind == "p":
-                more = self._predicate(operand.name, "!" in operand.sign)
+                more = self._test(operand)
                 on = False if on is False or more is False else None if on is None or more is None else True
         if on is not None:
             return on
@@ -131,10 +141,11 @@ class Thread:
 
     # ------------------------------------------------------------ values
 
-    def _read(self, operand: Operand, wide: bool = False) -> Value:
+    def _look(self, operand: Operand, wide: bool = False) -> Value:
         """32 bits of an operand, or 64 of a pair; its sign applied, complement in two's complement."""
+        mask = (1 << 64) - 1 if wide else MASK
         if operand.kind == "i":
-            return operand.value if not wide else _signed(operand.value) & ((1 << 64) - 1)
+            return _signed(operand.value) & mask
         if operand.kind == "c":
             value = self._constant(operand, 8 if wide else 4)
         elif operand.kind == "r":
@@ -146,31 +157,36 @@ class Thread:
             return None
         if value is None:
             return None
-        mask = (1 << 64) - 1 if wide else MASK
         if "|" in operand.sign:
             value = abs(_signed(value)) & mask
         if "~" in operand.sign:
             value = ~value & mask
         return -value & mask if "-" in operand.sign else value
 
+    def _read(self, operand: Operand, wide: bool = False) -> int:
+        """`_look`, of what must be known."""
+        return _known(self._look(operand, wide))
+
+    def _test(self, operand: Operand) -> bool | None:
+        return self._predicate(operand.name, "!" in operand.sign)
+
     def _register(self, name: str) -> Value:
         return 0 if name[-1] == "Z" else self.registers.get(name)
 
     def _constant(self, operand: Operand, size: int) -> Value:
-        offset = operand.value
-        if operand.name:
-            index = self._register(operand.name)
-            if index is None:
-                return None
-            offset += index
+        index = self._register(operand.name) if operand.name else 0
+        if index is None:
+            return None
+        offset = operand.value + index
         for base, values in self.constants.items():
             if base <= offset < base + len(values):
                 return int.from_bytes(values[offset - base : offset - base + size], "little")
         return None
 
-    def _write(self, name: str, value: Value, registers: int = 1) -> None:
+    def _write(self, target: Operand, value: int, registers: int = 1) -> None:
+        name = target.name
         for i in range(registers):
-            self.registers[name] = None if value is None else value >> 32 * i & MASK
+            self.registers[name] = value >> 32 * i & MASK
             name = next_register(name)
 
     # ------------------------------------------------------------ execution
@@ -193,7 +209,7 @@ class Thread:
                     needed |= set(instruction.pointer)
         steps = []
         for instruction in self.code:
-            name = "_" + {"ULDC": "LDC"}.get(instruction.op, instruction.op.removeprefix("U")).lower()
+            name = "_" + instruction.op.removeprefix("U").lower()
             if instruction.op in JUMPS or needed & set(instruction.writes):
                 steps.append(getattr(self, name, self._forget))
             else:
@@ -205,96 +221,84 @@ class Thread:
         for name in instruction.writes:
             (self.predicates if "P" in name else self.registers)[name] = None
 
-    def _known(self, *operands: Operand) -> list[int] | None:
-        values = [self._read(operand) for operand in operands]
-        return None if None in values else values
-
     def _mov(self, instruction, operands, modifiers):
-        self._write(operands[0].name, self._read(operands[1]))
+        self._write(operands[0], self._read(operands[1]))
 
     def _r2ur(self, instruction, operands, modifiers):
-        self._write(operands[-2].name, self._read(operands[-1]))
+        self._write(operands[-2], self._read(operands[-1]))
 
     def _s2r(self, instruction, operands, modifiers):
         name = operands[1].name
-        self._write(operands[0].name, self.special.get(name, 0 if name.startswith(("SR_TID", "SR_LANE")) else None))
+        self._write(operands[0], _known(self.special.get(name, 0 if name.startswith(("SR_TID", "SR_LANE")) else None)))
 
     _s2ur = _s2r
 
     def _cs2r(self, instruction, operands, modifiers):
-        known = operands[1].name == "SRZ"
-        self._write(operands[0].name, 0 if known else None, 1 if "32" in modifiers else 2)
+        self._write(operands[0], _known(0 if operands[1].name == "SRZ" else None), 1 if "32" in modifiers else 2)
 
     def _ldc(self, instruction, operands, modifiers):
         size = instruction.bits // 8
-        self._write(operands[0].name, self._constant(operands[1], size), max(1, size // 4))
+        self._write(operands[0], _known(self._constant(operands[1], size)), max(1, size // 4))
 
     _ldcu = _ldc
 
     def _hfma2(self, instruction, operands, modifiers):
         """A constant in two halves is all that it is followed for."""
         *factors, high, low = operands[1:]
-        value = None
-        if all(o.name == "RZ" for o in factors) and high.kind == low.kind == "i":
-            value = _half(high) << 16 | _half(low)
-        self._write(operands[0].name, value)
+        if not (all(o.name == "RZ" for o in factors) and high.kind == low.kind == "i"):
+            raise Unknown
+        self._write(operands[0], _half(high) << 16 | _half(low))
 
     def _imad(self, instruction, operands, modifiers):
         target, *rest = operands
         carry_out = rest.pop(0) if rest[0].kind == "p" else None
         a, b, c, *carries = rest
-        wide = "WIDE" in modifiers or "HI" in modifiers
-        first, second, third = self._read(a), self._read(b), self._read(c, wide)
-        # a shift or a product with 0 needs only one factor
-        value = None
-        if third is not None and (0 in (first, second) or None not in (first, second)):
-            if "U32" not in modifiers and wide and None not in (first, second):
-                first, second = _signed(first), _signed(second)
-            value = (first or 0) * (second or 0) + third
-            if "X" in modifiers:
-                carry = self._predicate(carries[0].name, "!" in carries[0].sign)
-                value = None if carry is None else value + carry
-        if value is not None and "HI" in modifiers:
+        wide = bool(modifiers & {"WIDE", "HI"})
+        first, second, third = self._look(a), self._look(b), self._read(c, wide)
+        if 0 in (first, second):  # a shift or a product with 0 needs only one factor
+            first = second = 0
+        first, second = _known(first), _known(second)
+        if wide and "U32" not in modifiers:
+            first, second = _signed(first), _signed(second)
+        value = first * second + third
+        if "X" in modifiers:
+            value += _known(self._test(carries[0]))
+        if "HI" in modifiers:
             value >>= 32
         bits = 64 if "WIDE" in modifiers else 32
         if carry_out:
-            self.predicates[carry_out.name] = None if value is None else value >> bits > 0
-        self._write(target.name, None if value is None else value & ((1 << bits) - 1), bits // 32)
+            self.predicates[carry_out.name] = value >> bits > 0
+        self._write(target, value & ((1 << bits) - 1), bits // 32)
 
     def _iadd3(self, instruction, operands, modifiers):
         target, *rest = operands
         outs = []
         while rest[0].kind == "p":
             outs.append(rest.pop(0))
-        values = self._known(*rest[:3])
-        carries = [self._predicate(o.name, "!" in o.sign) for o in rest[3:] if o.kind == "p"]
-        total = None
-        if values is not None and None not in carries:
-            # -0 carries: it is ~0 + 1
-            borrow = sum(1 << 32 for o, v in zip(rest[:3], values, strict=True) if "-" in o.sign and v == 0)
-            total = sum(values) + borrow + sum(carries)
+        values = [self._read(o) for o in rest[:3]]
+        carries = sum(_known(self._test(o)) for o in rest[3:] if o.kind == "p")
+        # -0 carries: it is ~0 + 1
+        borrow = sum(1 << 32 for o, v in zip(rest[:3], values, strict=True) if "-" in o.sign and v == 0)
+        total = sum(values) + borrow + carries
         for i, out in enumerate(outs):
-            self.predicates[out.name] = None if total is None else total >> 32 > i
-        self._write(target.name, total)
+            self.predicates[out.name] = total >> 32 > i
+        self._write(target, total)
 
     def _iadd(self, instruction, operands, modifiers):
-        values = self._known(*operands[1:3])
-        self._write(operands[0].name, None if values is None else sum(values))
+        self._write(operands[0], self._read(operands[1]) + self._read(operands[2]))
 
     _viadd = _iadd
 
-    def _viaddmnmx(self, instruction, operands, modifiers):
-        values = self._known(*operands[1:4])
-        keep = self._predicate(operands[-1].name, "!" in operands[-1].sign)
-        if values is not None:
-            values = [(values[0] + values[1]) & MASK, values[2]]
-        self._write(operands[0].name, _extreme(values, keep, modifiers))
-
     def _vimnmx(self, instruction, operands, modifiers):
-        keep = self._predicate(operands[-1].name, "!" in operands[-1].sign)
-        self._write(operands[0].name, _extreme(self._known(*operands[1:3]), keep, modifiers))
+        a, b, least = self._read(operands[1]), self._read(operands[2]), _known(self._test(operands[-1]))
+        self._write(operands[0], _extreme(a, b, least, modifiers))
 
     _imnmx = _vimnmx
+
+    def _viaddmnmx(self, instruction, operands, modifiers):
+        a, b, c = (self._read(o) for o in operands[1:4])
+        least = _known(self._test(operands[-1]))
+        self._write(operands[0], _extreme((a + b) & MASK, c, least, modifiers))
 
     def _lea(self, instruction, operands, modifiers):
         target, *rest = operands
@@ -302,73 +306,60 @@ class Thread:
         carry = 0
         if rest[-1].kind == "p":
             last = rest.pop()
-            carry = self._predicate(last.name, "!" in last.sign) if "X" in modifiers else 0
+            carry = _known(self._test(last)) if "X" in modifiers else 0
         shift = self._read(rest.pop())
         a, b = self._read(rest[0]), self._read(rest[1])
         high = self._read(rest[2]) if len(rest) > 2 else 0
-        value = None
-        if None not in (a, b, high, carry, shift):
-            a = _signed(a) if "SX32" in modifiers else high << 32 | a
-            value = ((a << shift) >> 32 if "HI" in modifiers else (a << shift) & MASK) & MASK
-            value += b + carry
+        a = _signed(a) if "SX32" in modifiers else high << 32 | a
+        value = ((a << shift) >> 32 if "HI" in modifiers else a << shift) & MASK
+        value += b + carry
         if carry_out:
-            self.predicates[carry_out.name] = None if value is None else value >> 32 > 0
-        self._write(target.name, value)
+            self.predicates[carry_out.name] = value >> 32 > 0
+        self._write(target, value)
 
     def _shf(self, instruction, operands, modifiers):
         low, shift, high = (self._read(o) for o in operands[1:4])
-        left, value = "L" in modifiers, None
-        if None not in (low, shift, high):
-            shift = min(shift, 63) if "W" not in modifiers else shift & 31
-            pair = (_signed(high) if modifiers & {"S32", "S64"} else high) << 32 | low
-            pair = pair << shift if left else pair >> shift
-            value = pair >> 32 if "HI" in modifiers else pair
-        self._write(operands[0].name, value)
+        shift = min(shift, 63) if "W" not in modifiers else shift & 31
+        pair = (_signed(high) if modifiers & {"S32", "S64"} else high) << 32 | low
+        pair = pair << shift if "L" in modifiers else pair >> shift
+        self._write(operands[0], pair >> 32 if "HI" in modifiers else pair)
 
     def _sgxt(self, instruction, operands, modifiers):
-        values = self._known(*operands[1:3])
-        if values is not None:
-            value, bits = values
-            value &= (1 << bits) - 1
-            values = value if "U32" in modifiers or not bits else _signed(value, bits)
-        self._write(operands[0].name, values)
+        value, bits = (self._read(o) for o in operands[1:3])
+        value &= (1 << bits) - 1
+        self._write(operands[0], value if "U32" in modifiers or not bits else _signed(value, bits))
 
     def _lop3(self, instruction, operands, modifiers):
         *targets, a, b, c, table, _ = operands
-        values, table = self._known(a, b, c), table.value
-        if values is None:  # an operand that the table does not look at need not be known
-            read = [self._read(o) for o in (a, b, c)]
-            guesses = {_lut(table, *(g if v is None else v for v in read)) for g in (0, MASK)}
-            result = guesses.pop() if len(guesses) == 1 and sum(v is None for v in read) == 1 else None
-        else:
-            result = _lut(table, *values)
+        read = [self._look(o) for o in (a, b, c)]
+        if sum(value is None for value in read) > 1:
+            raise Unknown
+        # an operand that the table does not look at need not be known
+        guesses = {_lut(table.value, *(g if v is None else v for v in read)) for g in (0, MASK)}
+        result = _only(guesses)
         for target in targets:
             if target.kind == "p":
-                self.predicates[target.name] = None if result is None else result != 0
+                self.predicates[target.name] = result != 0
             else:
-                self._write(target.name, result)
+                self._write(target, result)
 
     def _plop3(self, instruction, operands, modifiers):
         first, second, *inputs, table, other = operands
-        values = [self._predicate(o.name, "!" in o.sign) for o in inputs]
+        known = [(False, True) if value is None else (value,) for value in map(self._test, inputs)]
         for target, lut in ((first, table.value), (second, other.value)):
-            guesses = {bool(lut >> (4 * a + 2 * b + c) & 1) for a, b, c in _completions(values)}
+            guesses = {bool(lut >> (4 * a + 2 * b + c) & 1) for a, b, c in product(*known)}
             self.predicates[target.name] = guesses.pop() if len(guesses) == 1 else None
 
     def _isetp(self, instruction, operands, modifiers):
         first, second, a, b, join, *rest = operands
         kind, how = instruction.modifiers[0], next(m for m in instruction.modifiers if m in _JOIN)
-        values = self._known(a, b)
-        joined = self._predicate(join.name, "!" in join.sign)
-        result = None
-        if values is not None:
+        values, joined, result = [self._look(a), self._look(b)], self._test(join), None
+        if None not in values:
             if "U32" not in modifiers:
                 values = [_signed(v) for v in values]
             result = _COMPARE[kind](*values)
-            if "EX" in modifiers:  # the high halves of 64 bits; where they agree the low ones decide
-                low = self._predicate(rest[0].name, "!" in rest[0].sign)
-                if values[0] == values[1]:
-                    result = low
+            if "EX" in modifiers and values[0] == values[1]:  # the high halves of 64 bits agree: the low ones decide
+                result = self._test(rest[0])
         for target, own in ((first, result), (second, None if result is None else not result)):
             if own is not None and joined is not None:
                 self.predicates[target.name] = _JOIN[how](own, joined)
@@ -377,62 +368,62 @@ class Thread:
                 self.predicates[target.name] = decisive if decisive in (own, joined) else None
 
     def _sel(self, instruction, operands, modifiers):
-        chosen = self._predicate(operands[3].name, "!" in operands[3].sign)
-        value = None if chosen is None else self._read(operands[1] if chosen else operands[2])
-        self._write(operands[0].name, value)
+        self._write(operands[0], self._read(operands[1 if _known(self._test(operands[3])) else 2]))
 
     def _iabs(self, instruction, operands, modifiers):
-        value = self._read(operands[1])
-        self._write(operands[0].name, None if value is None else abs(_signed(value)))
+        self._write(operands[0], abs(_signed(self._read(operands[1]))))
 
     def _prmt(self, instruction, operands, modifiers):
         low, selector, high = (self._read(o) for o in operands[1:4])
-        value = None
-        if None not in (low, selector, high):
-            pair = high << 32 | low
-            value = 0
-            for i in range(4):
-                pick = selector >> 4 * i & 0xF
-                byte = pair >> 8 * (pick & 7) & 0xFF
-                value |= (byte if pick < 8 else 0xFF * (byte >> 7)) << 8 * i
-        self._write(operands[0].name, value)
+        pair, value = high << 32 | low, 0
+        for i in range(4):
+            pick = selector >> 4 * i & 0xF
+            byte = pair >> 8 * (pick & 7) & 0xFF
+            value |= (byte if pick < 8 else 0xFF * (byte >> 7)) << 8 * i
+        self._write(operands[0], value)
 
     # the reciprocal of an integer division, whose result the code corrects
 
     def _i2f(self, instruction, operands, modifiers):
         value = self._read(operands[-1])
-        if "F64" in modifiers or value is None:
-            self._write(operands[0].name, None, 2 if "F64" in modifiers else 1)
-        else:
-            number = value if modifiers & {"U32", "U16"} else _signed(value)
-            self._write(operands[0].name, _bits(float(number), up=True))
+        if "F64" in modifiers:
+            raise Unknown
+        number = value if modifiers & {"U32", "U16"} else _signed(value)
+        self._write(operands[0], _bits(float(number), up=True))
 
     def _mufu(self, instruction, operands, modifiers):
-        value = self._read(operands[1])
-        usable = "RCP" in modifiers and value is not None and _float(value) != 0
-        self._write(operands[0].name, _bits(1 / _float(value)) if usable else None)
+        value = _float(self._read(operands[1]))
+        if "RCP" not in modifiers or value == 0:
+            raise Unknown
+        self._write(operands[0], _bits(1 / value))
 
     def _f2i(self, instruction, operands, modifiers):
-        value = self._read(operands[1])
-        finite = value is not None and abs(_float(value)) < 2**32
-        self._write(operands[0].name, int(_float(value)) if finite else None)
+        value = _float(self._read(operands[1]))
+        if not abs(value) < 2**32:
+            raise Unknown
+        self._write(operands[0], int(value))
+
+
+def _known(value: Any) -> Any:
+    """The value; Unknown for None."""
+    if value is None:
+        raise Unknown
+    return value
+
+
+def _only(guesses: set[int]) -> int:
+    """The one result that all guesses give; Unknown if there are more."""
+    if len(guesses) > 1:
+        raise Unknown
+    return guesses.pop()
 
 
 def _half(operand: Operand) -> int:
     return int.from_bytes(struct.pack("<e", _float(operand.value)), "little")
 
 
-def _extreme(values: list[int] | None, least: bool | None, modifiers: set[str]) -> Value:
-    if values is None or least is None:
-        return None
-    return (min if least else max)(values, key=(lambda v: v) if "U32" in modifiers else _signed)
-
-
-def _completions(values: Sequence[bool | None]) -> list[tuple[bool, ...]]:
-    out: list[tuple[bool, ...]] = [()]
-    for value in values:
-        out = [(*known, v) for known in out for v in ((False, True) if value is None else (value,))]
-    return out
+def _extreme(a: int, b: int, least: bool, modifiers: set[str]) -> int:
+    return (min if least else max)(a, b, key=None if "U32" in modifiers else _signed)
 
 
 def _bits(x: float, up: bool = False) -> int:

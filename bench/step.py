@@ -25,18 +25,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.kernels import RESULTS, folder_name, versions
-from bench.step_count import count_step
-from bench.step_meter import PartTimer, host_syncs, matrix_rate, peak_memory, profile
-from bench.step_results import (
+from bench.plots import plot_curves, plot_parts
+from bench.records import (
     CURVE_LIMITS,
+    RESULTS,
     Measured,
     compare_curves,
-    merge_results,
-    plot_curves,
-    plot_parts,
+    folder_name,
+    versions,
     write_curves,
+    write_steps,
 )
+from bench.step_count import count_step
+from bench.step_meter import PartTimer, host_syncs, matrix_rate, peak_memory, profile
 from bench.step_variants import VARIANTS, Step, SyntheticLoader, Variant, build, configure, synthetic_config
 from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.engine.deepspeed_engine import init_distributed
@@ -259,7 +260,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     bench = Bench(cfg, args.batch, device, steps, console)
     for result in bench.measure(variants, args.warm_up):
         results.append(result)  # written one by one: what cuts the run short takes no finished numbers along
-        everything = merge_results(folder / "step.json", args.experiment, name, versions(), [result])
+        everything = write_steps(folder / "step.json", args.experiment, name, versions(), [result])
     if not results:
         raise ValueError(f"no variant could be measured, see above; where memory lacks, --batch below {args.batch}")
     console.print(table(results))

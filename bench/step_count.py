@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from bench.eager_step import EagerStep, Timer
-from bench.step_results import EVERYTHING_ELSE
+from bench.records import EVERYTHING_ELSE
 from bench.step_variants import GROUPS, Variant, configure, time_parts
 from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.distill.objective import ownership

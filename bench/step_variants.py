@@ -192,7 +192,7 @@ def time_parts(distill: DistillationStep, engine: Engine, timer: Timer) -> None:
     teachers = distill.teachers
     distill.student = timed(engine, timer, "student forward")
     teachers._features = timed(
-        teachers._features, timer, lambda run, *_: "teacher " + "+".join(t.name for t in teachers._runs[run])
+        teachers._features, timer, lambda readers, *_: "teacher " + "+".join(t.name for t in readers)
     )
     engine.backward = timed(engine.backward, timer, "backward")
     engine.step = timed(engine.step, timer, "optimizer")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.case import FORWARD, Case, Check, relative_error
+from bench.case import Case, Check, compare
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.rope2d import grid_positions
-from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
+from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.ensemble import TeacherEnsemble
 from dune_fast.teachers.registry import family_class
 
@@ -45,13 +46,13 @@ def run_teacher(case: Case) -> list[Check]:
     """Errors of every feature that the case names; positions and the resized image too, where it holds them."""
     info, cfg = case.info, teacher_config(case)
     ensembles = {q: TeacherEnsemble({"teacher": cfg}, q) for q in {cfg.patch_size, student_patch_size(case)}}
-    checks = []
+    checks: list[Check] = []
     for size in info["sizes"]:
         patch = student_patch_size(case) if size.startswith(FROM_STUDENT) else cfg.patch_size
         ours = features(ensembles[patch], case[f"{size}/image"], cfg)
-        for name, reference in case.under(size).items():
-            if name != "image":
-                checks.append(Check(f"{size}/{name}", relative_error(ours[name], reference), FORWARD))
+        expected = case.under(size)
+        expected.pop("image")
+        checks += compare(ours, expected, under=f"{size}/")
     return checks
 
 

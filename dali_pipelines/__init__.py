@@ -1,4 +1,6 @@
-"""Images for distillation: what they are (`datasets`), files (`listing`) or shards (`shards`, `foreign_shards`; made by
-`sharding`), in which order they come (`order`), who decodes them (`images`), what is done to them (`augmentation`,
-`pipeline`) and how they reach the device (`source`, `stream`, `loader`). Annotations are never read.
+"""Images for distillation. Annotations are never read.
+
+What there is: `datasets`, made of files (`listing`) or of shards (`shards`, `foreign_shards`, both by `tar_index`).
+What a step holds: `order` and `augmentation`, put together by `plan`; bytes come from `source`, which `images` turns
+into what DALI takes. How it gets to the device: `pipeline`, `decode`, `loader`. Making shards: `sharding`.
 """

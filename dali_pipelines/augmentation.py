@@ -63,15 +63,12 @@ def draw_words(seed: int, positions: np.ndarray) -> torch.Tensor:
 
 
 def resized_crops(words: torch.Tensor, sizes: np.ndarray, scale: list[float], ratio: list[float]) -> np.ndarray:
-    """Windows with the distribution of torchvision's RandomResizedCrop.
+    """Windows with the distribution of torchvision's RandomResizedCrop, int64 [B, 4]: left, top, width, height.
 
     Args:
         words: int64 [B, 36] from `draw_words`.
         sizes: int64 [B, 2], width and height of each image.
         scale, ratio: [smallest, largest] share of the area and width / height.
-
-    Returns:
-        int64 [B, 4]: left, top, width, height.
     """
     u = philox.to_uniform(words[:, : 2 * _ATTEMPTS]).double().numpy().reshape(-1, _ATTEMPTS, 2)
     width, height = (np.asarray(sizes, np.int64)[:, i] for i in (0, 1))  # [B]

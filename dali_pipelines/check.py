@@ -6,9 +6,8 @@ A dataset that is absent or broken never hides the state of the others: whatever
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from contextlib import closing
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,10 +15,10 @@ import torch
 from dune_fast.dali_pipelines.datasets import DataConfig, Dataset, DatasetConfig, index_dataset
 from dune_fast.dali_pipelines.errors import BrokenImage, DataError
 from dune_fast.dali_pipelines.order import Permutation
-from dune_fast.dali_pipelines.pipeline import Decoder
-from dune_fast.dali_pipelines.progress import Progress
+from dune_fast.dali_pipelines.pipeline import Decoder, whole_images
 from dune_fast.dali_pipelines.shards import is_manifest_folder, read_manifest, verify_shards
-from dune_fast.dali_pipelines.source import ImageSource
+from dune_fast.dali_pipelines.source import Image, ImageSource
+from dune_fast.teachers.progress import Progress
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 TOLERATED = 0.01
@@ -128,14 +127,7 @@ def _check_shards(report: Report, folder: str, full: bool) -> None:
     if full:
         size = sum(shard.bytes for split in splits for shard in split.shards)
         with Progress(f"reading {report.name}", size >> 20, "MiB") as progress:
-            read = 0
-
-            def advance(count: int) -> None:
-                nonlocal read
-                before, read = read, read + count
-                progress.advance((read >> 20) - (before >> 20), count)
-
-            for problem in verify_shards(folder, advance):
+            for problem in verify_shards(folder, lambda count: progress.advance(count / (1 << 20), count)):
                 report.note(FAIL, problem)
 
 
@@ -147,28 +139,14 @@ def _decode_sample(report: Report, dataset: Dataset, config: DataConfig, sample:
         if len(images := getattr(dataset, split)) and sample != 0
     }
     total, sizes = sum(map(len, chosen.values())), []
-    lenient = replace(config, datasets={dataset.name: dataset.config})
     decoder = Decoder(_BATCH, _SIZE, config.num_threads, torch.device("cpu"))
-    with (
-        Progress(f"decoding {dataset.name}", total) as progress,
-        ThreadPoolExecutor(config.num_threads, thread_name_prefix="read-images") as pool,
-    ):
-        try:
-            for split, indices in chosen.items():
-                source = ImageSource([dataset], split, lenient)
+    with Progress(f"decoding {dataset.name}", total) as progress, closing(decoder):
+        for split, indices in chosen.items():
+            with closing(ImageSource([dataset], split, config)) as source:
                 for start in range(0, len(indices), _BATCH):
-                    batch = indices[start : start + _BATCH].tolist()
-                    good = []
-                    for index, result in zip(batch, pool.map(lambda i, s=source: _read(s, i), batch), strict=True):
-                        if isinstance(result, BrokenImage):
-                            report.broken.append((source.path(0, index), str(result)))
-                        else:
-                            good.append((index, *result))
-                    report.broken += _undecodable(decoder, source, good)
-                    sizes += [size for _, _, size in good]
-                    progress.advance(len(batch), sum(len(data) for _, data, _ in good))
-        finally:
-            decoder.close()
+                    images = [(0, index) for index in indices[start : start + _BATCH].tolist()]
+                    num_bytes = _decode(report, source, decoder, images, sizes)
+                    progress.advance(len(images), num_bytes)
     report.sampled = total
     if sizes:
         report.smallest = int(np.min(sizes))
@@ -180,21 +158,18 @@ def _decode_sample(report: Report, dataset: Dataset, config: DataConfig, sample:
         report.note(status, f"{len(report.broken)} of {total} sampled images are broken ({share:.1%})")
 
 
-def _read(source: ImageSource, index: int) -> tuple[np.ndarray, tuple[int, int]] | BrokenImage:
-    try:
-        return source.read(0, index)
-    except BrokenImage as error:
-        return error
-
-
-def _undecodable(
-    decoder: Decoder, source: ImageSource, images: list[tuple[int, np.ndarray, tuple[int, int]]]
-) -> Iterator[tuple[str, str]]:
-    """(path, reason) of those among (index, bytes, size) that neither DALI nor Pillow can decode."""
-    refused = decoder.refused([data for _, data, _ in images], [size for *_, size in images])
-    for i, reason in refused.items():
-        index, encoded, _ = images[i]
-        try:
-            source.refused(0, index, encoded, reason)
-        except BrokenImage as error:
-            yield source.path(0, index), str(error)
+def _decode(report: Report, source: ImageSource, decoder: Decoder, images: list[Image], sizes: list) -> int:
+    """Decodes a batch; appends its broken images to the report, and the sizes of the others. Returns the bytes read."""
+    good = []
+    for image, result in zip(images, source.read_all(images), strict=True):
+        if isinstance(result, BrokenImage):
+            report.broken.append((source.path(*image), str(result)))
+        else:
+            good.append((image, *result))
+    encoded = [data for _, data, _ in good]
+    for i, reason in decoder.refused(encoded, whole_images([size for *_, size in good], _SIZE)).items():
+        image = good[i][0]
+        if (broken := source.refused(image, encoded[i], reason)) is not None:
+            report.broken.append((source.path(*image), str(broken)))
+    sizes += [size for *_, size in good]
+    return sum(map(len, encoded))

@@ -17,8 +17,9 @@ import numpy as np
 from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.dali_pipelines.foreign_shards import find_shards, open_foreign_shards
 from dune_fast.dali_pipelines.listing import PathList, imagefolder_splits, list_images, name_left_out
-from dune_fast.dali_pipelines.shards import ShardImages, is_manifest_folder, open_manifest_folder
+from dune_fast.dali_pipelines.shards import is_manifest_folder, open_manifest_folder
 from dune_fast.dali_pipelines.storage import is_url
+from dune_fast.dali_pipelines.tar_index import ShardImages
 
 __all__ = ["DataConfig", "DataError", "Dataset", "DatasetConfig", "Images", "index_dataset", "index_datasets"]
 
@@ -64,7 +65,7 @@ class DatasetConfig:
     (BEDLAM: "*closeup*")."""
     shrink: int = 0
     """Shorter side in pixels. Larger images are shrunk to it once, into the cache folder, so that decoding does not
-    dominate; 0 uses the images as they are. See `dali_pipelines.shrink`."""
+    dominate; 0 uses the images as they are. See `dali_pipelines.source`."""
     expected_train: int = 0
     """How many training images there should be, for `dune-fast data check`; 0: not known."""
     expected_val: int = 0
@@ -79,7 +80,11 @@ class DatasetConfig:
 
 @dataclass
 class DataConfig:
-    """The images of a run. Defaults are DUNE's; UNIC used a crop_scale of [0.08, 1.0]."""
+    """The images of a run. Defaults are DUNE's; UNIC used a crop_scale of [0.08, 1.0].
+
+    Raises:
+        DataError: values that make no sense; which datasets exist is checked when they are indexed.
+    """
 
     datasets: dict[str, DatasetConfig] = field(default_factory=dict)
     """By name."""
@@ -130,27 +135,20 @@ class DataConfig:
         """Of the datasets to train on, sorted."""
         return sorted({dataset.group for dataset in self.datasets.values() if not dataset.evaluation_only})
 
-    def validate(self) -> None:
-        """Raises DataError for values that make no sense; which datasets exist is checked when they are indexed."""
-        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
-            _check(f"{name}_probability", getattr(self, f"{name}_probability"), 0, 1)
-        _check("hue", self.hue, 0, 0.5)
-        for name in ("brightness", "contrast", "saturation"):
-            _check(name, getattr(self, name), 0, float("inf"))
+    def __post_init__(self) -> None:
+        shares = ("flip_probability", "jitter_probability", "grayscale_probability", "blur_probability")
+        highest = dict.fromkeys((*shares, "solarize_probability", "max_broken_share"), 1.0) | {"hue": 0.5}
+        highest |= dict.fromkeys(("brightness", "contrast", "saturation", "read_patience"), float("inf"))
+        for name, high in highest.items():
+            if not 0 <= getattr(self, name) <= high:
+                raise DataError(f"data.{name} is {getattr(self, name)}: allowed are values from 0 to {high}")
         for name, low, high in (("crop_scale", 0, 1), ("crop_ratio", 0, float("inf")), ("blur_sigma", 0, float("inf"))):
             values = list(getattr(self, name))
             if len(values) != 2 or not low < values[0] <= values[1] <= high:
                 raise DataError(f"data.{name} is {values}: give [smallest, largest], above {low} and at most {high}")
-        _check("max_broken_share", self.max_broken_share, 0, 1)
-        _check("read_patience", self.read_patience, 0, float("inf"))
         for name in ("num_threads", "prefetch", "read_ahead"):
             if getattr(self, name) < 1:
                 raise DataError(f"data.{name} is {getattr(self, name)}: at least 1 is needed")
-
-
-def _check(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise DataError(f"data.{name} is {value}: allowed are values from {low} to {high}")
 
 
 @dataclass(frozen=True)
@@ -158,9 +156,7 @@ class Dataset:
     """The images of one dataset."""
 
     name: str
-    """Its name in the configuration."""
     config: DatasetConfig
-    """Its configuration."""
     train: Images
     """Sorted by path; shards in the order of their images."""
     val: Images
@@ -177,10 +173,6 @@ class Dataset:
 
 def index_dataset(name: str, config: DatasetConfig) -> Dataset:
     """Finds the images of a dataset.
-
-    Args:
-        name: for messages.
-        config: where they are.
 
     Raises:
         DataError: no root, a folder or list that does not exist, no image found, or a holdout that leaves nothing to
@@ -213,7 +205,6 @@ def index_dataset(name: str, config: DatasetConfig) -> Dataset:
 
 def index_datasets(config: DataConfig) -> list[Dataset]:
     """The datasets to train on, by name. Raises what `index_dataset` raises, and DataError if there is none."""
-    config.validate()
     if not config.datasets:
         raise DataError(
             "data.datasets is empty: name at least one dataset, "

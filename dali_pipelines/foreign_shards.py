@@ -1,34 +1,40 @@
 """Tar shards that other WebDataset tools have written: finding them, and an index made from their headers.
 
-Members' names are only looked at, never used as paths; nothing is extracted.
+The index is kept in the cache folder and made again when a tar file changes. Members' names are only looked at, never
+used as paths; nothing is extracted.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import glob
 import hashlib
+import itertools
 import logging
 import os
 import re
-from collections.abc import Sequence
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
+from typing import BinaryIO
 
 import numpy as np
 
 from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.dali_pipelines.images import SUFFIXES
-from dune_fast.dali_pipelines.progress import Progress
-from dune_fast.dali_pipelines.shards import ShardImages
-from dune_fast.dali_pipelines.storage import cached, file_system, is_url, patiently
-from dune_fast.dali_pipelines.tar_index import RECORD, open_index, scan_tar, write_index
+from dune_fast.dali_pipelines.storage import cached, file_system, is_url, open_binary, patiently
+from dune_fast.dali_pipelines.tar_index import RECORD, ShardImages, open_index, write_index
+from dune_fast.teachers.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 _PARALLEL_FROM = 8  # shards: below, starting processes takes longer than reading the headers
 _RULES = 2  # version of those by which `scan_tar` chooses images: indices of other rules are made again
 _PATIENCE = 30.0  # seconds for which a failing read is tried again
+_EXTENSIONS = tuple(suffix[1:] for suffix in SUFFIXES)  # of images, the preferred one of a sample first
 
 
 def find_shards(given: str) -> list[str] | None:
@@ -55,25 +61,22 @@ def find_shards(given: str) -> list[str] | None:
     folder = os.path.abspath(os.path.expanduser(given))
     tars = []
     if os.path.isdir(folder):
-        for entry in os.scandir(folder):
-            if entry.name.startswith("."):
-                continue
-            if entry.name.lower().endswith(SUFFIXES) or entry.is_dir():
-                return None
-            if entry.name.endswith(".tar"):
-                tars.append(entry.path)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.name.lower().endswith(SUFFIXES) or entry.is_dir():
+                    return None
+                if entry.name.endswith(".tar"):
+                    tars.append(entry.path)
     return sorted(tars) or None
 
 
 def open_foreign_shards(shards: Sequence[str], pattern: str) -> ShardImages:
-    """The images of tar files without an index: their headers are read once, the result is kept in the cache folder.
+    """The images of tar files (see `scan_tar`), whose headers are read once.
 
-    It is used for as long as no file's size and time of change (or what stands for it in an object store) differ.
-    Several processes may call this at once: one reads, the others wait.
-
-    Args:
-        shards: paths or addresses.
-        pattern: see `tar_index.scan_tar`.
+    The index is used for as long as no file's size and time of change (or what stands for it in an object store)
+    differ. Several processes may call this at once: one reads, the others wait.
 
     Raises:
         DataError: a file is missing, no tar file, or damaged; or there is no image in any of them.
@@ -96,7 +99,7 @@ def open_foreign_shards(shards: Sequence[str], pattern: str) -> ShardImages:
 
 def _scan(shards: Sequence[str], pattern: str) -> np.ndarray:
     logger.info("reading the headers of %d tar files, once", len(shards))
-    work = functools.partial(scan_tar, pattern=pattern, patience=_PATIENCE)
+    work = functools.partial(scan_tar, pattern=pattern)
     parts: list[np.ndarray] = []
     workers = min(len(shards), os.cpu_count() or 1)
     pool: Executor
@@ -114,6 +117,106 @@ def _scan(shards: Sequence[str], pattern: str) -> np.ndarray:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return np.concatenate(parts)
+
+
+def scan_tar(path: str, pattern: str) -> np.ndarray:
+    """Records of the images in one tar file, shard number 0, in the order of the file. Nothing is extracted.
+
+    A sample is a run of members with one key (the name up to the first dot after the last slash, as in WebDataset). Of
+    a sample's members one is the image: "key.jpg", else jpeg, png, webp and so on. Names with further dots, such as
+    "key.1.jpg", are samples of their own; unless what the further dots enclose is a word and the sample has an image
+    without it: "key.mask.png" beside "key.jpg" is taken only where the pattern asks for it.
+
+    With a `pattern`, the images are instead all members whose name matches one of its globs, separated by "|".
+
+    Raises:
+        DataError: it cannot be opened, is no tar file, a compressed one, or a damaged or truncated one; or its samples
+            have several images each, such as "key.rgb.png" and "key.depth.png", and the pattern is empty.
+        StorageError: the storage does not answer.
+    """
+    try:
+        members = patiently(lambda: list(_members(path)), path, _PATIENCE)
+    except OSError as error:
+        raise DataError(f"the tar file {path} cannot be read: {error.strerror or error}") from error
+    globs = [part.strip() for part in pattern.split("|")]
+    chosen = [m for m in members if any(fnmatch.fnmatchcase(m.name, g) for g in globs)] if pattern else _images(members)
+    records = np.zeros(len(chosen), RECORD)
+    records["offset"] = [member.offset_data for member in chosen]
+    records["length"] = [member.size for member in chosen]
+    return records
+
+
+def _members(path: str) -> Iterator[tarfile.TarInfo]:
+    """The regular files below 4 GiB in a tar file."""
+    with open_binary(path) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        found = 0
+        try:
+            with tarfile.open(fileobj=stream, mode="r:") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members.clear()  # tarfile would keep every header
+                    if not member.isreg() or member.issparse():
+                        continue
+                    if member.offset_data + member.size > size:
+                        raise DataError(f"{path} is truncated: {member.name} goes beyond its {size} bytes")
+                    found += member.name.lower().endswith(SUFFIXES)
+                    if member.size < 1 << 32:
+                        yield member
+                _check_end(stream, archive.offset, path, found)
+        except tarfile.TarError as error:
+            stream.seek(0)
+            compressed = stream.read(4).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"))
+            hint = "it is compressed, so nothing in it can be read at random: decompress it" if compressed else error
+            raise DataError(f"{path} cannot be read as a tar file: {hint}") from error
+
+
+def _images(members: list[tarfile.TarInfo]) -> list[tarfile.TarInfo]:
+    """One image of each sample."""
+    split = [(_split_name(member.name), member) for member in members]
+    images = [(*parts, member) for parts, member in split if parts is not None]
+    chosen: list[tarfile.TarInfo] = []
+    together: Counter[tuple[str, ...]] = Counter()  # the words of samples that have several
+    for _, run in itertools.groupby(images, key=lambda image: image[0]):
+        best: dict[str, tuple[int, tarfile.TarInfo]] = {}  # by what is between the key and the extension
+        for _, inner, rank, member in run:
+            if inner not in best or rank < best[inner][0]:
+                best[inner] = rank, member
+        words = [inner for inner in best if inner.replace("_", "").isalpha()]
+        if "" in best:
+            for word in words:
+                del best[word]
+        elif len(words) > 1:
+            together[tuple(sorted(words))] += 1
+        chosen += sorted((member for _, member in best.values()), key=lambda member: member.offset)
+    if together and together.most_common(1)[0][1] > 1:
+        words = together.most_common(1)[0][0]
+        named = " and ".join(f"KEY.{word}.*" for word in words)
+        raise DataError(
+            f"its samples have several images each, {named}: say which are meant by `pattern`, for instance "
+            f"pattern='*.{words[-1]}.*'"
+        )
+    return chosen
+
+
+def _check_end(stream: BinaryIO, offset: int, path: str, images: int) -> None:
+    """tarfile ends without a word at a header that it does not understand; the real end is a block of zeros."""
+    stream.seek(offset)
+    block = stream.read(tarfile.BLOCKSIZE)
+    if not block or (len(block) == tarfile.BLOCKSIZE and block.count(0) == tarfile.BLOCKSIZE):
+        return
+    raise DataError(f"{path} is damaged or truncated after {images} images, at byte {offset}: no tar header is there")
+
+
+def _split_name(name: str) -> tuple[str, str, int] | None:
+    """(key with its folder, what further dots enclose, rank of the extension) of an image's name."""
+    folder, _, base = name.rpartition("/")
+    stem, _, rest = base.partition(".")
+    inner, _, extension = rest.rpartition(".")
+    extension = extension.lower()
+    if not stem or extension not in _EXTENSIONS:
+        return None
+    return f"{folder}/{stem}", inner, _EXTENSIONS.index(extension)
 
 
 def expand_braces(pattern: str) -> list[str]:

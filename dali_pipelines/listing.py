@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import fnmatch
 import glob
 import logging
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,10 @@ SPLITS = {
 }
 """Folders of a Hugging Face imagefolder, the preferred one first."""
 _BYTE_ORDER_MARKS = {
-    codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16's, with which it begins
-    codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le",
-    codecs.BOM_UTF16_BE: "utf-16-be",
-}
-"""What Windows puts before a text."""
+    codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
+}  # fmt: skip
+"""What Windows puts before a text; UTF-32's before UTF-16's, with which it begins."""
 
 
 class PathList(Sequence[str]):
@@ -90,8 +88,7 @@ def list_images(name: str, given: str, pattern: str, key: str) -> PathList:
 
     Args:
         name: of the dataset, for messages.
-        given: what `DatasetConfig.root` describes, shards apart.
-        pattern: see DatasetConfig.
+        given, pattern: what `DatasetConfig.root` and `pattern` describe, shards apart.
         key: "root" or "val_root", for messages.
 
     Raises:
@@ -191,8 +188,57 @@ def _unlisted(error: OSError) -> None:
 
 
 def _glob(folder: str, pattern: str) -> list[str]:
-    found = {p for part in pattern.split("|") for p in glob.iglob(part.strip(), root_dir=folder, recursive=True)}
-    return sorted(p for p in found if os.path.isfile(os.path.join(folder, p)))
+    found = set()
+    for part in pattern.split("|"):
+        first, *rest = part.strip().split("/")
+        found.update(_matching(folder, "", [first or "/", *filter(None, rest)]))
+    return sorted(found)
+
+
+def _matching(top: str, below: str, globs: list[str]) -> Iterator[str]:
+    """Files that `glob.iglob(..., recursive=True)` would find, which leaves out without a word what it cannot list.
+
+    Globs are one a folder; `below` is the path from the top that was matched so far.
+    """
+    first, rest = globs[0], globs[1:]
+    if not glob.has_magic(first):
+        path = os.path.join(below, first)
+        if not rest and os.path.isfile(os.path.join(top, path)):
+            yield path
+        elif rest and os.path.isdir(os.path.join(top, path)):
+            yield from _matching(top, path, rest)
+        return
+    if first == "**" and rest:
+        yield from _matching(top, below, rest)  # no folder at all
+    try:
+        entries = list(os.scandir(os.path.join(top, below)))
+    except OSError as error:
+        _unlisted(error)
+        return
+    for entry in entries:
+        if entry.name.startswith(".") and not first.startswith("."):
+            continue
+        if _is(entry.is_dir):
+            if first == "**" and not _leads_back(entry):
+                yield from _matching(top, os.path.join(below, entry.name), globs)
+            elif rest and first != "**" and fnmatch.fnmatchcase(entry.name, first):
+                yield from _matching(top, os.path.join(below, entry.name), rest)
+        elif not rest and fnmatch.fnmatchcase(entry.name, first) and _is(entry.is_file):
+            yield os.path.join(below, entry.name)
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    with contextlib.suppress(OSError):  # of a link that leads nowhere
+        return kind()
+    return False
+
+
+def _leads_back(entry: os.DirEntry) -> bool:
+    """Whether a folder is a link to one that it is in: following it would never end."""
+    if not entry.is_symlink():
+        return False
+    target = os.path.realpath(entry.path)
+    return os.path.commonpath([target, os.path.realpath(os.path.dirname(entry.path))]) == target
 
 
 def _split_glob(path: str) -> tuple[str, str]:

@@ -1,27 +1,188 @@
-"""Batches for training and for validation: which images a step holds and what is done to them.
+"""The walk of a batch: plan -> DALI -> device, decoded ahead by a thread.
 
-Everything up to the pixels is a pure function of (seed, global batch size, step); how a batch gets decoded and to the
-device is `stream`'s part.
+`plan` says which images a step holds, with their bytes and their augmentation; `decode` turns that into uint8 squares;
+on the consumer's side the colour augmentation runs on the device.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
 import logging
+import time
+import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from dune_fast.dali_pipelines.augmentation import colour_params, draw_words, train_geometry, validation_geometry
-from dune_fast.dali_pipelines.datasets import DataConfig, DataError, Dataset, index_datasets
-from dune_fast.dali_pipelines.order import SampleOrder, rank_slots
+from dune_fast.dali_pipelines.datasets import DataConfig, Dataset, index_datasets
+from dune_fast.dali_pipelines.decode import decode_steps
+from dune_fast.dali_pipelines.errors import DataError
+from dune_fast.dali_pipelines.order import rank_slots
+from dune_fast.dali_pipelines.pipeline import Decoder, import_dali
+from dune_fast.dali_pipelines.plan import Plan, TrainPlans, ValPlans, group_weights
 from dune_fast.dali_pipelines.source import ImageSource
-from dune_fast.dali_pipelines.stream import Batch, ImageLoader, Plan
+from dune_fast.kernels.augment import augment_colour
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Batch", "TrainLoader", "ValLoader", "group_weights"]
+__all__ = ["Batch", "ImageLoader", "TrainLoader", "ValLoader", "group_weights"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's images of one step; B of them."""
+
+    images: Tensor
+    """float32 [B, 3, S, S], augmented and normalised with ImageNet's mean and standard deviation, on the device."""
+    positions: Tensor
+    """int64 [B], global positions, on the device: the key of all randomness that belongs to an image. In validation:
+    the index among all validation images."""
+    group: Tensor
+    """int64 [B], index into the loader's `groups`, on the device."""
+    dataset: Tensor
+    """int64 [B], index into the loader's `dataset_names`, on the device."""
+    paths: list[str]
+    """Where each image came from, for messages."""
+    step: int
+    """Which step of training it belongs to; in validation the number of the batch."""
+    group_on_host: np.ndarray | None = None
+    """`group` where the host can look at it without waiting for the device."""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+class ImageLoader:
+    """Decodes plans and brings them to the device.
+
+    Args:
+        plans: what each step holds.
+        source: that the plans read from.
+        config: threads and prefetching.
+        image_size: side of the images in pixels.
+        batch: images of a batch on this rank, at most.
+        device: where the batches are wanted.
+
+    Raises:
+        DataError: images too small to make sense, or no DALI.
+    """
+
+    def __init__(
+        self,
+        plans: TrainPlans | ValPlans,
+        source: ImageSource,
+        config: DataConfig,
+        image_size: int,
+        batch: int,
+        device: torch.device,
+    ) -> None:
+        import_dali()  # fail here, not in the thread
+        if image_size < 8:
+            raise DataError(f"the image size is {image_size} pixels: at least 8 is needed")
+        self.plans, self.config, self.image_size, self.device = plans, config, image_size, device
+        self.datasets, self.groups = source.datasets, plans.groups.names
+        self.dataset_names = [dataset.name for dataset in source.datasets]
+        self.num_images = int(source.sizes().sum())
+        """Images in all datasets and over all ranks, broken ones included; in training, those held out not counted."""
+        self.waited_s = 0.0
+        """Seconds that the caller has waited for batches, since the start: what decoding ahead did not hide."""
+        self._source = source
+        self._new_decoder = functools.partial(Decoder, batch, image_size, config.num_threads, device)
+        self._streams: set[Iterator[Batch]] = set()
+        # a thread inside DALI aborts the process while DALI shuts down at exit; handlers run last in, first out:
+        # registered after the import of DALI, this one comes before its own
+        self._at_exit = functools.partial(_close, weakref.ref(self))
+        atexit.register(self._at_exit)
+
+    @property
+    def broken(self) -> dict[str, int]:
+        """Broken images so far, by dataset: of all ranks where the run has a folder, else of this process."""
+        return self._source.quarantine.counts()
+
+    @property
+    def broken_paths(self) -> list[str]:
+        """Their files."""
+        return self._source.quarantine.paths()
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """Batches from any step on; those of training never end.
+
+        They are read and decoded ahead while the caller works; `waited_s` says how long it has waited all the same.
+
+        Raises:
+            DataError: too many broken images, or a failure of DALI that no image explains.
+            StorageError (a DataError): the storage does not answer.
+        """
+        stream = self._consume(start_step)
+        self._streams.add(stream)
+        try:
+            yield from stream
+        finally:
+            stream.close()
+            self._streams.discard(stream)
+
+    def close(self) -> None:
+        """Ends the threads, and iterators still in use; a read that fails is not tried again. May be called twice."""
+        atexit.unregister(self._at_exit)
+        self._source.stop_waiting()
+        for stream in list(self._streams):
+            stream.close()
+        self._source.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _consume(self, start: int) -> Iterator[Batch]:
+        """Takes decoded batches from a thread and finishes them on the device."""
+        steps = decode_steps(self.plans, self._source, self.config.read_ahead, self._new_decoder, start)
+        # the current device is a matter of each thread
+        set_device = functools.partial(torch.cuda.set_device, self.device) if self.device.type == "cuda" else None
+        with contextlib.closing(steps), ThreadPoolExecutor(1, "decode-images", set_device) as thread:
+            ready = deque(thread.submit(next, steps, None) for _ in range(self.config.prefetch + 1))
+            try:
+                while True:
+                    began = time.perf_counter()
+                    item = ready.popleft().result()
+                    self.waited_s += time.perf_counter() - began
+                    if item is None:
+                        return
+                    ready.append(thread.submit(next, steps, None))
+                    yield self._finish(*item)
+            finally:
+                thread.shutdown(wait=True, cancel_futures=True)
+
+    def _finish(self, plan: Plan, images: Tensor, event: torch.cuda.Event | None) -> Batch:
+        """Colour augmentation and the transfer of all else, on the consumer's stream; the host waits for neither."""
+        if event is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(event)
+            images.record_stream(current)
+        dataset = np.array([dataset for dataset, _ in plan.images])
+        table = torch.from_numpy(np.stack([plan.positions, plan.group, dataset, plan.geometry.turn]).astype(np.int64))
+        if self.device.type == "cuda":
+            table = table.pin_memory()
+        table = table.to(self.device, non_blocking=True)
+        if plan.geometry.turn.any():
+            images = torch.where(table[3].bool()[:, None, None, None], images.rot90(-1, (1, 2)), images)
+        images = augment_colour(images, None if plan.colour is None else plan.colour.to(self.device))
+        paths = [self._source.path(*image) for image in plan.images]
+        return Batch(images, table[0], table[1], table[2], paths, plan.step, plan.group)
+
+
+def _close(loader: weakref.ref[ImageLoader]) -> None:
+    if (alive := loader()) is not None:
+        alive.close()
 
 
 class TrainLoader(ImageLoader):
@@ -41,6 +202,8 @@ class TrainLoader(ImageLoader):
         DataError: wrong configuration, no images, a batch that the ranks cannot share, or no DALI.
     """
 
+    plans: TrainPlans
+
     def __init__(
         self,
         config: DataConfig,
@@ -57,78 +220,10 @@ class TrainLoader(ImageLoader):
         for dataset in datasets:
             if contents := dataset.contents():
                 logger.info("dataset %s: %s", dataset.name, contents)
-        self._slots = rank_slots(global_batch, rank, world_size)
+        slots = rank_slots(global_batch, rank, world_size)
         source = ImageSource(datasets, "train", config, folder, rank)
-        super().__init__(config, image_size, global_batch // world_size, device, datasets, source)
-        self.seed = seed
-        # a group's images are those of its datasets, one after the other, `repeat` times each
-        self._members = [np.flatnonzero(self._group_of == g) for g in range(len(self.groups))]
-        self._sizes = np.array([len(dataset.train) for dataset in datasets])
-        seen = self._sizes * np.array([dataset.config.repeat for dataset in datasets])
-        self._ends = [seen[members].cumsum() for members in self._members]
-        weights = group_weights(config, self.groups)
-        self.order = SampleOrder([int(ends[-1]) for ends in self._ends], weights, seed, global_batch)
-        self.num_images = int(self._sizes.sum())
-        """Images in all datasets, those held out not counted."""
-
-    @property
-    def steps_per_pass(self) -> float:
-        """Steps in which as many images are drawn as there are (repeats counted)."""
-        return self.order.steps_per_pass()
-
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Batches from any step on, without end.
-
-        They are read and decoded ahead while the caller works; `waited_s` says how long it has waited all the same.
-
-        Raises:
-            DataError: too many broken images, or a failure of DALI that no image explains.
-            StorageError (a DataError): the storage does not answer.
-        """
-        return self._iterate(start_step)
-
-    def choose(self, step: int) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
-        """What this rank's part of a step consists of, before any file is read; B images.
-
-        Returns:
-            The group and the draw (`SampleOrder.step`) of each, int64 [B], and (dataset, index in it) of each. Images
-            that turn out broken are replaced later.
-        """
-        group, draw = (values[self._slots] for values in self.order.step(step))
-        return group, draw, self._resolve(group, self.order.image(group, draw))
-
-    def _plan(self, step: int) -> Plan:
-        group, draw, images = self.choose(step)
-        positions = step * self.order.batch + np.arange(self.order.batch)[self._slots]
-        read = self._read_good(images)
-        for i in (i for i, result in enumerate(read) if result is None):
-            images[i], read[i] = self._replacement(group[i : i + 1], draw[i : i + 1])
-        sizes, turned = np.array([size for _, size in read]), self._turned(images)
-        words = draw_words(self.seed, positions)
-        geometry = train_geometry(words, sizes, turned, self.image_size, self.config)
-        colour = colour_params(words, self.config) if self.config.colour else None
-        return Plan(step, images, positions, group, [data for data, _ in read], geometry, colour)
-
-    def _resolve(self, group: np.ndarray, index: np.ndarray) -> list[tuple[int, int]]:
-        """(dataset, index in it) from (group, index in it)."""
-        dataset, within = np.empty_like(index), np.empty_like(index)
-        for g in np.unique(group).tolist():
-            chosen = group == g
-            member = np.searchsorted(self._ends[g], index[chosen], side="right")
-            dataset[chosen] = self._members[g][member]
-            within[chosen] = index[chosen] - np.concatenate([[0], self._ends[g]])[member]
-        within %= self._sizes[dataset]  # repeats
-        return list(zip(dataset.tolist(), within.tolist(), strict=True))
-
-    def _replacement(
-        self, group: np.ndarray, draw: np.ndarray
-    ) -> tuple[tuple[int, int], tuple[np.ndarray, tuple[int, int]]]:
-        """The next good image in the order of the group's pass, in place of a broken one."""
-        for skip in range(1, int(self.order.group_sizes[group[0]])):
-            image = self._resolve(group, self.order.image(group, draw, skip))[0]
-            if (read := self._read_good([image])[0]) is not None:
-                return image, read
-        raise DataError(f"no usable image is left in group {self.groups[group[0]]!r}")
+        plans = TrainPlans(source, config, image_size, global_batch, slots, seed)
+        super().__init__(plans, source, config, image_size, global_batch // world_size, device)
 
 
 class ValLoader(ImageLoader):
@@ -147,6 +242,8 @@ class ValLoader(ImageLoader):
         DataError: wrong configuration, no training images, or no DALI.
     """
 
+    plans: ValPlans
+
     def __init__(
         self,
         config: DataConfig,
@@ -157,51 +254,15 @@ class ValLoader(ImageLoader):
         device: torch.device,
         datasets: Sequence[Dataset] | None = None,
     ) -> None:
-        datasets = index_datasets(config) if datasets is None else datasets
         if batch < 1:
             raise DataError(f"the validation batch is {batch}: at least 1 is needed")
-        source = ImageSource(datasets, "val", config)
-        super().__init__(config, image_size, batch, device, datasets, source)
-        self._ends = np.cumsum([len(dataset.val) for dataset in datasets])
-        self.num_images = int(self._ends[-1])
-        """Validation images over all ranks, broken ones included."""
-        self._positions = np.arange(rank, self.num_images, world_size)
+        source = ImageSource(index_datasets(config) if datasets is None else datasets, "val", config)
+        plans = ValPlans(source, image_size, batch, rank, world_size)
+        super().__init__(plans, source, config, image_size, batch, device)
 
     def __len__(self) -> int:
         """Batches of this rank."""
-        return -(-len(self._positions) // self._batch)
+        return len(self.plans)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._iterate(0)
-
-    def _plan(self, step: int) -> Plan | None:
-        if step >= len(self):
-            return None
-        positions = self._positions[step * self._batch : (step + 1) * self._batch]
-        dataset = np.searchsorted(self._ends, positions, side="right")
-        index = positions - np.concatenate([[0], self._ends])[dataset]
-        images = list(zip(dataset.tolist(), index.tolist(), strict=True))
-        read = self._read_good(images)
-        kept = [i for i, result in enumerate(read) if result is not None]
-        images = [images[i] for i in kept]
-        sizes = np.array([read[i][1] for i in kept], np.int64).reshape(-1, 2)
-        geometry = validation_geometry(sizes, self._turned(images), self.image_size)
-        return Plan(
-            step, images, positions[kept], self._group_of[dataset[kept]], [read[i][0] for i in kept], geometry, None
-        )
-
-
-def group_weights(config: DataConfig, groups: Sequence[str]) -> list[float]:
-    """The weight of each group, equal ones where none are given.
-
-    Raises:
-        DataError: weights are given, but not for exactly the groups there are.
-    """
-    if not config.group_weights:
-        return [1.0] * len(groups)
-    if set(config.group_weights) != set(groups):
-        raise DataError(
-            f"data.group_weights names the groups {sorted(config.group_weights)}, the datasets have {sorted(groups)}; "
-            "give every group a weight (0 leaves it out), or leave the weights empty for equal shares"
-        )
-    return [float(config.group_weights[group]) for group in groups]
+        return self.batches()

@@ -17,7 +17,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from dune_fast.dali_pipelines.datasets import DataError
+from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.kernels import philox
 
 _FEISTEL_ROUNDS = 8
@@ -183,17 +183,6 @@ class SampleOrder:
             permutation = Permutation(int(self.group_sizes[g]), self.seed, g, p)
             result[chosen] = permutation(index[chosen])
         return result
-
-    def locate(self, position: int) -> tuple[int, int]:
-        """(group, index in the group) at one global position."""
-        step, slot = divmod(position, self.batch)
-        group, draw = self.step(step)
-        return int(group[slot]), int(self.image(group[slot : slot + 1], draw[slot : slot + 1])[0])
-
-    def steps_per_pass(self) -> float:
-        """Steps after which as many images were drawn as the groups hold (repeats counted)."""
-        drawn = self.shares.before(self.shares.period) > 0
-        return float(self.group_sizes[drawn].sum() / self.batch)
 
     def _mix_groups(self, phase: int) -> tuple[np.ndarray, np.ndarray]:
         """(group, how many of that group come before) for each slot: every group spread evenly over the batch."""

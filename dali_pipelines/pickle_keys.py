@@ -1,30 +1,51 @@
-"""Lists of images in pickles, without unpickling them: a pickle is a program, and none is ever run here.
+"""Lists of images in pickles, without running them: a pickle is a program that may import and call anything.
 
 Some datasets (UBody) publish the list of their images only as the keys of a pickle full of annotations; the code
-published with DUNE reads pickled lists, and pairs of a folder and a list. The opcodes are walked with a stack of
-stand-ins: strings stand for themselves, everything else for "an object", which remembers the keys and the elements
-that it is given. What a pickle would import or call is never looked up.
+published with DUNE reads pickled lists, and pairs of a folder and a list. Whatever a pickle would import is replaced by
+a class that does nothing but remember its keys or elements.
 """
 
 from __future__ import annotations
 
-import pickletools
-from dataclasses import dataclass, field
+import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 from dune_fast.dali_pipelines.errors import DataError
 
-_MARK = object()
+
+class _Anything:
+    """Stands for every function, class and instance that a pickle asks for."""
+
+    def __new__(cls, *_: object, **__: object) -> _Anything:
+        self = super().__new__(cls)
+        self.found: list[object] = []
+        return self
+
+    def __call__(self, *_: object, **__: object) -> _Anything:
+        return self
+
+    def __setitem__(self, key: object, _: object) -> None:
+        self.found.append(key)
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+    def append(self, item: object) -> None:
+        self.found.append(item)
+
+    def extend(self, items: Iterable[object]) -> None:
+        self.found += items
 
 
-@dataclass(eq=False)
-class _Thing:
-    """Any object but a string."""
+class _Unpickler(pickle.Unpickler):
+    """Looks nothing up."""
 
-    keys: list[object] = field(default_factory=list)
-    """Of a dictionary."""
-    items: list[object] = field(default_factory=list)
-    """Of a list or a tuple."""
+    def find_class(self, module: str, name: str) -> type[_Anything]:
+        return _Anything
+
+    def persistent_load(self, pid: object) -> _Anything:
+        return _Anything()
 
 
 def pickle_paths(path: str | Path) -> tuple[str, list[str]]:
@@ -36,14 +57,19 @@ def pickle_paths(path: str | Path) -> tuple[str, list[str]]:
     Raises:
         DataError: the file cannot be read, is no pickle, or holds no such list.
     """
-    result = _load(path)
-    folder = ""
-    pair = result.items if isinstance(result, _Thing) and len(result.items) == 2 else (None, None)
-    if isinstance(pair[0], str) and isinstance(pair[1], _Thing):
+    try:
+        with open(path, "rb") as stream:
+            # strings of Python 2 are bytes: those of file names
+            result = _Unpickler(stream, encoding="utf-8", errors="surrogateescape").load()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # nonsense ends in all kinds
+        raise DataError(f"{path} is not a whole pickle: {error}") from error
+    folder, pair = "", _elements(result)
+    if len(pair) == 2 and isinstance(pair[0], str) and not isinstance(pair[1], str) and not isinstance(result, dict):
         folder, result = pair
-    found = (result.keys or result.items) if isinstance(result, _Thing) else []
-    found = [item.items[0] if isinstance(item, _Thing) and item.items else item for item in found]
-    paths = [item for item in found if isinstance(item, str)]
+    first = [item[0] if isinstance(item, (list, tuple)) and item else item for item in _elements(result)]
+    paths = [item for item in first if isinstance(item, str)]
     if not paths:
         raise DataError(
             f"{path} holds no list of images: neither a dictionary with paths as keys, nor a list of paths, nor a pair "
@@ -52,81 +78,8 @@ def pickle_paths(path: str | Path) -> tuple[str, list[str]]:
     return folder, paths
 
 
-def pickle_keys(path: str | Path) -> list[str]:
-    """The string keys of the dictionary that a pickle holds, in their order.
-
-    Raises:
-        DataError: the file cannot be read, is no pickle, or what it holds has no string keys.
-    """
-    result = _load(path)
-    keys = [key for key in result.keys if isinstance(key, str)] if isinstance(result, _Thing) else []
-    if not keys:
-        raise DataError(f"{path} does not hold a dictionary with strings as keys")
-    return keys
-
-
-def _load(path: str | Path) -> object:
-    """The stand-in of what a pickle holds."""
-    try:
-        with open(path, "rb") as stream:
-            return _walk(stream)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    except (ValueError, LookupError, TypeError) as error:  # what walking nonsense ends in
-        raise DataError(f"{path} is not a whole pickle: {error}") from error
-
-
-def _walk(stream) -> object:
-    """The stand-in of what the pickle's STOP leaves."""
-    stack: list[object] = []
-    memo: dict[int, object] = {}
-
-    def pop_slice() -> list[object]:
-        start = len(stack) - 1 - stack[::-1].index(_MARK)
-        found = stack[start + 1 :]
-        del stack[start:]
-        return found
-
-    for opcode, argument, _ in pickletools.genops(stream):
-        name = opcode.name
-        if name == "STOP":
-            return stack.pop()
-        if name == "MARK":
-            stack.append(_MARK)
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif name == "DUP":
-            stack.append(stack[-1])
-        elif name in ("SETITEM", "SETITEMS"):
-            items = pop_slice() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-            if isinstance(stack[-1], _Thing):
-                stack[-1].keys += items[::2]
-        elif name == "DICT":
-            stack.append(_Thing(pop_slice()[::2]))
-        elif name in ("APPEND", "APPENDS"):
-            items = pop_slice() if name == "APPENDS" else [stack.pop()]
-            if isinstance(stack[-1], _Thing):
-                stack[-1].items += items
-        elif name in ("LIST", "TUPLE"):
-            stack.append(_Thing(items=pop_slice()))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            size = int(name[-1])
-            items = stack[-size:]
-            del stack[-size:]
-            stack.append(_Thing(items=items))
-        elif name == "BUILD":  # gives an object its state
-            stack.pop()
-        else:  # nothing but its effect on the stack matters
-            taken = list(opcode.stack_before)
-            if pickletools.stackslice in taken:
-                pop_slice()
-                taken = taken[: taken.index(pickletools.markobject)]
-            if taken:
-                del stack[-len(taken) :]
-            is_text = name.endswith(("STRING", "UNICODE", "UNICODE8"))
-            stack += [argument if is_text else _Thing() for _ in opcode.stack_after]
-    raise ValueError("it has no end")
+def _elements(value: object) -> list[object]:
+    """The keys of a dictionary, the elements of a list or a tuple; none of anything else."""
+    if isinstance(value, _Anything):
+        return value.found
+    return list(value) if isinstance(value, (dict, list, tuple)) else []

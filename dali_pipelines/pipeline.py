@@ -4,15 +4,16 @@ One definition for a CPU and a GPU, one for training and validation: what differ
 (`Geometry`). It gets what `images.for_dali` gives: plain JPEGs and PPMs. Decoding follows Pillow: EXIF orientation is
 not applied, and chroma is upsampled smoothly. DALI's random operators are not used at all.
 
-A DALI pipeline is dead after its first error, and DALI does not reliably say which image caused it. `Decoder` therefore
-can be reset, and `find_broken` finds the culprits by halving the batch until single images fail on their own.
+A DALI pipeline is dead after its first error, and DALI does not reliably say which image caused it. `Decoder` then
+drops what is in flight and starts anew; `Decoder.refused` finds the culprits by halving batches.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from dune_fast.dali_pipelines.datasets import DataError
 
 
 class DecodeError(RuntimeError):
-    """DALI gave up on a batch; the pipeline is dead until `Decoder.reset`."""
+    """DALI gave up on a batch; everything in flight is lost."""
 
 
 def import_dali():
@@ -63,16 +64,9 @@ def build_pipeline(batch_size: int, image_size: int, num_threads: int, device: t
         size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)  # height, width
         anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)  # top, left
         flip = fn.external_source(name="flip", dtype=types.INT32, ndim=1)
-        images = fn.decoders.image_slice(
-            encoded,
-            start,
-            shape,
-            device="mixed" if on_gpu else "cpu",
-            output_type=types.RGB,
-            axis_names="WH",
-            adjust_orientation=False,
-            jpeg_fancy_upsampling=True,
-        )
+        where, kind = "mixed" if on_gpu else "cpu", {"output_type": types.RGB, "axis_names": "WH"}
+        as_pillow = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
+        images = fn.decoders.image_slice(encoded, start, shape, device=where, **kind, **as_pillow)
         images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
         images = fn.slice(images, start=anchor, shape=[image_size, image_size], axes=[0, 1])
         return fn.flip(images, horizontal=flip[0], vertical=flip[1])
@@ -86,26 +80,30 @@ def build_pipeline(batch_size: int, image_size: int, num_threads: int, device: t
 class Decoder:
     """Decodes batches asynchronously, first in, first out.
 
-    `depth` batches are to be submitted before the first is received; from then on one can be submitted for each one
-    received, and at the end of the data the rest is received. Nothing here is safe to share between threads.
+    `depth` batches are submitted before the first is received; from then on one for each one received; at the end of
+    the data the rest is received. After a DecodeError it starts anew. Not safe to share between threads.
 
     Args:
         batch_size: largest batch.
         image_size: side of the result in pixels.
         num_threads: CPU threads.
         device: where the result is wanted, "cpu" or "cuda".
+        depth: batches in flight.
     """
 
-    def __init__(self, batch_size: int, image_size: int, num_threads: int, device: torch.device) -> None:
+    def __init__(
+        self, batch_size: int, image_size: int, num_threads: int, device: torch.device, depth: int = 1
+    ) -> None:
         self.batch_size, self.image_size, self.num_threads, self.device = batch_size, image_size, num_threads, device
+        self._depth = depth
         # a stream of its own: training's stream waits for nothing but the batch it is about to use
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.reset(1)
+        self.close()
 
-    def reset(self, depth: int) -> None:
-        """Drops everything in flight; the next batch starts a new pipeline, which keeps `depth` of them in flight."""
-        self._pipeline = None  # frees the old one's threads and buffers first
-        self._depth, self._fed, self._sizes = depth, 0, deque()
+    def close(self) -> None:
+        """Drops everything in flight and frees the pipeline; the next batch builds another one."""
+        self._pipeline = None
+        self._fed, self._sizes = 0, deque()
 
     def submit(self, encoded: list[np.ndarray], geometry: Geometry) -> None:
         """Starts on a batch.
@@ -129,7 +127,7 @@ class Decoder:
             self._pipeline = build_pipeline(
                 self.batch_size, self.image_size, self.num_threads, self.device, self._depth
             )
-        try:
+        with self._failing():
             self._pipeline.feed_input("encoded", encoded)
             for name, values in inputs.items():
                 self._pipeline.feed_input(name, np.ascontiguousarray(values))
@@ -137,8 +135,6 @@ class Decoder:
             self._fed += 1
             if self._fed >= self._depth:  # the first run takes `depth` batches at once, each later one a batch
                 self._pipeline.schedule_run()
-        except RuntimeError as error:
-            raise DecodeError(str(error)) from error
 
     def receive(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """The oldest batch, waiting for it.
@@ -151,7 +147,7 @@ class Decoder:
         """
         assert self._fed >= self._depth, "fewer batches were submitted than the pipeline keeps in flight"
         shape = (self._sizes.popleft(), self.image_size, self.image_size, 3)
-        try:
+        with self._failing():
             if self._stream is None:
                 (output,) = self._pipeline.share_outputs()
                 images = torch.from_numpy(np.array(output.as_tensor()))  # a copy: the buffer goes back to DALI
@@ -166,73 +162,65 @@ class Decoder:
                 feed_ndarray(output.as_tensor(), images, cuda_stream=self._stream)
                 self._pipeline.release_outputs()
                 return images, self._stream.record_event()
-        except RuntimeError as error:
-            raise DecodeError(str(error)) from error
 
-    def find_broken(self, encoded: list[np.ndarray], geometry: Geometry) -> dict[int, str]:
-        """Which images fail on their own, with the reason; decodes everything again, in halves.
-
-        Raises:
-            DataError: a good image fails as well, so the images are not to blame (out of memory, no driver).
-        """
-        self._pipeline = None  # dead already; a GPU may not have the memory for two
-        reason = self._try(*_good_image(self.image_size))
-        if reason:
-            raise DataError(f"DALI cannot decode even a good image any more: {reason}")
-        broken: dict[int, str] = {}
-        parts = [
-            list(range(i, min(i + self.batch_size, len(encoded)))) for i in range(0, len(encoded), self.batch_size)
-        ]
-        while parts:
-            part = parts.pop()
-            reason = self._try([encoded[i] for i in part], geometry[part])
-            if reason and len(part) == 1:
-                broken[part[0]] = reason
-            elif reason:
-                parts += [part[: len(part) // 2], part[len(part) // 2 :]]
-        return broken
-
-    def refused(self, encoded: list[np.ndarray], sizes: Sequence[tuple[int, int]]) -> dict[int, str]:
-        """Which images DALI cannot decode, all of each, with the reason. Nothing else may be in flight.
+    def refused(self, encoded: list[np.ndarray], geometry: Geometry, failure: str = "") -> dict[int, str]:
+        """Which images DALI cannot decode, with the reason; nothing else may be in flight.
 
         Args:
-            encoded: the bytes of each, uint8 [length]; at most a batch.
-            sizes: (width, height) of each.
+            encoded: the bytes of each file, uint8 [length]; any number of them.
+            geometry: what to do to them.
+            failure: why decoding them has failed before, if it has.
 
         Raises:
-            DataError: DALI fails for a reason that no image explains.
+            DataError: the images are not to blame: a good one fails as well (out of memory, no driver), or decoding
+                fails although each of them can be decoded on its own.
         """
-        if not encoded:
-            return {}
-        geometry = whole_images(sizes, self.image_size)
-        try:
-            self.submit(encoded, geometry)
-            self.receive()
-        except DecodeError as error:
-            found = self.find_broken(encoded, geometry)
-            self.reset(1)
-            if not found:
-                raise DataError(f"DALI failed, although every image can be decoded on its own: {error}") from error
-            return found
-        return {}
+        if failure:
+            self._check_good_image()
+        found: dict[int, str] = {}
+        order = np.arange(len(encoded))
+        parts = [order[i : i + self.batch_size] for i in range(0, len(encoded), self.batch_size)]
+        while parts:
+            part = parts.pop()
+            if not (reason := self._try([encoded[i] for i in part], geometry[part])):
+                continue
+            if not failure:
+                failure = reason
+                self._check_good_image()
+            if len(part) == 1:
+                found[int(part[0])] = reason
+            else:
+                parts += [part[: len(part) // 2], part[len(part) // 2 :]]
+        if failure and not found:
+            raise DataError(f"DALI failed, although every image in flight can be decoded on its own: {failure}")
+        return found
 
-    def close(self) -> None:
-        """Frees the pipeline."""
-        self._pipeline = None
+    def _check_good_image(self) -> None:
+        buffer = io.BytesIO()
+        Image.new("RGB", (32, 32), (90, 120, 150)).save(buffer, "JPEG")
+        good = [np.frombuffer(buffer.getvalue(), np.uint8)]
+        if reason := self._try(good, whole_images([(32, 32)], self.image_size)):
+            raise DataError(f"DALI cannot decode even a good image any more: {reason}")
 
     def _try(self, encoded: list[np.ndarray], geometry: Geometry) -> str:
-        """Decodes one batch with a pipeline of its own; returns why it failed, or nothing."""
-        probe = Decoder(len(encoded), self.image_size, self.num_threads, self.device)
+        """Decodes one batch; returns why it failed, or nothing."""
         try:
-            probe.submit(encoded, geometry)
-            _, event = probe.receive()
+            self.submit(encoded, geometry)
+            _, event = self.receive()
             if event is not None:
                 event.synchronize()
         except DecodeError as error:
             return _reason(str(error))
-        finally:
-            probe.close()
         return ""
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Turns DALI's error into a DecodeError; its pipeline is dead."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.close()
+            raise DecodeError(str(error)) from error
 
 
 def _reason(message: str) -> str:
@@ -249,8 +237,3 @@ def whole_images(sizes: Sequence[tuple[int, int]], image_size: int) -> Geometry:
     size, none = np.full((batch, 2), image_size), np.zeros((batch, 2), np.int64)
     return Geometry(window, size, none, none.astype(bool), np.zeros(batch, bool))
 
-
-def _good_image(image_size: int) -> tuple[list[np.ndarray], Geometry]:
-    buffer = io.BytesIO()
-    Image.new("RGB", (32, 32), (90, 120, 150)).save(buffer, "JPEG")
-    return [np.frombuffer(buffer.getvalue(), np.uint8)], whole_images([(32, 32)], image_size)

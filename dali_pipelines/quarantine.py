@@ -14,12 +14,9 @@ import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from dune_fast.dali_pipelines.datasets import DataConfig, Images
 from dune_fast.dali_pipelines.errors import DataError
-
-if TYPE_CHECKING:
-    from dune_fast.dali_pipelines.datasets import DataConfig, Images
 
 logger = logging.getLogger(__name__)
 
@@ -32,20 +29,14 @@ class Quarantine:
     Safe to use from several threads.
 
     Args:
-        names: of the datasets.
-        images: of each dataset.
+        names, images: of each dataset.
         config: the limits.
         folder: of the run; None keeps the record in memory.
         rank: of this process.
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        images: Sequence[Images],
-        config: DataConfig,
-        folder: Path | None = None,
-        rank: int = 0,
+        self, names: Sequence[str], images: Sequence[Images], config: DataConfig, folder: Path | None, rank: int
     ) -> None:
         self._names, self._images, self._config = names, images, config
         self._broken: dict[tuple[int, int], str] = {}
@@ -62,13 +53,7 @@ class Quarantine:
         return image in self._broken
 
     def add(self, dataset: int, index: int, reason: str, lasting: bool = True) -> None:
-        """Records an image and names it in the log, once.
-
-        Args:
-            dataset: its number.
-            index: of the image in it.
-            reason: why it is broken.
-            lasting: False: only this process leaves it out, see `BrokenImage`.
+        """Records an image and names it in the log, once; see `BrokenImage` for `lasting`.
 
         Raises:
             DataError: the dataset has more broken images than the configuration allows.

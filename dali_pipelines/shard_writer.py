@@ -10,6 +10,7 @@ marks it as finished.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -25,19 +26,18 @@ import torch
 
 from dune_fast.dali_pipelines.errors import BrokenImage, DataError, StorageError
 from dune_fast.dali_pipelines.images import decode, encode, plain_jpeg, shrink
-from dune_fast.dali_pipelines.pipeline import Decoder
+from dune_fast.dali_pipelines.pipeline import Decoder, whole_images
 from dune_fast.dali_pipelines.storage import Location, Reader, sync_folder, write_whole
 from dune_fast.dali_pipelines.tar_index import RECORD, open_index, write_index
 
 _MOST_VANISHED = 10  # files of a shard, or half of them: with more missing, something else is wrong
 _BATCH = 16  # images that DALI decodes at a time
 _SIZE = 64  # pixels; the whole image is decoded, only the resize is cheap
-_BLOCK, _TAIL = 512, 10_240  # bytes: of a tar header, and what the length of a tar file is a multiple of
 
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """How shards are made."""
+    """How shards are made. Raises DataError for values that make no sense."""
 
     megabytes: float = 500
     """Size of a shard, about: the number of images in it comes from the size of the first 256."""
@@ -49,8 +49,7 @@ class ShardSettings:
     """What happens to images that are stored turned: "enlarge" turns the canvas with the image; "keep" keeps the
     canvas, cuts off what lies outside and leaves black bars, as in the code published with DUNE."""
 
-    def validate(self) -> None:
-        """Raises DataError for values that make no sense."""
+    def __post_init__(self) -> None:
         if not self.megabytes > 0 or self.shorter_side < 0:
             raise DataError(
                 f"shards of {self.megabytes} MB with a shorter side of {self.shorter_side} pixels cannot be made: "
@@ -100,14 +99,10 @@ class Stopped(Exception):
 
 
 class Tally:
-    """How far all workers are together, and whether they should stop; shared between processes.
-
-    Args:
-        context: of multiprocessing.
-    """
+    """How far all workers are together, and whether they should stop; shared between processes."""
 
     def __init__(self, context) -> None:
-        self.counts = context.Array("q", 2)
+        self.counts = context.Array("q", 2)  # images, bytes
         self.stop = context.Event()
 
     def add(self, num_bytes: int) -> None:
@@ -118,17 +113,13 @@ class Tally:
         if self.stop.is_set():
             raise Stopped
 
-    def read(self) -> tuple[int, int]:
-        """Images and bytes so far."""
-        return self.counts[0], self.counts[1]
+
+Prepared = tuple[bytes, tuple[int, int]]
+"""The JPEG (or PNG, see `images.encode`) that goes into a shard, and its (width, height)."""
 
 
-def prepare(
-    data: np.ndarray, settings: ShardSettings, turned: bool, by_pillow: bool = False
-) -> tuple[bytes, tuple[int, int]]:
-    """The JPEG (or PNG, see `images.encode`) that goes into a shard, and its (width, height).
-
-    A plain JPEG that needs no change is returned as it is, and has yet to be decoded.
+def prepare(data: np.ndarray, settings: ShardSettings, turned: bool, by_pillow: bool = False) -> Prepared:
+    """What goes into a shard; a plain JPEG that needs no change is returned as it is, and has yet to be decoded.
 
     Args:
         data: an encoded image, uint8 [length].
@@ -151,31 +142,22 @@ def prepare(
     return encode(result), result.size
 
 
-def _decoded(
-    job: Job, reader: Reader, decoder: Decoder
-) -> Iterator[tuple[Item, tuple[bytes, tuple[int, int]] | BrokenImage]]:
+def _decoded(job: Job, reader: Reader, decoder: Decoder) -> Iterator[tuple[Item, Prepared | BrokenImage]]:
     """Every item with what `prepare` makes of it, decoded in batches, or why it is broken."""
 
-    def attempt(data: np.ndarray, item: Item, by_pillow: bool = False) -> tuple | BrokenImage:
+    def attempt(item: Item, by_pillow: bool = False) -> Prepared | BrokenImage:
         try:
-            return prepare(data, job.settings, item.turned, by_pillow)
-        except BrokenImage as error:
-            return error
-
-    def read(item: Item) -> np.ndarray | BrokenImage:
-        try:
-            return reader.read(item.location)
+            return prepare(reader.read(item.location), job.settings, item.turned, by_pillow)
         except BrokenImage as error:
             return error
 
     for start in range(0, len(job.items), _BATCH):
         items = job.items[start : start + _BATCH]
-        files = [read(item) for item in items]
-        results = [x if isinstance(x, BrokenImage) else attempt(x, item) for x, item in zip(files, items, strict=True)]
+        results = [attempt(item) for item in items]
         good = [i for i, result in enumerate(results) if not isinstance(result, BrokenImage)]
         encoded = [np.frombuffer(results[i][0], np.uint8) for i in good]
-        for k in decoder.refused(encoded, [results[i][1] for i in good]):
-            results[good[k]] = attempt(files[good[k]], items[good[k]], by_pillow=True)
+        for k in decoder.refused(encoded, whole_images([results[i][1] for i in good], decoder.image_size)):
+            results[good[k]] = attempt(items[good[k]], by_pillow=True)
         yield from zip(items, results, strict=True)
 
 
@@ -192,39 +174,63 @@ def write_shard(job: Job, reader: Reader, decoder: Decoder, tally: Tally) -> Sha
     try:
         with open(partial, "wb") as file:
             sink = _Sink(file)
-            for item, result in _decoded(job, reader, decoder):
-                if isinstance(result, BrokenImage):
-                    gone = isinstance(result.__cause__, FileNotFoundError)
-                    vanished += gone
-                    if vanished > max(_MOST_VANISHED, len(job.items) // 2):
-                        raise StorageError(
-                            f"{vanished} files of dataset {job.dataset!r} are not there, the last one is "
-                            f"{item.location}: is its folder still mounted? Then start the same command again"
-                        ) from result
-                    # a list may name many files that never were: their shards should not be made again every time
-                    entry = {"dataset": job.dataset, "path": item.path, "reason": str(result)}
-                    broken.append({**entry, "lasting": result.lasting or gone})
-                    tally.add(0)
-                    continue
-                encoded, (width, height) = result
-                about = {"dataset": job.dataset, "path": item.path, "width": width, "height": height}
-                suffix = "jpg" if encoded[0] == 0xFF else "png"
-                offset = sink.member(f"{item.key:09d}.{suffix}", encoded)
-                sink.member(f"{item.key:09d}.json", json.dumps(about).encode())
-                known = (width, height) if max(width, height) < 1 << 16 else (0, 0)  # a record has 16 bits for each
-                rows.append((offset, len(encoded), 0, zlib.crc32(encoded), *known))
-                tally.add(len(encoded))
-            sink.finish()
+            with tarfile.open(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+                for item, result in _decoded(job, reader, decoder):
+                    if isinstance(result, BrokenImage):
+                        gone = isinstance(result.__cause__, FileNotFoundError)
+                        vanished += gone
+                        if vanished > max(_MOST_VANISHED, len(job.items) // 2):
+                            raise StorageError(
+                                f"{vanished} files of dataset {job.dataset!r} are not there, the last one is "
+                                f"{item.location}: is its folder still mounted? Then start the same command again"
+                            ) from result
+                        # a list may name files that never were: their shards should not be made again every time
+                        entry = {"dataset": job.dataset, "path": item.path, "reason": str(result)}
+                        broken.append({**entry, "lasting": result.lasting or gone})
+                        tally.add(0)
+                        continue
+                    encoded, (width, height) = result
+                    about = {"dataset": job.dataset, "path": item.path, "width": width, "height": height}
+                    suffix = "jpg" if encoded[0] == 0xFF else "png"
+                    offset = _append(archive, f"{item.key:09d}.{suffix}", encoded)
+                    _append(archive, f"{item.key:09d}.json", json.dumps(about).encode())
+                    known = (width, height) if max(width, height) < 1 << 16 else (0, 0)  # a record has 16 bits for each
+                    rows.append((offset, len(encoded), 0, zlib.crc32(encoded), *known))
+                    tally.add(len(encoded))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, final)
         sync_folder(job.folder)
-        record = ShardRecord(sink.size, len(rows), sink.digest.hexdigest(), broken)
+        record = ShardRecord(sink.tell(), len(rows), sink.digest.hexdigest(), broken)
         write_index(records_folder(job.folder) / f"{job.name}.index", np.array(rows, RECORD), 1)
         write_json(records_folder(job.folder) / f"{job.name}.json", asdict(record))
         return record
     finally:
         partial.unlink(missing_ok=True)
+
+
+class _Sink:
+    """A file being written, with its size and its hash."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size, self.digest = file, 0, hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self.digest.update(data)
+        self._size += len(data)
+
+    def tell(self) -> int:
+        return self._size
+
+
+def _append(archive: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Adds a member without time and owner; returns the offset of its bytes."""
+    info = tarfile.TarInfo(name)
+    info.size, offset = len(data), archive.offset + tarfile.BLOCKSIZE
+    archive.addfile(info, io.BytesIO(data))
+    archive.members.clear()  # tarfile would keep every header
+    return offset
 
 
 def finished(folder: Path, name: str) -> ShardRecord | None:
@@ -249,34 +255,6 @@ def records_folder(folder: Path) -> Path:
 def write_json(path: Path, value: object) -> None:
     """A value as JSON; see `storage.write_whole`."""
     write_whole(path, f"{json.dumps(value)}\n".encode())
-
-
-class _Sink:
-    """A tar file being written, with its size and its hash."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.size, self.digest = 0, hashlib.sha256()
-
-    def member(self, name: str, data: bytes) -> int:
-        """Appends a file; returns the offset of its bytes."""
-        info = tarfile.TarInfo(name)  # no time and no owner: the same images give the same bytes
-        info.size = len(data)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
-        offset = self.size
-        self._write(data)
-        self._write(bytes(-len(data) % _BLOCK))
-        return offset
-
-    def finish(self) -> None:
-        """Appends the end of the archive."""
-        self._write(bytes(2 * _BLOCK))
-        self._write(bytes(-self.size % _TAIL))
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self.digest.update(data)
-        self.size += len(data)
 
 
 _worker: tuple[Reader, Decoder, Tally] | None = None

@@ -24,12 +24,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dune_fast.dali_pipelines.datasets import DataConfig, Dataset, DatasetConfig, Images, index_dataset
+from dune_fast.dali_pipelines import shard_writer
+from dune_fast.dali_pipelines.datasets import DataConfig, Dataset, Images, index_dataset
 from dune_fast.dali_pipelines.errors import BrokenImage, DataError
 from dune_fast.dali_pipelines.listing import is_turned
 from dune_fast.dali_pipelines.order import Permutation
 from dune_fast.dali_pipelines.pipeline import import_dali
-from dune_fast.dali_pipelines.progress import Progress
 from dune_fast.dali_pipelines.shard_writer import (
     Item,
     Job,
@@ -39,15 +39,13 @@ from dune_fast.dali_pipelines.shard_writer import (
     finished,
     prepare,
     records_folder,
-    start_worker,
-    work,
     write_json,
-)
+)  # fmt: skip
 from dune_fast.dali_pipelines.shards import FORMAT, MANIFEST, Manifest, Shard, Split
 from dune_fast.dali_pipelines.storage import Reader, write_whole
 from dune_fast.dali_pipelines.tar_index import open_index, write_index
-from dune_fast.teachers.assets import locked
-from dune_fast.teachers.download import file_sha256
+from dune_fast.teachers.files import file_sha256, locked
+from dune_fast.teachers.progress import Progress
 
 __all__ = ["ShardSettings", "shard_dataset"]
 
@@ -60,7 +58,7 @@ _POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Plan:
+class SplitPlan:
     """What has to be done for a split; does not change once the first shard is written."""
 
     split: str
@@ -70,14 +68,14 @@ class Plan:
     image_bytes: float
     """Of an image in a shard, as estimated."""
 
-    @property
-    def num_shards(self) -> int:
-        """Shards of the split."""
-        return math.ceil(self.images / self.per_shard)
+    def names(self) -> list[str]:
+        """Of the shards, without ".tar"."""
+        return [f"{self.split}-{number:06d}" for number in range(math.ceil(self.images / self.per_shard))]
 
-    def name(self, number: int) -> str:
-        """Of a shard, without ".tar"."""
-        return f"{self.split}-{number:06d}"
+    def places(self, name: str) -> range:
+        """Of a shard's images in the shuffled order."""
+        first = int(name.rpartition("-")[2]) * self.per_shard
+        return range(first, min(first + self.per_shard, self.images))
 
 
 def shard_dataset(name: str, data: DataConfig, folder: Path, settings: ShardSettings, workers: int) -> Manifest:
@@ -94,30 +92,158 @@ def shard_dataset(name: str, data: DataConfig, folder: Path, settings: ShardSett
         The manifest that was written.
 
     Raises:
-        DataError: no images, wrong settings, a folder with shards of other images or settings, no room, only broken
-            images, a failure of the storage, or no DALI.
+        DataError: no images, a folder with shards of other images or settings, no room, only broken images, a failure
+            of the storage, or no DALI.
     """
-    settings.validate()
     if workers < 1:
         raise DataError(f"{workers} workers cannot do anything: at least 1 is needed")
     import_dali()  # fail here, not in a worker
-    config = data.datasets[name]
-    dataset = index_dataset(name, config)
-    splits = {split: images for split, images in (("train", dataset.train), ("val", dataset.val)) if len(images)}
-    source = _fingerprint(splits)
+    dataset = index_dataset(name, data.datasets[name])
     try:
         records_folder(folder).mkdir(parents=True, exist_ok=True)
         with locked(folder / ".lock", f"the shards in {folder}"):
             for partial in [*folder.glob(".*.part"), *records_folder(folder).glob(".*.part")]:
                 partial.unlink()  # of a process that was killed
-            plans = _plan(folder, dataset, splits, source, settings, data.read_patience, workers)
-            _write_missing(folder, dataset, splits, plans, settings, data.read_patience, workers)
-            return _finish(folder, name, plans, source, settings)
+            sharding = _Sharding(dataset, folder, settings, data.read_patience, workers)
+            plans = sharding.plan()
+            sharding.write_missing(plans)
+            return sharding.finish(plans)
     except OSError as error:  # what goes wrong with the source is a DataError
         raise DataError(
             f"{folder} cannot be written: {error.strerror or error}; make room or choose another folder, then start "
             "the same command again: finished shards are kept"
         ) from error
+
+
+class _Sharding:
+    """One dataset on its way into shards."""
+
+    def __init__(
+        self, dataset: Dataset, folder: Path, settings: ShardSettings, patience: float, workers: int
+    ) -> None:
+        self.dataset, self.folder, self.settings = dataset, folder, settings
+        self.patience, self.workers = patience, workers
+        splits = {"train": dataset.train, "val": dataset.val}
+        self.splits = {split: images for split, images in splits.items() if len(images)}
+        self.source = _fingerprint(self.splits)
+
+    def plan(self) -> list[SplitPlan]:
+        """The plan of an earlier call, where there is one, else a new one."""
+        path = records_folder(self.folder) / "plan.json"
+        header = {"format": FORMAT, "dataset": self.dataset.name, "source": self.source}
+        header["settings"] = asdict(self.settings)
+        if not path.exists():
+            plans = [self._plan_split(split, images) for split, images in self.splits.items()]
+            write_json(path, {**header, "plans": [asdict(plan) for plan in plans]})
+            return plans
+        try:
+            known = json.loads(path.read_text())
+            plans = [SplitPlan(**plan) for plan in known.pop("plans")]
+        except (ValueError, TypeError, KeyError) as error:
+            remedy = f"delete the folder {self.folder} to start anew"
+            raise DataError(f"{path} cannot be read ({error}); {remedy}") from error
+        if known != header:
+            other = ", ".join(key for key in header if known.get(key) != header[key])
+            raise DataError(
+                f"{self.folder} holds shards that were made otherwise ({other} differs from now): "
+                "choose another folder, delete this one, or use the dataset and the settings it was made with"
+            )
+        return plans
+
+    def _plan_split(self, split: str, images: Images) -> SplitPlan:
+        """From the sizes of the first images."""
+        reader = Reader(self.patience)
+
+        def encoded_size(item: Item) -> int | BrokenImage:
+            try:
+                return len(prepare(reader.read(item.location), self.settings, item.turned)[0])
+            except BrokenImage as error:
+                return error
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            found = list(pool.map(encoded_size, self._items(images, range(min(_SAMPLE, len(images))))))
+        sizes = [size for size in found if isinstance(size, int)]
+        if not sizes:
+            raise DataError(
+                f"dataset {self.dataset.name!r}: none of the first {len(found)} images of {split} can be decoded, "
+                f"for instance: {found[0]}"
+            )
+        image_bytes = statistics.fmean(sizes) + _OVERHEAD
+        num_shards = max(1, round(len(images) * image_bytes / (self.settings.megabytes * 1e6)))
+        return SplitPlan(split, len(images), math.ceil(len(images) / num_shards), image_bytes)
+
+    def _items(self, images: Images, places: range) -> list[Item]:
+        """The images at some places of the shuffled order."""
+        order, rotate = Permutation(len(images), self.settings.seed)(np.array(places)), self.dataset.config.rotate
+        return [
+            Item(place, images.locate(index), images.relative(index), is_turned(images, index, rotate))
+            for place, index in zip(places, order.tolist(), strict=True)
+        ]
+
+    def write_missing(self, plans: Sequence[SplitPlan]) -> None:
+        """Writes the shards that are not finished."""
+        everything = [(plan, name) for plan in plans for name in plan.names()]
+        missing = [(plan, name) for plan, name in everything if finished(self.folder, name) is None]
+        there, title = len(everything) - len(missing), self.dataset.name
+        if there:
+            logger.info("%s: %d of %d shards are there already", title, there, len(everything))
+        if not missing:
+            return
+        needed = sum(plan.image_bytes * len(plan.places(name)) for plan, name in missing)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise DataError(
+                f"{self.folder} has {free / 1e9:.2f} GB free, the {len(missing)} shards still missing need about "
+                f"{needed / 1e9:.2f} GB: make room, or choose another folder or a smaller --shorter-side"
+            )
+        jobs = (  # made when their turn comes: each names thousands of files
+            Job(self.folder, name, title, self.settings, self._items(self.splits[plan.split], plan.places(name)))
+            for plan, name in missing
+        )
+        total, todo = sum(plan.images for plan in plans), sum(len(plan.places(name)) for plan, name in missing)
+        context, workers = get_context("spawn"), min(self.workers, len(missing))
+        tally = Tally(context)
+        start = shard_writer.start_worker
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start, initargs=(self.patience, tally))
+        with pool, Progress(f"sharding {title}", total, done=total - todo) as progress:
+            try:
+                _run(pool, jobs, workers + 1, tally, progress)
+            except BrokenProcessPool as error:
+                raise DataError(
+                    "a worker was ended from outside, maybe for want of memory: start the same command again, with "
+                    "fewer --workers if it happens again; finished shards are kept"
+                ) from error
+            except KeyboardInterrupt:
+                logger.warning("interrupted; finished shards are kept, the same command goes on with the rest")
+                raise
+            finally:
+                tally.stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def finish(self, plans: Sequence[SplitPlan]) -> Manifest:
+        """Joins the records of all shards into indices, the quarantine and the manifest."""
+        splits, broken, records = [], [], records_folder(self.folder)
+        for plan in plans:
+            shards, parts, left_out = [], [], []
+            for number, name in enumerate(plan.names()):
+                record = ShardRecord(**json.loads((records / f"{name}.json").read_text()))
+                shards.append(Shard(f"{name}.tar", record.bytes, record.images, record.sha256))
+                part = np.array(open_index(records / f"{name}.index", 1))
+                part["shard"] = number
+                parts.append(part)
+                left_out += [{"split": plan.split, **entry} for entry in record.broken]
+            index, rows = self.folder / f"{plan.split}.index", np.concatenate(parts)
+            write_index(index, rows, len(shards))
+            splits.append(Split(plan.split, len(rows), len(left_out), index.name, file_sha256(index), shards))
+            broken += left_out
+        quarantine = self.folder / QUARANTINE
+        write_whole(quarantine, "".join(json.dumps(entry) + "\n" for entry in broken).encode())
+        if broken:
+            total, name = sum(plan.images for plan in plans), self.dataset.name
+            logger.warning("%s: %d of %d images are broken and left out, see %s", name, len(broken), total, quarantine)
+        manifest = Manifest(FORMAT, self.dataset.name, self.source, asdict(self.settings), splits)
+        write_whole(self.folder / MANIFEST, manifest.dump().encode())
+        return manifest
 
 
 def _fingerprint(splits: dict[str, Images]) -> str:
@@ -129,163 +255,19 @@ def _fingerprint(splits: dict[str, Images]) -> str:
     return digest.hexdigest()
 
 
-def _permutation(images: Images, settings: ShardSettings) -> Permutation:
-    return Permutation(len(images), settings.seed)
-
-
-def _items(images: Images, config: DatasetConfig, settings: ShardSettings, first: int, last: int) -> list[Item]:
-    """The images at places first ... last - 1 of the shuffled order."""
-    order = _permutation(images, settings)(np.arange(first, min(last, len(images))))
-    return [
-        Item(first + i, images.locate(index), images.relative(index), is_turned(images, index, config.rotate))
-        for i, index in enumerate(order.tolist())
-    ]
-
-
-def _plan(
-    folder: Path,
-    dataset: Dataset,
-    splits: dict[str, Images],
-    source: str,
-    settings: ShardSettings,
-    patience: float,
-    workers: int,
-) -> list[Plan]:
-    """The plan of an earlier call, where there is one, else a new one."""
-    path = records_folder(folder) / "plan.json"
-    header = {"format": FORMAT, "dataset": dataset.name, "source": source, "settings": asdict(settings)}
-    if path.exists():
-        try:
-            known = json.loads(path.read_text())
-            plans = [Plan(**plan) for plan in known.pop("plans")]
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{path} cannot be read ({error}); delete the folder {folder} to start anew") from error
-        if known != header:
-            other = ", ".join(key for key in header if known.get(key) != header[key])
-            raise DataError(
-                f"{folder} holds shards that were made otherwise ({other} differs from now): "
-                "choose another folder, delete this one, or use the dataset and the settings it was made with"
-            )
-        return plans
-    plans = []
-    reader = Reader(patience)
-    for split, images in splits.items():
-
-        def encoded_size(item: Item) -> int | BrokenImage:
-            try:
-                return len(prepare(reader.read(item.location), settings, item.turned)[0])
-            except BrokenImage as error:
-                return error
-
-        with ThreadPoolExecutor(workers) as pool:
-            found = list(pool.map(encoded_size, _items(images, dataset.config, settings, 0, _SAMPLE)))
-        sizes = [size for size in found if isinstance(size, int)]
-        if not sizes:
-            raise DataError(
-                f"dataset {dataset.name!r}: none of the first {len(found)} images of {split} can be decoded, "
-                f"for instance: {found[0]}"
-            )
-        image_bytes = statistics.fmean(sizes) + _OVERHEAD
-        num_shards = max(1, round(len(images) * image_bytes / (settings.megabytes * 1e6)))
-        plans.append(Plan(split, len(images), math.ceil(len(images) / num_shards), image_bytes))
-    write_json(path, {**header, "plans": [asdict(plan) for plan in plans]})
-    return plans
-
-
-def _write_missing(
-    folder: Path,
-    dataset: Dataset,
-    splits: dict[str, Images],
-    plans: Sequence[Plan],
-    settings: ShardSettings,
-    patience: float,
-    workers: int,
-) -> None:
-    everything = [(plan, number) for plan in plans for number in range(plan.num_shards)]
-    missing = [(plan, number) for plan, number in everything if finished(folder, plan.name(number)) is None]
-    if len(missing) < len(everything):
-        logger.info(
-            "%s: %d of %d shards are there already", dataset.name, len(everything) - len(missing), len(everything)
-        )
-    if not missing:
-        return
-    todo = sum(min(plan.per_shard, plan.images - number * plan.per_shard) for plan, number in missing)
-    needed = sum(plan.image_bytes * min(plan.per_shard, plan.images - n * plan.per_shard) for plan, n in missing)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise DataError(
-            f"{folder} has {free / 1e9:.2f} GB free, the {len(missing)} shards still missing need about "
-            f"{needed / 1e9:.2f} GB: make room, or choose another folder or a smaller --shorter-side"
-        )
-
-    def jobs() -> Iterator[Job]:
-        for plan, number in missing:
-            first = number * plan.per_shard
-            items = _items(splits[plan.split], dataset.config, settings, first, first + plan.per_shard)
-            yield Job(folder, plan.name(number), dataset.name, settings, items)
-
-    context = get_context("spawn")
-    tally = Tally(context)
-    total = sum(plan.images for plan in plans)
-    workers = min(workers, len(missing))
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(patience, tally))
-    with pool, Progress(f"sharding {dataset.name}", total, done=total - todo) as progress:
-        try:
-            _run(pool, jobs(), workers + 1, tally, progress)
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a worker was ended from outside, maybe for want of memory: start the same command again, with fewer "
-                "--workers if it happens again; finished shards are kept"
-            ) from error
-        except KeyboardInterrupt:
-            logger.warning("interrupted; finished shards are kept, the same command goes on with the rest")
-            raise
-        finally:
-            tally.stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
 def _run(pool: ProcessPoolExecutor, jobs: Iterator[Job], at_once: int, tally: Tally, progress: Progress) -> None:
-    """Does all jobs; a few are handed out ahead, since each names thousands of files."""
+    """Does all jobs, a few of them handed out ahead."""
     running: set[Future[ShardRecord]] = set()
     images = num_bytes = 0
     while True:
         while len(running) < at_once and (job := next(jobs, None)) is not None:
-            running.add(pool.submit(work, job))
+            running.add(pool.submit(shard_writer.work, job))
         if not running:
             return
         done, running = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-        now_images, now_bytes = tally.read()
+        now_images, now_bytes = tally.counts
         progress.advance(now_images - images, now_bytes - num_bytes)
         images, num_bytes = now_images, now_bytes
         for future in done:
             for entry in future.result().broken:
                 logger.warning("%(dataset)s: broken image %(path)s left out: %(reason)s", entry)
-
-
-def _finish(folder: Path, name: str, plans: Sequence[Plan], source: str, settings: ShardSettings) -> Manifest:
-    """Joins the records of all shards into indices, the quarantine and the manifest."""
-    splits, broken = [], []
-    for plan in plans:
-        shards, parts, left_out = [], [], []
-        for number in range(plan.num_shards):
-            record = ShardRecord(**json.loads((records_folder(folder) / f"{plan.name(number)}.json").read_text()))
-            shards.append(Shard(f"{plan.name(number)}.tar", record.bytes, record.images, record.sha256))
-            part = np.array(open_index(records_folder(folder) / f"{plan.name(number)}.index", 1))
-            part["shard"] = number
-            parts.append(part)
-            left_out += [{"split": plan.split, **entry} for entry in record.broken]
-        index = folder / f"{plan.split}.index"
-        records = np.concatenate(parts)
-        write_index(index, records, len(shards))
-        splits.append(Split(plan.split, len(records), len(left_out), index.name, file_sha256(index), shards))
-        broken += left_out
-    write_whole(folder / QUARANTINE, "".join(json.dumps(entry) + "\n" for entry in broken).encode())
-    if broken:
-        total = sum(plan.images for plan in plans)
-        logger.warning(
-            "%s: %d of %d images are broken and left out, see %s", name, len(broken), total, folder / QUARANTINE
-        )
-    manifest = Manifest(FORMAT, name, source, asdict(settings), splits)
-    write_whole(folder / MANIFEST, manifest.dump().encode())
-    return manifest

@@ -20,30 +20,19 @@ import hashlib
 import json
 import os
 import re
-import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dune_fast.dali_pipelines.errors import DataError
-from dune_fast.dali_pipelines.storage import (
-    Location,
-    Reader,
-    cached,
-    file_system,
-    is_url,
-    open_binary,
-    patiently,
-    write_whole,
-)
-from dune_fast.dali_pipelines.tar_index import open_index
+from dune_fast.dali_pipelines.storage import cached, file_system, is_url, open_binary, patiently, write_whole
+from dune_fast.dali_pipelines.tar_index import ShardImages, open_index
 
 FORMAT = 1
 """Version of the manifest."""
 MANIFEST = "manifest.json"
-_BLOCK = 512  # bytes of a tar header, and what the bytes of a member are filled up to
 _PATIENCE = 30.0  # seconds, for what is read once at the start
 
 
@@ -54,11 +43,8 @@ class Shard:
     name: str
     """Below the folder of the manifest."""
     bytes: int
-    """Size of the file."""
     images: int
-    """Images in it."""
     sha256: str
-    """Of the file, in hexadecimal."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +54,11 @@ class Split:
     name: str
     """"train" or "val"."""
     images: int
-    """Images in all shards."""
     broken: int
     """Images of the source that were broken and are in no shard."""
     index: str
     """Name of the index file."""
     index_sha256: str
-    """Of that file."""
     shards: list[Shard]
     """In the order of their numbers in the index."""
 
@@ -86,7 +70,6 @@ class Manifest:
     format: int
     """Version of the layout, see FORMAT."""
     dataset: str
-    """Name of the dataset."""
     source: str
     """Fingerprint of the source: a hash over the number and the names of its images, split by split."""
     settings: dict
@@ -100,11 +83,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, text: str, where: str) -> Manifest:
-        """From JSON.
-
-        Args:
-            text: of the file.
-            where: it was read, for messages.
+        """From JSON that was read at `where`.
 
         Raises:
             DataError: no manifest of this version, or one that names files outside its folder.
@@ -135,82 +114,6 @@ def read_manifest(folder: str) -> Manifest:
         return Manifest.parse(_read_file(path).decode(), path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-
-
-class ShardImages(Sequence[str]):
-    """Images in tar shards; as a sequence their names, "SHARD.tar@OFFSET".
-
-    Args:
-        shards: paths or addresses of the tar files.
-        records: from `tar_index`, usually mapped into memory.
-        rows: the records that belong to it, all of them by default.
-        root: what names leave out at the front of a path.
-        described: whether a JSON follows each image, as in shards of our own.
-    """
-
-    def __init__(
-        self,
-        shards: Sequence[str],
-        records: np.ndarray,
-        root: str = "",
-        rows: np.ndarray | None = None,
-        described: bool = False,
-    ) -> None:
-        self.shards, self.root, self.described = shards, root, described
-        self.left_out: dict[str, int] = {}
-        self._records, self._rows = records, rows
-
-    def __len__(self) -> int:
-        return len(self._records if self._rows is None else self._rows)
-
-    def __getitem__(self, index: int) -> str:
-        record = self._record(index)
-        return f"{self.shards[record['shard']]}@{record['offset']}"
-
-    def relative(self, index: int) -> str:
-        """The name without the folder that all shards lie in."""
-        return self[index].removeprefix(self.root).lstrip("/")
-
-    def locate(self, index: int) -> Location:
-        """Where the bytes of an image are."""
-        record = self._record(index)
-        crc = int(record["crc"]) or None
-        return Location(self.shards[record["shard"]], int(record["offset"]), int(record["length"]), crc)
-
-    def size(self, index: int) -> tuple[int, int]:
-        """(width, height); (0, 0) where the index does not know."""
-        record = self._record(index)
-        return int(record["width"]), int(record["height"])
-
-    def source_path(self, index: int, reader: Reader) -> str:
-        """What an image was called below its root before it came into the shard, or its member's name in foreign ones.
-
-        Raises:
-            BrokenImage, StorageError: see `Reader.read`.
-            DataError: no such thing stands there: the index is another tar file's.
-        """
-        place = self.locate(index)
-        # the headers of a tar are before the bytes that they tell of
-        header_at = place.offset + place.length + -place.length % _BLOCK if self.described else place.offset - _BLOCK
-        try:
-            header = reader.read(Location(place.path, header_at, _BLOCK)).tobytes()
-            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-            if not self.described:
-                return member.name
-            return json.loads(reader.read(Location(place.path, header_at + _BLOCK, member.size)).tobytes())["path"]
-        except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self[index]} has no name in its shard ({error}): the index is another's") from error
-
-    def select(self, indices: Iterable[int]) -> ShardImages:
-        """Only these images, in this order."""
-        chosen = np.fromiter(indices, np.int64)
-        rows = chosen if self._rows is None else self._rows[chosen]
-        return ShardImages(self.shards, self._records, self.root, rows, self.described)
-
-    def _record(self, index: int) -> np.void:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self._records[index if self._rows is None else self._rows[index]]
 
 
 def is_manifest_folder(given: str) -> bool:
@@ -287,9 +190,7 @@ def _open_index(path: str, sha256: str, num_shards: int) -> np.ndarray:
 def verify_shards(folder: str, report: Callable[[int], None] = lambda _: None) -> list[str]:
     """What is wrong with a folder of our own shards, one sentence each: every byte is read and hashed.
 
-    Args:
-        folder: with a manifest.
-        report: is told how many bytes were read since the last call.
+    `report` is told how many bytes were read since the last call.
 
     Raises:
         DataError: what `open_manifest_folder` raises: the folder cannot be used at all.

@@ -20,7 +20,6 @@ import secrets
 import threading
 import time
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dune_fast.dali_pipelines.errors import BrokenImage, DataError, StorageError
-from dune_fast.teachers.assets import cache_dir, locked
+from dune_fast.teachers.files import cache_dir, locked
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +57,7 @@ def write_whole(path: Path, *parts: bytes | np.ndarray) -> None:
     """Writes a file so that readers see all of it or what was there before, also after a power cut.
 
     Several threads, processes and machines may write the same file at once; an interrupted one leaves ".NAME.*.part".
-
-    Args:
-        path: of the file, in a folder that is there.
-        parts: its content, one after the other; contiguous arrays.
+    Arrays are to be contiguous.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
@@ -85,9 +81,9 @@ class Location:
     offset: int = 0
     """First byte."""
     length: int = -1
-    """Bytes; -1 for the whole file."""
+    """In bytes; -1 for the whole file."""
     crc: int | None = None
-    """CRC-32 of the bytes, where it is known."""
+    """CRC-32, where it is known."""
 
     def __str__(self) -> str:
         return self.path if self.length < 0 else f"{self.path} at {self.offset}"
@@ -133,9 +129,7 @@ def open_binary(path: str) -> BinaryIO:
 def cached(name: str, title: str) -> Iterator[Path]:
     """A file of the cache folder, with a lock on it: whoever finds that it does not exist makes it.
 
-    Args:
-        name: below the cache folder.
-        title: what it is, for the log line of those who wait.
+    `title` says what it is, in the log line of those who wait.
 
     Raises:
         DataError: the cache folder cannot be written.
@@ -154,14 +148,15 @@ def patiently(read: Callable[[], Any], what: str, patience: float, stop: threadi
     """The result of `read()`, tried again while the storage fails.
 
     Args:
-        read: what to do; file-not-found and the like are passed on as they are.
+        read: what to do.
         what: is read, for messages.
         patience: seconds after which it is given up.
         stop: once it is set, nothing is tried again.
 
     Raises:
         StorageError: it still failed then, or it failed and is not wanted any more.
-        OSError: input/output errors (EIO) that outlived the patience, and all errors that waiting does not mend.
+        OSError: input/output errors (EIO) that outlived the patience, and all errors that waiting does not mend, such
+            as file-not-found.
     """
     give_up, pause = time.monotonic() + patience, _FIRST_PAUSE
     stop = stop or threading.Event()
@@ -216,10 +211,8 @@ class Reader:
     """
 
     def __init__(self, patience: float, open_files: int = 128) -> None:
-        self._patience, self._limit = patience, open_files
-        self._stop = threading.Event()
-        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
+        self._patience, self._stop = patience, threading.Event()
+        self._open = functools.lru_cache(open_files)(_OpenFile)
 
     def read(self, location: Location) -> np.ndarray:
         """The bytes at a location, uint8 [length].
@@ -266,25 +259,12 @@ class Reader:
         if length < 0:
             with open(path, "rb", buffering=0) as file:
                 return file.read()
-        file = self._shard(path)
+        file = self._open(path)
         try:
             return _read_fully(file.descriptor, offset, length)
         except OSError:
-            with self._lock:  # a stale handle stays stale
-                self._open.pop(path, None)
+            self._open.cache_clear()  # a stale handle stays stale
             raise
-
-    def _shard(self, path: str) -> _OpenFile:
-        with self._lock:
-            if (file := self._open.get(path)) is not None:
-                self._open.move_to_end(path)
-                return file
-        file = _OpenFile(path)  # outside the lock: on a network folder this takes its time
-        with self._lock:
-            self._open[path] = file
-            while len(self._open) > self._limit:
-                self._open.popitem(last=False)
-        return file
 
 
 def _read_fully(descriptor: int, offset: int, length: int) -> bytes:

@@ -1,4 +1,4 @@
-"""The binary index of a set of tar shards, and how it is made for shards that other tools have written.
+"""Images in tar shards, found by a binary index.
 
 An index file is a header of 64 bytes and one record of 24 bytes an image, little-endian, mapped into memory: ranks of a
 machine share its pages. 20.7 million images take 0.5 GB on disk. The dataset is the same for all records of a file, so
@@ -7,37 +7,31 @@ its name stands in the manifest beside it (`shards`).
     header: magic (8 bytes), version (u32), number of shards (u32), number of images (u64), CRC-32 of the records (u32)
     record: offset (u64), length (u32), shard (u32), CRC-32 of the image (u32), width (u16), height (u16)
 
-Width and height are 0 and the checksum is 0 where only the tar's headers were read (`scan_tar`).
+Width and height are 0 and the checksum is 0 where only the tar's headers were read (`foreign_shards`).
 """
 
 from __future__ import annotations
 
-import fnmatch
-import itertools
+import json
 import os
 import struct
 import tarfile
 import zlib
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from dune_fast.dali_pipelines.errors import DataError
-from dune_fast.dali_pipelines.images import SUFFIXES
-from dune_fast.dali_pipelines.storage import open_binary, patiently, write_whole
+from dune_fast.dali_pipelines.storage import Location, Reader, write_whole
 
 RECORD = np.dtype(
     [("offset", "<u8"), ("length", "<u4"), ("shard", "<u4"), ("crc", "<u4"), ("width", "<u2"), ("height", "<u2")]
 )
 assert RECORD.itemsize == 24
 MAGIC, VERSION = b"DUNEFIDX", 1
-IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in SUFFIXES)
-"""Members that are images, the preferred one of a sample first."""
 _HEADER = struct.Struct("<8sIIQI36x")
-_BLOCK = 512
+_BLOCK = tarfile.BLOCKSIZE  # bytes of a header; a member's bytes are filled up to a multiple of it
 
 
 def write_index(path: Path, records: np.ndarray, num_shards: int) -> None:
@@ -48,11 +42,7 @@ def write_index(path: Path, records: np.ndarray, num_shards: int) -> None:
 
 
 def open_index(path: Path, num_shards: int) -> np.ndarray:
-    """The records of an index file, mapped into memory, after a look at the header and all checksums.
-
-    Args:
-        path: of the file.
-        num_shards: how many shards it should speak of.
+    """The records of an index file of `num_shards` shards, mapped into memory, their checksum compared.
 
     Raises:
         DataError: it is missing, no index, of another version, cut off or damaged, or belongs to other shards.
@@ -68,8 +58,7 @@ def open_index(path: Path, num_shards: int) -> np.ndarray:
     _, version, shards, count, crc = _HEADER.unpack(header)
     if version != VERSION:
         raise DataError(f"the index {path} has version {version}, this program reads version {VERSION}; {remedy}")
-    if size != _HEADER.size + count * RECORD.itemsize:
-        expected = _HEADER.size + count * RECORD.itemsize
+    if size != (expected := _HEADER.size + count * RECORD.itemsize):
         raise DataError(f"the index {path} has {size} bytes, its {count} images need {expected}; {remedy}")
     if not count:
         return np.empty(0, RECORD)
@@ -81,112 +70,77 @@ def open_index(path: Path, num_shards: int) -> np.ndarray:
     return records
 
 
-def scan_tar(path: str, pattern: str, patience: float) -> np.ndarray:
-    """Records of the images in one tar file, shard number 0, in the order of the file. Nothing is extracted.
-
-    A sample is a run of members with one key (the name up to the first dot after the last slash, as in WebDataset). Of
-    a sample's members one is the image: "key.jpg", else jpeg, png, webp and so on. Names with further dots, such as
-    "key.1.jpg", are samples of their own; unless what the further dots enclose is a word and the sample has an image
-    without it: "key.mask.png" beside "key.jpg" is taken only where the pattern asks for it.
+class ShardImages(Sequence[str]):
+    """Images in tar shards; as a sequence their names, "SHARD.tar@OFFSET".
 
     Args:
-        path: a file or an address.
-        pattern: instead, take all members whose name matches one of these globs, separated by "|".
-        patience: seconds for which a failing read is tried again.
-
-    Raises:
-        DataError: it cannot be opened, is no tar file, a compressed one, or a damaged or truncated one; or its samples
-            have several images each, such as "key.rgb.png" and "key.depth.png", and the pattern is empty.
-        StorageError: the storage does not answer.
+        shards: paths or addresses of the tar files.
+        records: usually mapped into memory.
+        root: what names leave out at the front of a path.
+        rows: the records that belong to it, all of them by default.
+        described: whether a JSON follows each image, as in shards of our own.
     """
-    try:
-        members = patiently(lambda: list(_members(path)), path, patience)
-    except OSError as error:
-        raise DataError(f"the tar file {path} cannot be read: {error.strerror or error}") from error
-    globs = [part.strip() for part in pattern.split("|")]
-    chosen = [m for m in members if any(fnmatch.fnmatchcase(m.name, g) for g in globs)] if pattern else _images(members)
-    records = np.zeros(len(chosen), RECORD)
-    records["offset"] = [member.offset for member in chosen]
-    records["length"] = [member.length for member in chosen]
-    return records
 
+    def __init__(
+        self,
+        shards: Sequence[str],
+        records: np.ndarray,
+        root: str = "",
+        rows: np.ndarray | None = None,
+        described: bool = False,
+    ) -> None:
+        self.shards, self.root, self.described = shards, root, described
+        self.left_out: dict[str, int] = {}
+        self._records, self._rows = records, rows
 
-class _Member(NamedTuple):
-    """A file in a tar, and where its bytes are."""
+    def __len__(self) -> int:
+        return len(self._records if self._rows is None else self._rows)
 
-    name: str
-    offset: int
-    length: int
+    def __getitem__(self, index: int) -> str:
+        record = self._record(index)
+        return f"{self.shards[record['shard']]}@{record['offset']}"
 
+    def relative(self, index: int) -> str:
+        """The name without the folder that all shards lie in."""
+        return self[index].removeprefix(self.root).lstrip("/")
 
-def _members(path: str) -> Iterator[_Member]:
-    """The regular files below 4 GiB in a tar file."""
-    with open_binary(path) as stream:
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(0)
-        found = 0
+    def locate(self, index: int) -> Location:
+        """Where the bytes of an image are."""
+        record = self._record(index)
+        crc = int(record["crc"]) or None
+        return Location(self.shards[record["shard"]], int(record["offset"]), int(record["length"]), crc)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(width, height); (0, 0) where the index does not know."""
+        record = self._record(index)
+        return int(record["width"]), int(record["height"])
+
+    def source_path(self, index: int, reader: Reader) -> str:
+        """What an image was called below its root before it came into the shard, or its member's name in foreign ones.
+
+        Raises:
+            BrokenImage, StorageError: see `Reader.read`.
+            DataError: no such thing stands there: the index is another tar file's.
+        """
+        place = self.locate(index)
+        # the headers of a tar are before the bytes that they tell of
+        header_at = place.offset + place.length + -place.length % _BLOCK if self.described else place.offset - _BLOCK
         try:
-            with tarfile.open(fileobj=stream, mode="r:") as archive:
-                while (member := archive.next()) is not None:
-                    archive.members.clear()  # tarfile would keep every header
-                    if not member.isreg() or member.issparse():
-                        continue
-                    if member.offset_data + member.size > size:
-                        raise DataError(f"{path} is truncated: {member.name} goes beyond its {size} bytes")
-                    found += member.name.lower().endswith(SUFFIXES)
-                    if member.size < 1 << 32:
-                        yield _Member(member.name, member.offset_data, member.size)
-                _check_end(stream, archive.offset, path, found)
-        except tarfile.TarError as error:
-            stream.seek(0)
-            compressed = stream.read(4).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"))
-            hint = "it is compressed, so nothing in it can be read at random: decompress it" if compressed else error
-            raise DataError(f"{path} cannot be read as a tar file: {hint}") from error
+            header = reader.read(Location(place.path, header_at, _BLOCK)).tobytes()
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            if not self.described:
+                return member.name
+            return json.loads(reader.read(Location(place.path, header_at + _BLOCK, member.size)).tobytes())["path"]
+        except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self[index]} has no name in its shard ({error}): the index is another's") from error
 
+    def select(self, indices: Iterable[int]) -> ShardImages:
+        """Only these images, in this order."""
+        chosen = np.fromiter(indices, np.int64)
+        rows = chosen if self._rows is None else self._rows[chosen]
+        return ShardImages(self.shards, self._records, self.root, rows, self.described)
 
-def _images(members: list[_Member]) -> list[_Member]:
-    """One image of each sample."""
-    split = [(_split_name(member.name), member) for member in members]
-    images = [(*parts, member) for parts, member in split if parts is not None]
-    chosen: list[_Member] = []
-    together: Counter[tuple[str, ...]] = Counter()  # the words of samples that have several
-    for _, run in itertools.groupby(images, key=lambda image: image[0]):
-        best: dict[str, tuple[int, _Member]] = {}  # by what is between the key and the extension
-        for _, inner, rank, member in run:
-            if inner not in best or rank < best[inner][0]:
-                best[inner] = rank, member
-        words = [inner for inner in best if inner.replace("_", "").isalpha()]
-        if "" in best:
-            for word in words:
-                del best[word]
-        elif len(words) > 1:
-            together[tuple(sorted(words))] += 1
-        chosen += sorted((member for _, member in best.values()), key=lambda member: member.offset)
-    if together and together.most_common(1)[0][1] > 1:
-        words = together.most_common(1)[0][0]
-        named = " and ".join(f"KEY.{word}.*" for word in words)
-        raise DataError(
-            f"its samples have several images each, {named}: say which are meant by `pattern`, for instance "
-            f"pattern='*.{words[-1]}.*'"
-        )
-    return chosen
-
-
-def _check_end(stream: BinaryIO, offset: int, path: str, images: int) -> None:
-    """tarfile ends without a word at a header that it does not understand; the real end is a block of zeros."""
-    stream.seek(offset)
-    block = stream.read(_BLOCK)
-    if not block or (len(block) == _BLOCK and block.count(0) == _BLOCK):
-        return
-    raise DataError(f"{path} is damaged or truncated after {images} images, at byte {offset}: no tar header is there")
-
-
-def _split_name(name: str) -> tuple[str, str, int] | None:
-    """(key with its folder, what further dots enclose, rank of the extension) of an image's name."""
-    folder, _, base = name.rpartition("/")
-    stem, _, rest = base.partition(".")
-    inner, _, extension = rest.rpartition(".")
-    extension = extension.lower()
-    if not stem or extension not in IMAGE_EXTENSIONS:
-        return None
-    return f"{folder}/{stem}", inner, IMAGE_EXTENSIONS.index(extension)
+    def _record(self, index: int) -> np.void:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._records[index if self._rows is None else self._rows[index]]

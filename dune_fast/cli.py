@@ -1,31 +1,33 @@
-"""`dune-fast`: one command for everything a user runs."""
+"""`dune-fast`: one command for everything a user runs.
+
+    eval "$(register-python-argcomplete dune-fast)"      in ~/.bashrc or ~/.zshrc: TAB offers experiments and fields
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 import argcomplete
 
-from dune_fast import __version__, data_cli, evaluate_cli, export_cli, planning_cli, teachers_cli
-from dune_fast.completion import complete_overrides
+from dune_fast import __version__, data_cli, evaluate_cli, launcher, teachers_cli
+from dune_fast.console import add_command, console, in_colour
+from dune_fast.engine.overrides import config_names
+from dune_fast.export import TARGETS
 
 logger = logging.getLogger(__name__)
 
-TRAIN_SCRIPT = Path(__file__).with_name("train.py")
+_GROUPS = ("experiment", "data", "student", "projector", "deepspeed")
+"""Folders of `configs/` from which an override chooses one file."""
 
 
 def distill(args: argparse.Namespace) -> int:
     """Launches the training on this machine's accelerators, through DeepSpeed's launcher."""
-    return launch_training(args, None)
+    return launcher.launch_training(args, None)
 
 
 def resume(args: argparse.Namespace) -> int:
@@ -33,76 +35,7 @@ def resume(args: argparse.Namespace) -> int:
 
     Overrides change what a run may change when it goes on, e.g. deepspeed.zero_stage=2.
     """
-    return launch_training(args, args.run)
-
-
-def launch_training(args: argparse.Namespace, run: Path | None) -> int:
-    """Starts the ranks of a new run or, with `run`, of one that goes on; the exit status."""
-    import torch
-
-    from dune_fast.engine.launch import free_port
-    from dune_fast.train import run_config
-
-    if args.processes < 0:
-        raise ValueError(f"--processes is {args.processes}; give how many to start, at least 1")
-    run_config(run, args.overrides)  # a wrong configuration is said once, before anything is launched
-    command = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--log_level",
-        "info" if args.debug else "critical",  # the ranks say what is wrong
-        "--num_accelerators",
-        str(args.processes or max(1, torch.cuda.device_count())),
-    ]
-    command += ["--master_port", str(args.port or free_port())]
-    command += [str(TRAIN_SCRIPT), *(["--debug"] if args.debug else []), *(["--run", str(run)] if run else [])]
-    command += args.overrides  # --config-dir reaches the ranks as a variable
-    environment = dict(os.environ)
-    if not torch.cuda.is_available():
-        environment.setdefault("DS_ACCELERATOR", "cpu")  # the launcher would warn that it found no other
-    return run_launcher(command, environment)
-
-
-def run_launcher(command: list[str], environment: dict[str, str]) -> int:
-    """Runs DeepSpeed's launcher to its end, so that the ranks save and end before this process does.
-
-    Ctrl-C reaches all processes of the terminal: everybody ignores it but the launcher's second process, which sends
-    SIGTERM to the ranks. SIGTERM and SIGUSR1 may reach this process alone (`kill`, a container's end), which passes
-    them on to the ranks.
-    """
-    import psutil  # the launcher needs it too
-
-    def pass_on(number: int, _: FrameType | None) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            first = psutil.Process(launcher.pid)
-            ranks = [rank for second in first.children() for rank in second.children()]
-            for process in ranks or [*first.children(), first]:
-                process.send_signal(number)
-
-    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}  # the launcher inherits it
-    try:
-        with subprocess.Popen(command, env=environment) as launcher:
-            before |= {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
-            status = launcher.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if name := ended_by(status):
-        logger.error("a process of the run was ended by %s%s", name, _BY_SIGNAL.get(name, ""))
-    return status
-
-
-_BY_SIGNAL = {
-    "SIGKILL": ": often the system's, for want of memory (`dmesg` says so); `dune-fast plan` estimates the need",
-    "SIGSEGV": ", in compiled code: `dune-fast doctor` looks for packages that do not fit each other",
-}
-
-
-def ended_by(status: int) -> str | None:
-    """The signal that ended a rank, from the launcher's exit status; None for a program's own status."""
-    number = 256 - status if status > 192 else -status  # the launcher passes on -number, of which a byte is left
-    return signal.Signals(number).name if number in set(signal.Signals) else None
+    return launcher.launch_training(args, args.run)
 
 
 def config(args: argparse.Namespace) -> int:
@@ -125,41 +58,121 @@ def fetch(args: argparse.Namespace) -> int:
     return 0
 
 
+def export(args: argparse.Namespace) -> int:
+    """Writes a trained encoder in another library's format, reads it back with that library and compares."""
+    from dune_fast.export.check import LIMIT
+    from dune_fast.export.run import export
+
+    exported = export(args.run, args.to, args.output)
+    for path in exported.files:
+        logger.info("%s", path)
+    logger.info(
+        "%s: read back, the largest difference is %.1e of the output's largest value (at most %.0e is allowed)",
+        exported.target, exported.difference, LIMIT,
+    )  # fmt: skip
+    for note in exported.notes:
+        logger.info("%s", note)
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Checks this machine and, with overrides, what an experiment needs; one line a check: ok, warn or fail.
+
+    Exit status 1 if a check fails.
+    """
+    from dune_fast.doctor import FAIL, OK, Finding, examine, machine
+    from dune_fast.engine.config import ConfigError, compose_config
+
+    def findings() -> Iterator[Finding]:
+        yield from examine(machine.checks())
+        if not args.overrides:
+            return
+        try:
+            cfg = compose_config(args.overrides)
+        except ConfigError as error:
+            cure = "correct the overrides; `dune-fast config experiment=demo` prints all fields"
+            yield Finding("configuration", FAIL, str(error), cure)
+            return
+        from dune_fast.doctor import run  # imports what the machine may lack
+
+        yield from examine(run.checks(cfg))
+
+    out, failed = console(), 0
+    for finding in findings():
+        failed += finding.status == FAIL
+        out.print(in_colour(f"{finding.status:<5}", finding.status).append(f"{finding.name:<15} {finding.text}"))
+        if finding.status != OK:
+            out.print(f"{'':<21}-> {finding.cure}", markup=False)
+    out.print(in_colour(f"{failed} failed", FAIL) if failed else in_colour("nothing failed", OK))
+    return 1 if failed else 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Says what runs will take: steps, arithmetic, memory, disk and, with --tflops, hours."""
+    from dune_fast.engine.config import compose_config
+    from dune_fast.plan import describe
+
+    if args.tflops is not None and args.tflops <= 0:
+        raise ValueError(f"--tflops is {args.tflops:g}; give what one device reaches, e.g. 400")
+    if min(args.gpus) < 1:
+        raise ValueError(f"--gpus is {' '.join(map(str, args.gpus))}; give numbers of devices, e.g. 1 8")
+    given = [argument.removeprefix("experiment=") for argument in args.overrides]
+    experiments = [name for name in given if "=" not in name]
+    overrides = [name for name in given if "=" in name]
+    if not experiments:
+        raise ValueError("name an experiment, e.g. `dune-fast plan dune_336 dune_448`")
+    for name in experiments:
+        cfg = compose_config([f"experiment={name}", *overrides])
+        sys.stdout.write("\n".join(describe(cfg, name, args.gpus, args.tflops)) + "\n")
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
     parser = argparse.ArgumentParser(prog="dune-fast", description="Multi-teacher distillation of vision encoders.")
     parser.add_argument("--version", action="version", version=f"dune-fast {__version__}")
-    add_common_options(parser, False, None)
+    _add_common_options(parser, False, None)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     hydra = {"nargs": "*", "metavar": "OVERRIDE", "help": "Hydra overrides, e.g. experiment=demo train.steps=100"}
 
-    sub = commands.add_parser("distill", help="train a student", description=distill.__doc__)
+    sub = add_command(commands, "distill", distill, "train a student")
     sub.add_argument("overrides", **hydra)
     _add_launcher_options(sub)
-    sub.set_defaults(run_command=distill)
 
-    sub = commands.add_parser("resume", help="go on with a run", description=resume.__doc__)
+    sub = add_command(commands, "resume", resume, "go on with a run")
     sub.add_argument("run", type=Path, help="folder of the run, e.g. runs/mine")
     sub.add_argument("overrides", **hydra)
     _add_launcher_options(sub)
-    sub.set_defaults(run_command=resume)
 
     evaluate_cli.add_parsers(commands)
 
-    sub = commands.add_parser("config", help="print a configuration", description=config.__doc__)
+    sub = add_command(commands, "config", config, "print a configuration")
     sub.add_argument("overrides", **hydra)
-    sub.set_defaults(run_command=config)
 
-    sub = commands.add_parser("fetch", help="fetch the demo's assets", description=fetch.__doc__)
+    sub = add_command(commands, "fetch", fetch, "fetch the demo's assets")
     sub.add_argument("names", nargs="*", metavar="NAME", help="assets (default: all)")
-    sub.set_defaults(run_command=fetch)
 
     teachers_cli.add_parser(commands)
-    export_cli.add_parser(commands)
+
+    sub = add_command(commands, "export", export, "a trained encoder for other libraries")
+    sub.add_argument("run", help="folder of a run or of a checkpoint, a weights file, or a published name")
+    listed = "; ".join(f"{name}: {what}" for name, what in TARGETS.items())
+    sub.add_argument("--to", required=True, metavar="TARGET", help=listed)
+    sub.add_argument("--output", type=Path, help="folder for the files (default: RUN/export/TARGET)")
+
     data_cli.add_parser(commands)
-    planning_cli.add_parsers(commands)
+
+    sub = add_command(commands, "doctor", doctor, "check the machine and an experiment")
+    sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="e.g. experiment=dune_336 (none: the machine)")
+
+    sub = add_command(commands, "plan", plan, "say what runs will take")
+    help_text = "experiments and overrides, e.g. dune_336 train.global_batch=256"
+    sub.add_argument("overrides", nargs="+", metavar="EXPERIMENT", help=help_text)
+    sub.add_argument("--gpus", type=int, nargs="+", default=[1, 8], metavar="N", help="devices to plan for (1 8)")
+    sub.add_argument("--tflops", type=float, default=None, metavar="X", help="plan with X TFLOP/s a device, too")
+
     for sub in all_commands(commands):
-        add_common_options(sub, argparse.SUPPRESS, argparse.SUPPRESS)
+        _add_common_options(sub, argparse.SUPPRESS, argparse.SUPPRESS)
         for action in sub._actions:
             if action.dest == "overrides":
                 action.completer = complete_overrides
@@ -175,19 +188,30 @@ def all_commands(commands: argparse._SubParsersAction) -> Iterator[argparse.Argu
                 yield from all_commands(action)
 
 
-def add_common_options(parser: argparse.ArgumentParser, debug: object, config_dir: object) -> None:
+def _add_common_options(parser: argparse.ArgumentParser, debug: object, config_dir: object) -> None:
     """Options that stand before or after the command; the arguments are their defaults."""
     parser.add_argument("--debug", action="store_true", default=debug, help="log more, show tracebacks")
-    parser.add_argument(
-        "--config-dir", metavar="DIR", default=config_dir, help="a folder of your own files, like configs/"
-    )
+    help_text = "a folder of your own files, like configs/"
+    parser.add_argument("--config-dir", metavar="DIR", default=config_dir, help=help_text)
 
 
 def _add_launcher_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-n", "--processes", type=int, default=0, help="processes on this machine (default: one a GPU, else one)"
-    )
+    help_text = "processes on this machine (default: one a GPU, else one)"
+    parser.add_argument("-n", "--processes", type=int, default=0, help=help_text)
     parser.add_argument("--port", type=int, default=0, help="port of the rendezvous (default: a free one)")
+
+
+def complete_overrides(prefix: str, **_: object) -> list[str]:
+    """Overrides that begin with `prefix`: "experiment=" with all its names, or fields up to their equals sign."""
+    from dune_fast.engine.config import RunConfig
+    from dune_fast.engine.overrides import field_names
+
+    group, equals, _value = prefix.partition("=")
+    if equals:
+        offered = [f"{group}={name}" for name in sorted(config_names(group))] if group in _GROUPS else []
+    else:
+        offered = [f"{name}=" for name in sorted({*_GROUPS, *field_names(RunConfig)})]
+    return [text for text in offered if text.startswith(prefix)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -213,7 +237,3 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,9 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from dune_fast.console import add_command, console, in_colour, table
 from dune_fast.dali_pipelines.datasets import DataConfig, DataError
 
 
@@ -38,7 +36,7 @@ def shard(args: argparse.Namespace) -> int:
     from dune_fast.dali_pipelines.sharding import ShardSettings, shard_dataset
 
     data, names = _chosen(args)
-    table = Table("dataset", "split", "images", "broken", "shards", "MB", box=None, pad_edge=False)
+    rows = table("dataset", "split", "images", "broken", "shards", "MB")
     for name in names:
         settings = ShardSettings(
             megabytes=args.megabytes,
@@ -50,8 +48,8 @@ def shard(args: argparse.Namespace) -> int:
         for split in manifest.splits:
             size = sum(entry.bytes for entry in split.shards) / 1e6
             row = split.name, f"{split.images:,}", str(split.broken), str(len(split.shards)), f"{size:,.1f}"
-            table.add_row(name, *row)
-    Console(highlight=False, soft_wrap=True).print(table)
+            rows.add_row(name, *row)
+    console().print(rows)
     return 0
 
 
@@ -61,35 +59,30 @@ def check(args: argparse.Namespace) -> int:
     Counts are compared with the expected ones of the configuration. The status is 1 if a dataset cannot be used, lacks
     more than 1 % of its images, or has too many broken ones; the others are checked all the same.
     """
-    from rich.markup import escape
-
     from dune_fast.dali_pipelines.check import FAIL, check_dataset
 
     data, names = _chosen(args)
     sample = None if args.decode_all else args.sample
-    console = Console(highlight=False, soft_wrap=True)
-    console.width = max(console.width, 120)  # rather lines that wrap than names that are cut
-    table = Table("dataset", "group", "status", "train", "val", "decoded", "broken", "pixels", box=None, pad_edge=False)
+    out = console()
+    out.width = max(out.width, 120)  # rather lines that wrap than names that are cut
+    rows = table("dataset", "group", "status", "train", "val", "decoded", "broken", "pixels")
     reports = [check_dataset(name, data, sample, args.full, args.seed) for name in names]
-    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
     for report in reports:
         own, (width, height) = data.datasets[report.name], report.median
         found = (report.train, own.expected_train), (report.val, own.expected_val)
         counts = [f"{count:,}" + (f" of {wanted:,}" if wanted else "") for count, wanted in found]
         pixels = f"{width}x{height}, from {report.smallest}" if width else "-"
-        status = f"[{colours[report.status]}]{report.status}[/]"
-        table.add_row(report.name, report.group, status, *counts, str(report.sampled), str(len(report.broken)), pixels)
-    console.print(table)
+        status = in_colour(report.status, report.status)
+        rows.add_row(report.name, report.group, status, *counts, str(report.sampled), str(len(report.broken)), pixels)
+    out.print(rows)
     for report in reports:
         for note in report.notes:
-            console.print(f"[{colours[report.status]}]{report.name}[/]: {escape(note)}")
+            out.print(in_colour(report.name, report.status).append(f": {note}"))
         for path, reason in report.broken:
-            console.print(f"{report.name}: broken: {escape(path)} ({escape(reason)})")
+            out.print(f"{report.name}: broken: {path} ({reason})", markup=False)
     failed = [data.datasets[report.name] for report in reports if report.status == FAIL]
     if any(own.root.startswith("data/") for own in failed) and "DUNE_FAST_DATA" not in os.environ:
-        console.print(
-            "The shipped configurations look below the folder that the variable DUNE_FAST_DATA names: set it."
-        )
+        out.print("The shipped configurations look below the folder that the variable DUNE_FAST_DATA names: set it.")
     return int(bool(failed))
 
 
@@ -119,12 +112,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("data", help="shard and check datasets", description=__doc__)
     own = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
 
-    sub = own.add_parser(
-        "shard",
-        help="turn datasets into tar shards with an index",
-        description=shard.__doc__,
-        epilog="example: dune-fast data shard data=folder data.datasets.images.root=/path/to/images --out shards",
-    )
+    example = "example: dune-fast data shard data=folder data.datasets.images.root=/path/to/images --out shards"
+    sub = add_command(own, "shard", shard, "turn datasets into tar shards with an index", epilog=example)
     hydra = "Hydra overrides that name the datasets, e.g. data=dune, data=in1k"
     sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=hydra)
     sub.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets a folder for each dataset")
@@ -148,14 +137,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="images stored turned (BEDLAM's close-ups) are turned upright: the canvas turns as well (default), or "
         "stays as it is, as in the code published with DUNE, which cuts off what lies outside and leaves black bars",
     )
-    sub.set_defaults(run_command=shard)
 
-    sub = own.add_parser(
-        "check",
-        help="count, compare with what is expected, decode a sample",
-        description=check.__doc__,
-        epilog="example: DUNE_FAST_DATA=/path/to/data dune-fast data check data=dune",
-    )
+    example = "example: DUNE_FAST_DATA=/path/to/data dune-fast data check data=dune"
+    sub = add_command(own, "check", check, "count, compare with what is expected, decode a sample", epilog=example)
     sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=hydra)
     sub.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these datasets (default: all configured)")
     sub.add_argument(
@@ -164,15 +148,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--decode-all", action="store_true", help="decode every image")
     sub.add_argument("--full", action="store_true", help="of shards, compare every byte with the checksums")
     sub.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
-    sub.set_defaults(run_command=check)
 
-    sub = own.add_parser(
-        "list-keys",
-        help="make a list of images from a pickled one (UBody, DUNE's lists)",
-        description=list_keys.__doc__,
-        epilog="example: dune-fast data list-keys ubody_intra_train.pkl --prefix ubody/videos --out ubody_train.txt",
-    )
+    example = "example: dune-fast data list-keys ubody_intra_train.pkl --prefix ubody/videos --out ubody_train.txt"
+    summary = "make a list of images from a pickled one (UBody, DUNE's lists)"
+    sub = add_command(own, "list-keys", list_keys, summary, epilog=example)
     sub.add_argument("file", type=Path, metavar="PICKLE", help="a pickled dictionary, list, or pair")
     sub.add_argument("--prefix", default="", metavar="FOLDER", help="to put before every path")
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the list; its paths start at its folder")
-    sub.set_defaults(run_command=list_keys)

@@ -53,7 +53,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from dune_fast.engine.run_log import setup_logging
     from dune_fast.evaluate.ranks import open_ranks
     from dune_fast.evaluate.task import TaskOptions, run_task
-    from dune_fast.teachers_cli import load_teacher_config
+    from dune_fast.teacher_files import load_teacher_config
 
     fields = TaskOptions.__dataclass_fields__
     options = TaskOptions(**{name: getattr(args, name) for name in fields})
@@ -74,7 +74,7 @@ def features(args: argparse.Namespace) -> int:
     from dune_fast.evaluate.feature_files import check_format, images_of, write_features
     from dune_fast.evaluate.model import check_size, open_model
     from dune_fast.evaluate.ranks import open_ranks
-    from dune_fast.teachers_cli import load_teacher_config
+    from dune_fast.teacher_files import load_teacher_config
 
     check_format(args.format)
     with open_ranks(args.device) as ranks:

@@ -49,17 +49,11 @@ class ModelNotFoundError(ValueError):
 
 
 class DistilledModel(nn.Module):
-    """A trained student: the encoder, a projector for every teacher, and the teachers' statistics.
-
-    Args:
-        student: encoder and projectors.
-        statistics: means and deviations of the teachers' features.
-    """
+    """A trained student: the encoder, a projector for every teacher, and the statistics of the teachers' features."""
 
     def __init__(self, student: Student, statistics: TeacherStatistics) -> None:
         super().__init__()
-        self.student = student
-        self.statistics = statistics
+        self.student, self.statistics = student, statistics
 
     @property
     def encoder(self) -> VisionTransformer:
@@ -80,19 +74,14 @@ class DistilledModel(nn.Module):
         return self.encoder.get_intermediate_layers(images, *args, **kwargs)
 
     def projections(self, images: Tensor, standardized: bool = True) -> dict[str, Projection]:
-        """What the student takes each teacher's features to be.
+        """What the student takes each teacher's features to be: teacher -> token type -> [B, C] or [B, N, C].
 
         Args:
             images: [B, 3, H, W].
             standardized: as the losses compare them; False gives the teachers' own scale and basis.
-
-        Returns:
-            teacher -> token type -> [B, C] or [B, N, C].
         """
         projected = self.student(images)
-        if standardized:
-            return projected
-        return self.statistics.restored(projected)
+        return projected if standardized else self.statistics.restored(projected)
 
 
 def load_encoder(
@@ -108,7 +97,6 @@ def load_encoder(
     Args:
         path_or_name: see the top of this file. A file that is neither a run's nor an export of ours is of the family
             that `dune-fast teachers verify` says: it resizes positions as that family's release does.
-        device: where it goes.
         num_heads: attention heads, where a file does not say them and they are not channels / 64.
         interpolate_offset, interpolate_antialias: how positions are resized for other sizes, see `ViTConfig`; None for
             the file's or its family's own way.
@@ -159,14 +147,10 @@ def _in_folder(path: Path, *names: str) -> Path:
 
 
 def load_model(path_or_name: str | os.PathLike, device: torch.device | str = "cpu") -> DistilledModel:
-    """A trained student with its projectors and the teachers' statistics, frozen, in evaluation mode.
+    """A trained student with its projectors and the teachers' statistics, float32, frozen, in evaluation mode.
 
-    Args:
-        path_or_name: see the top of this file; a file with the encoder alone is refused.
-        device: where it goes.
-
-    Raises:
-        As `load_encoder`.
+    What `path_or_name` may be, see the top of this file; a file with the encoder alone is refused. Raises as
+    `load_encoder`.
     """
     path = locate(path_or_name)
     if path.name == "student.safetensors":

@@ -1,107 +1,34 @@
 """`dune-fast plan`: what a run will take, before it is started: steps, arithmetic, memory, disk, hours.
 
-Hours come from measured steps alone (`bench/results/<device>/step.json`, written by `python -m bench.step`), or from a
-rate that the user gives.
+Everything follows from the configuration. Hours need a rate, TFLOP/s of one device, which the user gives.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import logging
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from dune_fast.engine.config import RunConfig
-from dune_fast.engine.flops import Flops, run_flops
+from dune_fast.engine.flops import run_flops
 from dune_fast.engine.memory import SPARE, disk_bytes, fit, memory_bytes, teacher_parameters, trained_parameters
 from dune_fast.engine.metrics import duration
 from dune_fast.engine.schedules import scaled_learning_rate
-
-logger = logging.getLogger(__name__)
 
 _GPU_GIB = (16, 24, 40, 80)
 """Memory of GPUs that there are, for which parts are worked out."""
 
 
-def default_results() -> Path:
-    """Where this checkout keeps its measurements."""
-    return Path(__file__).resolve().parents[1] / "bench" / "results"
-
-
-@dataclass(frozen=True)
-class Rate:
-    """How fast one device is."""
-
-    device: str
-    images_per_second: float
-    """Of one device."""
-    evidence: str
-    """Where the number comes from."""
-
-
-def measured_variant(cfg: RunConfig) -> str:
-    """Which of `bench.step`'s variants runs as this configuration does."""
-    if cfg.objective.route_by_dataset:
-        return "ours+routing"
-    return "ours+fp8" if any(t.precision == "fp8" for t in cfg.teachers.values()) else "ours"
-
-
-def measured_rates(cfg: RunConfig, experiment: str, flops: Flops, results: Path) -> list[Rate]:
-    """Rates of the devices whose step was measured.
-
-    A measurement of the same experiment counts as it is; where there is none, arithmetic is taken to run as fast as in
-    the experiment with the most similar amount of it.
-
-    Args:
-        cfg: the run's.
-        experiment: its name among the results.
-        flops: of the run.
-        results: folder of folders, one a device, with `step.json`.
-    """
-    rates, variant = [], measured_variant(cfg)
-    for path in sorted(results.glob("*/step.json")):
-        try:
-            content = json.loads(path.read_text())
-            device = content["device"]
-            found = {name: v[variant] for name, v in content["experiments"].items() if variant in v}
-            if experiment in found:
-                line = found[experiment]
-                text = f"measured, {line['batch']} images a GPU ({variant})"
-                rates.append(Rate(device, float(line["images_per_second"]), text))
-                continue
-            others = {name: v for name, v in found.items() if v.get("tflops")}
-            if not others or flops.training is None or cfg.objective.route_by_dataset:
-                continue
-            work = {name: v["tflops"] * 1e12 / v["images_per_second"] for name, v in others.items()}
-            nearest = min(others, key=lambda name: abs(math.log(work[name] / flops.training)))
-            tflops = others[nearest]["tflops"]
-            text = f"not measured; at the {tflops:.0f} TFLOP/s that {nearest} was measured with ({variant})"
-            rates.append(Rate(device, tflops * 1e12 / flops.training, text))
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            logger.warning("%s is not a result of bench.step and is left out: %r", path, error)
-    return rates
-
-
-def describe(
-    cfg: RunConfig, experiment: str, gpus: Sequence[int], tflops: float | None = None, results: Path | None = None
-) -> list[str]:
+def describe(cfg: RunConfig, experiment: str, gpus: Sequence[int], tflops: float | None = None) -> list[str]:
     """The plan, as lines of text.
 
     Args:
         cfg: the run's.
         experiment: its name.
         gpus: numbers of devices to plan for.
-        tflops: what one device is taken to reach, beside what was measured.
-        results: see `measured_rates`; this checkout's by default.
+        tflops: TFLOP/s that one device is taken to reach; without it there are no hours.
     """
-    flops, (encoder, projectors), frozen = (
-        run_flops(cfg),
-        trained_parameters(cfg),
-        list(teacher_parameters(cfg).values()),
-    )
+    flops, (encoder, projectors) = run_flops(cfg), trained_parameters(cfg)
+    frozen = list(teacher_parameters(cfg).values())
     networks = "not known" if None in frozen else f"{sum(count or 0 for count in frozen) / 1e6:.0f} M"
     batch, images = cfg.train.global_batch, cfg.steps * cfg.train.global_batch
     teachers = ", ".join(f"{name} {_tera(count)}" for name, count in flops.teachers.items())
@@ -122,19 +49,16 @@ def describe(
     for count in gpus:
         lines += _memory(cfg, experiment, count)
     lines.append(f"  disk: {disk_bytes(cfg) / 2**30:.2f} GiB at most")
-    rates = measured_rates(cfg, experiment, flops, results or default_results())
-    if tflops is not None and flops.training is not None:
-        rates.append(Rate("a device", tflops * 1e12 / flops.training, f"at {tflops:g} TFLOP/s, as given"))
-    if not rates:
-        lines.append("  hours: no measured rate. `python -m bench.step` measures one; or give --tflops X")
-    for rate in rates:
-        seconds = images / rate.images_per_second
-        times = "; ".join(f"{n} GPU{'s' if n > 1 else ''}: {duration(seconds / n)}" for n in gpus)
-        lines.append(
-            f"  {rate.device}, {rate.images_per_second:.0f} images/s, {rate.evidence}: "
-            f"{seconds / 3600:,.0f} GPU-hours; {times}"
-        )
-    if rates and max(gpus) > 1:
+    if tflops is None or flops.training is None:
+        lines.append("  hours: give --tflops X, what one device reaches; `python -m bench.step` measures it")
+        return lines
+    seconds = flops.training * images / (tflops * 1e12)
+    times = "; ".join(f"{n} GPU{'s' if n > 1 else ''}: {duration(seconds / n)}" for n in gpus)
+    lines.append(
+        f"  a device, {images / seconds:.0f} images/s, at {tflops:g} TFLOP/s, as given: "
+        f"{seconds / 3600:,.0f} GPU-hours; {times}"
+    )
+    if max(gpus) > 1:
         lines.append("  several GPUs are taken to be as fast as their number: communication is not counted")
     return lines
 
@@ -150,14 +74,7 @@ _REMEDIES = (
 
 
 def remedy(cfg: RunConfig, experiment: str, count: int, available: int) -> str:
-    """The command of the mildest change with which a run fits its devices, or a sentence if there is none.
-
-    Args:
-        cfg: the run's.
-        experiment: its name.
-        count: devices.
-        available: bytes of each.
-    """
+    """The command of the mildest change with which a run fits `count` devices of `available` bytes, or a sentence."""
     for overrides in _REMEDIES:
         changed = copy.deepcopy(cfg)
         changed.train.accumulation = 0

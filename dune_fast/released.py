@@ -79,11 +79,10 @@ def load_released(path: Path) -> tuple[Student, TeacherStatistics]:
 def released_projector(
     state: Mapping[str, Tensor], name: str, content: Mapping[str, Any], path: Path | str
 ) -> dict[str, Tensor]:
-    """One projector's tensors by our names, its options worked in; empty if there is none of that name.
+    """One teacher's projector by our names, its options worked in; empty if there is none of that name.
 
     Args:
         state: the whole checkpoint's, wrappers stripped.
-        name: the teacher.
         content: the container, for its options; whatever it does not say is read off the tensors.
         path: the source, for messages.
     """

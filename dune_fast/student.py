@@ -149,15 +149,11 @@ class SimpleProjector(nn.Module):
 
 
 class Projectors(nn.ModuleDict):
-    """One projector a teacher, all of one kind.
+    """One projector a teacher, all of one kind; ValueError for a kind that is not known, or blocks that are not there.
 
     Args:
-        cfg: kind and sizes.
         embed_dim, depth, num_heads: of the student.
         teachers: name -> (channels, token types) of the teacher's features.
-
-    Raises:
-        ValueError: unknown kind, or blocks that the encoder does not have.
     """
 
     def __init__(
@@ -198,10 +194,10 @@ class Projectors(nn.ModuleDict):
         """
         projections = {}
         for name, projector in self.items():
-            route = None if routes is None else routes[name]
-            nothing = route is not None and not len(route)
-            own = tokens
-            if route is not None:
+            own, nothing = tokens, False
+            if routes is not None:
+                route = routes[name]
+                nothing = not len(route)
                 own = {block: x[:1] if nothing else route.take(x) for block, x in tokens.items()}
             if self.kind == "lp":
                 projection = projector(own)
@@ -241,11 +237,7 @@ class Student(nn.Module):
         self.projectors = Projectors(projector, encoder.embed_dim, encoder.depth, encoder.num_heads, teachers)
 
     def compile_blocks(self, **options: Any) -> None:
-        """torch.compile of every transformer block on its own, in place: state and parameters keep their names.
-
-        Args:
-            options: of `torch.compile`.
-        """
+        """`torch.compile`, with its options, of every block on its own, in place: parameters keep their names."""
         for module in self.modules():
             if isinstance(module, Block):
                 module.compile(**{"dynamic": False, **options})
@@ -271,10 +263,7 @@ def build_student(
 ) -> Student:
     """A student with initial weights that are a function of the configuration and `seed` alone.
 
-    Args:
-        encoder: the encoder's architecture.
-        projector: kind and sizes of the projectors.
-        teachers: name -> (channels, token types) of each teacher's features.
+    `teachers`: name -> (channels, token types) of its features.
     """
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
 import sys
 import textwrap
@@ -11,59 +10,26 @@ from dataclasses import asdict
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Column
 
+from dune_fast.console import add_command, console, table
 from dune_fast.engine.overrides import config_names
-from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teacher_files import load_teacher_config, presence
 
 _NAME_IT = "If timm has the model, name it: --model NAME"
 _SHOWN = 12  # names of tensors, per kind of fault
-
-
-def load_teacher_config(name: str) -> TeacherConfig:
-    """One teacher's file, typed and resolved; ValueError if there is none or it is wrong."""
-    known = config_names("teachers")
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise ValueError(f"there is no teacher {name!r}: {hint}known are {', '.join(sorted(known))}")
-    path = known[name]
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(TeacherConfig), OmegaConf.load(path))
-        cfg = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path} is not a teacher's configuration: {str(error).splitlines()[0]}") from error
-    assert isinstance(cfg, TeacherConfig)
-    return cfg
-
-
-def presence(cfg: TeacherConfig) -> str:
-    """Whether the weights are here, without fetching anything."""
-    from dune_fast.teachers.assets import cache_dir
-    from dune_fast.teachers.weights import RANDOM
-
-    if cfg.weights.startswith(RANDOM):
-        return "drawn"
-    if cfg.weights.startswith("asset:"):
-        name = cfg.weights.removeprefix("asset:").partition("/")[0]
-        return "yes" if (cache_dir() / name).is_dir() else "no, fetch"
-    if Path(cfg.weights).expanduser().exists():  # a file, or the folder of a run
-        return "yes"
-    return "no, fetch" if cfg.url else "no"
 
 
 def list_teachers(args: argparse.Namespace) -> int:
     """A table of all configured teachers."""
     names = sorted(config_names("teachers"))
     name_column = Column("name", min_width=max(map(len, names)))  # a name cut short is of no use
-    table = Table(name_column, "family", "patch", "channels", "tokens", "weights here?", box=None, pad_edge=False)
+    rows = table(name_column, "family", "patch", "channels", "tokens", "weights here?")
     for name in names:
         cfg = load_teacher_config(name)
         tokens = ", ".join(cfg.token_types)
-        table.add_row(name, cfg.family, str(cfg.patch_size), str(cfg.num_features), tokens, presence(cfg))
-    Console(highlight=False, soft_wrap=True).print(table)
+        rows.add_row(name, cfg.family, str(cfg.patch_size), str(cfg.num_features), tokens, presence(cfg))
+    console().print(rows)
     return 0
 
 
@@ -93,9 +59,9 @@ def show(args: argparse.Namespace) -> int:
 
 def fetch(args: argparse.Namespace) -> int:
     """Gets a teacher's weights: resumed after an interruption, checked for their size and hash."""
-    from dune_fast.teachers.assets import asset_path, cache_dir, locked
+    from dune_fast.teachers.assets import asset_path
     from dune_fast.teachers.containers import check_archive, read_safetensors
-    from dune_fast.teachers.download import DownloadError, download, file_sha256
+    from dune_fast.teachers.files import DownloadError, cache_dir, download, file_sha256, locked
     from dune_fast.teachers.weights import RANDOM
 
     cfg = load_teacher_config(args.name)
@@ -195,7 +161,7 @@ def drift(args: argparse.Namespace) -> int:
 
     from dune_fast.dali_pipelines.loader import TrainLoader
     from dune_fast.engine.config import compose_config
-    from dune_fast.engine.trainer import autocast_dtype
+    from dune_fast.engine.devices import autocast_dtype
     from dune_fast.teachers.drift import MIN_IMAGES, check_drift, drift_rows, measure_drift
     from dune_fast.teachers.ensemble import TeacherEnsemble
 
@@ -207,15 +173,14 @@ def drift(args: argparse.Namespace) -> int:
     teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype, device)
     with TrainLoader(cfg.data, cfg.image_size, args.images, 0, 1, cfg.train.seed, device) as loader:
         found = measure_drift(teachers, next(loader.batches(0)).images)
-    console = Console(highlight=False, soft_wrap=True)
-    table = Table("teacher", "tokens", "precision", "drift", "worst token", "limit", "", box=None, pad_edge=False)
+    out, rows = console(), table("teacher", "tokens", "precision", "drift", "worst token", "limit", "")
     for row in drift_rows(found):
-        table.add_row(*row)
+        rows.add_row(*row)
     if found:
-        console.print(table)
+        out.print(rows)
     exact = [name for name, teacher in teachers.teachers.items() if teacher.config.precision == "fp32"]
     if exact:
-        console.print(f"in float32, so nothing to compare: {', '.join(exact)}")
+        out.print(f"in float32, so nothing to compare: {', '.join(exact)}")
     check_drift(found)
     return 0
 
@@ -224,25 +189,19 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """The command `teachers` and its own commands."""
     parser = commands.add_parser("teachers", help="list, show, fetch, verify and compare teachers", description=__doc__)
     own = parser.add_subparsers(dest="teachers_command", required=True, metavar="COMMAND")
+    add_command(own, "list", list_teachers, "all configured teachers")
 
-    sub = own.add_parser("list", help="all configured teachers", description=list_teachers.__doc__)
-    sub.set_defaults(run_command=list_teachers)
-
-    sub = own.add_parser("show", help="configuration and architecture", description=show.__doc__)
+    sub = add_command(own, "show", show, "configuration and architecture")
     sub.add_argument("name", metavar="NAME", help="a file in configs/teachers, e.g. dinov2_vitl14_reg")
-    sub.set_defaults(run_command=show)
 
-    sub = own.add_parser("fetch", help="get the weights", description=fetch.__doc__)
+    sub = add_command(own, "fetch", fetch, "get the weights")
     sub.add_argument("name", metavar="NAME", help="a file in configs/teachers")
-    sub.set_defaults(run_command=fetch)
 
-    sub = own.add_parser("verify", help="say what a weights file is", description=verify.__doc__)
+    sub = add_command(own, "verify", verify, "say what a weights file is")
     sub.add_argument("file", type=Path, metavar="FILE", help="a .pth, .pt or .safetensors file, or a run's folder")
     sub.add_argument("--model", default="", help="the model of timm that it is of, where its tensors do not show it")
     sub.add_argument("--num-heads", type=int, default=None, help="attention heads, where they are not channels / 64")
-    sub.set_defaults(run_command=verify)
 
-    sub = own.add_parser("drift", help="compare low precision with float32", description=drift.__doc__)
+    sub = add_command(own, "drift", drift, "compare low precision with float32")
     sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="Hydra overrides, as of `dune-fast distill`")
     sub.add_argument("--images", type=int, default=8, help="how many to compare on (default: 8)")
-    sub.set_defaults(run_command=drift)

@@ -98,7 +98,7 @@ def explain_system_error(error: OSError, output_dir: str) -> str | None:
     if isinstance(where, (str, bytes, os.PathLike)):
         place = os.fsdecode(where)
     else:
-        from dune_fast.teachers.assets import cache_dir
+        from dune_fast.teachers.files import cache_dir
 
         places = [f"output_dir={output_dir}"] if output_dir else []
         place = ", ".join([*places, f"the cache folder {cache_dir()}"]) + " or the temporary folder"

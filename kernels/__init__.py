@@ -1,4 +1,4 @@
 """Fused operations of the distillation step: one operation a file, a plain reference beside every kernel.
 
-Imports torch and triton alone. Nothing here knows of models, teachers or training.
+`nn/` has the layers made of them. Imports torch and triton alone; nothing here knows of teachers or training.
 """

@@ -32,16 +32,7 @@ _SDP = {
 # time, and torch keeps it. A run has few: for each network one number of images a step, two with
 # `objective.route_by_dataset` (tests/distill/test_routing.py), those of the drift check, and an evaluation's whole and
 # last batches. Each is made where it is first met: nothing is warmed up or padded for them.
-_HOPPER = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
-_HOPPER_DETERMINISTIC = [backend for backend in _HOPPER if backend != SDPBackend.CUDNN_ATTENTION]
-"""Under `torch.use_deterministic_algorithms(True)`: torch refuses cuDNN then, and the backward passes of the others add
-in a fixed order."""
+_HOPPER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # looked up once, here: torch.compile, which traces `attention`, cannot look into the import system
 FLASH_ATTN_INSTALLED = importlib.util.find_spec("flash_attn") is not None
@@ -53,19 +44,24 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def _cpu_form(qkv: Tensor) -> str:
-    """"sdpa", or what a CPU computes faster than it: "float32", conversions included, or "formula", in bf16.
+    """How a CPU computes fastest: by "sdpa", by sdpa in "float32", conversions included, by the "formula" in bf16, or
+    by sdpa with "padded" keys.
 
     torch's backward pass in half precision multiplies without the CPU's bf16 instructions; the formula's products use
     them. Forward + backward in bf16, in float32 and by the formula, [16, 69] / [4, 257] / [2, 577] tokens: one core of
     a Xeon with AMX, 6, 12 and 12 heads of 64: 22 / 32 / 69 ms, 11 / 31 / 73 ms, 4 / 17 / 31 ms; one of an EPYC with
     AVX2, 3 heads: 34 / 92 / 207 ms, 13 / 22 / 46 ms, 16 / 29 / 61 ms. Forward alone the Xeon is fastest in torch's
-    kernel: 1.9 / 5.0 / 9.2 ms, 2.6 / 9.6 / 22 ms, 1.7 / 5.9 / 12 ms.
+    kernel: 1.9 / 5.0 / 9.2 ms, 2.6 / 9.6 / 22 ms, 1.7 / 5.9 / 12 ms. That kernel is slow for some numbers of keys; with
+    keys padded to a multiple of 32, 16 heads, [4, 261] tokens take 8.0 instead of 11.6 ms, [8, 69] 2.5 instead of 2.8.
+    From 512 keys on, or with one key over, the mask costs more than it saves ([2, 581]: 14.1 and 13.8 ms).
     """
     if qkv.device.type != "cpu" or qkv.dtype not in (torch.float16, torch.bfloat16) or use_triton(qkv):
         return "sdpa"  # the last: operations are counted as on a GPU
     if qkv.dtype == torch.float16 or not MULTIPLIES_BF16:
         return "float32"
-    return "formula" if qkv.requires_grad and torch.is_grad_enabled() else "sdpa"
+    if qkv.requires_grad and torch.is_grad_enabled():
+        return "formula"
+    return "padded" if qkv.shape[1] % 32 > 1 and qkv.shape[1] < 512 else "sdpa"
 
 
 def _formula(qkv: Tensor) -> Tensor:
@@ -73,6 +69,17 @@ def _formula(qkv: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return (torch.softmax(weights, -1, dtype=weights.dtype) @ v).transpose(1, 2)
+
+
+def _padded(qkv: Tensor) -> Tensor:
+    """Attention with keys and values padded to a multiple of 32 tokens; the padding is masked."""
+    b, n, _, h, d = qkv.shape
+    pairs = qkv.new_zeros(b, -(-n // 32) * 32, 2, h, d)
+    pairs[:, :n] = qkv[:, :, 1:]
+    mask = qkv.new_zeros(pairs.shape[1])
+    mask[n:] = float("-inf")
+    k, v = (x.transpose(1, 2) for x in pairs.unbind(2))
+    return F.scaled_dot_product_attention(qkv[:, :, 0].transpose(1, 2), k, v, attn_mask=mask[None, :]).transpose(1, 2)
 
 
 def resolve_backend(backend: str, qkv: Tensor) -> str:
@@ -92,16 +99,13 @@ def resolve_backend(backend: str, qkv: Tensor) -> str:
 
 
 def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
-    """Softmax self-attention.
+    """Softmax self-attention, [B, N, H, D] in the dtype of `qkv`.
 
     Args:
         qkv: [B, N, 3, H, D], fp32, bf16 or fp16; queries, keys and values along dimension 2.
         backend: "auto" takes flash-attn where it is installed and applies (CUDA, half precision), else the fastest of
-            `torch.nn.functional.scaled_dot_product_attention` on the device; a CPU computes half precision in float32
-            or by the plain formula where that is faster. The others force one.
-
-    Returns:
-        [B, N, H, D], the dtype of `qkv`.
+            `torch.nn.functional.scaled_dot_product_attention` on the device; a CPU computes half precision in float32,
+            by the plain formula or with padded keys where that is faster. The others force one.
 
     Raises:
         ValueError: `qkv` is not [B, N, 3, H, D], or the backend is unknown, not installed, or refused by
@@ -111,7 +115,9 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
         raise ValueError(f"attention takes qkv of shape [B, N, 3, heads, head_dim], got {list(qkv.shape)}")
     if backend == "auto" and (form := _cpu_form(qkv)) != "sdpa":
         with torch.autocast("cpu", enabled=False):  # it would convert
-            return _formula(qkv) if form == "formula" else attention(qkv.float()).to(qkv.dtype)
+            if form == "float32":
+                return attention(qkv.float()).to(qkv.dtype)
+            return _formula(qkv) if form == "formula" else _padded(qkv)
     backend = resolve_backend(backend, qkv)
     if backend == "flash_attn":
         from flash_attn import flash_attn_qkvpacked_func
@@ -124,8 +130,9 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
         with sdpa_kernel(_SDP[backend]):
             out = F.scaled_dot_product_attention(q, k, v)
     elif qkv.is_cuda and _is_hopper(qkv.device):
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        with sdpa_kernel(_HOPPER_DETERMINISTIC if deterministic else _HOPPER, set_priority=True):
+        # deterministic algorithms: torch refuses cuDNN; the backward passes of the others add in a fixed order
+        order = _HOPPER[1:] if torch.are_deterministic_algorithms_enabled() else _HOPPER
+        with sdpa_kernel(order, set_priority=True):
             out = F.scaled_dot_product_attention(q, k, v)
     else:
         out = F.scaled_dot_product_attention(q, k, v)

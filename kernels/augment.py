@@ -34,14 +34,13 @@ from dune_fast.kernels.colour_params import (
     CONTRAST,
     GRAY_WEIGHTS,
     HUE,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     SATURATION,
     SOLARIZE_THRESHOLD,
     ColourParams,
 )
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.launching import Example
-from dune_fast.kernels.library import DTYPES, guard, guard_device, register, use_triton
+from dune_fast.kernels.library import DTYPES, followed, guard, guard_device, register, use_triton, widen
 
 
 def augment_colour(images: Tensor, params: ColourParams | None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -80,10 +79,10 @@ def augment_colour(images: Tensor, params: ColourParams | None, dtype: torch.dty
         if min(height, width) <= BLUR_TAPS // 2:
             raise ValueError(f"images of {height} x {width} pixels are too small to blur, at least 5 x 5 is needed")
     tensors = [] if params is None else params.tensors()
-    followed = torch.is_grad_enabled() and images.requires_grad
-    if dtype in DTYPES and not followed and use_triton(images, *tensors):
+    trained = followed(images)
+    if dtype in DTYPES and not trained and use_triton(images, *tensors):
         return _augment_colour(images, tensors, dtype)
-    if images.device.type == "cpu" and images.dtype != torch.float64 and not followed:
+    if images.device.type == "cpu" and images.dtype != torch.float64 and not trained:
         return augment_colour_cpu(images, params, dtype)
     return _reference(images, tensors, dtype)
 
@@ -97,10 +96,8 @@ def _reference(images: Tensor, tensors: list[Tensor], dtype: torch.dtype) -> Ten
     """`augment_colour` in plain torch, of what it has checked; `tensors` are the parameters' fields, or none."""
     if not len(images):  # a grouped convolution wants a group
         return _fake(images, tensors, dtype)
-    if images.dtype == torch.uint8:
-        x = images.permute(0, 3, 1, 2).contiguous().float() / 255
-    else:
-        x = images if images.dtype == torch.float64 else images.float()
+    decoded = images.dtype == torch.uint8
+    x = images.permute(0, 3, 1, 2).contiguous().float() / 255 if decoded else widen(images)
     if tensors:
         params = ColourParams(*tensors)
         x = jitter(x, params)
@@ -120,10 +117,8 @@ def _fake(images: Tensor, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 _augment_colour = register(
     "augment_colour(Tensor images, Tensor[] params, ScalarType dtype) -> Tensor",
-    augment_colour_triton,
-    _reference,
-    _fake,
-)
+    augment_colour_triton, _reference, _fake,
+)  # fmt: skip
 
 
 def jitter(x: Tensor, params: ColourParams) -> Tensor:
@@ -143,7 +138,8 @@ def jitter(x: Tensor, params: ColourParams) -> Tensor:
     before = slot < hue_place
     for i in range(3):
         x = _blend(x, kinds[:, i], torch.where(before[:, i], factors[:, i], 1))
-    turned = hsv_to_rgb(*_turn(*rgb_to_hsv(x), _per_image(params.hue).squeeze(1).to(x.dtype)))
+    hue, saturation, value = rgb_to_hsv(x)
+    turned = hsv_to_rgb((hue + params.hue[:, None, None].to(x.dtype)).remainder(1), saturation, value)
     x = torch.where(_per_image(params.hue) != 0, turned, x)
     for i in range(3):
         x = _blend(x, kinds[:, i], torch.where(before[:, i], 1, factors[:, i]))
@@ -190,10 +186,6 @@ def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     return torch.addcmul(value.unsqueeze(1), (value * saturation).unsqueeze(1), k, value=-1)
 
 
-def _turn(hue: Tensor, saturation: Tensor, value: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return (hue + turns).remainder(1), saturation, value
-
-
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Separable blur of 9 taps with a width for every image; x float [B, 3, H, W], sigma [B]."""
     batch, channels, height, width = x.shape
@@ -226,7 +218,7 @@ def examples(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.devi
     decoded = torch.randint(256, (count, side + 12, side + 12, 3), dtype=torch.uint8, device=device)
     flags = torch.rand(count, device=device) < 0.5
     factors, order = torch.rand(count, device=device), torch.rand(count, 4, device=device).argsort(1)
-    params = [order, *[factors] * 4, flags, flags, factors + 0.5, flags]
+    params = [order, *[factors] * 3, factors - 0.5, flags, flags, factors + 0.5, flags]
     images = {
         "uint8": torch.randint(256, (count, side, side, 3), dtype=torch.uint8, device=device),
         "uint8 crop": decoded[:, 7:-5, 5:-7],

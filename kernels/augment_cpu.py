@@ -1,13 +1,15 @@
 """`augment_colour` on a CPU: image by image and in place, so that an image and its scratch stay in the cache.
 
-Formula, parameters and reference are in kernels/augment.py. The reference computes everything for every image of the
-batch, as a device must that may not be asked; on a CPU the parameters are at hand, so only what an image needs is done
-to it. There are no masks: torch's comparisons and `where` are many times slower on a CPU than min, max and sign. And
-there is one thread: dozens of short operations an image, each with a barrier, lose far more to the threads that decode
-beside them than a second core gains (336 pixels, two busy cores: 5 ms an image with one thread, 30 to 400 with two).
+Formula, parameters and reference are in kernels/augment.py. The reference stays beside it: it is differentiable, it
+compiles whole (the benchmark's baseline on a GPU), and it computes everything for every image, so that nothing is read
+from the device. A CPU can read the parameters, so here only what an image needs is done to it.
 
-Minimal bytes moved: those of the reference; here they are moved within the cache. At the paper's probabilities an image
-of 112 / 224 / 336 pixels takes 0.6 / 2.3 / 5 ms on one core of a Xeon with AVX-512; the reference 2.5 / 13 / 40.
+There are no masks: torch's comparisons and `where` are many times slower on a CPU than min, max and sign. There is one
+thread: dozens of short operations an image, each with a barrier, lose more to the decoding threads beside them than a
+second core gains (336 pixels, two busy cores: 5 ms an image with one thread, 30 to 400 with two).
+
+Minimal bytes moved: those of the reference, here within the cache. At the paper's probabilities an image of 112 / 224 /
+336 pixels takes 0.6 / 2.3 / 5 ms on one core of a Xeon with AVX-512; the reference 2.5 / 13 / 40.
 """
 
 from __future__ import annotations
@@ -20,16 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dune_fast.kernels.colour_params import (
-    BLUR_TAPS,
-    BRIGHTNESS,
-    CONTRAST,
-    GRAY_WEIGHTS,
-    HUE,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ColourParams,
-)
+from dune_fast.kernels.colour_params import BLUR_TAPS, BRIGHTNESS, CONTRAST, GRAY_WEIGHTS, HUE, ColourParams
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 _HALF = BLUR_TAPS // 2
 

@@ -7,13 +7,14 @@
 
 Bytes a pixel, uint8 to fp32 (bf16 in brackets), at the paper's probabilities: the first reads 3 for 80 % of the images,
 the second reads 3 and writes 12 [6], the third reads and writes 12 [6] for 20 %: 22.2 [13.8]. The minimum is 15 [9], if
-the mean were known before the image is read and neighbours cost nothing. Recomputing the colours of neighbours would
-save the intermediate, for 8 more hue rotations a pixel. It is float32, or float16 where the output is bf16, whose own
-rounding is 8 times coarser; as large as the output, for nobody may wait to know how many images are blurred, but only
-what belongs to those is ever touched.
+the mean were known before the image is read and neighbours cost nothing.
+
+The intermediate is float32, or float16 where the output is bf16, whose own rounding is 8 times coarser. Without it the
+blur would compute the colours of neighbours again, 8 more hue rotations a pixel. It is as large as the output, because
+the host does not know how many images are blurred; only their part is touched.
 
 Branches on an image's parameters are free: a program works on one image. Literals below are the constants of
-kernels/colour_params.py; a kernel sees no globals.
+kernels/colour_params.py and kernels/imagenet.py; a kernel sees no globals.
 """
 
 from __future__ import annotations
@@ -215,23 +216,16 @@ def _blur_kernel(work, blur, sigma, solarize, out, height, width, ROWS: tl.const
                 tl.store(out + start + (row - 4) * width + column, x.to(out.dtype.element_ty), mask=column < width)
 
 
-_READ = (
-    "not yet measured: four pixels a thread, 12 loads of a byte under way; about 45 registers let 5 programs of 8 "
-    "warps share a multiprocessor; 55 of 64 partial sums at 336 pixels, two tiles each"
-)
-_WRITE = (
-    "not yet measured: four pixels a thread, so 16-byte stores in fp32; 40 registers let 6 programs of 8 warps share a "
-    "multiprocessor"
-)
-_WALK = (
-    "not yet measured: one column a thread, 48 registers; 40 warps share a multiprocessor, predicted 0.63 of the time "
-    "of two columns a thread with 28 warps, for every row waits for its loads; 8 of 40 rows are read twice, once from "
-    "the L2 cache"
-)
-SUM = {"default": [Launch(1 << 30, {"BLOCK": 1024, "num_warps": 8}, _READ)]}
-COLOUR = {"default": [Launch(1 << 30, {"BLOCK": 1024, "num_warps": 8}, _WRITE)]}
-BLUR = {"default": [Launch(1 << 30, {"ROWS": 32, "BLOCK": 128, "num_warps": 4}, _WALK)]}
-"""By pixels of an image."""
+SUM = {"default": [Launch(1 << 30, {"BLOCK": 1024, "num_warps": 8})]}
+"""By pixels of an image, as the next two. Not yet measured: four pixels a thread, 12 loads of a byte under way. About
+45 registers let 5 programs of 8 warps share a multiprocessor. 55 of 64 partial sums at 336 pixels, two tiles each."""
+COLOUR = {"default": [Launch(1 << 30, {"BLOCK": 1024, "num_warps": 8})]}
+"""Not yet measured: four pixels a thread, so 16-byte stores in fp32. 40 registers let 6 programs of 8 warps share a
+multiprocessor."""
+BLUR = {"default": [Launch(1 << 30, {"ROWS": 32, "BLOCK": 128, "num_warps": 4})]}
+"""Not yet measured: one column a thread, 48 registers. 40 warps share a multiprocessor: predicted 0.63 of the time of
+two columns a thread with 28 warps, because every row waits for its loads. 8 of 40 rows are read twice, once from the L2
+cache."""
 
 # ---------------------------------------------------------------- implementation
 

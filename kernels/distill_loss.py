@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from dune_fast.kernels.distill_loss_kernels import EPS, MAX_CHANNELS, backward_triton, forward_triton
 from dune_fast.kernels.launching import VIT_CHANNELS, Example, draw
-from dune_fast.kernels.library import guard, guard_device, register, use_triton
+from dune_fast.kernels.library import guard, guard_device, register, use_triton, widen
 
 
 class TokenLoss(NamedTuple):
@@ -40,27 +40,18 @@ class TokenLoss(NamedTuple):
     smooth_l1: Tensor
 
 
-def _widen(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def standardize(x: Tensor, mean: Tensor, inv_std: Tensor) -> Tensor:
     """(x - mean) * inv_std in float32 (float64 stays). x: [..., C]; mean, inv_std: [C]."""
-    return (_widen(x) - mean) * inv_std
+    return (widen(x) - mean) * inv_std
 
 
 def distill_loss_reference(
-    student: Tensor,
-    teacher: Tensor,
-    mean: Tensor | None = None,
-    inv_std: Tensor | None = None,
-    cosine_weight: float = 0.5,
-    smooth_l1_weight: float = 0.5,
-    beta: float = 1.0,
-) -> TokenLoss:
+    student: Tensor, teacher: Tensor, mean: Tensor | None = None, inv_std: Tensor | None = None,
+    cosine_weight: float = 0.5, smooth_l1_weight: float = 0.5, beta: float = 1.0,
+) -> TokenLoss:  # fmt: skip
     """`distill_loss` in plain torch, differentiated by autograd; float64 stays float64."""
-    s = _widen(student)
-    t = _widen(teacher) if mean is None else standardize(teacher, mean, inv_std)
+    s = widen(student)
+    t = widen(teacher) if mean is None else standardize(teacher, mean, inv_std)
     cosine = 1.0 - F.cosine_similarity(s, t, dim=-1, eps=EPS)
     smooth_l1 = F.smooth_l1_loss(s, t, reduction="none", beta=beta).mean(-1)
     if student.ndim == 3:
@@ -69,8 +60,8 @@ def distill_loss_reference(
 
 
 def _forward_reference(student: Tensor, teacher: Tensor, mean: Tensor | None, inv_std: Tensor | None, *terms: float):
-    s = _widen(student)
-    y = _widen(teacher) if mean is None else standardize(teacher, mean, inv_std)
+    s = widen(student)
+    y = widen(teacher) if mean is None else standardize(teacher, mean, inv_std)
     length, s_norm, y_norm = s.norm(dim=-1), s.norm(dim=-1).clamp_min(EPS), y.norm(dim=-1).clamp_min(EPS)
     of_s = F.cosine_similarity(s, y, dim=-1, eps=EPS) / s_norm / length.masked_fill(length == 0, 1)
     saved = torch.stack([of_s, 1 / s_norm / y_norm], dim=-1)  # [B, P, 2] or [B, 2]
@@ -81,8 +72,8 @@ def _backward_reference(
     student: Tensor, teacher: Tensor, mean: Tensor | None, inv_std: Tensor | None, saved: Tensor, upstream: Tensor,
     cosine_weight: float, smooth_l1_weight: float, beta: float,
 ) -> Tensor:  # fmt: skip
-    s = _widen(student).reshape(len(student), -1, student.shape[-1])  # [B, P, C]
-    y = (_widen(teacher) if mean is None else standardize(teacher, mean, inv_std)).reshape(s.shape)
+    s = widen(student).reshape(len(student), -1, student.shape[-1])  # [B, P, C]
+    y = (widen(teacher) if mean is None else standardize(teacher, mean, inv_std)).reshape(s.shape)
     of_s, of_y = saved.view(*s.shape[:2], 2).split(1, -1)  # [B, P, 1] each
     slope = torch.where((s - y).abs() < beta, (s - y) / (beta or 1.0), (s - y).sign())
     gradient = cosine_weight * (s * of_s - y * of_y) + smooth_l1_weight / s.shape[-1] * slope
@@ -128,14 +119,9 @@ class _DistillLoss(torch.autograd.Function):
 
 
 def distill_loss(
-    student: Tensor,
-    teacher: Tensor,
-    mean: Tensor | None = None,
-    inv_std: Tensor | None = None,
-    cosine_weight: float = 0.5,
-    smooth_l1_weight: float = 0.5,
-    beta: float = 1.0,
-) -> TokenLoss:
+    student: Tensor, teacher: Tensor, mean: Tensor | None = None, inv_std: Tensor | None = None,
+    cosine_weight: float = 0.5, smooth_l1_weight: float = 0.5, beta: float = 1.0,
+) -> TokenLoss:  # fmt: skip
     """Cosine and smooth-L1 between the student's projection and the standardized teacher.
 
     Args:
@@ -153,15 +139,13 @@ def distill_loss(
     guard_device("distill_loss", **given)
     guard(
         student.shape == teacher.shape and student.ndim in (2, 3),
-        "distill_loss takes student and teacher of one shape [B, P, C] or [B, C]",
-        **given,
-    )
+        "distill_loss takes student and teacher of one shape [B, P, C] or [B, C]", **given,
+    )  # fmt: skip
     statistics = [x for x in (mean, inv_std) if x is not None]
     guard(
         len(statistics) != 1 and all(x.shape == student.shape[-1:] for x in statistics),
-        "distill_loss takes mean and inv_std [C] with the features' C, both or neither",
-        **given,
-    )
+        "distill_loss takes mean and inv_std [C] with the features' C, both or neither", **given,
+    )  # fmt: skip
     if beta < 0:
         raise ValueError(f"distill_loss takes beta >= 0, got {beta}")
     arguments = (student, teacher, mean, inv_std, cosine_weight, smooth_l1_weight, beta)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dune_fast.kernels.launching import Launch, choose, launch, processors
-from dune_fast.kernels.library import as_rows, jit, row_offsets, tl
+from dune_fast.kernels.library import as_rows, contiguous, jit, row_offsets, tl
 
 EPS = 1e-8
 SMALLEST_BETA = 2.0**-60
@@ -134,24 +134,21 @@ def _gradient_kernel(
         tl.store(gradient + at, out.to(gradient.dtype.element_ty), mask=valid)
 
 
-_REASON = (
-    "not yet measured: reasoned for sm_90 from 32 values of each operand a thread, so that up to 1024 channels one "
-    "warp sums a token without a barrier (16 instructions a value; 25 with four warps a token); 12 warps a "
-    "multiprocessor keep 48 to 96 KiB in flight where 40 would do, and stay resident with up to 168 registers "
-    "(at most 128 are used)"
-)
 _TABLE = {
     "default": [
-        Launch(64, {"BLOCK_R": 16, "BLOCK_C": 64, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}, _REASON),
-        Launch(256, {"BLOCK_R": 4, "BLOCK_C": 256, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}, _REASON),
-        Launch(512, {"BLOCK_R": 2, "BLOCK_C": 512, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}, _REASON),
-        Launch(1024, {"BLOCK_R": 1, "BLOCK_C": 1024, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}, _REASON),
-        Launch(2048, {"BLOCK_R": 1, "BLOCK_C": 2048, "PROGRAMS": 6, "STAGES": 3, "num_warps": 4}, _REASON),
-        Launch(MAX_CHANNELS, {"BLOCK_R": 1, "BLOCK_C": 4096, "PROGRAMS": 3, "STAGES": 3, "num_warps": 8}, _REASON),
+        Launch(64, {"BLOCK_R": 16, "BLOCK_C": 64, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}),
+        Launch(256, {"BLOCK_R": 4, "BLOCK_C": 256, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}),
+        Launch(512, {"BLOCK_R": 2, "BLOCK_C": 512, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}),
+        Launch(1024, {"BLOCK_R": 1, "BLOCK_C": 1024, "PROGRAMS": 12, "STAGES": 3, "num_warps": 1}),
+        Launch(2048, {"BLOCK_R": 1, "BLOCK_C": 2048, "PROGRAMS": 6, "STAGES": 3, "num_warps": 4}),
+        Launch(MAX_CHANNELS, {"BLOCK_R": 1, "BLOCK_C": 4096, "PROGRAMS": 3, "STAGES": 3, "num_warps": 8}),
     ]
 }
-"""By channels; PROGRAMS a multiprocessor where both operands have two bytes, else fewer in the same shared memory.
-All must be resident at once: a second wave would take as long as the first."""
+"""By channels; PROGRAMS a multiprocessor where both operands have two bytes, else fewer in the same shared memory. All
+must be resident at once: a second wave would take as long as the first. Not yet measured: reasoned for sm_90 from 32
+values of each operand a thread, so that up to 1024 channels one warp sums a token without a barrier (16 instructions a
+value; 25 with four warps a token). 12 warps a multiprocessor keep 48 to 96 KiB in flight where 40 would do, and stay
+resident with up to 168 registers (at most 128 are used)."""
 
 
 def _prepare(
@@ -163,17 +160,11 @@ def _prepare(
     resident = options.pop("PROGRAMS") * 4 // (student.element_size() + teacher.element_size())
     programs = min(-(-s.count // options["BLOCK_R"]), resident * processors(student.device))
     options |= {
-        "s_outer": s.outer_stride,
-        "s_inner": s.inner_stride,
-        "t_outer": t.outer_stride,
-        "t_inner": t.inner_stride,
-        "S_PERIOD": s.period,
-        "T_PERIOD": t.period,
-        "STANDARDIZE": mean is not None,
-        "CHANNELS": channels,
-    }
-    statistics = (x if x is None else x.contiguous() for x in (mean, inv_std))
-    return (s.x, t.x, *statistics), s.count, programs, options
+        "s_outer": s.outer_stride, "s_inner": s.inner_stride, "S_PERIOD": s.period,
+        "t_outer": t.outer_stride, "t_inner": t.inner_stride, "T_PERIOD": t.period,
+        "STANDARDIZE": mean is not None, "CHANNELS": channels,
+    }  # fmt: skip
+    return (s.x, t.x, *contiguous(mean, inv_std)), s.count, programs, options
 
 
 def forward_triton(
@@ -204,8 +195,7 @@ def backward_triton(
     gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     launch(
         _gradient_kernel, (programs,), *operands, saved, upstream.contiguous(), gradient, tokens,
-        cosine_weight=cosine_weight, smooth_l1_weight=smooth_l1_weight,
-        inverse_beta=1.0 / max(beta, SMALLEST_BETA),
+        cosine_weight=cosine_weight, smooth_l1_weight=smooth_l1_weight, inverse_beta=1.0 / max(beta, SMALLEST_BETA),
         PATCHES=tokens // len(student), **options,
     )  # fmt: skip
     return gradient

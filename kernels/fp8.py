@@ -30,8 +30,17 @@ from dune_fast.kernels.fp8_kernels import QUANTIZE, layer_norm_kernel, quantize_
 from dune_fast.kernels.gelu import bias_gelu_reference, guard_bias_gelu
 from dune_fast.kernels.launching import VIT_SHAPES, Example, architecture, choose, draw, launch
 from dune_fast.kernels.layer_norm import guard_layer_norm, layer_norm_reference
-from dune_fast.kernels.layer_norm_kernels import contiguous, flat_rows, forward_options
-from dune_fast.kernels.library import guard, guard_device, register, triton, use_triton
+from dune_fast.kernels.layer_norm_kernels import forward_options
+from dune_fast.kernels.library import (
+    contiguous,
+    flat_rows,
+    followed,
+    guard,
+    guard_device,
+    register,
+    triton,
+    use_triton,
+)
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -143,8 +152,8 @@ bias_gelu_fp8_op = register(
 
 
 def _guard_frozen(operation: str, *tensors: Tensor | None) -> None:
-    followed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    guard(not followed, f"{operation} has no gradient: call it under torch.no_grad(), on a frozen model", x=tensors[0])
+    rule = f"{operation} has no gradient: call it under torch.no_grad(), on a frozen model"
+    guard(not followed(*tensors), rule, x=tensors[0])
 
 
 def quantize_rows(x: Tensor) -> FP8Rows:

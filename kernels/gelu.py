@@ -10,17 +10,17 @@ For results in bf16, fp16 and float8 the kernels take, with Q(x) = 1 - Phi(x) = 
 
     gelu(u) = max(u, 0) - |u| Q(|u|),   slope(u) = D(|u|) if u < 0 else 1 - D(|u|),   D(x) = Q(x) - x phi(x)
 
-P is the minimax fit to log2 Q on [0, 14.5] with the weight 1 / min(1 + 1 / (30 max(x, 1) Q(x)), 1000): against float64
-h is off by at most 5e-7, and by 3e-6 of itself for u >= -1, 1e-5 for u >= -3 and 2^-9 (half a unit of bf16) down to
-where float32 underflows; the slope is off by 1.2e-6. One special function and 19 instructions an element where erf
-takes 43. It is not erfc's rational forms (Abramowitz and Stegun, 7.1.25 to 28): their error is absolute, so they lose
-what is left of Q below u = -5, as 1 + erf does, and they divide. For float32 results, which have the digits to show
-3e-6, the kernels take erf. In all types the kernels give gelu(-inf) its limit, 0, where torch has NaN.
+P is the minimax fit to log2 Q on [0, 14.5] with the weight 1 / min(1 + 1 / (30 max(x, 1) Q(x)), 1000). Against float64
+h is off by at most 5e-7; relative to itself by 3e-6 for u >= -1, 1e-5 for u >= -3 and 2^-9 (half a unit of bf16) down
+to where float32 underflows. The slope is off by 1.2e-6. It takes one special function and 19 instructions an element;
+erf takes 43. The rational forms of erfc (Abramowitz and Stegun, 7.1.25 to 28) divide, and their error is absolute: they
+lose what is left of Q below u = -5, as 1 + erf does. Float32 results would show an error of 3e-6, so for them the
+kernels take erf. In all types the kernels give gelu(-inf) its limit, 0, where torch has NaN.
 
-x is the matrix product without its bias, so that dbias comes out of the pass that makes dx instead of one of its own
-over the widest tensor of the block. Arithmetic is float32. Minimal bytes moved, bf16: forward 4 an element, backward
-6; x is kept for the backward. dbias goes through float32 partials [stripe, F] added in a fixed order: no atomics, and
-every run gives the same bits.
+x is the matrix product without its bias: the pass that makes dx then makes dbias too, which would otherwise read the
+widest tensor of the block again. Arithmetic is float32. Minimal bytes moved, bf16: forward 4 an element, backward 6.
+Kept for the backward: x. dbias is the sum of float32 partials [stripe, F] in a fixed order, without atomics, so every
+run gives the same bits.
 
 Shapes: x, h [..., F]; bias [F].
 """
@@ -36,16 +36,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dune_fast.kernels.launching import VIT_SHAPES, Example, Launch, choose, draw, launch, processors
-from dune_fast.kernels.layer_norm import flat_rows
-from dune_fast.kernels.library import guard, guard_device, jit, register, tl, triton, use_triton
+from dune_fast.kernels.library import flat_rows, guard, guard_device, jit, register, tl, triton, use_triton, widen
 
 # ---------------------------------------------------------------- reference
 
 
 def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
     """`torch.nn.functional.gelu(x + bias)` in float32 (float64 for float64), cast to x's dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return F.gelu(x.to(wide) + bias.to(wide)).to(x.dtype)
+    wide = widen(x)
+    return F.gelu(wide + bias.to(wide.dtype)).to(x.dtype)
 
 
 def _backward_reference(dh, x, bias):
@@ -128,27 +127,13 @@ def _backward_kernel(
     tl.store(partials + stripe * F + col, tl.sum(dbias, 0), mask=keep)
 
 
-FORWARD = {
-    "default": [
-        Launch(
-            65536, {"ROWS": 8, "BLOCK_F": 256, "num_warps": 4},
-            "not yet measured: 16 elements a thread, 2 loads of 16 bytes; 19 instructions an element, so that bytes "
-            "are the limit; 256 divides every ViT's MLP; 32 registers let 64 warps be resident",
-        ),
-    ]
-}  # fmt: skip
-"""By channels; the tile of a program."""
-BACKWARD = {
-    "default": [
-        Launch(
-            65536, {"ROWS": 8, "BLOCK_F": 256, "STAGES": 3, "per_processor": 6, "num_warps": 4},
-            "not yet measured: 16 elements a thread, 28 instructions an element; the 1 to 2 tiles of 8 KiB that each "
-            "of 6 programs has on its way are 48 to 96 KiB a multiprocessor where 40 would do, and 6 stay resident "
-            "with up to 80 registers (64 to 72 are used)",
-        ),
-    ]
-}  # fmt: skip
-"""By channels; the tile of an iteration, and how many programs share a multiprocessor where x has two bytes."""
+FORWARD = {"default": [Launch(65536, {"ROWS": 8, "BLOCK_F": 256, "num_warps": 4})]}
+"""By channels; the tile of a program. Not yet measured: 16 elements a thread, 2 loads of 16 bytes. 19 instructions an
+element, so that bytes are the limit. 256 divides every ViT's MLP. 32 registers let 64 warps be resident."""
+BACKWARD = {"default": [Launch(65536, {"ROWS": 8, "BLOCK_F": 256, "STAGES": 3, "per_processor": 6, "num_warps": 4})]}
+"""By channels; the tile of an iteration, and how many programs share a multiprocessor where x has two bytes. Not yet
+measured: 16 elements a thread, 28 instructions an element. 6 programs have 1 to 2 tiles of 8 KiB each on their way, 48
+to 96 KiB a multiprocessor where 40 would do, and stay resident with up to 80 registers (64 to 72 are used)."""
 
 # ---------------------------------------------------------------- implementation
 
@@ -224,24 +209,18 @@ def guard_bias_gelu(operation: str, x: Tensor, bias: Tensor) -> None:
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """Exact GELU of x + bias.
+    """Exact GELU of x + bias, [..., F] in x's dtype; ValueError if shapes, types or devices do not fit.
 
     Args:
         x: a matrix product before its bias [..., F], fp32, bf16 or fp16 (others take the reference), any strides.
         bias: [F].
-
-    Returns:
-        [..., F] in x's dtype.
-
-    Raises:
-        ValueError: shapes, types or devices do not fit.
     """
     guard_bias_gelu("bias_gelu", x, bias)
     return _BiasGelu.apply(x, bias) if use_triton(x, bias) else bias_gelu_reference(x, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU of x W^T + b in the epilogue of the product, for frozen models: the wide tensor is written once.
+    """GELU of x W^T + b, [..., F], in the epilogue of the product, for frozen models: it is written once.
 
     On CUDA it is one kernel of cuBLASLt, whose GELU is the tanh form: within 5e-4 of the exact one, less than what
     rounding to bf16 changes where |u| > 0.25. On a CPU torch applies the exact form to the rounded product. No gradient
@@ -250,9 +229,6 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Args:
         x: [..., D], bf16 or fp16.
         weight, bias: [F, D] and [F], in x's dtype.
-
-    Returns:
-        [..., F] in x's dtype.
 
     Raises:
         ValueError: shapes, types or devices do not fit.

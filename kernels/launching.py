@@ -1,8 +1,8 @@
 """Launching kernels with configurations from fixed tables, or recording launches to compile them without a GPU.
 
-No autotuning: it would time kernels in the middle of a distributed run, and differently on each rank. A table maps an
-architecture, or "default", to rows ordered by size, each with its evidence: the device it was measured on, or "not yet
-measured: " and the reasoning.
+There is no autotuning: it would time kernels within a distributed run, and choose differently on each rank. A table
+maps an architecture, or "default", to rows ordered by size. Below it stands its evidence: the device it was measured
+on, or "Not yet measured: " and the reasoning.
 
 A file of kernels describes its operations once: `examples(shape, dtype, device)` yields an `Example` of each form, and
 AOT lists the (shape, dtype) to compile. `python -m bench.kernels --aot` calls them on meta tensors under `recording`,
@@ -49,8 +49,6 @@ class Launch(NamedTuple):
     """Largest size that the row serves, most often the number of channels."""
     options: dict[str, int]
     """Constants of the kernel, num_warps, num_stages."""
-    evidence: str
-    """The device it was measured on, or "not yet measured: " and the reasoning."""
 
 
 class Recorded(NamedTuple):

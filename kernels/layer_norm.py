@@ -9,15 +9,15 @@ Backward, with dh and dx' (the gradient that reaches x' past the norm), n = (x' 
     dgamma = sum_rows dx * (y + b) = sum_rows dx * y + b * sum_rows dx
     dweight = sum_rows dh * n,   dbias = sum_rows dh
 
-gamma and b may be missing. b is here and not in the product so that its gradient comes out of the pass that makes dx,
-instead of one of its own over dy. `kernels.residual` is x' alone. Arithmetic is float32 whatever is stored. h is the
-norm of x' as stored: the backward, which reads that, sees the same numbers.
+gamma and b may be missing. b is added here and not by the product, so that the pass that makes dx makes its gradient
+too. `kernels.residual` is x' alone. Arithmetic is float32 whatever is stored. h is the norm of x' as stored, because
+the backward reads that.
 
 Minimal bytes moved for each element, fp32 stream and bf16 branch [all bf16]: forward x 4 + y 2 + x' 4 + h 2 = 12 [8],
 where multiply, add, norm and cast apart move 32; backward dh 2 + dx' 4 + x' 4 + y 2 + dx 4 + dy 2 = 18 [12]. Kept for
-the backward: x' (an output, held anyway), mean and rstd (8 bytes a row), and y if gamma is trained: nothing else holds
-y, and (x' - x) / gamma would lose its digits at gamma = 1e-4. Sums over rows are float32 partials added in a fixed
-order: no atomics, and every run gives the same bits.
+the backward: x' (an output, held anyway), mean and rstd (8 bytes a row), and y if gamma is trained. y cannot be made
+again: (x' - x) / gamma would lose its digits at gamma = 1e-4. Sums over rows are float32 partials, added in a fixed
+order without atomics, so every run gives the same bits.
 
 Shapes: x, y, x', h [..., C]; gamma, b, weight, bias [C]; mean, rstd float32 [rows].
 """
@@ -33,19 +33,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dune_fast.kernels.launching import VIT_SHAPES, Example, draw
-from dune_fast.kernels.layer_norm_kernels import flat_rows, launch_backward, launch_forward
-from dune_fast.kernels.library import guard, guard_device, register, use_triton
-
-# ---------------------------------------------------------------- reference
+from dune_fast.kernels.layer_norm_kernels import launch_backward, launch_forward
+from dune_fast.kernels.library import flat_rows, guard, guard_device, register, use_triton, widen
 
 
 def layer_norm_reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """`torch.nn.functional.layer_norm` in float32 (float64 for float64), then cast."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
-    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(out_dtype or x.dtype)
+    wide = widen(x)
+    weight, bias = (None if p is None else p.to(wide.dtype) for p in (weight, bias))
+    return F.layer_norm(wide, x.shape[-1:], weight, bias, eps).to(out_dtype or x.dtype)
 
 
 def residual_reference(
@@ -67,15 +65,9 @@ def residual_reference(
 
 
 def residual_layer_norm_reference(
-    x: Tensor,
-    y: Tensor,
-    gamma: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None = None,
-    branch_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor, gamma: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
+    out_dtype: torch.dtype | None = None, branch_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(x', LN(x')) in plain torch; float32 inside (float64 for float64)."""
     out = residual_reference(x, y, gamma, branch_bias)
     return out, layer_norm_reference(out, weight, bias, eps, out_dtype)
@@ -139,7 +131,7 @@ def _forward_fused(x, weight, bias, eps, dtype):
 
 
 def _backward_fused(dh, dout, x, y, gamma, branch_bias, weight, mean, rstd, branch_dtype):
-    dx, dy = _gradients(x, gamma, branch_dtype)
+    dx, dy, _ = _backward_fake(dh, dout, x, y, gamma, branch_bias, weight, mean, rstd, branch_dtype)
     own_dy = None if _dx_serves(x, gamma, branch_dtype) else dy
     return dx, dy, launch_backward(dh, dout, x, y, gamma, branch_bias, weight, mean, rstd, dx, own_dy)
 
@@ -159,15 +151,11 @@ def _dx_serves(x, gamma, branch_dtype):
     return branch_dtype is None or (gamma is None and branch_dtype == x.dtype)
 
 
-def _gradients(x, gamma, branch_dtype):
-    """dx; dy, empty if `_dx_serves`."""
-    dy = x.new_empty(0 if _dx_serves(x, gamma, branch_dtype) else x.shape, dtype=branch_dtype or x.dtype)
-    return x.new_empty(x.shape), dy
-
-
 def _backward_fake(dh, dout, x, y, gamma, branch_bias, weight, mean, rstd, branch_dtype):
+    """dx; dy, empty if `_dx_serves`; sums: dweight and dbias, dgamma, branch_bias's gradient, as far as there are."""
+    dy = x.new_empty(0 if _dx_serves(x, gamma, branch_dtype) else x.shape, dtype=branch_dtype or x.dtype)
     sums = 2 * (weight is not None) + (y is not None) + (branch_bias is not None)
-    return *_gradients(x, gamma, branch_dtype), x.new_empty(sums, x.shape[-1], dtype=torch.float32)
+    return x.new_empty(x.shape), dy, x.new_empty(sums, x.shape[-1], dtype=torch.float32)
 
 
 layer_norm_op = register(
@@ -196,8 +184,7 @@ class _LayerNorm(torch.autograd.Function):
             out = x
         else:
             out, h, mean, rstd = residual_layer_norm_op(x, y, gamma, branch_bias, weight, bias, eps, dtype)
-        branch = branch_saved(ctx, y, gamma, branch_bias)
-        ctx.save_for_backward(out, *branch, weight, mean, rstd)
+        ctx.save_for_backward(out, *branch_saved(ctx, y, gamma, branch_bias), weight, mean, rstd)
         ctx.branch_dtype = None if y is None else y.dtype
         ctx.dtypes = [None if p is None else p.dtype for p in (gamma, branch_bias, weight, bias)]
         return h if y is None else (out, h)
@@ -206,13 +193,10 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *upstream):
         *dout, dh = upstream
-        out, y, gamma, branch_bias, weight, mean, rstd = ctx.saved_tensors
-        branch = ctx.branch_dtype
-        dx, dy, sums = layer_norm_backward_op(
-            dh, *(dout or [None]), out, y, gamma, branch_bias, weight, mean, rstd, branch
-        )  # fmt: skip
-        if _dx_serves(out, gamma, branch):
-            dy = None if branch is None else dx
+        out, y, gamma, branch_bias, weight, _, _ = saved = ctx.saved_tensors
+        dx, dy, sums = layer_norm_backward_op(dh, *(dout or [None]), *saved, ctx.branch_dtype)
+        if _dx_serves(out, gamma, ctx.branch_dtype):
+            dy = None if ctx.branch_dtype is None else dx
         affine = [None, None] if weight is None else list(sums[:2])
         parameters = [*branch_gradients(sums, y, branch_bias), *affine]
         gradients = (None if g is None or t is None else g.to(t) for g, t in zip(parameters, ctx.dtypes, strict=True))
@@ -254,19 +238,12 @@ def guard_layer_norm(operation: str, x: Tensor, y: Tensor | None = None, **param
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """LayerNorm over the last dimension.
+    """LayerNorm over the last dimension, [..., C]; ValueError if shapes, types or devices do not fit.
 
     Args:
         x: [..., C], fp32, bf16 or fp16 (others take the plain reference), any strides, C up to 4096 on a GPU.
         weight, bias: [C], or None; no bias without a weight.
-        eps: added to the variance.
         out_dtype: of the result, e.g. that of the matrix product that reads it; x's by default.
-
-    Returns:
-        [..., C].
-
-    Raises:
-        ValueError: shapes, types or devices do not fit.
     """
     guard_layer_norm("layer_norm", x, weight=weight, bias=bias)
     if not use_triton(x, weight, bias):
@@ -275,31 +252,18 @@ def layer_norm(
 
 
 def residual_layer_norm(
-    x: Tensor,
-    y: Tensor,
-    gamma: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None = None,
-    branch_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """x' = x + gamma * (y + branch_bias) and LN(x') in one pass.
+    x: Tensor, y: Tensor, gamma: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
+    out_dtype: torch.dtype | None = None, branch_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x' = x + gamma * (y + branch_bias) and LN(x') in one pass. Other arguments and errors: see `layer_norm`.
 
     Args:
-        x: the residual stream [..., C], fp32, bf16 or fp16 (others take the plain reference), C up to 4096 on a GPU.
-        y: the branch's output, of x's shape, any of these types.
+        x, y: the residual stream and the branch's output, [..., C], each fp32, bf16 or fp16.
         gamma: LayerScale [C], or None for 1.
-        weight, bias: [C], or None; no bias without a weight.
-        eps: added to the variance.
-        out_dtype: of LN(x'), e.g. that of the matrix product that reads it; x's by default.
-        branch_bias: of the linear layer whose product y is [C], or None for 0.
+        branch_bias: [C], of the linear layer whose product y is, or None for 0.
 
     Returns:
         (x' in x's dtype, LN(x') in `out_dtype`), both [..., C].
-
-    Raises:
-        ValueError: shapes, types or devices do not fit.
     """
     parameters = {"gamma": gamma, "branch_bias": branch_bias, "weight": weight, "bias": bias}
     guard_layer_norm("residual_layer_norm", x, y, **parameters)
@@ -330,7 +294,7 @@ def examples(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.devi
                 yield Example(f"residual_layer_norm_backward{name}, {kind}", layer_norm_backward_op, args)
         else:
             none = (None,) * 4
-            yield Example("layer_norm without parameters", layer_norm_op, (x, *none[:2], 1e-6, dtype))
+            yield Example("layer_norm without parameters", layer_norm_op, (x, None, None, 1e-6, dtype))
             yield Example("residual_layer_norm without parameters", residual_layer_norm_op, (x, y, *none, 1e-6, fp32))
             args = (y, None, x, *none, mean, rstd, None)
             yield Example("layer_norm_backward without parameters", layer_norm_backward_op, args)

@@ -12,13 +12,11 @@ if it has one; their sum over the programs, in a fixed order, is the gradient.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from dune_fast.kernels.launching import Launch, choose, launch, processors
-from dune_fast.kernels.library import jit, tl, triton
+from dune_fast.kernels.library import contiguous, flat_rows, jit, tl, triton
 
 
 @jit
@@ -156,58 +154,38 @@ def backward_kernel(
         tl.store(sums, tl.sum(total, 0), mask=keep)
 
 
-_FORWARD = (
-    "not yet measured: 32 elements a thread, so that four rows share a load of each parameter and the barriers (by "
-    "`bench.kernels --aot sm_90 --predict` with one row a program loads of parameters bind: 57 % of a copy at 768)"
-)
-_BACKWARD = (
-    "not yet measured: 8 elements a thread keep four sums in about 100 registers; two stages are copied ahead of the "
-    "one in use (with one ahead the wait for memory binds: 71 % of a copy at 768)"
-)
-_INTERPRETER = "not yet measured: its cost is per program and iteration"
-
 FORWARD = {
     "default": [
-        Launch(256, {"ROWS": 8, "num_warps": 4}, _FORWARD),
-        Launch(512, {"ROWS": 8, "num_warps": 4}, _FORWARD),
-        Launch(1024, {"ROWS": 4, "num_warps": 4}, _FORWARD),
-        Launch(2048, {"ROWS": 2, "num_warps": 4}, _FORWARD),
-        Launch(4096, {"ROWS": 2, "num_warps": 8}, _FORWARD),
+        Launch(512, {"ROWS": 8, "num_warps": 4}),
+        Launch(1024, {"ROWS": 4, "num_warps": 4}),
+        Launch(2048, {"ROWS": 2, "num_warps": 4}),
+        Launch(4096, {"ROWS": 2, "num_warps": 8}),
     ],
-    "interpreter": [Launch(4096, {"ROWS": 8, "num_warps": 4}, _INTERPRETER)],
+    "interpreter": [Launch(4096, {"ROWS": 8, "num_warps": 4})],
 }
-"""By channels; ROWS a program."""
+"""By channels; ROWS a program. Not yet measured: 32 elements a thread, so that four rows share a load of each parameter
+and the barriers (by `bench.kernels --aot sm_90 --predict` with one row a program loads of parameters bind: 57 % of a
+copy at 768). The interpreter's cost is per program and iteration."""
 BACKWARD = {
     "default": [
-        Launch(256, {"ROWS": 4, "STAGES": 3, "num_warps": 4, "per_processor": 4, "maxnreg": 128}, _BACKWARD),
-        Launch(512, {"ROWS": 2, "STAGES": 3, "num_warps": 4, "per_processor": 4, "maxnreg": 128}, _BACKWARD),
-        Launch(1024, {"ROWS": 1, "STAGES": 3, "num_warps": 4, "per_processor": 4, "maxnreg": 128}, _BACKWARD),
-        Launch(2048, {"ROWS": 1, "STAGES": 3, "num_warps": 8, "per_processor": 2, "maxnreg": 128}, _BACKWARD),
-        Launch(4096, {"ROWS": 1, "STAGES": 3, "num_warps": 16, "per_processor": 1, "maxnreg": 128}, _BACKWARD),
+        Launch(256, {"ROWS": 4, "STAGES": 3, "num_warps": 4, "per_processor": 4, "maxnreg": 128}),
+        Launch(512, {"ROWS": 2, "STAGES": 3, "num_warps": 4, "per_processor": 4, "maxnreg": 128}),
+        Launch(1024, {"ROWS": 1, "STAGES": 3, "num_warps": 4, "per_processor": 4, "maxnreg": 128}),
+        Launch(2048, {"ROWS": 1, "STAGES": 3, "num_warps": 8, "per_processor": 2, "maxnreg": 128}),
+        Launch(4096, {"ROWS": 1, "STAGES": 3, "num_warps": 16, "per_processor": 1, "maxnreg": 128}),
     ],
-    "interpreter": [
-        Launch(4096, {"ROWS": 4, "STAGES": 1, "num_warps": 4, "per_processor": 2, "maxnreg": 64}, _INTERPRETER)
-    ],
+    "interpreter": [Launch(4096, {"ROWS": 4, "STAGES": 1, "num_warps": 4, "per_processor": 2, "maxnreg": 64})],
 }
 """By channels; ROWS an iteration, how many of them are in shared memory or on the way there, how many programs share a
-multiprocessor (which the shared memory of an A100 allows too), and the registers that this leaves."""
+multiprocessor (which the shared memory of an A100 allows too), and the registers that this leaves. Not yet measured: 8
+elements a thread keep four sums in about 100 registers. Two stages are copied ahead of the one in use (with one ahead
+the wait for memory binds: 71 % of a copy at 768)."""
 
 
 def forward_options(x: Tensor) -> dict[str, int]:
     """Constants and warps of a forward kernel over rows x [rows, C]."""
     channels = x.shape[1]
     return choose(FORWARD, x.device, channels) | {"C": channels, "BLOCK_C": triton.next_power_of_2(channels)}
-
-
-def flat_rows(x: Tensor) -> Tensor:
-    """x [..., C] as [rows, C] with adjacent channels, a view where one row stride describes it."""
-    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
-    """Parameters [C] with adjacent elements; None stays None."""
-    return [None if p is None else p.contiguous() for p in parameters]
 
 
 def launch_forward(x, y, gamma, branch_bias, weight, bias, out, h, mean, rstd, eps):

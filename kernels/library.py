@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -119,6 +120,27 @@ def guard_device(operation: str, **tensors: Tensor | None) -> None:
     """Raises a ValueError unless all tensors lie on one device."""
     devices = {tensor.device for tensor in tensors.values() if tensor is not None}
     guard(len(devices) < 2, f"{operation} takes tensors of one device", **tensors)
+
+
+def followed(*tensors: Tensor | None) -> bool:
+    """Whether autograd follows any of these tensors here."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in float32, in which references compute; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
+    """Small tensors with adjacent elements; None stays None."""
+    return [None if p is None else p.contiguous() for p in parameters]
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """x [..., C] as [rows, C] with adjacent channels, a view where one row stride describes it."""
+    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 class Rows(NamedTuple):

@@ -2,17 +2,21 @@
 
     mean_c = sum_r x[r, c] / R,   m2_c = sum_r (x[r, c] - mean_c)^2
 
-One pass over x, two launches. A program takes one split of the rows, for some channels, and sums d and d^2 with
-d = x - shift, shift being the mean of the split's first tile of rows, or 0 if that lies within the tile's spread. So a
-channel whose mean is far from zero keeps its variance: d is as small as the spread. And outliers in the first tile cost
-little: r rows that are off by e put r e^2 into m2 themselves, which bounds what cancels in sum d^2 - (sum d)^2 / n to
-n / r times m2. What a split has summed is added up in float64, and so are the splits by the second launch (Chan, Golub
-and LeVeque, 1979), in the order of their index: a mean near zero, the small rest of large sums, stays right, and there
-are no atomics, so the same bits come out every time.
+x is read once. The first kernel takes the moments of splits of the rows, the second merges them.
+
+Each split subtracts a shift from its rows before it squares them: the mean of its first tile. The numbers squared are
+then as small as the spread, so a channel whose mean is far from zero keeps its variance. Where that mean lies within
+the spread of its tile, the shift is 0, and nothing is rounded. Outliers in the first tile make a bad shift, but do
+little harm: r rows that are off by e add r e^2 to m2 themselves, so what cancels in sum d^2 - (sum d)^2 / n is at most
+n / r times m2.
+
+Sums within a split are float32. Their totals and the merge (Chan, Golub and LeVeque, 1979) are float64, because a mean
+near zero is the small rest of large sums. Splits are merged in the order of their index, without atomics, so every run
+gives the same bits.
 
 Minimal bytes moved: read x once, R * C elements. Shapes: x [..., C] -> mean, m2 float32 [C].
-Teachers are not batched into one launch: their pointers, types and widths differ, which would cost the aligned 16-byte
-loads, and a launch is (by estimate) a twentieth of the time that one teacher's patch tokens take.
+Each teacher is a launch of its own. One launch for all would lose aligned 16-byte loads, as pointers, types and widths
+differ; it would save (by estimate) a twentieth of the time that one teacher's patch tokens take.
 """
 
 from __future__ import annotations
@@ -23,13 +27,12 @@ import torch
 from torch import Tensor
 
 from dune_fast.kernels.launching import VIT_CHANNELS, Example, Launch, choose, draw, launch, processors
-from dune_fast.kernels.library import as_rows, guard, jit, register, row_offsets, tl, use_triton
+from dune_fast.kernels.library import as_rows, guard, jit, register, row_offsets, tl, use_triton, widen
 
 
 def moments_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """`moments` in plain torch, in two passes; float64 stays float64."""
-    rows = x.reshape(-1, x.shape[-1])
-    rows = rows if x.dtype == torch.float64 else rows.float()
+    rows = widen(x.reshape(-1, x.shape[-1]))
     mean = rows.mean(0)
     return mean, (rows - mean).square_().sum(0)
 
@@ -44,18 +47,9 @@ def _load_tile(x, rows, columns, end, channels, PERIOD: tl.constexpr, outer_stri
 
 @jit(do_not_specialize=["count"])
 def _split_kernel(
-    x,
-    partial,
-    count,
-    split_rows,
-    outer_stride,
-    inner_stride,
-    PERIOD: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    x, partial, count, split_rows, outer_stride, inner_stride,
+    PERIOD: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """partial float64 [splits, 2, C]: mean and m2 of each split."""
     split = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -66,7 +60,7 @@ def _split_kernel(
     value, valid = _load_tile(x, rows, columns, end, CHANNELS, PERIOD, outer_stride, inner_stride)
     tile = tl.minimum(end - first, BLOCK_R).to(tl.float32)
     shift = tl.sum(value, 0) * (1.0 / tile)
-    # a mean within the spread costs squares about zero one bit, but a shift would round every x - shift
+    # within the spread: squares about zero lose one bit, but a shift would round every x - shift
     shift = tl.where(tl.sum(value * value, 0) > 2 * tile * shift * shift, 0.0, shift)
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     square = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
@@ -77,7 +71,7 @@ def _split_kernel(
         total += d
         square += d * d
 
-    # float64 from here on, a few operations for each value that a thread has summed in its loop
+    # float64 from here on: a few operations for each total of a thread
     n = (end - first).to(tl.float64)
     delta = tl.sum(total.to(tl.float64), 0) * (1.0 / n)
     m2 = tl.sum(square.to(tl.float64), 0) - n * delta * delta  # may be below 0 by a rounding; the merge sees to that
@@ -88,16 +82,9 @@ def _split_kernel(
 
 @jit(do_not_specialize=["count", "splits"])
 def _merge_kernel(
-    partial,
-    mean,
-    m2,
-    count,
-    splits,
-    split_rows,
-    CHANNELS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    partial, mean, m2, count, splits, split_rows,
+    CHANNELS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """mean and m2 [C] of all rows, about the first split's mean; splits in order, BLOCK_S at a time."""
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     origin = tl.load(partial + columns, mask=columns < CHANNELS, other=0.0)
@@ -118,17 +105,15 @@ def _merge_kernel(
     tl.store(m2 + columns, rest.to(tl.float32), mask=columns < CHANNELS)
 
 
-_REASON = (
-    "not yet measured: reasoned for sm_90, where 40 KiB in flight a multiprocessor cover the latency; 4 programs with "
-    "3 to 4 tiles of 4 KiB (bf16) on their way keep 48 KiB, in 64 KiB of shared memory, and more programs would only "
-    "run more epilogues, 800 instructions each; 72 to 96 registers, where 128 would do"
-)
 _TABLE = {
     "default": [
-        Launch(192, {"BLOCK_R": 32, "BLOCK_C": 64, "PROGRAMS": 4, "STAGES": 5, "num_warps": 4}, _REASON),
-        Launch(1 << 30, {"BLOCK_R": 16, "BLOCK_C": 128, "PROGRAMS": 4, "STAGES": 5, "num_warps": 4}, _REASON),
+        Launch(192, {"BLOCK_R": 32, "BLOCK_C": 64, "PROGRAMS": 4, "STAGES": 5, "num_warps": 4}),
+        Launch(1 << 30, {"BLOCK_R": 16, "BLOCK_C": 128, "PROGRAMS": 4, "STAGES": 5, "num_warps": 4}),
     ]
 }
+"""By channels. Not yet measured: reasoned for sm_90, where 40 KiB in flight a multiprocessor cover the latency. 4
+programs with 3 to 4 tiles of 4 KiB (bf16) on their way keep 48 KiB, in 64 KiB of shared memory. More programs would
+only run more epilogues, 800 instructions each. 72 to 96 registers, where 128 would do."""
 
 
 def _moments_triton(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,32 +128,13 @@ def _moments_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     partial = torch.empty(splits, 2, channels, dtype=torch.float64, device=x.device)
     mean, m2 = _moments_fake(x)
     launch(
-        _split_kernel,
-        (column_blocks, splits),
-        rows.x,
-        partial,
-        rows.count,
-        split_rows,
-        rows.outer_stride,
-        rows.inner_stride,
-        PERIOD=rows.period,
-        CHANNELS=channels,
-        **options,
-    )
+        _split_kernel, (column_blocks, splits), rows.x, partial, rows.count, split_rows, rows.outer_stride,
+        rows.inner_stride, PERIOD=rows.period, CHANNELS=channels, **options,
+    )  # fmt: skip
     launch(
-        _merge_kernel,
-        (-(-channels // 8),),
-        partial,
-        mean,
-        m2,
-        rows.count,
-        splits,
-        split_rows,
-        CHANNELS=channels,
-        BLOCK_S=128,  # the splits of a wide teacher in one round of loads
-        BLOCK_C=8,
-        num_warps=4,
-    )
+        _merge_kernel, (-(-channels // 8),), partial, mean, m2, rows.count, splits, split_rows, CHANNELS=channels,
+        BLOCK_S=128, BLOCK_C=8, num_warps=4,  # the splits of a wide teacher in one round of loads
+    )  # fmt: skip
     return mean, m2
 
 

@@ -46,28 +46,15 @@ def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _MASK, product & _MASK
 
 
-def philox4x32(key: int | Tensor, counter: Tensor) -> Tensor:
-    """Philox-4x32-10.
+def philox4x32(key: int, counter: Tensor) -> Tensor:
+    """Philox-4x32-10 of counters, int64 [..., 4], words c0 to c3 in [0, 2^32); words like them, on the same device.
 
-    Args:
-        key: a 64-bit integer (k0 its low word, k1 its high one; negative ones as two's complement), or int64 [..., 2]
-            with the words.
-        counter: int64 [..., 4], words c0 to c3 in [0, 2^32).
-
-    Returns:
-        int64 [..., 4], words in [0, 2^32), on the counter's device.
-
-    Raises:
-        ValueError: counter or key of another type or shape.
+    `key` has 64 bits, k0 its low word, k1 its high one; a negative one counts as two's complement. ValueError for
+    counters of another type or shape.
     """
     if counter.dtype != torch.int64 or counter.ndim < 1 or counter.shape[-1] != 4:
         raise ValueError(f"philox4x32 takes counters as int64 [..., 4], got {counter.dtype} {list(counter.shape)}")
-    if isinstance(key, Tensor):
-        if key.dtype != torch.int64 or key.ndim < 1 or key.shape[-1] != 2:
-            raise ValueError(f"philox4x32 takes a key as an int or int64 [..., 2], got {key.dtype} {list(key.shape)}")
-        k0, k1 = key.unbind(-1)
-    else:
-        k0, k1 = key & _MASK, (key >> 32) & _MASK
+    k0, k1 = key & _MASK, (key >> 32) & _MASK
     c0, c1, c2, c3 = counter.unbind(-1)
     for _ in range(_ROUNDS):
         high0, low0 = _multiply(c0, _MULTIPLIERS[0])
@@ -77,23 +64,15 @@ def philox4x32(key: int | Tensor, counter: Tensor) -> Tensor:
     return torch.stack([c0, c1, c2, c3], dim=-1)
 
 
-def words(seed: int, stream: int, a: Tensor | int, b: Tensor | int = 0, device: torch.device | None = None) -> Tensor:
-    """Four random words for every pair of counters.
+def words(seed: int, stream: int, a: Tensor | int, b: Tensor | int = 0) -> Tensor:
+    """Four random words for every pair of counters: int64 [..., 4], of the shape of a and b broadcast together.
 
     Args:
         seed: up to 64 bits.
         stream: one of the constants above, up to 32 bits.
-        a: up to 64 bits; an int, or an integer tensor.
-        b: up to 32 bits; an int, or an integer tensor that broadcasts with a.
-        device: where to compute if neither a nor b is a tensor; the CPU if left out.
-
-    Returns:
-        int64 [..., 4] with the shape of a and b broadcast together, words in [0, 2^32).
+        a, b: integers or integer tensors, up to 64 and 32 bits. Words are made on the tensors' device, else on the CPU.
     """
-    if isinstance(a, Tensor):
-        device = a.device
-    elif isinstance(b, Tensor):
-        device = b.device
+    device = next((x.device for x in (a, b) if isinstance(x, Tensor)), None)
     # full, not tensor: a Python number becomes a fill on the device, never a copy that the host waits for
     a = a.long() if isinstance(a, Tensor) else torch.full((), _as_int64(a), dtype=torch.int64, device=device)
     b = b.long() if isinstance(b, Tensor) else torch.full((), b & _MASK, dtype=torch.int64, device=device)
@@ -106,16 +85,9 @@ def to_uniform(word: Tensor) -> Tensor:
     return (word >> 8).float() * 2.0**-24
 
 
-def uniform(seed: int, stream: int, a: Tensor | int, b: Tensor | int = 0, device: torch.device | None = None) -> Tensor:
-    """One uniform number in [0, 1) for every pair of counters, from word 0: float32. Arguments: see `words`."""
-    return to_uniform(words(seed, stream, a, b, device)[..., 0])
-
-
-def uniform4(
-    seed: int, stream: int, a: Tensor | int, b: Tensor | int = 0, device: torch.device | None = None
-) -> Tensor:
+def uniform4(seed: int, stream: int, a: Tensor | int, b: Tensor | int = 0) -> Tensor:
     """Four uniform numbers in [0, 1) for every pair of counters: float32 [..., 4]. Arguments: see `words`."""
-    return to_uniform(words(seed, stream, a, b, device))
+    return to_uniform(words(seed, stream, a, b))
 
 
 def _as_int64(value: int) -> int:

@@ -31,8 +31,8 @@ from dune_fast.kernels.layer_norm import (
     guard_layer_norm,
     residual_reference,
 )
-from dune_fast.kernels.layer_norm_kernels import flat_rows, launch_backward, launch_forward
-from dune_fast.kernels.library import register, use_triton
+from dune_fast.kernels.layer_norm_kernels import launch_backward, launch_forward
+from dune_fast.kernels.library import flat_rows, register, use_triton
 
 # ---------------------------------------------------------------- implementation
 
@@ -113,26 +113,12 @@ class _Residual(torch.autograd.Function):
 
 
 def residual(
-    x: Tensor,
-    y: Tensor,
-    gamma: Tensor | None = None,
-    branch_bias: Tensor | None = None,
+    x: Tensor, y: Tensor, gamma: Tensor | None = None, branch_bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """x + gamma * (y + branch_bias) in one pass.
+) -> Tensor:  # fmt: skip
+    """x + gamma * (y + branch_bias) in one pass, [..., C] in `out_dtype`.
 
-    Args:
-        x: the residual stream [..., C], fp32, bf16 or fp16 (others take the plain reference), C up to 4096 on a GPU.
-        y: the branch's output, of x's shape, any of these types.
-        gamma: LayerScale [C], or None for 1.
-        branch_bias: of the linear layer whose product y is [C], or None for 0.
-        out_dtype: of the result, e.g. that of the matrix product that reads it; x's by default.
-
-    Returns:
-        [..., C].
-
-    Raises:
-        ValueError: shapes, types or devices do not fit.
+    Arguments and errors: see `kernels.layer_norm.residual_layer_norm`.
     """
     guard_layer_norm("residual", x, y, gamma=gamma, branch_bias=branch_bias)
     if not use_triton(x, y, gamma, branch_bias):

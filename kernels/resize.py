@@ -21,7 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dune_fast.kernels.launching import Example, Launch, choose, draw, launch
-from dune_fast.kernels.library import DTYPES, guard, guard_device, jit, register, tl, triton, use_triton
+from dune_fast.kernels.library import (
+    DTYPES,
+    contiguous,
+    followed,
+    guard,
+    guard_device,
+    jit,
+    register,
+    tl,
+    triton,
+    use_triton,
+    widen,
+)
 
 MAX_SIDE = 32768
 """Pixels a side of images and of the result, so that y (H - 1) stays within 32 bits."""
@@ -31,7 +43,7 @@ def resize_normalize_reference(
     images: Tensor, size: tuple[int, int], scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """`resize_normalize` in plain torch; float32 inside (float64 for float64)."""
-    x = images.to(torch.promote_types(images.dtype, torch.float32))
+    x = widen(images)
     if tuple(x.shape[-2:]) != tuple(size):
         x = F.interpolate(x, size=size, mode="bicubic", align_corners=True)
     if scale is not None:
@@ -122,13 +134,10 @@ def _resize_kernel(
             lowest += whole + carry
 
 
-_REASON = (
-    "not yet measured: two columns a thread; predicted 167 us for 128 bf16 images from 336 to 384 on an H100, 189 "
-    "with four columns and 32 rows: 56 registers let 36 warps share a multiprocessor, and fewer rows are read twice. "
-    "Waiting for a row's loads binds, then instructions; 128 columns divide 384 and 512"
-)
-TABLE = {"default": [Launch(MAX_SIDE, {"ROWS": 64, "BLOCK": 128, "num_warps": 2}, _REASON)]}
-"""By columns of the result."""
+TABLE = {"default": [Launch(MAX_SIDE, {"ROWS": 64, "BLOCK": 128, "num_warps": 2})]}
+"""By columns of the result. Not yet measured: two columns a thread; predicted 167 us for 128 bf16 images from 336 to
+384 on an H100, 189 with four columns and 32 rows. 56 registers let 36 warps share a multiprocessor, and fewer rows are
+read twice. Waiting for a row's loads binds, then instructions. 128 columns divide 384 and 512."""
 
 # ---------------------------------------------------------------- implementation
 
@@ -137,9 +146,8 @@ def _fused(images, height, width, scale, shift, dtype):
     out = _fake(images, height, width, scale, shift, dtype)
     options = choose(TABLE, images.device, width)
     programs = len(images) * 3 * triton.cdiv(height, options["ROWS"]) * triton.cdiv(width, options["BLOCK"])
-    scale, shift = (None if x is None else x.contiguous() for x in (scale, shift))
     launch(
-        _resize_kernel, (programs,), images, scale, shift, out,
+        _resize_kernel, (programs,), images, *contiguous(scale, shift), out,
         *images.shape[2:], height, width, *images.stride(), **options,
     )  # fmt: skip
     return out
@@ -157,21 +165,16 @@ def _fake(images, height, width, scale, shift, dtype):
 resize_op = register(
     "resize_normalize(Tensor images, SymInt height, SymInt width, Tensor? scale, Tensor? shift, ScalarType dtype) "
     "-> Tensor",
-    _fused,
-    _reference,
-    _fake,
-)
+    _fused, _reference, _fake,
+)  # fmt: skip
 
 # ---------------------------------------------------------------- public
 
 
 def resize_normalize(
-    images: Tensor,
-    size: tuple[int, int],
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
+    images: Tensor, size: tuple[int, int], scale: Tensor | None = None, shift: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Images at another size, then `shift + scale * image` in every channel.
 
     Args:
@@ -205,9 +208,8 @@ def resize_normalize(
         f"resize_normalize takes images with sides of 1 to {MAX_SIDE} pixels to such a size (h, w), not {tuple(size)}",
         **given,
     )
-    followed = torch.is_grad_enabled() and any(x.requires_grad for x in (images, *affine))
     resized = tuple(images.shape[2:]) != tuple(size)
-    if resized and not followed and dtype in DTYPES and use_triton(images, *affine):
+    if resized and not followed(images, *affine) and dtype in DTYPES and use_triton(images, *affine):
         return resize_op(images, *size, scale, shift, dtype)
     return resize_normalize_reference(images, size, scale, shift, dtype)
 

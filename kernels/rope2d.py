@@ -8,10 +8,9 @@ Within a half of size D/2 the pair (j, j + D/4), j < D/4, is rotated by the angl
 The backward is the inverse rotation, sin replaced by -sin; it keeps nothing but the tables of cosines and sines.
 
 Minimal bytes moved, bf16: q and k read and written once, 8 * B * N * H * D (the tables, 4 * N * D bytes, stay in the
-cache for all images). `rope2d_` moves just that, in place. `rope2d` also copies v, 12 * B * N * H * D: where a
-gradient is needed, rotating in place gains nothing. The output of a linear layer is a view of its matrix product, and
-for a view that was written to, autograd clones the gradient and copies it into that of the base, which moves more than
-v.
+cache for all images). `rope2d_` moves just that, in place. `rope2d`, for training, also copies v: 12 * B * N * H * D.
+In place would be worse there: a linear layer's output is a view, and when a view is written to, autograd clones the
+gradient and copies it into that of the base, which moves more than v.
 
 Shapes: x [..., N, H, D] with positions [..., N, 2] = (y, x); qkv [B, N, 3, H, D]; cos, sin float32 [N, 2, D/4].
 """
@@ -25,7 +24,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dune_fast.kernels.launching import VIT_CHANNELS, Example, Launch, choose, draw, launch
-from dune_fast.kernels.library import guard, guard_device, jit, register, tl, triton, use_triton
+from dune_fast.kernels.library import (
+    followed,
+    guard,
+    guard_device,
+    jit,
+    register,
+    tl,
+    triton,
+    use_triton,
+    widen,
+)
 
 # ---------------------------------------------------------------- tables and reference
 
@@ -38,19 +47,10 @@ def grid_positions(height: int, width: int, device: torch.device | None = None) 
 
 
 def rope2d_angles(positions: Tensor, head_dim: int, base: float = 100.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for every token, float32 whatever the tokens' type.
+    """(cos, sin) of positions (y, x), integers [..., N, 2]: float32 [..., N, 2, D // 4], by axis and frequency.
 
-    bf16 angles would be off by up to 0.06 rad at position 31.
-
-    Args:
-        positions: integer [..., N, 2] = (y, x).
-        head_dim: D, divisible by 4.
-
-    Returns:
-        (cos, sin), each float32 [..., N, 2, D // 4]: the axis (y, x), then the frequency.
-
-    Raises:
-        ValueError: a head dimension that is no multiple of 4.
+    Float32 whatever the tokens' type: bf16 angles would be off by up to 0.06 rad at position 31. ValueError if
+    `head_dim` D is no multiple of 4.
     """
     if head_dim % 4:
         raise ValueError(f"RoPE2D needs a head dimension divisible by 4, got {head_dim}")
@@ -62,7 +62,7 @@ def rope2d_angles(positions: Tensor, head_dim: int, base: float = 100.0) -> tupl
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates x [..., N, H, D] by angles [..., N, 2, D // 4] of `rope2d_angles`; in float32 (float64 for float64)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = widen(x)
     # as whole heads: x cos + (v, u) (-sin, sin), two passes over all channels instead of six over quarters
     cos, sin = (torch.cat(pair, -1).flatten(-2).unsqueeze(-2).to(wide.dtype) for pair in ((cos, cos), (-sin, sin)))
     swapped = wide.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)  # [..., N, H, axis, (u, v), D / 4] -> (v, u)
@@ -118,16 +118,15 @@ def _rotate_kernel(
         tl.store(to + QUARTER, tl.load(at + QUARTER * stride_d, mask=values), mask=values)
 
 
-_EVIDENCE = "not yet measured: 8 to 16 elements a thread; u and v of a head are whole 32-byte sectors at D = 64"
-
 TABLE = {
     "default": [
-        Launch(256, {"num_warps": 1}, _EVIDENCE),
-        Launch(512, {"num_warps": 2}, _EVIDENCE),
-        Launch(4096, {"num_warps": 4}, _EVIDENCE),
+        Launch(256, {"num_warps": 1}),
+        Launch(512, {"num_warps": 2}),
+        Launch(4096, {"num_warps": 4}),
     ]
 }
-"""By heads * head_dim."""
+"""By heads * head_dim. Not yet measured: 8 to 16 elements a thread. At D = 64 u and v of a head are whole 32-byte
+sectors."""
 
 # ---------------------------------------------------------------- implementation
 
@@ -197,14 +196,11 @@ def _guard(operation: str, qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def rope2d(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the queries and keys of qkv; the values pass through.
+    """Rotates the queries and keys of qkv, into a new tensor; the values pass through.
 
     Args:
         qkv: [B, N, 3, H, D], fp32, bf16 or fp16 (others take the plain reference), any strides.
         cos, sin: float32 [N, 2, D // 4] from `rope2d_angles`.
-
-    Returns:
-        [B, N, 3, H, D], a new tensor.
 
     Raises:
         ValueError: shapes, types or devices do not fit.
@@ -214,17 +210,9 @@ def rope2d(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope2d_(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rope2d` in place, for tensors that no gradient goes through. Arguments: see `rope2d`.
-
-    Returns:
-        `qkv` itself.
-
-    Raises:
-        ValueError: shapes, types or devices do not fit, or autograd follows `qkv`.
-    """
+    """`rope2d` in place; returns `qkv` itself. ValueError also if autograd follows `qkv`."""
     _guard("rope2d_", qkv, cos, sin)
-    followed = torch.is_grad_enabled() and qkv.requires_grad
-    guard(not followed, "rope2d_ writes in place, call rope2d on a tensor that needs a gradient", qkv=qkv)
+    guard(not followed(qkv), "rope2d_ writes in place, call rope2d on a tensor that needs a gradient", qkv=qkv)
     if use_triton(qkv, cos, sin):
         rope2d_inplace_op(qkv, cos, sin)
     else:

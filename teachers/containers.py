@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import pickle
 import re
-import stat
 import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dune_fast.teachers.files import member_fault
 from dune_fast.teachers.run_files import CheckpointError, checkpoint_state, is_checkpoint
 from dune_fast.teachers.safe_types import ALLOWED, UnreadTypeError, plain
 
@@ -55,8 +55,7 @@ def read_container(path: Path) -> dict[str, Any]:
     """A published checkpoint: `{'model': state dict, 'args': Namespace, ...}` or a bare state dict.
 
     Args:
-        path: a `torch.save` archive, a safetensors file, which is always a bare state dict, or the folder of a run's
-            checkpoint.
+        path: a `torch.save` archive, a safetensors file or the folder of a run's checkpoint; the last two are bare.
 
     Raises:
         TeacherWeightsError: missing, damaged, or in need of a type that is not allowed (named in the message).
@@ -132,16 +131,8 @@ def check_archive(path: Path) -> None:
         if isinstance(error, TeacherWeightsError):
             raise
         raise damaged(path, error) from error
-    seen: set[str] = set()
-    for member in members:
-        name = PurePosixPath(member.filename.replace("\\", "/"))
-        if name.is_absolute() or ".." in name.parts or ":" in member.filename[:3]:
-            raise TeacherWeightsError(f"{path} has a member outside its own folder ({member.filename!r}), not read")
-        if stat.S_ISLNK(member.external_attr >> 16):
-            raise TeacherWeightsError(f"{path} has a link as a member, {member.filename!r}; it is not read")
-        if member.flag_bits & 0x1 or member.filename in seen:
-            raise TeacherWeightsError(f"{path} has an encrypted or doubled member, {member.filename!r}; it is not read")
-        seen.add(member.filename)
+    if fault := member_fault(members):
+        raise TeacherWeightsError(f"{path} has {fault}; it is not read")
     unpacked, limit = sum(member.file_size for member in members), max(_UNPACKED_FACTOR * size, _UNPACKED_FLOOR)
     if unpacked > limit:
         raise TeacherWeightsError(
@@ -168,15 +159,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise damaged(path, error) from error
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """A bare state dict saved by `torch.save`; a file that needs code to load is refused."""
-    state = read_container(path)
-    if not is_state(state):
-        raise TeacherWeightsError(f"{path} is not a bare state dict (names to tensors); {CURE}")
-    check_storage(state, path)
-    return state
-
-
 def is_state(value: Any) -> bool:
     """Whether this is a state dict: names to tensors, at least one."""
     return (
@@ -187,11 +169,7 @@ def is_state(value: Any) -> bool:
 
 
 def state_entry(content: Mapping[str, Any], path: Path) -> str | None:
-    """The entry of a container that holds its state dict; None if the container is one itself.
-
-    Raises:
-        TeacherWeightsError: there is none.
-    """
+    """The entry of a container that holds its state dict, None if it is one itself; TeacherWeightsError without any."""
     if is_state(content):
         return None
     for entry in STATE_ENTRIES:
@@ -222,10 +200,9 @@ def check_storage(state: Mapping[str, Tensor], path: Path) -> None:
 
 
 def strip_wrappers(state: Mapping[str, Tensor], path: Path | str = "") -> dict[str, Tensor]:
-    """Takes the names of wrappers out of names: `WRAPPERS` anywhere, DistributedDataParallel's `module.` in front.
+    """Takes wrappers out of names: `WRAPPERS` anywhere, DistributedDataParallel's `module.` in front.
 
-    Raises:
-        TeacherWeightsError: two tensors then have the same name.
+    TeacherWeightsError if two tensors then have the same name.
     """
     stripped: dict[str, Tensor] = {}
     for key, value in state.items():

@@ -17,14 +17,9 @@ import torch
 from torch import Tensor
 
 from dune_fast.teachers.containers import TeacherWeightsError
-from dune_fast.teachers.encoder_names import ANCHOR, encoder_state, flat_blocks
+from dune_fast.teachers.encoder_names import ANCHOR
 from dune_fast.teachers.registry import register
 from dune_fast.teachers.vit import ViTTeacher
-
-__all__ = [
-    "ARCHITECTURES", "ENCODER_OPTIONS", "PROJECTOR_OPTIONS", "DUNETeacher", "UNICTeacher", "container_options",
-    "encoder_options", "encoder_state", "filled", "flat_blocks", "projector_options",
-]  # fmt: skip
 
 ARCHITECTURES = {
     "vit_tiny": (192, 12, 3),

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.patches import SharedPatches
 from dune_fast.kernels.nn.routing import Route, Routes, union, within
 from dune_fast.kernels.nn.vit import nearest_multiples
 from dune_fast.kernels.resize import resize_normalize
-from dune_fast.teachers.acceleration import GraphedTrunk
-from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
+from dune_fast.teachers.config import TeacherConfig, input_key, network_key
 from dune_fast.teachers.precision import autocast, prepare, resolve_precision
 from dune_fast.teachers.protocol import Teacher, Trunk
 from dune_fast.teachers.registry import build_teacher
@@ -28,15 +28,13 @@ class TeacherEnsemble(nn.Module):
     bicubic, corners aligned, no antialias. Then it is normalised as the teacher wants it. Inputs and trunks that
     teachers have in common are computed once. Nothing here waits for the device.
 
-    A teacher computes as its configuration says: see `teachers.precision` and `teachers.acceleration`. An autocast
-    around the call has no influence. The host holds the weights of one file at a time in float32, the device none that
-    run in less.
+    A teacher computes in its own precision (`teachers.precision`), whatever autocast is around the call. The host holds
+    one file's weights at a time in float32, the device none that run in less.
 
     Args:
-        configs: teacher name -> configuration.
         student_patch_size: q, in pixels.
         autocast_dtype: what `precision: auto` means, torch.bfloat16, or None for float32.
-        device: where the teachers run, the CPU by default. Moved later, they record their CUDA graphs anew.
+        device: where the teachers run, the CPU by default.
 
     Raises:
         ValueError: no teacher, or a wrong configuration (see `build_teacher` and `resolve_precision`).
@@ -57,11 +55,11 @@ class TeacherEnsemble(nn.Module):
         configs = {name: resolve_precision(name, cfg, autocast_dtype, device) for name, cfg in configs.items()}
         self.teachers: dict[str, Teacher] = _build(configs, device)
         self.trunks = nn.ModuleList(dict.fromkeys(teacher.trunk for teacher in self.teachers.values()))
-        self._runs: dict[tuple[Hashable, Hashable], list[Teacher]] = {}
+        self._runs: dict[Hashable, list[Teacher]] = {}
         """(trunk, input) -> who reads what this trunk makes of this input."""
         for teacher in self.teachers.values():
-            self._runs.setdefault((teacher.trunk_key, _input_key(teacher.config)), []).append(teacher)
-        self._graphs: dict[tuple[Hashable, Hashable], GraphedTrunk] = {}
+            run = network_key(teacher.config), input_key(teacher.config)
+            self._runs.setdefault(run, []).append(teacher)
         self._grid_multiples = {
             name: math.lcm(teacher.config.grid_multiple, teacher.trunk.grid_multiple)
             for name, teacher in self.teachers.items()
@@ -79,10 +77,6 @@ class TeacherEnsemble(nn.Module):
         """Stays in evaluation mode: the teachers are frozen."""
         return super().train(False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TeacherEnsemble:
-        self._graphs.clear()  # they hold the weights' old addresses
-        return super()._apply(fn, recurse)
-
     @torch.no_grad()
     def forward(
         self, images: Tensor, routes: Routes | None = None, patches: SharedPatches | None = None
@@ -91,15 +85,13 @@ class TeacherEnsemble(nn.Module):
 
         Args:
             images: [B, 3, H, W], ImageNet-normalised, at the student's resolution.
-            routes: which n of these images each teacher gets; all of them by default. A trunk that several teachers
-                read runs once on the images that any of them gets: never more than all their images together. One
-                without any does not run.
+            routes: which n of these images each teacher gets; all of them by default. A trunk runs once, on the images
+                that any of its teachers gets, and not at all if there are none.
             patches: of these images, shared with the student; by default the teachers share among themselves.
-                Those of teachers that see other pixels, by size or normalisation, are their own.
 
         Returns:
             teacher name -> {"cls": [n, C], "patch": [n, N, C]}, the token types that its configuration asks for, in
-            float32 or bfloat16. With `cuda_graph` they are good until the next call.
+            float32 or bfloat16.
 
         Raises:
             ValueError: an image size that some teacher cannot take, or tokens that do not cover the student's grid.
@@ -108,20 +100,20 @@ class TeacherEnsemble(nn.Module):
         patches = SharedPatches() if patches is None else patches
         inputs: dict[Hashable, Tensor] = {}
         outputs: dict[str, dict[str, Tensor]] = dict.fromkeys(self.teachers, {})
-        for run, readers in self._runs.items():
+        for readers in self._runs.values():
             cfg = readers[0].config
             chosen = None if routes is None else union([routes[teacher.name] for teacher in readers])
             if chosen is not None and not len(chosen):
                 outputs |= {teacher.name: _no_tokens(teacher.config, rows * columns, images) for teacher in readers}
                 continue
-            key = (_input_key(cfg), None if chosen is None else chosen.host.tobytes())
+            key = (input_key(cfg), None if chosen is None else chosen.host.tobytes())
             if key not in inputs:
                 size = (rows * cfg.patch_size, columns * cfg.patch_size)
                 inputs[key] = self._input(images if chosen is None else chosen.take(images), size, cfg)
             with autocast(cfg.precision, images.device):
-                # what other networks do not see, the student above all, is not kept for them
                 try:
-                    features = self._features(run, inputs[key], patches if inputs[key] is images else None)
+                    # what other networks do not see, the student above all, is not kept for them
+                    features = self._features(readers, inputs[key], patches if inputs[key] is images else None)
                 except (AssertionError, RuntimeError) as error:
                     self._explain(readers[0], inputs[key], error)
                     raise
@@ -131,17 +123,13 @@ class TeacherEnsemble(nn.Module):
                 outputs[name] = read if chosen is None else _share(read, routes[name], chosen)
         return outputs
 
-    def _features(
-        self, run: tuple[Hashable, Hashable], images: Tensor, patches: SharedPatches | None = None
-    ) -> Any:
-        """What the run's trunk makes of its input."""
-        teacher = self._runs[run][0]
-        if not teacher.config.cuda_graph:
-            # a compiled network reads nothing that it was not compiled with
-            shares = patches is not None and isinstance(teacher.trunk, ViTTrunk) and not teacher.config.compile
-            return teacher.trunk(images, patches) if shares else teacher.trunk(images)
-        # a trunk with two kinds of input has features of both alive at once: a graph for each
-        return self._graphs.setdefault(run, GraphedTrunk(teacher.trunk))(images)
+    @staticmethod
+    def _features(readers: Sequence[Teacher], images: Tensor, patches: SharedPatches | None) -> Any:
+        """What the trunk of these teachers makes of its input."""
+        trunk = readers[0].trunk
+        # a compiled network reads nothing that it was not compiled with
+        shares = patches is not None and isinstance(trunk, ViTTrunk) and not readers[0].config.compile
+        return trunk(images, patches) if shares else trunk(images)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of the student's patches; ValueError if the image's size does not suit every teacher."""
@@ -170,21 +158,21 @@ class TeacherEnsemble(nn.Module):
 
     def _input(self, images: Tensor, size: tuple[int, int], cfg: TeacherConfig) -> Tensor:
         """Student's images to a teacher's: resized first, then re-normalised."""
-        name = self._affine_names.get(_statistics(cfg))
+        name = self._affine_names.get(input_key(cfg)[1:])
         scale, shift = (None, None) if name is None else getattr(self, name)
         with torch.autocast(images.device.type, enabled=False):
             return resize_normalize(images.float(), size, scale, shift)
 
     def _register_affine(self, cfg: TeacherConfig) -> None:
         """A buffer [2, 3] that undoes ImageNet's normalisation and applies the teacher's; none if equal."""
-        mean, std = key = _statistics(cfg)
-        if key == (IMAGENET_MEAN, IMAGENET_STD) or key in self._affine_names:
+        _, mean, std = input_key(cfg)
+        if (mean, std) == (IMAGENET_MEAN, IMAGENET_STD) or (mean, std) in self._affine_names:
             return
         rows = torch.tensor([IMAGENET_MEAN, IMAGENET_STD, mean, std], dtype=torch.float64)
         old_mean, old_std, new_mean, new_std = rows
         affine = torch.stack([old_std / new_std, (old_mean - new_mean) / new_std]).float()
-        self._affine_names[key] = f"_affine_{len(self._affine_names)}"
-        self.register_buffer(self._affine_names[key], affine, persistent=False)
+        self._affine_names[mean, std] = f"_affine_{len(self._affine_names)}"
+        self.register_buffer(self._affine_names[mean, std], affine, persistent=False)
 
     def _check(self, name: str, tokens: Mapping[str, Tensor], rows: int, columns: int) -> None:
         """Shapes against the student's grid and the configuration; they are known without waiting for the device."""
@@ -205,9 +193,9 @@ def _build(configs: Mapping[str, TeacherConfig], device: torch.device) -> dict[s
         sources.setdefault((cfg.family, cfg.weights), {})[name] = cfg
     teachers: dict[str, Teacher] = {}
     for members in sources.values():
-        trunks: dict[Hashable, Trunk] = {}
+        trunks: dict[str, Trunk] = {}
         built = [build_teacher(name, cfg, trunks) for name, cfg in members.items()]
-        for teacher in {t.trunk_key: t for t in built}.values():
+        for teacher in {t.trunk: t for t in built}.values():
             prepare(teacher.name, teacher.config, teacher.trunk, device)
             if teacher.config.compile:
                 teacher.trunk.compile(dynamic=False)
@@ -226,12 +214,3 @@ def _share(tokens: Mapping[str, Tensor], route: Route, whole: Route) -> dict[str
 def _no_tokens(cfg: TeacherConfig, patches: int, images: Tensor) -> dict[str, Tensor]:
     shapes = {"cls": (0, cfg.num_features), "patch": (0, patches, cfg.num_features)}
     return {kind: images.new_empty(shapes[kind]) for kind in cfg.token_types}
-
-
-def _input_key(cfg: TeacherConfig) -> Hashable:
-    """What makes the inputs of two teachers the same."""
-    return (cfg.patch_size, *_statistics(cfg))
-
-
-def _statistics(cfg: TeacherConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return tuple(cfg.mean), tuple(cfg.std)

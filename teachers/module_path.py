@@ -8,23 +8,21 @@ configuration's mean and std, and gives one of
 - a tensor [B, C, h, w], a map of patch tokens.
 
 Attributes `patch_size`, `num_features` and `grid_multiple` of the module, where it has them, are checked against the
-configuration. `weights` is a file with the module's state dict, or "own" where the factory loads them itself. The
-factory is code of the user's and runs; nothing in the weights file does.
+configuration. `weights` is a file with the module's state dict, "own" where the factory loads them itself, or
+"random:SEED" where it draws them. The factory is code of the user's and runs; nothing in the weights file does.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 
-from dune_fast.teachers.containers import container_state, read_container
 from dune_fast.teachers.protocol import Teacher, Trunk, map_tokens
 from dune_fast.teachers.registry import register
-from dune_fast.teachers.weights import check_fit, compare, weights_path
+from dune_fast.teachers.weights import build_foreign, random_seed, weights_path
 
 OWN = "own"
 """`weights` of a module that brings its own."""
@@ -58,28 +56,25 @@ class ModuleTrunk(Trunk):
 class ModuleTeacher(Teacher):
     """Reads what the module gives; see the top of the file."""
 
-    @property
-    def trunk_key(self) -> Hashable:
-        return (*super().trunk_key, self.config.model, repr(sorted(self.config.model_args.items())))
-
     def build_trunk(self) -> Trunk:
         cfg = self.config
-        path = None if cfg.weights == OWN else weights_path(cfg.weights)
+        seed = random_seed(self.name, cfg.weights)
+        path = None if seed is not None or cfg.weights == OWN else weights_path(cfg.weights)
         factory = import_factory(self.name, cfg.model)
-        with torch.random.fork_rng(devices=[]):  # the student's initial weights do not depend on its teachers
-            try:
-                module = factory(**cfg.model_args)
-            except TypeError as error:
-                raise ValueError(f"teachers.{self.name}.model_args do not suit {cfg.model}: {error}") from error
+        module = build_foreign(lambda: self._make(factory), seed, path, cfg.model)
+        return ModuleTrunk(module, cfg.patch_size, cfg.num_features)
+
+    def _make(self, factory: Callable[..., object]) -> nn.Module:
+        cfg = self.config
+        try:
+            module = factory(**cfg.model_args)
+        except TypeError as error:
+            raise ValueError(f"teachers.{self.name}.model_args do not suit {cfg.model}: {error}") from error
         if not isinstance(module, nn.Module):
             raise ValueError(
                 f"teachers.{self.name}.model: {cfg.model} gives a {type(module).__name__}, not a torch.nn.Module"
             )
-        if path is not None:
-            state, wanted = container_state(read_container(path), path), module.state_dict()
-            check_fit(compare(wanted, state), cfg.model, path)
-            module.load_state_dict({k: state[k].to(v.dtype) for k, v in wanted.items()}, strict=True)
-        return ModuleTrunk(module.eval().requires_grad_(False), cfg.patch_size, cfg.num_features)
+        return module
 
     def tokens(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         if lacking := [kind for kind in self.config.token_types if kind not in features]:

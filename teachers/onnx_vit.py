@@ -19,10 +19,9 @@ from torch import Tensor
 
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.teachers.architecture import infer_vit
-from dune_fast.teachers.assets import cache_dir
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import TeacherWeightsError, damaged, read_safetensors
-from dune_fast.teachers.download import file_sha256
+from dune_fast.teachers.files import cache_dir, file_sha256
 from dune_fast.teachers.registry import register
 from dune_fast.teachers.vit import ViTTeacher
 
@@ -75,10 +74,9 @@ def converted_state(path: Path) -> dict[str, Tensor]:
 
 
 def encoder_of(path: Path) -> dict[str, Tensor]:
-    """Read the encoder's weights out of the ONNX graph.
+    """The encoder's weights out of the ONNX graph.
 
-    Raises:
-        TeacherWeightsError: no `onnx` package, not an ONNX file, or a graph of another model.
+    TeacherWeightsError if the package onnx is missing, or the file is no export of this model.
     """
     try:
         import onnx
@@ -104,38 +102,33 @@ def encoder_of(path: Path) -> dict[str, Tensor]:
             raise TeacherWeightsError(f"{path} is not an export of the expected ViT: no weights at the node {node!r}")
         return constant(inputs[0])
 
-    embeddings = "backbone.embeddings"
+    def linear(i: int, layer: str) -> tuple[Tensor, Tensor]:
+        weight = operand(f"/backbone/encoder/layer.{i}/{layer}/MatMul").T  # ONNX multiplies from the right
+        return weight.contiguous(), constant(f"backbone.encoder.layer.{i}.{layer.replace('/', '.')}.bias")
+
     cls_position = operand("/backbone/embeddings/Concat_6")  # [1, 1, C]
     patch_positions = operand("/backbone/embeddings/Reshape_1")  # [1, N, C]
     state = {
-        "cls_token": constant(f"{embeddings}.cls_token"),
+        "cls_token": constant("backbone.embeddings.cls_token"),
         "pos_embed": torch.cat([cls_position, patch_positions], dim=1),
-        "patch_embed.proj.weight": constant(f"{embeddings}.patch_embeddings.projection.weight"),
-        "patch_embed.proj.bias": constant(f"{embeddings}.patch_embeddings.projection.bias"),
+        "patch_embed.proj.weight": constant("backbone.embeddings.patch_embeddings.projection.weight"),
+        "patch_embed.proj.bias": constant("backbone.embeddings.patch_embeddings.projection.bias"),
         "norm.weight": constant("backbone.layernorm.weight"),
         "norm.bias": constant("backbone.layernorm.bias"),
     }
     depth = sum(name.startswith("backbone.encoder.layer.") and name.endswith(".norm1.weight") for name in constants)
     for i in range(depth):
-        source, target = f"backbone.encoder.layer.{i}", f"blocks.{i}"
-        node = "/" + source.replace(".", "/").replace(f"layer/{i}", f"layer.{i}")
-
-        def linear(layer: str, source: str = source, node: str = node) -> tuple[Tensor, Tensor]:
-            weight = operand(f"{node}/{layer}/MatMul").T  # ONNX multiplies from the right
-            return weight, constant(f"{source}.{layer.replace('/', '.')}.bias")
-
-        parts = [linear(f"attention/attention/{part}") for part in ("query", "key", "value")]
+        parts = [linear(i, f"attention/attention/{part}") for part in ("query", "key", "value")]
         layers = {
             "attn.qkv": tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True)),
-            "attn.proj": linear("attention/output/dense"),
-            "mlp.fc1": linear("mlp/fc1"),
-            "mlp.fc2": linear("mlp/fc2"),
+            "attn.proj": linear(i, "attention/output/dense"),
+            "mlp.fc1": linear(i, "mlp/fc1"),
+            "mlp.fc2": linear(i, "mlp/fc2"),
         }
-        for name, (weight, bias) in layers.items():
-            state[f"{target}.{name}.weight"], state[f"{target}.{name}.bias"] = weight.contiguous(), bias
-        for norm in ("norm1", "norm2"):
-            for part in ("weight", "bias"):
-                state[f"{target}.{norm}.{part}"] = constant(f"{source}.{norm}.{part}")
+        for name, pair in layers.items():
+            state[f"blocks.{i}.{name}.weight"], state[f"blocks.{i}.{name}.bias"] = pair
         for n in (1, 2):
-            state[f"{target}.ls{n}.gamma"] = constant(f"{source}.layer_scale{n}.lambda1")
+            for part in ("weight", "bias"):
+                state[f"blocks.{i}.norm{n}.{part}"] = constant(f"backbone.encoder.layer.{i}.norm{n}.{part}")
+            state[f"blocks.{i}.ls{n}.gamma"] = constant(f"backbone.encoder.layer.{i}.layer_scale{n}.lambda1")
     return state

@@ -31,13 +31,7 @@ FP8_CAPABILITY = (8, 9)
 def resolve_precision(
     name: str, cfg: TeacherConfig, autocast_dtype: torch.dtype | None, device: torch.device
 ) -> TeacherConfig:
-    """The configuration with "auto" decided.
-
-    Args:
-        name: what the run calls the teacher.
-        cfg: of the teacher.
-        autocast_dtype: of the run's own products, what "auto" stands for: torch.bfloat16, or None for float32.
-        device: where the teacher will run.
+    """The configuration with "auto" decided: bf16 where the run's `autocast_dtype` is torch.bfloat16, fp32 for None.
 
     Raises:
         ValueError: what the configuration asks for is not to be had with this family or on this device.
@@ -46,35 +40,38 @@ def resolve_precision(
     check_config(name, cfg)
     if autocast_dtype not in (None, torch.bfloat16):
         raise ValueError(f"teachers compute in float32 or torch.bfloat16 by default, not in {autocast_dtype}")
-    own = issubclass(family_class(cfg.family), ViTTeacher)
-    if cfg.precision == "fp8" and not own:
-        raise ValueError(
-            f"teachers.{name}.precision is fp8, but only ViTs of this project's own blocks can be quantized, not the "
-            f"family {cfg.family!r}; choose bf16"
-        )
+    if not issubclass(family_class(cfg.family), ViTTeacher):
+        _refuse_foreign(name, cfg)
     if cfg.precision == "fp8" and device.type != "cpu" and not _has_fp8(device):
         needed, found = ".".join(map(str, FP8_CAPABILITY)), torch.cuda.get_device_name(device)
         raise ValueError(
             f"teachers.{name}.precision is fp8, which needs NVIDIA's compute capability {needed} or newer; "
             f"{device} is {found}; choose bf16"
         )
-    if (cfg.stream != "fp32" or cfg.epilogue_gelu) and not own:
-        raise ValueError(
-            f"teachers.{name}.stream and epilogue_gelu are for ViTs of this project's own blocks, not for the family "
-            f"{cfg.family!r}; leave them at fp32 and false"
-        )
-    if cfg.attention != "auto" and not own:
-        raise ValueError(
-            f"teachers.{name}.attention is {cfg.attention!r}, but the family {cfg.family!r} brings its own attention; "
-            "leave it at auto"
-        )
-    if cfg.cuda_graph and device.type != "cuda":
-        raise ValueError(f"teachers.{name}.cuda_graph is true, but the teachers run on {device}; set it to false")
     if cfg.precision != "auto":
         return cfg
     if autocast_dtype is None:  # what belongs to bf16 goes with it
         return replace(cfg, precision="fp32", stream="fp32", epilogue_gelu=False)
     return replace(cfg, precision="bf16")
+
+
+def _refuse_foreign(name: str, cfg: TeacherConfig) -> None:
+    """ValueError if something is asked for that only the blocks of `kernels.nn` have."""
+    if cfg.precision == "fp8":
+        raise ValueError(
+            f"teachers.{name}.precision is fp8, but only ViTs of this project's own blocks can be quantized, not the "
+            f"family {cfg.family!r}; choose bf16"
+        )
+    if cfg.stream != "fp32" or cfg.epilogue_gelu:
+        raise ValueError(
+            f"teachers.{name}.stream and epilogue_gelu are for ViTs of this project's own blocks, not for the family "
+            f"{cfg.family!r}; leave them at fp32 and false"
+        )
+    if cfg.attention != "auto":
+        raise ValueError(
+            f"teachers.{name}.attention is {cfg.attention!r}, but the family {cfg.family!r} brings its own attention; "
+            "leave it at auto"
+        )
 
 
 def _has_fp8(device: torch.device) -> bool:
@@ -92,10 +89,8 @@ def prepare(name: str, cfg: TeacherConfig, trunk: Trunk, device: torch.device) -
     Weights are cast where they are and moved then: the device never holds a teacher in float32 that runs in less.
 
     Args:
-        name: of a teacher that reads the trunk, for messages.
-        cfg: of that teacher, its precision resolved.
+        name, cfg: of a teacher that reads the trunk, its precision resolved.
         trunk: with float32 weights, on the CPU.
-        device: where it will run.
 
     Raises:
         ValueError: a network that fp8 or the attention backend does not take.
@@ -112,7 +107,8 @@ def prepare(name: str, cfg: TeacherConfig, trunk: Trunk, device: torch.device) -
         if isinstance(module, SelfAttention):
             module.backend = cfg.attention
         if cfg.epilogue_gelu and isinstance(module, Block):
-            _require_mlp(name, module)
+            if not isinstance(module.mlp, MLP):
+                raise ValueError(f"teachers.{name}.epilogue_gelu is true, but its blocks have SwiGLU; set it to false")
             module.mlp.epilogue_gelu = True
     if isinstance(trunk, ViTTrunk) and cfg.precision != "fp32":
         # said outright: where no position table is added, the embedding is bf16, and the stream would be too
@@ -134,11 +130,6 @@ def _quantize(name: str, trunk: ViTTrunk) -> None:
             block.quantize()
         except ValueError as error:
             raise ValueError(f"teachers.{name}.precision is fp8: {error}; choose bf16") from error
-
-
-def _require_mlp(name: str, block: Block) -> None:
-    if not isinstance(block.mlp, MLP):
-        raise ValueError(f"teachers.{name}.epilogue_gelu is true, but its blocks have SwiGLU; set it to false")
 
 
 def _try_attention(name: str, cfg: TeacherConfig, trunk: Trunk, device: torch.device) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig, check_config
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.teachers.config import TeacherConfig, check_config, network_key
 
 
 class Trunk(nn.Module):
@@ -31,12 +32,11 @@ def map_tokens(features: Tensor, channels_last: bool = False) -> Tensor:
 
 
 class Teacher(ABC):
-    """One teacher. Teachers with equal `trunk_key` share one trunk, which then runs once on an input they share.
+    """One teacher. Teachers with equal `network_key` share one trunk, which then runs once on an input they share.
 
     Args:
         name: what the run calls it.
-        config: see `TeacherConfig`.
-        trunks: trunks built so far, by key; a new one is added.
+        trunks: trunks built so far, by `network_key`; a new one is added.
 
     Raises:
         ValueError: the configuration contradicts itself or the weights.
@@ -48,7 +48,7 @@ class Teacher(ABC):
     statistics: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]] = (IMAGENET_MEAN, IMAGENET_STD)
     """(mean, std) of the images that the family's published weights take. A run obeys the configuration's."""
 
-    def __init__(self, name: str, config: TeacherConfig, trunks: MutableMapping[Hashable, Trunk] | None = None) -> None:
+    def __init__(self, name: str, config: TeacherConfig, trunks: MutableMapping[str, Trunk] | None = None) -> None:
         check_config(name, config)
         if lacking := [t for t in config.token_types if t not in self.token_types]:
             raise ValueError(
@@ -58,20 +58,14 @@ class Teacher(ABC):
         self.name = name
         self.config = config
         trunks = {} if trunks is None else trunks
-        if self.trunk_key not in trunks:
-            trunks[self.trunk_key] = self.build_trunk()
-        self.trunk = trunks[self.trunk_key]
+        key = network_key(config)
+        if key not in trunks:
+            trunks[key] = self.build_trunk()
+        self.trunk = trunks[key]
         for key in ("patch_size", "num_features"):
             given, found = getattr(config, key), getattr(self.trunk, key)
             if given != found:
                 raise ValueError(f"teachers.{name}.{key} is {given}, but the weights {config.weights} have {found}")
-
-    @property
-    def trunk_key(self) -> Hashable:
-        """What makes two teachers' trunks the same network, computed in the same way."""
-        cfg = self.config
-        how = (cfg.precision, cfg.stream, cfg.epilogue_gelu, cfg.attention, cfg.compile, cfg.cuda_graph)
-        return (cfg.family, cfg.weights, *how)
 
     @abstractmethod
     def build_trunk(self) -> Trunk:
@@ -79,8 +73,7 @@ class Teacher(ABC):
 
     @abstractmethod
     def tokens(self, features: Any) -> dict[str, Tensor]:
-        """The trunk's features as {"cls": [B, C], "patch": [B, N, C]}, patches row-major; more types than asked for
-        may be given where they cost nothing."""
+        """The trunk's features as {"cls": [B, C], "patch": [B, N, C]}, patches row-major, or one of them."""
 
     def read(self, features: Any) -> dict[str, Tensor]:
         """The tokens that the configuration asks for: {"cls": [B, C], "patch": [B, N, C]} or one of them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Hashable, MutableMapping
+from collections.abc import Callable, MutableMapping
 
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.protocol import Teacher, Trunk
@@ -25,7 +25,6 @@ _MODULES = {
     "module": "dune_fast.teachers.module_path",
     "onnx_vit": "dune_fast.teachers.onnx_vit",
     "xfeat": "dune_fast.teachers.xfeat",
-    "conv_patchify": "dune_fast.teachers.toy",
 }
 
 _FAMILIES: dict[str, type[Teacher]] = {}
@@ -52,13 +51,8 @@ def families() -> list[str]:
     return sorted({*_MODULES, *_FAMILIES})
 
 
-def build_teacher(name: str, cfg: TeacherConfig, trunks: MutableMapping[Hashable, Trunk] | None = None) -> Teacher:
-    """The teacher that `cfg` describes, weights loaded, on the CPU.
-
-    Args:
-        name: what the run calls it.
-        cfg: see `TeacherConfig`.
-        trunks: trunks built so far, by key, to share; a new one is added.
+def build_teacher(name: str, cfg: TeacherConfig, trunks: MutableMapping[str, Trunk] | None = None) -> Teacher:
+    """The teacher that `cfg` describes, weights loaded, on the CPU. Trunks are shared by `trunks`, see `Teacher`.
 
     Raises:
         UnknownTeacherError: `cfg.family` is not registered.

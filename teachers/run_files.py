@@ -28,6 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dune_fast.teachers.files import file_sha256
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
@@ -61,7 +63,6 @@ class Manifest:
     """What a checkpoint holds."""
 
     step: int
-    """Training steps behind it."""
     updates: int
     """Updates that the optimizer has made: the steps, less those skipped."""
     world_size: int
@@ -97,9 +98,9 @@ class Manifest:
             return cls(**values)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing") from None
+        except CheckpointError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             raise CheckpointError(f"{path} is damaged ({str(error) or repr(error)})") from None
 
 
@@ -112,8 +113,7 @@ def _file_fault(path: Path, info: FileInfo) -> str:
         size = path.stat().st_size
         if size != info.bytes:
             return f"{path.name} has {size} bytes instead of {info.bytes}"
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_sha256(path)
     except FileNotFoundError:
         return f"{path.name} is missing"
     except OSError as error:
@@ -133,12 +133,7 @@ def find_fault(folder: Path) -> str:
 
 
 class Reader:
-    """Reads runs of elements from a checkpoint that `find_fault` has passed.
-
-    Args:
-        folder: of the checkpoint.
-        manifest: its manifest.
-    """
+    """Reads runs of elements from a checkpoint that `find_fault` has passed."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
@@ -147,8 +142,7 @@ class Reader:
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """Elements start .. start + numel of a flattened parameter, or of its moment `kind`; float32 [numel].
 
-        Raises:
-            CheckpointError: the checkpoint does not have all of them.
+        CheckpointError if the checkpoint does not have all of them.
         """
         out, found = torch.empty(numel), 0
         for piece in self.manifest.pieces.get(name, ()):
@@ -193,8 +187,7 @@ def complete_steps(run: Path) -> list[int]:
 def newest_good(run: Path) -> int | None:
     """The newest checkpoint that is whole by its checksums, None if the run has none at all; warns of broken ones.
 
-    Raises:
-        CheckpointError: there are checkpoints, and every one of them is broken.
+    CheckpointError if there are checkpoints, and every one of them is broken.
     """
     faults = []
     for step in reversed(complete_steps(run)):
@@ -217,11 +210,10 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def weights_in(path: Path, *names: str) -> Path | None:
-    """Where the weights below a folder are: a file of a finished run, or the folder of a checkpoint.
+    """Where the weights below a folder are: a finished run's first file of `names`, or the folder of a checkpoint.
 
     Args:
         path: a run's folder or a checkpoint's.
-        names: files of a finished run, the first one that is there is taken.
 
     Returns:
         None if there are none.
@@ -243,8 +235,7 @@ def weights_in(path: Path, *names: str) -> Path | None:
 def checkpoint_state(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
     """A checkpoint's manifest and weights, by the names of a finished run's `student.safetensors`.
 
-    Raises:
-        CheckpointError: it is damaged.
+    CheckpointError if it is damaged.
     """
     if fault := find_fault(path):
         raise CheckpointError(f"the checkpoint {path} cannot be used: {fault}")

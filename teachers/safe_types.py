@@ -98,35 +98,18 @@ def _scalar(dtype: _Dtype, data: Any) -> Any:
     return data if dtype.dtype.kind == "O" else np.frombuffer(data, dtype.dtype, 1)[0].item()
 
 
-def _empty_bytes(*_: Any) -> bytes:
-    """`bytes` is called for b"" alone; other bytes are written out."""
-    return b""
-
-
-def _list(items: Any = (), *_: Any) -> list:
-    return list(items)
-
-
-def _posix_path(*parts: str) -> PurePosixPath:
-    return PurePosixPath(*parts)
-
-
-def _windows_path(*parts: str) -> PureWindowsPath:
-    return PureWindowsPath(*parts)
-
-
 def _allowed() -> list[Callable | tuple[Callable, str]]:
     pairs: dict[str, Callable] = {
         "numpy.dtype": _Dtype,
         "numpy.ndarray": _Name,
         "collections.defaultdict": _Dict,
-        "collections.deque": _list,
+        "collections.deque": lambda items=(), *_: list(items),
         "torch.torch_version.TorchVersion": _Text,
         "argparse.Namespace": argparse.Namespace,
         "types.SimpleNamespace": types.SimpleNamespace,
         "decimal.Decimal": decimal.Decimal,
         "fractions.Fraction": fractions.Fraction,
-        "builtins.bytes": _empty_bytes,
+        "builtins.bytes": lambda *_: b"",  # called for b"" alone: other bytes are written out
         "builtins.frozenset": frozenset,
         "builtins.slice": slice,
         "builtins.range": range,
@@ -142,9 +125,10 @@ def _allowed() -> list[Callable | tuple[Callable, str]]:
     for name in ("SeedSequence", "__pyx_unpickle_SeedSequence"):
         pairs[f"numpy.random.bit_generator.{name}"] = _Ignored
     pairs |= {f"numpy.random._{low}.{name}": _Ignored for low, name in (("mt19937", "MT19937"), ("pcg64", "PCG64"))}
+    posix, windows = (lambda *parts: PurePosixPath(*parts)), (lambda *parts: PureWindowsPath(*parts))
     for module in ("pathlib", "pathlib._local"):  # the second is Python 3.13's
-        pairs |= {f"{module}.{name}": _posix_path for name in ("Path", "PurePath", "PosixPath", "PurePosixPath")}
-        pairs |= {f"{module}.{name}": _windows_path for name in ("WindowsPath", "PureWindowsPath")}
+        pairs |= {f"{module}.{name}": posix for name in ("Path", "PurePath", "PosixPath", "PurePosixPath")}
+        pairs |= {f"{module}.{name}": windows for name in ("WindowsPath", "PureWindowsPath")}
     for name in ("list", "dict", "tuple", "int", "float", "bool", "str"):
         pairs[f"builtins.{name}"] = _Name
     for name in ("date", "time", "datetime", "timedelta", "timezone"):

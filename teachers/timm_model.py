@@ -7,18 +7,15 @@ downloaded: `weights` is a file in timm's own names, as its published `model.saf
 from __future__ import annotations
 
 import importlib
-from collections.abc import Hashable
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dune_fast.teachers.containers import container_state, read_container
 from dune_fast.teachers.protocol import Teacher, Trunk, map_tokens
 from dune_fast.teachers.registry import register
 from dune_fast.teachers.torchvision_operators import declare
-from dune_fast.teachers.weights import check_fit, compare, random_seed, weights_path
+from dune_fast.teachers.weights import build_foreign, random_seed, weights_path
 
 CLASSIFIERS = ("head.", "fc.", "classifier.", "head_dist.", "pre_logits.")
 
@@ -60,11 +57,6 @@ class TimmTeacher(Teacher):
                 f"teachers.{self.name}.token_types asks for cls, but {self.config.model} has no cls token; give [patch]"
             )
 
-    @property
-    def trunk_key(self) -> Hashable:
-        options = repr(sorted(self.config.model_args.items()))
-        return (*super().trunk_key, self.config.model, options, self.config.image_size, self.config.patch_size)
-
     def build_trunk(self) -> Trunk:
         cfg = self.config
         seed = random_seed(self.name, cfg.weights)
@@ -72,15 +64,8 @@ class TimmTeacher(Teacher):
         options = dict(cfg.model_args)
         if cfg.image_size is not None:
             options.setdefault("img_size", cfg.image_size)
-        with torch.random.fork_rng(devices=[]):  # the student's initial weights do not depend on its teachers
-            torch.manual_seed(seed or 0)
-            model = create(self.name, cfg.model, options)
-        if path is not None:
-            state = container_state(read_container(path), path)
-            # buffers that timm does not save are computed when the model is built: not on the meta device
-            check_fit(compare(model.state_dict(), state, CLASSIFIERS), cfg.model, path)
-            model.load_state_dict({k: state[k].to(v.dtype) for k, v in model.state_dict().items()}, strict=True)
-        trunk = TimmTrunk(model.eval().requires_grad_(False), patch_size(model, cfg.patch_size))
+        model = build_foreign(lambda: create(self.name, cfg.model, options), seed, path, cfg.model, CLASSIFIERS)
+        trunk = TimmTrunk(model, patch_size(model, cfg.patch_size))
         if model.pretrained_cfg.get("fixed_input_size"):
             trunk.own_size = int(options.get("img_size") or model.pretrained_cfg["input_size"][-1])
         return trunk
@@ -112,8 +97,7 @@ def import_timm() -> ModuleType:
 def create(name: str, model: str, options: dict[str, Any]) -> nn.Module:
     """timm's model without classifier and without weights, for any image size where the architecture allows it.
 
-    Raises:
-        ValueError: no such model, or arguments that it does not take.
+    ValueError if there is no such model, or it does not take these arguments.
     """
     timm = import_timm()
     if not model or not timm.is_model(model):

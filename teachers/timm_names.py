@@ -76,8 +76,7 @@ def timm_config(model: str, weights: str = "", image_size: int | None = None, na
 def from_shorthand(name: str, text: str) -> TeacherConfig:
     """The teacher that `+teachers.NAME=timm:MODEL` or `+teachers.NAME=timm:MODEL@FILE` stands for.
 
-    Raises:
-        ValueError: the text is something else, or timm does not know the model.
+    ValueError if the text is something else, or timm does not know the model.
     """
     if not text.startswith(SHORTHAND):
         raise ValueError(
@@ -89,12 +88,10 @@ def from_shorthand(name: str, text: str) -> TeacherConfig:
 
 
 def timm_matches(state: Mapping[str, Tensor], path: Path, model: str = "") -> list[str]:
-    """Names of timm's models that a state dict fits without a rest, likely ones alone.
+    """Names of timm's models that a file's state dict fits without a rest, likely ones alone.
 
-    Args:
-        state: of the file.
-        path: the file; its name may say the model, or `config.json` beside it, as on timm's hub.
-        model: the model, where the caller knows it: it alone is returned, fitting or not.
+    The file's name may say the model, or `config.json` beside it, as on timm's hub. A caller that knows the `model`
+    gets it alone, fitting or not.
     """
     if model:
         return [model]

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
-from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
+from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import container_state, read_container, state_entry
 from dune_fast.teachers.encoder_names import beside_encoder
 from dune_fast.teachers.ensemble import TeacherEnsemble
@@ -31,12 +32,9 @@ class Report:
     tensors: int
     values: int
     """Numbers in all tensors together."""
-    family: str | None = None
-    """Name in the registry; None if the file is of no known family."""
-    architecture: ViTConfig | None = None
-    """Of a ViT family."""
-    models: list[str] = field(default_factory=list)
-    """Family "timm": the models of timm that the file fits."""
+    family: str | None = None  # None if the file is of no known one
+    architecture: ViTConfig | None = None  # of a ViT
+    models: list[str] = field(default_factory=list)  # of timm's, that the file fits
     config: TeacherConfig | None = None
     """How a run would use it."""
     fit: Fit | None = None
@@ -59,7 +57,7 @@ def inspect_file(path: Path | str, num_heads: int | None = None, model: str = ""
     """Reads a file as a run would and says what is in it.
 
     Args:
-        path: a published container, a safetensors file, a file of timm's, or the folder of a run or a checkpoint.
+        path: a file, or the folder of a run or a checkpoint.
         num_heads: attention heads, where neither container nor convention (channels / 64) gives them.
         model: the model of timm that it is of; found by its tensors where no name is given.
 

@@ -6,7 +6,7 @@ A family is a key map on top: `teachers/dinov2.py`, `mast3r.py`, `multihmr.py`, 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import container_state, read_container
 from dune_fast.teachers.encoder_names import beside_encoder, encoder_state
 from dune_fast.teachers.protocol import Teacher, Trunk
-from dune_fast.teachers.weights import RANDOM, TeacherWeightsError, build_loaded, random_seed, weights_path
+from dune_fast.teachers.weights import TeacherWeightsError, build_loaded, random_seed, weights_path
 
 PUBLISHED_DEPTH = {192: 12, 384: 12, 768: 12, 1024: 24, 1536: 40}
 """Channels of a token -> blocks, in the published sizes ViT-Ti, S, B, L and g."""
@@ -66,13 +66,6 @@ class ViTTeacher(Teacher):
         self.block = (depth if layer is None else layer) - 1
         self.trunk.blocks.add(self.block)  # one pass to the deepest block serves every teacher of this trunk
 
-    @property
-    def trunk_key(self) -> Hashable:
-        cfg = self.config
-        asked = (cfg.num_heads, cfg.num_registers, cfg.interpolate_offset, cfg.interpolate_antialias)
-        drawn = (cfg.patch_size, cfg.num_features, cfg.image_size) if cfg.weights.startswith(RANDOM) else ()
-        return (*super().trunk_key, *asked, *drawn)
-
     @classmethod
     @abstractmethod
     def recognizes(cls, keys: Collection[str]) -> bool:
@@ -85,7 +78,7 @@ class ViTTeacher(Teacher):
 
     @classmethod
     def completed(cls, state: dict[str, Tensor], content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-        """`convert`'s tensors with those that the container says are left out because they change nothing."""
+        """`convert`'s tensors with those that the container leaves out because they change nothing."""
         return state
 
     @classmethod
@@ -111,8 +104,7 @@ class ViTTeacher(Teacher):
     def architecture(cls, cfg: TeacherConfig) -> ViTConfig:
         """What the configuration alone says of the network, with the published depth for its width.
 
-        Raises:
-            ValueError: a width that no published size has, or no image size.
+        ValueError for a width that no published size has, or if there is no image size.
         """
         if cfg.num_features not in PUBLISHED_DEPTH or (cfg.image_size is None and cls.pos_embed == "learned"):
             raise ValueError(
@@ -133,11 +125,7 @@ class ViTTeacher(Teacher):
 
     @classmethod
     def read_file(cls, path: Path, cfg: TeacherConfig) -> tuple[ViTConfig, dict[str, Tensor]]:
-        """A published file's architecture and tensors, renamed.
-
-        Raises:
-            TeacherWeightsError: damaged, unsafe, or of another model.
-        """
+        """A published file's architecture and tensors, renamed; TeacherWeightsError if it is of another model."""
         return cls.read_content(read_container(path), path, cfg)
 
     @classmethod

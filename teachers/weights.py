@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dune_fast.teachers.assets import asset_path
-from dune_fast.teachers.containers import CURE, TeacherWeightsError
+from dune_fast.teachers.containers import CURE, TeacherWeightsError, container_state, read_container
 from dune_fast.teachers.run_files import CheckpointError, weights_in
 
 Unused = Sequence[str] | Callable[[str], bool]
@@ -46,11 +46,7 @@ def weights_path(weights: str) -> Path:
 
 
 def folder_weights(path: Path, *names: str) -> Path:
-    """Where the weights in a folder are, see `teachers.run_files.weights_in`.
-
-    Raises:
-        TeacherWeightsError: there are none, or checkpoints alone that are all broken.
-    """
+    """As `run_files.weights_in`, with TeacherWeightsError if there are none, or broken checkpoints alone."""
     try:
         found = weights_in(path, *names)
     except CheckpointError as error:
@@ -94,12 +90,9 @@ class Fit:
 
 
 def compare(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], unused: Unused = ()) -> Fit:
-    """Compares a state dict with the one that a module has.
+    """Compares a state dict with the one that a module has, of which shapes and types matter only.
 
-    Args:
-        wanted: the module's own, shapes and types matter only.
-        state: what a file holds.
-        unused: names that may be there although the module has no place for them; none may by default.
+    `unused`: names that may be there although the module has no place for them; none may by default.
     """
     prefixes = () if callable(unused) else tuple(unused)
     allowed = unused if callable(unused) else lambda name: name.startswith(prefixes)
@@ -134,22 +127,47 @@ def check_fit(fit: Fit, module: str, path: Path | str) -> None:
     raise TeacherWeightsError(f"{path} does not fit {module}: {shown}. {cure}")
 
 
+def build_foreign(
+    build: Callable[[], nn.Module], seed: int | None, path: Path | None, network: str, unused: Unused = ()
+) -> nn.Module:
+    """A network that its own code builds, in eval mode and frozen; torch's generator is as before.
+
+    Args:
+        build: makes the network, weights and all.
+        seed: of the weights that `build` draws; None leaves them to it.
+        path: file that all weights are taken from; None for those that `build` gives.
+        network: its name, for messages.
+        unused: see `compare`.
+
+    Raises:
+        TeacherWeightsError: the file does not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        module = build()
+    if path is not None:
+        # buffers that a file does not have are computed when the network is built: not on the meta device
+        state, wanted = container_state(read_container(path), path), module.state_dict()
+        check_fit(compare(wanted, state, unused), network, path)
+        module.load_state_dict({key: state[key].to(value.dtype) for key, value in wanted.items()}, strict=True)
+    return module.eval().requires_grad_(False)
+
+
 def build_loaded(
     build: Callable[[], nn.Module],
     state: Mapping[str, Tensor],
     path: Path | str,
     unused: Unused = (),
 ) -> nn.Module:
-    """A module with every parameter and buffer taken from `state`, in eval mode and frozen.
+    """A module with every parameter and buffer taken from `state` (floats become float32), in eval mode and frozen.
 
     It is built without memory and without drawing random numbers, so that the teachers of a run have no influence on
     the student's initial weights.
 
     Args:
-        build: makes the module.
-        state: name -> tensor; floating-point tensors become float32.
         path: the source, for error messages.
-        unused: which names of `state` the module need not have a place for; any other surplus name is an error.
+        unused: see `compare`.
 
     Raises:
         TeacherWeightsError: missing or surplus names, wrong shapes, values that are not finite.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from dune_fast.teachers.containers import read_pickle
+from dune_fast.teachers.containers import container_state, read_container
 from dune_fast.teachers.protocol import Teacher, Trunk, map_tokens
 from dune_fast.teachers.registry import register
 from dune_fast.teachers.weights import build_loaded, weights_path
@@ -79,7 +79,7 @@ class XFeatTeacher(Teacher):
 
     def build_trunk(self) -> Trunk:
         path = weights_path(self.config.weights)
-        trunk = build_loaded(XFeat, read_pickle(path), path, unused=_UNUSED)
+        trunk = build_loaded(XFeat, container_state(read_container(path), path), path, unused=_UNUSED)
         for module in trunk.modules():
             if isinstance(module, ConvUnit):
                 module.fold()

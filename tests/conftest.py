@@ -13,6 +13,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels then run on the CPU
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["DUNE_FAST_CONFIGS"] = str(ROOT / "bench" / "toy")  # `+teachers@teachers.NAME=conv_patchify`
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # of processes
 
 try:  # torchvision is built for CUDA: beside a CPU torch, its import looks for two operators that are not there
     import torchvision  # noqa: F401

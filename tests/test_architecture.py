@@ -106,6 +106,16 @@ def test_deepspeed_is_imported_in_one_file():
     assert users == [ROOT / "dune_fast/engine/deepspeed_engine.py"]
 
 
+def test_no_command_of_teachers_and_data_needs_deepspeed():
+    """`dune-fast teachers drift` imported it through the trainer."""
+    edges, seen = graph(), set()
+    waiting = {"dune_fast.teachers_cli", "dune_fast.data_cli", "dune_fast.doctor.machine"}
+    while waiting:
+        seen.add(name := waiting.pop())
+        waiting |= edges[name] - seen
+    assert len(seen) > 20 and "dune_fast.engine.deepspeed_engine" not in seen
+
+
 def test_no_print_and_no_eval():
     for path in python_files(*FLOORS):
         for node in ast.walk(ast.parse(path.read_text())):

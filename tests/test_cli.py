@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import dune_fast
-from dune_fast import cli
-from dune_fast.completion import complete_overrides
+from dune_fast import cli, launcher
+from dune_fast.cli import complete_overrides
 from dune_fast.engine import run_log
 from dune_fast.evaluate import run as evaluation
 
@@ -54,7 +54,7 @@ def test_signals_end_the_ranks_before_the_command(number, everybody, status, tmp
     (tmp_path / "second.py").write_text(SECOND)
     tree = [sys.executable, "-c", FIRST, *map(str, (tmp_path / "second.py", tmp_path / "rank.py", tmp_path))]
     code = (
-        "import os, signal, sys; from dune_fast.cli import run_launcher\n"
+        "import os, signal, sys; from dune_fast.launcher import run_launcher\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"sys.exit(run_launcher({tree!r}, dict(os.environ)))"
     )
@@ -98,7 +98,7 @@ def test_mistakes_are_explained(arguments, words, capsys):
 
 def test_options_may_stand_anywhere(monkeypatch):
     seen = {}
-    monkeypatch.setattr(cli, "launch_training", lambda args, run: seen.update(vars(args)) or 0)
+    monkeypatch.setattr(launcher, "launch_training", lambda args, run: seen.update(vars(args)) or 0)
     monkeypatch.delenv("DUNE_FAST_CONFIGS", raising=False)
     assert cli.main(["distill", "experiment=demo", "-n", "2", "train.steps=4", "--debug", "~teachers.geometric"]) == 0
     assert seen["overrides"] == ["experiment=demo", "train.steps=4", "~teachers.geometric"]
@@ -135,7 +135,7 @@ def test_errors_of_the_system_are_sentences(monkeypatch, capsys):
 
 def test_every_published_name_has_a_teacher_to_be_fetched_by():
     from dune_fast.load import PUBLISHED, PUBLISHED_ENCODERS
-    from dune_fast.teachers_cli import load_teacher_config
+    from dune_fast.teacher_files import load_teacher_config
 
     for stem, teacher in {**dict.fromkeys(PUBLISHED), **PUBLISHED_ENCODERS}.items():
         found = load_teacher_config(teacher or stem)

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import dune_fast
-from dune_fast import cli, train
+from dune_fast import cli, launcher, train
 from dune_fast.engine.config import RunConfig, compose_config
 from tests.engine.conftest import photos, trained_run
 
@@ -94,13 +94,13 @@ def check_dune_fast(arguments: list[str], run: bool, small: dict[str, str], patc
     if parsed.command == "doctor":
         patch.setattr("dune_fast.doctor.examine", lambda checks: iter(()))
     launched = []
-    patch.setattr(cli, "run_launcher", lambda command, _: launched.append(command) or 0)
+    patch.setattr(launcher, "run_launcher", lambda command, _: launched.append(command) or 0)
     for old, new in small.items():
         arguments = [word.replace(old, new) for word in arguments]
     assert cli.main(arguments) == 0
     if parsed.command in ("distill", "resume"):
         (command,) = launched
-        train.parse(command[command.index(str(cli.TRAIN_SCRIPT)) + 1 :])
+        train.parse(command[command.index(str(launcher.TRAIN_SCRIPT)) + 1 :])
     else:
         assert parsed.command in RUN | {"doctor"}
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench.toy.conv_patchify import toy_teacher
 from dune_fast import cli
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine import checkpoints
 from dune_fast.engine.config import RunConfig
-from dune_fast.export import TARGETS, foreign, onnx_graph, published
+from dune_fast.export import TARGETS, dinov2_alike, to_dune, to_hf, to_onnx, to_timm
 from dune_fast.export.check import LIMIT, ExportError, compare, encoder_outputs, random_images, sizes
 from dune_fast.export.run import export
 from dune_fast.kernels.nn.preprocessing import Preprocessing
@@ -23,7 +26,6 @@ from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.load import load_encoder, load_model
 from dune_fast.student import ProjectorConfig, build_student
 from dune_fast.teachers.architecture import random_vit_state
-from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import read_container
 
 TINY = ViTConfig(image_size=56, embed_dim=192, depth=12, num_heads=3)
@@ -33,8 +35,8 @@ SMALL = replace(TINY, embed_dim=128, depth=2, num_heads=2)
 def write_run(folder: Path, encoder: ViTConfig, **projector) -> Path:
     """A finished run with random weights of which every one matters (LayerScale near 0.3)."""
     teachers = {
-        "one": TeacherConfig("conv_patchify", "random:1", num_features=24),
-        "two": TeacherConfig("conv_patchify", "random:2", num_features=40, token_types=["patch"]),
+        "one": toy_teacher("random:1", num_features=24),
+        "two": toy_teacher("random:2", num_features=40, token_types=["patch"]),
     }
     cfg = RunConfig(image_size=encoder.image_size, student=encoder, teachers=teachers)
     cfg.projector = ProjectorConfig(**projector)
@@ -101,42 +103,32 @@ def test_timm_loads_the_folder_by_name(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_registers": 0}, {"num_registers": 1, "mlp_ratio": 3.0}, {"patch_size": 8, "layer_scale": None}]
-)
-@pytest.mark.parametrize("target", ["timm", "hf"])
+    ("target", "changes"),
+    [
+        *((target, changes) for target in (to_timm, to_hf) for changes in (
+            {"num_registers": 0}, {"num_registers": 1, "mlp_ratio": 3.0}, {"patch_size": 8, "layer_scale": 0.1})),
+        (to_timm, {"layer_scale": None}),
+        (to_timm, {"interpolate_offset": 0.0, "interpolate_antialias": True}),
+        (to_onnx, {"layer_scale": None}),
+    ],
+)  # fmt: skip
 def test_other_architectures(target, changes, tmp_path):
-    if target == "hf":
+    if target is to_hf:
         pytest.importorskip("transformers")
-        changes = {**changes, "layer_scale": 0.1}
     encoder = build(**changes)
-    getattr(foreign, f"write_{target}")(encoder, tmp_path)
-    reader = getattr(foreign, f"read_{target}")(tmp_path)
-    compare(reader, lambda images: encoder_outputs(encoder, images), sizes(encoder, native_only=True), target)
-
-
-def test_timm_agrees_at_every_size_where_positions_are_resized_alike(tmp_path):
-    encoder = build(interpolate_offset=0.0, interpolate_antialias=True)
-    assert foreign.resizes_alike(encoder.cfg) and not foreign.resizes_alike(build().cfg)
-    foreign.write_timm(encoder, tmp_path)
-    reference = lambda images: encoder_outputs(encoder, images)  # noqa: E731
-    compare(foreign.read_timm(tmp_path), reference, sizes(encoder, native_only=False), "timm")
+    target.write(encoder, tmp_path)
+    native_only = target is not to_onnx and not dinov2_alike.resizes_alike(encoder.cfg)
+    assert native_only == (target is not to_onnx and "interpolate_offset" not in changes)
+    compare(target.read(tmp_path), partial(encoder_outputs, encoder), sizes(encoder, native_only), "other")
 
 
 @pytest.mark.parametrize("antialias", [False, True])
 @pytest.mark.parametrize("offset", [0.0, 0.1])
 def test_onnx_resizes_positions_as_we_do(offset, antialias, tmp_path):
     encoder = build(interpolate_offset=offset, interpolate_antialias=antialias, num_registers=2 if offset else 0)
-    onnx_graph.write_onnx(encoder, tmp_path)
+    to_onnx.write(encoder, tmp_path)
     shapes = [(1, 56, 56), (4, 28, 98), (2, 14, 14), (1, 112, 56), (3, 70, 70)]
-    reference = lambda images: encoder_outputs(encoder, images)  # noqa: E731
-    assert compare(onnx_graph.read_onnx(tmp_path), reference, shapes, "onnx") < LIMIT / 10
-
-
-def test_onnx_without_layer_scale(tmp_path):
-    encoder = build(layer_scale=None)
-    onnx_graph.write_onnx(encoder, tmp_path)
-    reference = lambda images: encoder_outputs(encoder, images)  # noqa: E731
-    compare(onnx_graph.read_onnx(tmp_path), reference, sizes(encoder, native_only=False), "onnx")
+    assert compare(to_onnx.read(tmp_path), partial(encoder_outputs, encoder), shapes, "onnx") < LIMIT / 10
 
 
 def test_the_published_container_has_the_published_names(published_run, tmp_path):
@@ -156,27 +148,19 @@ def test_the_published_container_has_the_published_names(published_run, tmp_path
         assert torch.equal(value, back.state_dict()[key]), key
 
 
-def swapped(state: dict[str, torch.Tensor], one: str, other: str) -> dict[str, torch.Tensor]:
+def swapped(state: dict[str, torch.Tensor], pair: str) -> dict[str, torch.Tensor]:
     """Two tensors of equal shape under each other's name: it loads strictly and computes something else."""
+    start, one, other, end = re.fullmatch(r"(.*){(\w+),(\w+)}(.*)", pair).groups()
+    one, other = start + one + end, start + other + end
     return {**state, one: state[other], other: state[one]}
 
 
 @pytest.mark.parametrize(
     ("target", "owner", "function", "pair"),
     [
-        ("timm", foreign, "timm_state", ("blocks.1.norm1.weight", "blocks.1.norm1.bias")),
-        (
-            "hf",
-            foreign,
-            "hf_state",
-            ("encoder.layer.1.attention.attention.query.weight", "encoder.layer.1.attention.attention.value.weight"),
-        ),
-        (
-            "dune",
-            published,
-            "published_state",
-            ("teacher_norms.one.normalizers.cls.mean", "teacher_norms.one.normalizers.cls.std"),
-        ),
+        ("timm", to_timm, "timm_state", "blocks.1.norm1.{weight,bias}"),
+        ("hf", to_hf, "hf_state", "encoder.layer.1.attention.attention.{query,value}.weight"),
+        ("dune", to_dune, "published_state", "teacher_norms.one.normalizers.cls.{mean,std}"),
     ],
 )
 def test_a_wrong_mapping_fails_and_removes_what_it_wrote(
@@ -185,42 +169,41 @@ def test_a_wrong_mapping_fails_and_removes_what_it_wrote(
     if target == "hf":
         pytest.importorskip("transformers")
     right = getattr(owner, function)
-    monkeypatch.setattr(owner, function, lambda model: swapped(right(model), *pair))
+    monkeypatch.setattr(owner, function, lambda model: swapped(right(model), pair))
     with pytest.raises(ExportError, match=f"the {target} export is wrong and was removed: .* differs by"):
         export(published_run if target == "dune" else run, target, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_graph_fails(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_graph, "_CUBIC", -0.5)  # right at the native size, wrong at every other
+    monkeypatch.setattr(to_onnx, "_CUBIC", -0.5)  # right at the native size, wrong at every other
     with pytest.raises(ExportError, match="the onnx export is wrong"):
         export(run, "onnx", tmp_path / "out")
 
 
 def test_a_missing_tensor_is_named_and_an_earlier_export_stays(run, tmp_path, monkeypatch):
     export(run, "timm", tmp_path)
-    before = (tmp_path / foreign.WEIGHTS).read_bytes()
-    right = foreign.timm_state
-    monkeypatch.setattr(foreign, "timm_state", lambda e: {k: v for k, v in right(e).items() if k != "norm.bias"})
+    before = (tmp_path / dinov2_alike.WEIGHTS).read_bytes()
+    right = to_timm.timm_state
+    monkeypatch.setattr(to_timm, "timm_state", lambda e: {k: v for k, v in right(e).items() if k != "norm.bias"})
     with pytest.raises(ExportError, match="timm does not take[\\s\\S]*norm.bias"):
         export(run, "timm", tmp_path)
-    assert (tmp_path / foreign.WEIGHTS).read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+    assert (tmp_path / dinov2_alike.WEIGHTS).read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(
     ("target", "changes", "words"),
     [
-        ("hf", {"layer_scale": None}, "always has LayerScale"),
-        ("timm", {"mlp": "swiglu"}, "gated MLPs"),
-        ("onnx", {"mlp": "swiglu"}, "GELU's MLP alone"),
-        ("hf", {"pos_embed": "rope2d", "cls_token": False, "num_registers": 0}, "rotary"),
-        ("timm", {"final_norm": False}, "final norm"),
+        (to_hf, {"layer_scale": None}, "always has LayerScale"),
+        (to_timm, {"mlp": "swiglu"}, "gated MLPs"),
+        (to_onnx, {"mlp": "swiglu"}, "GELU's MLP alone"),
+        (to_hf, {"pos_embed": "rope2d", "cls_token": False, "num_registers": 0}, "rotary"),
+        (to_timm, {"final_norm": False}, "final norm"),
     ],
 )
 def test_what_a_target_cannot_express_is_refused(target, changes, words, tmp_path):
-    write = onnx_graph.write_onnx if target == "onnx" else getattr(foreign, f"write_{target}")
     with pytest.raises(ExportError, match=words):
-        write(build(**changes), tmp_path)
+        target.write(build(**changes), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -262,8 +245,8 @@ def test_colleagues_may_read_what_is_exported(run, target, tmp_path):
 
 
 def test_timm_configuration_says_how_images_are_normalised(tmp_path):
-    foreign.write_timm(build(), tmp_path)
-    config = json.loads((tmp_path / foreign.CONFIG).read_text())
+    to_timm.write(build(), tmp_path)
+    config = json.loads((tmp_path / dinov2_alike.CONFIG).read_text())
     assert config["pretrained_cfg"]["mean"] == [0.485, 0.456, 0.406]
     assert config["architecture"] == "vit_small_patch14_reg4_dinov2"
 
@@ -338,7 +321,7 @@ def test_the_published_loader_builds_the_model_from_the_options(changes, options
 
 
 def test_a_container_that_its_loader_would_build_otherwise_fails(published_run, tmp_path, monkeypatch):
-    monkeypatch.setitem(published.ENCODER_OPTIONS, "num_register_tokens", 3)  # what the loader takes by default
+    monkeypatch.setitem(to_dune.ENCODER_OPTIONS, "num_register_tokens", 3)  # what the loader takes by default
     right = torch.save
 
     def without_registers(content, path):

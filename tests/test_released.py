@@ -17,7 +17,7 @@ from dune_fast.released import load_released
 from dune_fast.student import ProjectorConfig, build_student
 from dune_fast.teachers.architecture import random_vit_state
 from dune_fast.teachers.containers import read_container
-from dune_fast.teachers.dune import flat_blocks
+from dune_fast.teachers.encoder_names import flat_blocks
 from dune_fast.teachers.weights import TeacherWeightsError
 
 

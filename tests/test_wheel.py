@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import site
 import subprocess
 import sys
@@ -94,7 +95,9 @@ def test_a_run_from_the_wheel_beside_hugging_faces_kernels(distributions, photos
     assert run(python, "-c", where, cwd=tmp_path).count(str(packages)) == 2
     overrides = small_run(photos, tmp_path / "run")
     overrides = [o for o in overrides if not o.startswith("train.steps")] + ["train.steps=3"]
-    out = run(environment / "bin" / "dune-fast", "distill", *overrides, cwd=tmp_path, OMP_NUM_THREADS="1")
+    shutil.copytree(ROOT / "bench" / "toy", tmp_path / "own" / "bench" / "toy")
+    own = {"PYTHONPATH": str(tmp_path / "own"), "DUNE_FAST_CONFIGS": str(tmp_path / "own" / "bench" / "toy")}
+    out = run(environment / "bin" / "dune-fast", "distill", *overrides, cwd=tmp_path, OMP_NUM_THREADS="1", **own)
     assert (tmp_path / "run" / "encoder.safetensors").is_file(), out
     load = "import dune_fast, torch; print(dune_fast.load_encoder('run')(torch.zeros(1, 3, 56, 56)).keys())"
     run(python, "-c", load, cwd=tmp_path)

@@ -52,7 +52,7 @@ class Normalizer(nn.Module):
 
     def __init__(self, channels: int, rotated: bool = False) -> None:
         super().__init__()
-        # what nobody has estimated must show: NaN makes every loss NaN
+        # statistics that were not estimated must show: NaN makes every loss NaN
         self.register_buffer("mean", torch.full((channels,), torch.nan) if rotated else torch.zeros(channels))
         self.register_buffer("std", torch.full((channels,), torch.nan) if rotated else torch.ones(channels))
         self.register_buffer("rotation", torch.full((channels, channels), torch.nan) if rotated else None)
@@ -116,7 +116,7 @@ class TeacherStatistics(nn.Module):
         """Takes one global batch in and returns the standardizers that this step trains with.
 
         Args:
-            features: this rank's raw features, `rotated`; ranks may hold different numbers of rows, none excepted.
+            features: this rank's raw features, `rotated`; ranks may hold different numbers of rows, also no rows.
             momentum: m of the formula for this step; at 0 the statistics are frozen and the running ones standardize,
                 as in evaluation, whatever the convention. PHI-S has none.
             all_reduce: sums a float64 tensor over ranks; None on a single rank.
@@ -213,6 +213,6 @@ class TeacherStatistics(nn.Module):
             at += 1 + 2 * channels
             delta = total / count.clamp_min(1)
             variance = (squares - count * delta.square()).clamp_min(0) / (count - 1).clamp_min(1)
-            std = torch.where(count > 1, variance.sqrt().float(), normalizer.std)  # no two rows on any rank: as it was
+            std = torch.where(count > 1, variance.sqrt().float(), normalizer.std)  # fewer than two rows: unchanged
             statistics.append(((normalizer.mean.double() + delta).float(), std))
         return statistics

@@ -32,11 +32,7 @@ Check = Callable[[], "Finding | Iterable[Finding]"]
 
 
 def examine(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
-    """Makes one check after the other; one that breaks down is a finding too.
-
-    Args:
-        checks: (name, function).
-    """
+    """Makes one check (name, function) after the other; one that breaks down is a finding too."""
     for name, check in checks:
         try:
             found = check()

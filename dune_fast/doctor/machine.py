@@ -19,7 +19,7 @@ import torch
 from dune_fast.doctor import FAIL, OK, WARN, Check, Finding
 from dune_fast.engine.devices import peak_tflops
 from dune_fast.engine.provenance import driver_version
-from dune_fast.teachers.assets import cache_dir
+from dune_fast.teachers.files import cache_dir
 
 _DRIVERS = {13: 580, 12: 525}  # CUDA's major version -> the oldest driver branch that runs it
 _SHARED_MEMORY = 2**30
@@ -117,9 +117,8 @@ def triton() -> Finding:
     x = torch.arange(64 * 192, device="cuda", dtype=torch.float32).view(1, 64, 192).sin()
     mean, m2 = moments(x)
     rows = x.flatten(0, 1).double()
-    wrong = max(
-        float((mean - rows.mean(0)).abs().max()), float((m2 - (rows - rows.mean(0)).square().sum(0)).abs().max()) / 64
-    )
+    squares = (rows - rows.mean(0)).square().sum(0)
+    wrong = max(float((mean - rows.mean(0)).abs().max()), float((m2 - squares).abs().max()) / 64)
     if not wrong < 1e-5:
         cure = "reinstall torch and triton together from constraints.txt; empty triton's cache (~/.triton)"
         return Finding("triton", FAIL, f"{package.__version__}: a kernel is wrong by {wrong:.1e}", cure)
@@ -173,6 +172,7 @@ def dali() -> Finding:
 
 
 def _jpeg(colour: tuple[int, int, int]) -> bytes:
+    """A plain image of 32 x 32 pixels."""
     import io
 
     from PIL import Image

@@ -13,27 +13,21 @@ from typing import Any
 
 import torch
 
-from dune_fast.dali_pipelines.datasets import Dataset, index_dataset
+from dune_fast.dali_pipelines.datasets import Dataset, DatasetConfig, index_dataset
 from dune_fast.distill.objective import ownership
 from dune_fast.doctor import FAIL, OK, WARN, Check, Finding
 from dune_fast.doctor.machine import existing, writable
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.memory import disk_bytes
 from dune_fast.engine.overrides import config_names
-from dune_fast.teachers.assets import cache_dir
+from dune_fast.teacher_files import is_cached, load_teacher_config
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.registry import family_class
 from dune_fast.teachers.vit import ViTTeacher
 from dune_fast.teachers.weights import RANDOM, weights_path
-from dune_fast.teachers_cli import load_teacher_config
 
 _INDEX_SECONDS = 30.0
 """For all datasets together: to list twenty million files takes longer."""
-
-
-def _cached(address: str) -> bool:
-    """Whether "asset:NAME" is here."""
-    return (cache_dir() / address.removeprefix("asset:").partition("/")[0]).is_dir()
 
 
 def _fetching(cfg: TeacherConfig) -> str:
@@ -50,7 +44,7 @@ def teacher(name: str, cfg: TeacherConfig) -> Finding:
     if cfg.weights.startswith(RANDOM):
         return Finding(title, WARN, f"weights are drawn ({cfg.weights})", "that serves tests and benchmarks alone")
     if cfg.weights.startswith("asset:"):
-        if _cached(cfg.weights):
+        if is_cached(cfg.weights):
             return Finding(title, OK, f"{cfg.weights} is in the cache")
         cure = f"dune-fast fetch {cfg.weights.removeprefix('asset:').partition('/')[0]}"
         return Finding(title, WARN, f"{cfg.weights} will be fetched when a run starts", cure)
@@ -81,8 +75,13 @@ def teacher(name: str, cfg: TeacherConfig) -> Finding:
     return Finding(title, OK, f"{path}, {size / 2**20:,.0f} MiB (`dune-fast teachers verify` reads it)")
 
 
+def _unfetched(dataset: DatasetConfig) -> bool:
+    """Whether a run would have to fetch its images first."""
+    return any(root.startswith("asset:") and not is_cached(root) for root in (dataset.root, dataset.val_root))
+
+
 def _index_all(cfg: RunConfig, seconds: float) -> dict[str, Dataset | Exception | None]:
-    """Lists every dataset as a training would, in threads; None for those that are not done in time."""
+    """Lists every dataset as a training would, in threads; None for those that are not fetched or not done in time."""
     found: dict[str, Any] = dict.fromkeys(cfg.data.datasets)
 
     def index(name: str) -> None:
@@ -91,11 +90,7 @@ def _index_all(cfg: RunConfig, seconds: float) -> dict[str, Dataset | Exception 
         except Exception as error:
             found[name] = error
 
-    names = [
-        name
-        for name, dataset in cfg.data.datasets.items()
-        if not any(root.startswith("asset:") and not _cached(root) for root in (dataset.root, dataset.val_root))
-    ]
+    names = [name for name, dataset in cfg.data.datasets.items() if not _unfetched(dataset)]
     threads = [threading.Thread(target=index, args=(name,), daemon=True) for name in names]
     end = time.monotonic() + seconds
     for thread in threads:
@@ -120,10 +115,10 @@ def data(cfg: RunConfig, seconds: float = _INDEX_SECONDS) -> Iterator[Finding]:
         elif isinstance(found, Exception):
             reason, parted, cure = str(found).removeprefix(f"dataset {name!r}: ").rpartition("; ")
             cure = f"{cure} (DUNE_FAST_DATA names the folder of the published recipes)"
-            yield Finding(
-                title, FAIL, reason if parted else str(found), cure if parted else f"correct data.datasets.{name}"
-            )
-        elif any(root.startswith("asset:") and not _cached(root) for root in (dataset.root, dataset.val_root)):
+            if not parted:
+                reason, cure = str(found), f"correct data.datasets.{name}"
+            yield Finding(title, FAIL, reason, cure)
+        elif _unfetched(dataset):
             asset = dataset.root.removeprefix("asset:")
             yield Finding(title, WARN, "will be fetched when a run starts", f"dune-fast fetch {asset}")
         else:
@@ -133,7 +128,6 @@ def data(cfg: RunConfig, seconds: float = _INDEX_SECONDS) -> Iterator[Finding]:
     try:
         own = {name: t.groups for name, t in cfg.teachers.items()}
         ownership(own, groups, cfg.objective, torch.device("cpu"))
-        cfg.data.validate()
     except ValueError as error:
         yield Finding("data sharing", FAIL, str(error), "correct teachers.*.groups, data.datasets.*.group or `data`")
 

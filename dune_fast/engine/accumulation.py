@@ -1,4 +1,4 @@
-"""Gradient accumulation: a rank's batch in equal parts, and what their steps say together."""
+"""Gradient accumulation: splits a rank's batch into equal parts and merges the outputs of their steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dune_fast.engine.config import RunConfig
 
 
 def micro_batch_size(cfg: RunConfig, world_size: int) -> int:
-    """Images of one backward pass on one rank, or of all of a step's while `train.accumulation` is not worked out yet.
+    """Images of one backward pass on one rank; `train.accumulation=0`, not worked out yet, counts as 1.
 
     Raises:
         ValueError: the global batch cannot be shared out.

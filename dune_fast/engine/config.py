@@ -1,4 +1,7 @@
-"""The configuration of a run: typed, composed by Hydra from `configs/`, checked, dumped beside the run."""
+"""The configuration of a run: typed, composed by Hydra from `configs/`, checked, dumped beside the run.
+
+More than 300 lines: every field has its meaning beside it.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +21,21 @@ from dune_fast.distill.objective import ObjectiveConfig
 from dune_fast.distill.phi_s import HadamardError, hadamard_base
 from dune_fast.distill.standardization import CONVENTIONS
 from dune_fast.engine.config_limits import find_fault
-from dune_fast.engine.config_messages import explain, explain_missing, first_line
 from dune_fast.engine.optimizer import OptimizerConfig
 from dune_fast.engine.overrides import (
     config_names,
     expand_home,
+    explain,
+    explain_group,
+    explain_missing,
+    first_line,
     own_folders,
     packaged_folder,
     quoted,
     take_text_literally,
+    with_timm_teachers,
 )
 from dune_fast.engine.schedules import iterations, scaled_learning_rate
-from dune_fast.engine.teacher_overrides import with_timm_teachers
 from dune_fast.kernels.nn.vit import ViTConfig, nearest_multiples
 from dune_fast.student import ProjectorConfig
 from dune_fast.teachers.config import TeacherConfig
@@ -56,6 +62,10 @@ class StandardizationConfig:
     phi_s_batches: int = 100
     """PHI-S: the global batches, the run's first, that rotations and scales are estimated from, by the teachers alone.
     A run that goes on has them in its checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.convention not in CONVENTIONS:
+            raise ConfigError(f"standardization.convention={self.convention!r}; choose one of {', '.join(CONVENTIONS)}")
 
 
 @dataclass
@@ -118,6 +128,22 @@ class TrainConfig:
     """A loss above this (standardized features start near 1) stops the run. A step with a loss or gradient that is
     not finite is skipped; three of them in a row stop the run."""
 
+    def __post_init__(self) -> None:
+        if self.drift_images == 1:
+            raise ConfigError(
+                f"train.drift_images={self.drift_images}; give at least 2, to have deviations to standardize with, "
+                "or 0 to compare nothing"
+            )
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise ConfigError(f"train.precision={self.precision!r}; choose auto, bf16 or fp32")
+        if self.student_stream not in ("fp32", "bf16"):
+            raise ConfigError(f"train.student_stream={self.student_stream!r}; choose fp32 or bf16")
+        if self.student_stream == "bf16" and self.precision == "fp32":
+            raise ConfigError(
+                "train.student_stream=bf16 with train.precision=fp32: it belongs to products in bf16; choose "
+                "precision=bf16 or auto, or student_stream=fp32"
+            )
+
 
 @dataclass
 class LoggingConfig:
@@ -173,6 +199,10 @@ class DeepSpeedConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Further entries of DeepSpeed's own configuration, merged last."""
 
+    def __post_init__(self) -> None:
+        if self.gradient_dtype not in ("fp32", "bf16"):
+            raise ConfigError(f"deepspeed.gradient_dtype={self.gradient_dtype!r}; choose fp32 or bf16")
+
 
 @dataclass
 class RunConfig:
@@ -215,7 +245,7 @@ def compose_config(overrides: list[str], folder: Path | None = None, complete: b
 
     Args:
         overrides: Hydra overrides, e.g. ["experiment=demo", "train.steps=10"], and teachers of timm's by name, see
-            `dune_fast.engine.teacher_overrides`.
+            `overrides.with_timm_teachers`.
         folder: of a run, whose `config.yaml` is what the overrides change; the groups of `configs/` by default, the
             packaged ones and the user's (`own_folders`).
         complete: whether it is of a run, teachers and all; False for a command that needs a part of it.
@@ -237,7 +267,8 @@ def compose_config(overrides: list[str], folder: Path | None = None, complete: b
     except MissingConfigException as error:
         raise ConfigError(explain_missing(error)) from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error, overrides, RunConfig)) from None
+        wrong_group = explain_group(overrides) if folder is not None else ""
+        raise ConfigError(wrong_group or explain(error, overrides, RunConfig)) from None
     except ValueError as error:  # a dataclass refused its values, or timm does not know a name
         raise ConfigError(str(error)) from None
     assert isinstance(cfg, RunConfig)
@@ -249,7 +280,23 @@ def compose_config(overrides: list[str], folder: Path | None = None, complete: b
 def _strict(values: Any) -> DictConfig:
     """Values under the schema; a field that it does not have is an error, even one added with Hydra's `+`."""
     plain = OmegaConf.to_container(values) if OmegaConf.is_config(values) else values
-    return OmegaConf.merge(OmegaConf.structured(RunConfig), expand_home(plain))
+    return OmegaConf.merge(OmegaConf.structured(RunConfig), without_removed(expand_home(plain)))
+
+
+def without_removed(values: Any) -> Any:
+    """A run's values without `teachers.*.cuda_graph`, which older versions had; ConfigError where one is true."""
+    if not isinstance(values, dict) or not isinstance(values.get("teachers"), dict):
+        return values
+    kept = dict(values["teachers"])
+    for name, teacher in kept.items():
+        if isinstance(teacher, dict) and "cuda_graph" in teacher:
+            if teacher["cuda_graph"]:
+                raise ConfigError(
+                    f"teachers.{name}.cuda_graph is true, but CUDA graphs of teachers are gone; the features are the "
+                    "same without: take the line out"
+                )
+            kept[name] = {key: value for key, value in teacher.items() if key != "cuda_graph"}
+    return values | {"teachers": kept}
 
 
 def load_config(path: Path) -> RunConfig:
@@ -297,7 +344,7 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def validate(cfg: RunConfig) -> None:
-    """Checks what no single field shows; ConfigError with a sentence."""
+    """Checks what no single section shows, and the range of every number; ConfigError with a sentence."""
     if not cfg.teachers:
         experiments = ", ".join(sorted(config_names("experiment")))
         raise ConfigError(
@@ -322,10 +369,6 @@ def validate(cfg: RunConfig) -> None:
                     f"multiple of {teacher.grid_multiple}; the nearest image sizes are "
                     f"{nearest_multiples(size, patch * teacher.grid_multiple)}"
                 )
-    if cfg.standardization.convention not in CONVENTIONS:
-        raise ConfigError(
-            f"standardization.convention={cfg.standardization.convention!r}; choose one of {', '.join(CONVENTIONS)}"
-        )
     if cfg.standardization.convention == "phi_s":
         for name, teacher in cfg.teachers.items():
             try:
@@ -333,22 +376,6 @@ def validate(cfg: RunConfig) -> None:
             except HadamardError as error:
                 choice = "choose standardization.convention=dune or unic"
                 raise ConfigError(f"teacher {name!r}: {error}; {choice}") from None
-    if cfg.train.drift_images != 0 and cfg.train.drift_images < 2:
-        raise ConfigError(
-            f"train.drift_images={cfg.train.drift_images}; give at least 2, to have deviations to standardize with, "
-            "or 0 to compare nothing"
-        )
-    if cfg.train.precision not in ("auto", "bf16", "fp32"):
-        raise ConfigError(f"train.precision={cfg.train.precision!r}; choose auto, bf16 or fp32")
-    if cfg.train.student_stream not in ("fp32", "bf16"):
-        raise ConfigError(f"train.student_stream={cfg.train.student_stream!r}; choose fp32 or bf16")
-    if cfg.train.student_stream == "bf16" and cfg.train.precision == "fp32":
-        raise ConfigError(
-            "train.student_stream=bf16 with train.precision=fp32: it belongs to products in bf16; choose "
-            "precision=bf16 or auto, or student_stream=fp32"
-        )
-    if cfg.deepspeed.gradient_dtype not in ("fp32", "bf16"):
-        raise ConfigError(f"deepspeed.gradient_dtype={cfg.deepspeed.gradient_dtype!r}; choose fp32 or bf16")
     if cfg.train.compile and cfg.deepspeed.zero_stage == 3:
         raise ConfigError(
             "train.compile=true with deepspeed.zero_stage=3: the compiler does not see DeepSpeed gather weights; "

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dune_fast.engine.config import ConfigError, RunConfig, as_dict, flatten
+from dune_fast.engine.config import ConfigError, RunConfig, as_dict, flatten, without_removed
 
 FREE = (
     "name", "output_dir", "evaluation", "deepspeed.zero_stage", "deepspeed.options", "data.num_threads",
@@ -20,7 +20,7 @@ FREE = (
     "train.allow_config_change", "train.max_loss", "train.drift_images", "train.timeout_minutes",
     "train.activation_checkpointing", "train.overlap_teachers", "train.deterministic",
 )  # fmt: skip
-"""Fields, and sections, that a run may change when it goes on: they do not change what is computed beyond rounding."""
+"""Fields and sections that a run may change when it goes on: beyond rounding, they do not change what is computed."""
 
 
 def counted(values: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def config_hash(cfg: RunConfig) -> str:
 def _completed(saved: dict[str, Any]) -> dict[str, Any]:
     """A saved configuration with the defaults of fields that it is too old to have."""
     try:
-        completed = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(RunConfig), saved))
+        completed = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(RunConfig), without_removed(saved)))
     except (OmegaConfBaseException, ValueError):  # it has fields that are gone: they will be named
         completed = saved
     assert isinstance(completed, dict)
@@ -57,7 +57,7 @@ def changes(saved: dict[str, Any], cfg: RunConfig) -> list[str]:
     found = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name, absent), new.get(name, absent)
-        # an empty dictionary is a leaf of its own; its entries, once there are some, are listed by themselves
+        # an empty dictionary is a leaf itself; once it has entries, these are listed
         if before != after and not (before in ({}, absent) and after in ({}, absent)):
             found.append(f"{name}: {shown(before)} -> {shown(after)}")
     return found

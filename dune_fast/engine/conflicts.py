@@ -54,16 +54,13 @@ class TeacherConflicts:
 
     def add(self, losses: Sequence[Tensor]) -> None:
         """Takes one step's losses in, a scalar on the device for every teacher in order: this rank's means."""
-        if self._rows == len(self._table):  # nobody reads: the steps so far are forgotten
+        if self._rows == len(self._table):  # full without a read: forget the steps so far
             self._rows, self._last = 0, None
         self._table[self._rows] = torch.stack(list(losses))
         self._rows += 1
 
     def read(self, all_reduce: AllReduce | None = None) -> dict[str, float]:
         """Waits for the device and brings the averages up to date. All ranks call it.
-
-        Args:
-            all_reduce: sums a tensor over ranks in place; None on a single rank.
 
         Returns:
             `conflict/<a>_vs_<b>/pearson` in [-1, 1] and `conflict/<a>_vs_<b>/sign_agreement` in [0, 1] of every pair;

@@ -96,7 +96,7 @@ def _check_options(options: Mapping[str, Any], zero_stage: int) -> None:
     if zero_stage in (1, 2) and (options.get("zero_optimization") or {}).get("overlap_comm"):
         raise ValueError(
             f"deepspeed.options has zero_optimization.overlap_comm: under stage {zero_stage} DeepSpeed then makes the "
-            "host wait for the device in every step; take it out, or choose deepspeed=zero3"
+            "host wait for the device in every step; take it out, or choose deepspeed.zero_stage=3"
         )
 
 
@@ -191,7 +191,6 @@ class Engine:
         and `skipped` says so; the host reads nothing for it.
 
         Args:
-            learning_rate: of this step.
             loss: this rank's, a scalar on the device; None to look at the gradients alone.
             skip: bool scalar on the device, the same on all ranks; true skips the step whatever it brings.
 

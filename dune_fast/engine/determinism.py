@@ -1,6 +1,6 @@
 """What makes a run on a GPU give the same bits again: `train.deterministic`.
 
-By default it gives the same numbers but for rounding. Of a step, these add in no fixed order:
+By default it gives the same numbers but for rounding. These operations of a step add in no fixed order:
 
     attention's backward      cuDNN and FlashAttention add the gradient of q as their blocks finish
     gradients over ranks      NCCL's sums in the switch (NVLS)
@@ -57,7 +57,7 @@ def deterministic_algorithms() -> Iterator[None]:
     )  # fmt: skip
     added = _complete_environment()
     torch.use_deterministic_algorithms(True)
-    filling.fill_uninitialized_memory = False  # every torch.empty would be filled with NaN, for debugging
+    filling.fill_uninitialized_memory = False  # on, it fills every torch.empty with NaN, for debugging
     cudnn.deterministic, cudnn.benchmark = True, False
     try:
         yield

@@ -25,7 +25,7 @@ def check_teachers(teachers: TeacherEnsemble, images: Tensor, run_dir: Path) -> 
     Args:
         teachers: as they train.
         images: of this rank, ImageNet-normalised [B, 3, H, W].
-        run_dir: the run's folder.
+        run_dir: where rank 0 writes the report.
 
     Raises:
         DriftError: on every rank, if a teacher's precision changes its features too much and is not forced.

@@ -5,7 +5,10 @@ of D channels a block with an MLP of ratio r costs
 
     2 N (4 + 2 r) D^2   linear layers        4 N^2 D   attention's two products
 
-The backward pass of what is trained costs twice its forward pass; the frozen teachers have none.
+The backward pass of what is trained costs twice its forward pass; the frozen teachers have none. ViTs and projectors
+have formulas, because to count three ViT-L on fake tensors takes a second, which `dune-fast plan` would take for every
+experiment and a run at every start. Formulas and counts are equal (tests/engine/test_flops.py); other networks are
+counted.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.student import ProjectorConfig
-from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.config import TeacherConfig, input_key, network_key
 from dune_fast.teachers.registry import check_family, family_class
 from dune_fast.teachers.vit import ViTTeacher
 
@@ -85,14 +88,7 @@ def vit_flops(cfg: ViTConfig, grid_size: int, depth: int | None = None) -> int:
 
 
 def projector_flops(cfg: ProjectorConfig, student: ViTConfig, channels: int, token_types: list[str], grid: int) -> int:
-    """One teacher's projector on one image.
-
-    Args:
-        cfg: kind and sizes.
-        student: the encoder's architecture.
-        channels, token_types: of the teacher's features.
-        grid: rows of the patch grid.
-    """
+    """One teacher's projector on one image of grid x grid patches; `channels` and `token_types` are the teacher's."""
     patches, dim = grid**2, student.embed_dim
     if cfg.kind == "tp":
         blocks = cfg.num_blocks * block_flops(patches + 1, dim, cfg.mlp_ratio)
@@ -109,9 +105,7 @@ def projector_flops(cfg: ProjectorConfig, student: ViTConfig, channels: int, tok
 def count_flops(module: nn.Module, image_size: tuple[int, int]) -> int:
     """The forward pass of any network on one image [1, 3, H, W], counted on tensors without data.
 
-    Args:
-        module: weights on any device, the meta device too; they are not touched.
-        image_size: H and W.
+    The weights may be on any device, the meta device too; they are not touched.
     """
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         state = {
@@ -125,12 +119,7 @@ def count_flops(module: nn.Module, image_size: tuple[int, int]) -> int:
 def published_network(name: str, cfg: TeacherConfig) -> nn.Module | None:
     """A teacher's network on the meta device, from its configuration alone; None where that does not say it.
 
-    Args:
-        name: what the run calls it.
-        cfg: its configuration; ViTs are taken to be of the published size for their width.
-
-    Raises:
-        UnknownTeacherError: no such family.
+    ViTs are taken to be of the published size for their width. UnknownTeacherError: no such family.
     """
     check_family(name, cfg.family)
     family = family_class(cfg.family)
@@ -143,10 +132,6 @@ def published_network(name: str, cfg: TeacherConfig) -> nn.Module | None:
                 from dune_fast.teachers.xfeat import XFeat
 
                 return XFeat().eval()
-            if cfg.family == "conv_patchify":
-                from dune_fast.teachers.toy import HIDDEN_DIM, ConvPatchify
-
-                return ConvPatchify(cfg.patch_size, HIDDEN_DIM, cfg.num_features).eval()
             if cfg.family == "timm":
                 from dune_fast.teachers.timm_model import create
 
@@ -158,12 +143,7 @@ def published_network(name: str, cfg: TeacherConfig) -> nn.Module | None:
 
 
 def teacher_flops(name: str, cfg: TeacherConfig, grid: int) -> int | None:
-    """One teacher on one image, from its configuration alone; None where that does not say the network.
-
-    Args:
-        name, cfg: see `published_network`, as what it raises.
-        grid: rows of the student's patch grid, which is the teacher's too.
-    """
+    """One teacher on one image of grid x grid patches, which are the student's too; see `published_network`."""
     network = published_network(name, cfg)
     if network is None:
         return None
@@ -185,9 +165,7 @@ def share_of_images(cfg: RunConfig, teachers: Sequence[str]) -> float:
 def run_flops(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = None) -> Flops:
     """Of a run's configuration. With `route_by_dataset` the mean over images, of which each goes to some teachers only.
 
-    Args:
-        cfg: the run's.
-        trunks: teacher -> its network, where it is built: counts those that no configuration describes.
+    `trunks` are the teachers' networks, where they are built: counts those that no configuration describes.
     """
     grid = cfg.image_size // cfg.student.patch_size
     teachers: dict[str, int | None] = {}
@@ -215,13 +193,9 @@ def _count_or_none(name: str, trunk: nn.Module, side: int) -> int | None:
         return None
 
 
-_READING = ("token_types", "groups", "layer", "norm", "force_precision", "grid_multiple", "url", "bytes", "sha256")
-
-
 def teachers_by_trunk(teachers: Mapping[str, TeacherConfig]) -> list[list[str]]:
     """Names of teachers, those that share a network and its input together."""
-    shared: dict[str, list[str]] = {}
-    for name, cfg in teachers.items():  # equal in all fields but those that say what is read from the network
-        key = repr({field: value for field, value in dataclasses.asdict(cfg).items() if field not in _READING})
-        shared.setdefault(key, []).append(name)
+    shared: dict[tuple, list[str]] = {}
+    for name, cfg in teachers.items():
+        shared.setdefault((network_key(cfg), input_key(cfg)), []).append(name)
     return list(shared.values())

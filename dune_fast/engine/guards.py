@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.distill.step import PerImage
-from dune_fast.engine.container import write_tensors
+from dune_fast.engine.checkpoints import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +43,7 @@ class Names:
 
 @torch.no_grad()
 def undo_if(skipped: Tensor, live: Iterable[Tensor], before: Iterable[Tensor]) -> None:
-    """Puts back what a step has changed, if it was skipped; no host read.
-
-    Args:
-        skipped: bool scalar on the device.
-        live: tensors that the step has changed.
-        before: copies from before it.
-    """
+    """Restores `live` from the copies `before` where `skipped`, a bool scalar on the device, is true; no host read."""
     for now, then in zip(live, before, strict=True):
         now.copy_(torch.where(skipped, then, now))
 
@@ -87,40 +81,28 @@ class Guard:
 
     @torch.no_grad()
     def add(self, step: int, loss: Tensor, skipped: Tensor, norms: Tensor, images: PerImage, batch: Batch) -> None:
-        """Takes one step in.
+        """Takes in a step, counted from 0.
 
-        Args:
-            step: of the run, from 0.
-            loss: this rank's.
-            skipped: whether the step was skipped, the same on all ranks.
-            norms: of the gradients, [P].
-            images: losses and finite features of this rank's images.
-            batch: this rank's images.
+        `loss`, `images` and `batch` are this rank's; `skipped` and the gradients' `norms` [P] are equal on all ranks.
         """
         self.worst = torch.maximum(self.worst, torch.where(loss.isfinite(), loss, self.worst))
         first = skipped & (self.in_a_row == 0)
-        now = {"positions": batch.positions, "dataset": batch.dataset, "group": batch.group}
-        now |= {
-            "losses": images.losses,
-            "finite": images.finite,
-            "norms": norms,
-            "step": torch.full_like(batch.positions[:1], step),
-        }
+        now = {
+            "positions": batch.positions, "dataset": batch.dataset, "group": batch.group, "losses": images.losses,
+            "finite": images.finite, "norms": norms, "step": torch.full_like(batch.positions[:1], step),
+        }  # fmt: skip
         kept = self._evidence or now
         self._evidence = {name: torch.where(first, x, kept[name]) for name, x in now.items()}
         self.in_a_row = torch.where(skipped, self.in_a_row + 1, 0.0)
         self.total = self.total + skipped
 
     def read(self, folder: Path, world_size: int, kept: Callable[[], str]) -> dict[str, float]:
-        """Waits for the device. All ranks call it.
+        """Waits for the device; returns `skipped_steps` of this process so far. All ranks call it.
 
         Args:
             folder: where rank 0 writes what a skipped step looked like.
             world_size: number of ranks.
             kept: says for a message which checkpoints there are.
-
-        Returns:
-            `skipped_steps` of this process so far.
 
         Raises:
             DivergedError: too many steps in a row were skipped, or a loss was above `max_loss`.
@@ -145,7 +127,7 @@ class Guard:
         found = {name: x.cpu() for name, x in _all_ranks(self._evidence, world_size).items()}
         step = int(found["step"][0])
         bad = ~found["finite"]
-        if not bad.any():  # the teachers are innocent
+        if not bad.any():  # all teachers' features are finite
             bad = ~found["losses"].isfinite()
         suspects = []
         for teacher, row in zip(self.names.teachers, bad, strict=True):

@@ -26,9 +26,7 @@ PATIENCE = 1.25
 class Stop:
     """Turns signals into a flag that all ranks agree on; a context in which the signals are caught.
 
-    Args:
-        world_size: number of ranks.
-        timeout: the watchdog's, in seconds.
+    `timeout` is the watchdog's, in seconds.
     """
 
     def __init__(self, world_size: int, timeout: float) -> None:
@@ -65,12 +63,8 @@ class Watchdog:
     """Ends a run of several ranks in which nothing has happened for too long, and names the rank that is behind.
 
     A thread of every rank writes where its rank is, and when, to the process group's store. So a rank whose training
-    thread is stuck is behind, and a rank whose whole process stands still is silent.
-
-    Args:
-        rank, world_size: of this process.
-        timeout: seconds.
-        go_on: how the run goes on when it has ended, for the message.
+    thread is stuck is behind, and a rank whose whole process stands still is silent. `timeout` is in seconds; `go_on`
+    says in the message how the run goes on.
     """
 
     def __init__(self, rank: int, world_size: int, timeout: float, go_on: str) -> None:
@@ -110,7 +104,7 @@ class Watchdog:
             os._exit(1)  # the training thread is in a collective that nothing else ends
 
     def _describe(self, places: list[str]) -> str:
-        """The sentence for every rank's "unix-time count place"."""
+        """Names the ranks that are behind; each place is "unix-time count doing"."""
         times, counts, doing = zip(*(place.split(" ", 2) for place in places), strict=True)
         latest = max(map(float, times))
         # all write every few seconds; half the timeout leaves room for clocks of hosts that differ

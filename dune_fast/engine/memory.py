@@ -1,18 +1,19 @@
 """What a run takes of a device's memory, and in how many parts a step's images fit: a model, not a measurement.
 
-    held       float32 weights, gradients and two moments (what the ZeRO stage shards: a share), frozen teachers
-    batches    the rank's whole batch, several times: in use, being decoded, waiting
-    images     of one part, each with N tokens of what the backward pass needs, s bytes a value of the products' type
-               (2 under bf16 autocast, 4 without), t of the stream's (2 with `train.student_stream`, 4 without):
-               N D (2 t + s (8 + 2 r)) a block: the stream's tokens before both norms; norms, qkv, attention, its
-                                       projection, both sides of GELU, the MLP's output
-               by kind                 the projectors', and twice what student and teachers give, for the gradients
-               the larger of           a teacher's forward pass (12 s C a token), the gradients in one block (with
-                                       activation checkpointing: the one block that is whole again)
+Three things lie on a device:
 
-Against the bytes that `python -m bench.step --count` finds alive at the peak of a step it is within a few percent
-(tests/engine/test_memory.py has the numbers). Workspaces, fragmentation, NCCL, DALI's decoder and DeepSpeed's copies
-are not in it: `SPARE` is for them.
+- weights, gradients and AdamW's two moments in float32 (a share of what the ZeRO stage shards), and frozen teachers;
+- the rank's whole batch, several times: in use, being decoded, waiting;
+- what the backward pass needs of the images of one part. Each has N tokens of D channels. A value takes s bytes in
+  matrix products (2 under bf16 autocast, else 4) and t bytes between blocks (2 with `train.student_stream=bf16`, else
+  4). A block with an MLP of ratio r keeps N D (2 t + s (8 + 2 r)): its input and its sum before the second norm; both
+  norms, qkv, attention, its projection, both sides of GELU, the MLP's output. Added are the projectors, the features
+  and their gradients, and the larger of a teacher's forward pass (12 s a value) and the gradients within one block.
+
+`python -m bench.step --count` counts the bytes that are alive at the peak of a step; the model is within a few percent
+of it (tests/engine/test_memory.py). The count runs a whole step on fake tensors, for seconds: too slow for every start
+of a run and for `dune-fast plan`, which asks dozens of times. Workspaces, fragmentation, NCCL, DALI's decoder and
+DeepSpeed's copies are not in the model: `SPARE` is for them.
 """
 
 from __future__ import annotations
@@ -69,12 +70,9 @@ def disk_bytes(cfg: RunConfig) -> int:
 
 
 def memory_bytes(cfg: RunConfig, ranks: int, low_precision: bool = True) -> dict[str, int | None]:
-    """Bytes on each device before the first image: by what they are for; None where that is not known.
+    """Bytes on each of `ranks` devices before the first image, by what they are for; None where that is not known.
 
-    Args:
-        cfg: the run's.
-        ranks: devices that share what the ZeRO stage shards.
-        low_precision: whether `precision: auto` means bf16, as on a GPU.
+    `low_precision`: whether `precision: auto` means bf16, as on a GPU.
     """
     trained, stage = sum(trained_parameters(cfg)), cfg.deepspeed.zero_stage
     moments, gradients, weights = (ranks if stage >= first else 1 for first in (1, 2, 3))
@@ -173,11 +171,10 @@ def fit(cfg: RunConfig, ranks: int, available: int, low_precision: bool = True, 
     """The fewest parts that leave the spare share of memory; as many as there are images where none does.
 
     Args:
-        cfg: the run's.
         ranks: devices; they must share the batch evenly.
         available: bytes of each device.
         low_precision: whether `auto` precisions mean bf16, as on a GPU.
-        parts: a given number instead.
+        parts: look at this number of parts alone.
     """
     assert cfg.train.global_batch % ranks == 0
     images = cfg.train.global_batch // ranks
@@ -196,12 +193,7 @@ def fit(cfg: RunConfig, ranks: int, available: int, low_precision: bool = True, 
 
 
 def device_memory(device: torch.device, ranks: int) -> int:
-    """Bytes that a rank may use: all of a GPU's; of a CPU's, its share of what is free.
-
-    Args:
-        device: of this rank.
-        ranks: of the run; on CPUs they are taken to be on one host.
-    """
+    """Bytes that a rank may use: all of a GPU's; of a CPU's, its share of what is free (all ranks are on one host)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     meminfo = Path("/proc/meminfo")

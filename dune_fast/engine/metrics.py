@@ -66,19 +66,15 @@ CLOCK = (
 )  # fmt: skip
 """Names in a record that depend on the machine and not on the computation."""
 
-# the run's length is estimated after so many steps, or this share of a short run's, but not after fewer than the last
+# the run's length is estimated after 50 steps, or after 5 % of a short run, but never after fewer than 5
 _ESTIMATE_STEPS, _ESTIMATE_SHARE, _ESTIMATE_LEAST = 50, 0.05, 5
 
 
 class RecordFile:
     """`metrics.jsonl`: one JSON object a line, each written out before `append` returns.
 
-    What a full disk refuses waits in memory for the next record: a run does not end for want of a log.
-
-    Args:
-        path: the file; records of steps after `first_step`, which will be repeated, are dropped from it.
-        first_step: where this process starts.
-        evaluation_due: whether it starts with that step's evaluation, whose record is dropped too.
+    Records of steps after `first_step` are dropped, because they will be repeated; with `evaluation_due`, so is the
+    record of that step's evaluation. What a full disk refuses waits in memory for the next record.
     """
 
     def __init__(self, path: Path, first_step: int, evaluation_due: bool = False) -> None:
@@ -90,7 +86,7 @@ class RecordFile:
         self._size, self._waiting, self._warned = len(text), b"", False
 
     def append(self, record: dict[str, Any]) -> None:
-        """Writes a record; a number that is not finite, which JSON has none for, as null."""
+        """Writes a record; JSON has no NaN and no infinity, null stands for them."""
         strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._waiting += json.dumps(strict, allow_nan=False).encode() + b"\n"
         self.flush()
@@ -127,17 +123,15 @@ class _Display(Progress):
 class MetricsLog:
     """Writes one record a logging step; shows progress. Only rank 0 has one.
 
-    A run that goes on from a checkpoint drops the records of steps that it will repeat.
-
     Args:
         folder: of the run.
-        first_step: where this process starts.
+        first_step: where this process starts, see `RecordFile`.
         total_steps: of the run.
         workload: what a step is.
         trackers: further receivers of the records; closed with the log.
-        on_estimate: takes the estimate of the run's length, once, see `_make_estimate`.
+        on_estimate: takes the estimate of the run's length, see `_make_estimate`.
         evaluation_due: see `RecordFile`.
-        evaluation_every: steps between evaluations, which the time that is left counts in; 0 for none.
+        evaluation_every: steps between evaluations, which count in the time that is left; 0 for none.
     """
 
     def __init__(
@@ -183,35 +177,22 @@ class MetricsLog:
             self._progress.update(self._task, completed=step)
 
     def write(self, step: int, metrics: dict[str, float], wait_seconds: float) -> None:
-        """Records metrics of the steps since the last record.
-
-        Args:
-            step: finished steps.
-            metrics: name -> value.
-            wait_seconds: how long the steps since the last record waited for data.
-        """
+        """Records metrics after `step` finished steps, which waited `wait_seconds` for data since the last record."""
         now = time.perf_counter()
         elapsed, steps = now - self._last_time, max(step - self._last_step, 1)
         self._last_time, self._last_step = now, step
         rate = steps * self.workload.global_batch / elapsed
         left = self._seconds_left(step, elapsed / steps)
         memory = peak_memory(self.workload.device) / 2**30
-        record = {"step": step, "images": step * self.workload.global_batch, **metrics}
-        record |= {
-            "images_per_second": rate,
-            "step_seconds": elapsed / steps,
-            "data_wait_share": wait_seconds / elapsed,
-            "memory_gib": memory,
-            "hours_left": left / 3600,
-            **self.workload.rates(rate),
-        }
-        self._records.append(record)
-        for tracker in self.trackers:
-            tracker.write(step, record)
+        clock = {
+            "images_per_second": rate, "step_seconds": elapsed / steps, "data_wait_share": wait_seconds / elapsed,
+            "memory_gib": memory, "hours_left": left / 3600, **self.workload.rates(rate),
+        }  # fmt: skip
+        self._record(step, metrics | clock)
         status = (
             f"loss {metrics['loss']:.4f}  {rate:.1f} images/s  step {1000 * elapsed / steps:.0f} ms  "
             f"data wait {100 * wait_seconds / elapsed:.0f} %  "
-            + (f"MFU {100 * record['mfu']:.1f} %  " if "mfu" in record else "")
+            + (f"MFU {100 * clock['mfu']:.1f} %  " if "mfu" in clock else "")
             + f"memory {memory:.1f} GiB  {duration(left)} left"
         )
         if self._progress is not None:
@@ -220,24 +201,22 @@ class MetricsLog:
             logger.info("step %d of %d  %s", step, self.total_steps, status)
         self.advance(step)
 
-    def write_evaluation(self, step: int, values: dict[str, float], seconds: float) -> None:
-        """Records what an evaluation within the run has found; the steps' rates do not count its time.
+    def _record(self, step: int, values: dict[str, float]) -> None:
+        """Hands one record to the file and to the trackers."""
+        record = {"step": step, "images": step * self.workload.global_batch, **values}
+        self._records.append(record)
+        for tracker in self.trackers:
+            tracker.write(step, record)
 
-        Args:
-            step: finished steps.
-            values: name -> value.
-            seconds: that it took.
-        """
+    def write_evaluation(self, step: int, values: dict[str, float], seconds: float) -> None:
+        """Records an evaluation after `step` finished steps; its `seconds` do not count in the rates of the steps."""
         self._last_time += seconds
         if self._began is not None:
             self._began += seconds
         first, self._evaluation_seconds = not self._evaluation_seconds, seconds
-        if first and self._estimated and self._evaluation_every:  # which did not know what an evaluation takes
+        if first and self._estimated and self._evaluation_every:  # the estimate did not count evaluations yet
             self._make_estimate(step, (time.perf_counter() - self._began) / (step - self._first_step))
-        record = {"step": step, "images": step * self.workload.global_batch, **values, "evaluation_seconds": seconds}
-        self._records.append(record)
-        for tracker in self.trackers:
-            tracker.write(step, record)
+        self._record(step, {**values, "evaluation_seconds": seconds})
         losses = {name.removeprefix("held_out/"): x for name, x in values.items() if name.startswith("held_out/")}
         shown = [f"{teacher} {loss:.4f}" for teacher, loss in losses.items() if "/" not in teacher]
         lines = [f"held-out loss {', '.join(shown)}"] if shown else []
@@ -245,17 +224,14 @@ class MetricsLog:
         logger.info("evaluation after step %d  %s  (%s)", step, "  ".join(lines), duration(seconds))
 
     def _seconds_left(self, step: int, seconds: float) -> float:
-        """What is left after `step` steps, at so many seconds a step and the last evaluation's for each to come."""
+        """Time left after `step` steps, at `seconds` a step; each evaluation to come takes as long as the last one."""
         evaluations = 0
         if every := self._evaluation_every:  # one at each multiple, and one at the end
             evaluations = math.ceil(self.total_steps / every) - step // every
         return (self.total_steps - step) * seconds + evaluations * self._evaluation_seconds
 
     def _make_estimate(self, step: int, seconds: float) -> None:
-        """Length of the whole run from the mean time of the first steps; saving checkpoints is not counted.
-
-        Evaluations are, once there has been one.
-        """
+        """Estimates the length of the whole run from the mean time of a step, without the saving of checkpoints."""
         self._estimated = True
         total, left = self._seconds_left(0, seconds), self._seconds_left(step, seconds)
         end = datetime.now(UTC) + timedelta(seconds=left)
@@ -270,14 +246,11 @@ class MetricsLog:
         if self._on_estimate is not None:
             self._on_estimate(
                 {
-                    "after_steps": step - self._first_step,
-                    "step_seconds": seconds,
-                    "images_per_second": self.workload.global_batch / seconds,
-                    "hours": total / 3600,
-                    "device_hours": device_hours,
-                    "end": end.isoformat(timespec="seconds"),
+                    "after_steps": step - self._first_step, "step_seconds": seconds,
+                    "images_per_second": self.workload.global_batch / seconds, "hours": total / 3600,
+                    "device_hours": device_hours, "end": end.isoformat(timespec="seconds"),
                 }
-            )
+            )  # fmt: skip
 
     def close(self) -> None:
         """Flushes and closes everything."""

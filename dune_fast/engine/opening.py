@@ -85,8 +85,8 @@ def describe(run: Opened) -> None:
     if not run.fit.fits:
         logger.warning(
             "by this estimate less than %.0f %% of the memory is left, and the run may end for want of it: take more "
-            "devices, train.activation_checkpointing=true, deepspeed=zero2, a smaller student or, for a new run, a "
-            "higher train.accumulation or a smaller train.global_batch", 100 * SPARE,
+            "devices, train.activation_checkpointing=true, deepspeed.zero_stage=2, a smaller student or, for a new "
+            "run, a higher train.accumulation or a smaller train.global_batch", 100 * SPARE,
         )  # fmt: skip
     if cfg.train.global_batch > run.loader.num_images:
         logger.warning(

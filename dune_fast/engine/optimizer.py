@@ -65,7 +65,7 @@ def scale_gradients(gradients: list[Tensor], norms: Tensor, indices: Tensor, cfg
         gradients: whole gradients, or pieces of them.
         norms: of every parameter's whole gradient, float32 [P].
         indices: int64 [number of gradients], the parameter of each.
-        cfg: `clip_per_parameter` and `clip_global`, of which at most one is on.
+        cfg: at most one of `clip_per_parameter` and `clip_global` is on.
     """
     if cfg.clip_per_parameter > 0:
         torch._foreach_mul_(gradients, list(clip_scale(norms[indices], cfg.clip_per_parameter).unbind()))

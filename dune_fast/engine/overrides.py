@@ -1,22 +1,26 @@
-"""Makes Hydra take what a user writes: text as it stands, and files of the user's own.
+"""What a user writes for Hydra: text as it stands, files of the user's own, teachers of timm's, and what is wrong.
 
 Hydra's grammar gives `=`, `,`, brackets and numbers a meaning. A field of type str takes any text, so its value is
-quoted wherever Hydra would refuse it or read something else: a path `/data/a=b`, a name `1.10`.
+quoted wherever Hydra would refuse it or read something else: a path `/data/a=b`, a name `1.10`. Imported before torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import re
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
 
 CONFIGS = "DUNE_FAST_CONFIGS"
 """Variable with further folders like `configs/`, separated as in PATH; `--config-dir` adds to it."""
@@ -103,6 +107,28 @@ def _is_text(key: str, schema: Any) -> bool:
     return kind is str
 
 
+def with_timm_teachers(overrides: Sequence[str]) -> list[str]:
+    """Overrides in which `+teachers.NAME=timm:MODEL[@FILE]` is a stored file of the group `teachers` and its choice.
+
+    Further overrides of the same teacher (`teachers.NAME.token_types=[patch]`) then work as for any other.
+
+    Raises:
+        ValueError: timm does not know the model, or is not installed.
+    """
+    rewritten = []
+    for override in overrides:
+        if match := re.fullmatch(r"\+{0,2}teachers\.([A-Za-z_]\w*)=(['\"]?)(timm:.*)\2", override, re.DOTALL):
+            from dune_fast.teachers.timm_names import from_shorthand  # imports torch
+
+            name, _, text = match.groups()
+            stored = f"timm_{name}_on_the_command_line"
+            cfg = dataclasses.asdict(from_shorthand(name, text))
+            ConfigStore.instance().store(group="teachers", name=stored, node=cfg)
+            override = f"+teachers@teachers.{name}={stored}"
+        rewritten.append(override)
+    return rewritten
+
+
 def expand_home(values: Any) -> Any:
     """Texts that begin with `~/`, in any depth, with the home folder in its place: a shell leaves `name=~/x` alone."""
     if isinstance(values, dict):
@@ -110,3 +136,72 @@ def expand_home(values: Any) -> Any:
     if isinstance(values, list):
         return [expand_home(value) for value in values]
     return os.path.expanduser(values) if isinstance(values, str) and values.startswith("~/") else values
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().split("\n")[0]
+
+
+def explain_missing(error: MissingConfigException) -> str:
+    """'experiment/dmeo' -> a sentence with the close names and all names."""
+    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    names = sorted(config_names(group))
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    kind = {"teachers": "teacher", "data": "dataset"}.get(group, group or "configuration")
+    return (
+        f"there is no {kind} {name!r}: {hint}known are {', '.join(names) or 'none'}. An own one is a file "
+        f"configs/{group}/{name}.yaml in the current folder, or below --config-dir"
+    )
+
+
+def explain_group(overrides: Sequence[str]) -> str:
+    """A sentence for an override that chooses a file for a run that goes on, with the fields to give; "" for none."""
+    for override in overrides:
+        group, _, name = override.lstrip("+").partition("=")
+        if (path := config_names(group).get(name)) is None:
+            continue
+        prefix = "" if group == "experiment" else f"{group}."
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        plain = {key: value for key, value in content.items() if isinstance(value, int | float | str)}
+        given = [f"{prefix}{key}={value}" for key, value in plain.items() if "$" not in str(value)]
+        return (
+            f"{override} chooses a file of the group {group!r}, but a run that goes on has its own configuration: give "
+            f"the fields instead, {' '.join(given[:3]) or f'{prefix}FIELD=VALUE'}"
+        )
+    return ""
+
+
+def field_names(kind: Any, prefix: str = "") -> list[str]:
+    """All dotted field names of the configuration."""
+    names = []
+    for f in dataclasses.fields(kind):
+        names.append(prefix + f.name)
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        if dataclasses.is_dataclass(default):
+            names += field_names(type(default), f"{prefix}{f.name}.")
+    return names
+
+
+def explain(error: Exception, overrides: list[str], kind: type) -> str:
+    """A sentence for an override that does not fit the schema `kind`."""
+    text = str(error.__cause__ or error).strip()
+    match = re.search(r"Could not override '([\w.@/]+)'|Key '([\w.]+)' not in", str(error))
+    key = (match.group(1) or match.group(2)) if match else None
+    if key is not None:
+        if key.startswith("deepspeed.options"):
+            return "entries of deepspeed.options are added with a plus in front: +deepspeed.options.SECTION.NAME=VALUE"
+        close = difflib.get_close_matches(key, field_names(kind), n=3, cutoff=0.5)
+        everything = "`dune-fast config experiment=demo` prints all fields"
+        hint = f"; did you mean {' or '.join(close)}?" if close else f"; {everything}"
+        return f"the configuration has no field {key!r}{hint}"
+    if "not a subclass of TeacherConfig" in text:
+        return (
+            "a teacher is added as a file: write configs/teachers/NAME.yaml and give +teachers@teachers.NAME=NAME; one "
+            "of timm's by its name: +teachers.NAME=timm:MODEL@FILE"
+        )
+    if "not a subclass of DatasetConfig" in text:
+        return "datasets are added in a file: write configs/data/NAME.yaml with all of them and give data=NAME"
+    lines = [line.strip() for line in text.split("\n") if line.strip() and "object_type" not in line]
+    return f"the configuration cannot be composed from {' '.join(overrides) or 'no override'}: {'; '.join(lines)}"

@@ -97,11 +97,7 @@ def world(device: torch.device) -> dict[str, Any]:
 
 
 class RunRecord:
-    """`run.json`: {"starts": [...], "trackers": {...}}, written whole, so that a kill leaves the old or the new one.
-
-    Args:
-        folder: of the run.
-    """
+    """`run.json`: {"starts": [...], "trackers": {...}}, written whole, so that a kill leaves the old or the new one."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "run.json"
@@ -113,16 +109,7 @@ class RunRecord:
                 logger.warning("%s cannot be read and is written anew: %s", self.path, error)
 
     def start(self, step: int, total_steps: int, where: dict[str, Any]) -> dict[str, Any]:
-        """Appends a start and logs it.
-
-        Args:
-            step: finished steps.
-            total_steps: of the run.
-            where: of `world`.
-
-        Returns:
-            What was appended.
-        """
+        """Appends a start after `step` finished steps and logs it; `where` is of `world`. Returns what it appended."""
         entry = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "step": step,

@@ -16,12 +16,12 @@ from typing import Any
 import torch.distributed as dist
 
 from dune_fast.dali_pipelines.datasets import Dataset
-from dune_fast.engine import checkpoints
+from dune_fast.engine.checkpoints import clear_partial
 from dune_fast.engine.config import ConfigError, RunConfig, dump_config
 from dune_fast.engine.config_identity import refuse_changes
-from dune_fast.engine.container import Manifest
 from dune_fast.engine.memory import checkpoint_bytes
 from dune_fast.engine.run_log import open_run_log
+from dune_fast.teachers.run_files import Manifest, complete_steps, folder, newest_good, tag
 
 logger = logging.getLogger(__name__)
 
@@ -90,33 +90,27 @@ def _hold(run: Path) -> None:
     os.pwrite(held, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
-def _prepare(cfg: RunConfig, precision: str, parts: Callable[[], int]) -> int | None:
-    if not cfg.output_dir:
-        raise ValueError("output_dir is empty; give the run's folder, e.g. output_dir=runs/mine")
-    run = Path(cfg.output_dir)
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"output_dir={run} is a file; choose a folder")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EINVAL, errno.ELOOP, errno.ENOTSUP):
-            raise  # the others are explained where the command ends
-        raise ValueError(f"output_dir={run} cannot be made ({error.strerror}): choose another folder") from None
-    _hold(run)
-    holds_run = (run / "metrics.jsonl").exists() or bool(checkpoints.complete_steps(run))
-    if holds_run and cfg.train.overwrite:
-        logger.info("starting anew in %s: what the earlier run left there is deleted", run)
-        checkpoints.clear(run)
-    elif holds_run and not cfg.train.resume:
-        raise ValueError(
-            f"{run} holds a run: go on with train.resume=true, start anew with train.overwrite=true, "
-            "or choose another name=..."
-        )
-    open_run_log(run)
-    checkpoints.clear_partial(run)
-    step = checkpoints.newest_good(run)
+_RESULTS = (
+    "checkpoints", "tensorboard", "metrics.jsonl", "log.txt", "run.json", "config.yaml", "encoder.safetensors",
+    "student.safetensors", "drift.json", "held_out.json", "pca.png", "loss.png", "quarantine.rank*.jsonl",
+    "nonfinite_step_*.safetensors",
+)  # fmt: skip
+"""What a run writes into its folder."""
+
+
+def _clear(run: Path) -> None:
+    """Deletes what an earlier run has left in the folder; other files stay."""
+    for path in [path for pattern in _RESULTS for path in run.glob(pattern)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _settle(cfg: RunConfig, run: Path, step: int | None, precision: str, parts: Callable[[], int]) -> None:
+    """Fixes precision and accumulation, the checkpoint's if there is one, and refuses a changed configuration."""
     if step is not None:
-        manifest = Manifest.read(checkpoints.folder(run) / checkpoints.tag(step))
+        manifest = Manifest.read(folder(run) / tag(step))
         if cfg.train.accumulation == 0:
             cfg.train.accumulation = manifest.config["train"].get("accumulation", 1)
         if cfg.train.precision == "auto":
@@ -131,6 +125,34 @@ def _prepare(cfg: RunConfig, precision: str, parts: Callable[[], int]) -> int | 
         cfg.train.precision = precision
     if cfg.train.accumulation == 0:
         cfg.train.accumulation = parts()
+
+
+def _prepare(cfg: RunConfig, precision: str, parts: Callable[[], int]) -> int | None:
+    if not cfg.output_dir:
+        raise ValueError("output_dir is empty; give the run's folder, e.g. output_dir=runs/mine")
+    run = Path(cfg.output_dir)
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"output_dir={run} is a file; choose a folder")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EINVAL, errno.ELOOP, errno.ENOTSUP):
+            raise  # the others are explained where the command ends
+        raise ValueError(f"output_dir={run} cannot be made ({error.strerror}): choose another folder") from None
+    _hold(run)
+    holds_run = (run / "metrics.jsonl").exists() or bool(complete_steps(run))
+    if holds_run and cfg.train.overwrite:
+        logger.info("starting anew in %s: what the earlier run left there is deleted", run)
+        _clear(run)
+    elif holds_run and not cfg.train.resume:
+        raise ValueError(
+            f"{run} holds a run: go on with train.resume=true, start anew with train.overwrite=true, "
+            "or choose another name=..."
+        )
+    open_run_log(run)
+    clear_partial(run)
+    step = newest_good(run)
+    _settle(cfg, run, step, precision, parts)
     free, needed = shutil.disk_usage(run).free, checkpoint_bytes(cfg)
     if free < needed:
         raise ConfigError(
@@ -149,10 +171,7 @@ def count_images(datasets: Sequence[Dataset]) -> dict[str, int]:
 def refuse_other_images(saved: dict[str, int], found: dict[str, int], allowed: bool) -> None:
     """Raises ConfigError if a run would go on with more or fewer images: every further step would have others.
 
-    Args:
-        saved: `count_images` at the checkpoint; empty if it is too old to know.
-        found: the same, now.
-        allowed: whether to warn instead.
+    `saved` is `count_images` at the checkpoint, empty if that is an old one; `allowed` warns instead.
     """
     other = [f"{name}: {count} -> {found.get(name, 0)}" for name, count in saved.items() if found.get(name, 0) != count]
     if not other:

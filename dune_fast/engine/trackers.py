@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,7 +69,7 @@ class TensorBoard:
 
 
 class Service:
-    """Sends records from a thread of its own.
+    """Sends records from a thread, so that a slow or dead server holds up no step.
 
     Args:
         name: of the service, for messages.
@@ -82,7 +82,7 @@ class Service:
     ) -> None:
         self.name, self._send, self._finish = name, send, finish
         self._given_up = False
-        self._queue: queue.Queue = queue.Queue(_QUEUE)
+        self._queue: queue.Queue[tuple[int, dict[str, float]] | bool] = queue.Queue(_QUEUE)
         self._thread = threading.Thread(target=self._work, name=f"log-to-{name}", daemon=True)
         self._thread.start()
 
@@ -98,11 +98,8 @@ class Service:
         if self._given_up:
             return
         deadline = time.monotonic() + _CLOSE_SECONDS
-        try:
+        with suppress(queue.Full):
             self._queue.put(finished, timeout=_CLOSE_SECONDS)
-        except queue.Full:
-            self._give_up(f"it has not taken the last {_QUEUE} records")
-            return
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self._give_up(f"it has not taken the last records in {_CLOSE_SECONDS:.0f} s")
@@ -186,8 +183,7 @@ def open_trackers(
 
     Args:
         cfg: which.
-        name: of the run.
-        folder: of the run.
+        name, folder: of the run.
         first_step: where this process starts.
         ids: the services' names for this run, from its earlier starts; new ones are added.
         config: the run's resolved configuration, plain dictionaries and lists.

@@ -1,4 +1,8 @@
-"""The training run: builds everything from the configuration, steps, logs, saves, stops when it must."""
+"""The training run: builds everything from the configuration, steps, logs, saves, stops when it must.
+
+`_open`, `_build_step` and `_build_loop` build, once; `run`, `_loop` and `train_step` go round. More than 300 lines: all
+parts of a run meet here.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,6 @@ from dune_fast.engine.accumulation import merge, micro_batch_size, part_momentum
 from dune_fast.engine.config import RunConfig, as_dict
 from dune_fast.engine.config_identity import config_hash, freeze
 from dune_fast.engine.conflicts import TeacherConflicts
-from dune_fast.engine.container import CheckpointError, Manifest
 from dune_fast.engine.deepspeed_engine import Engine, init_distributed, sum_over_ranks, useful_zero_stage
 from dune_fast.engine.determinism import deterministic_algorithms, explained
 from dune_fast.engine.devices import agreed_precision, autocast_dtype
@@ -38,12 +41,12 @@ from dune_fast.engine.metrics import MetricsLog
 from dune_fast.engine.opening import describe, open_log
 from dune_fast.engine.provenance import world
 from dune_fast.engine.run_folder import count_images, how_to_go_on, open_run, refuse_other_images
-from dune_fast.engine.saver import Saver
 from dune_fast.engine.schedules import ema_momenta, learning_rates, scaled_learning_rate
 from dune_fast.engine.trackers import check_packages
 from dune_fast.engine.warm_start import initial_student
 from dune_fast.student import build_student
 from dune_fast.teachers.ensemble import TeacherEnsemble
+from dune_fast.teachers.run_files import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +88,14 @@ class Trainer:
             raise
 
     def _build(self) -> None:
+        resume_step = self._open()
+        self._build_step(resume_step)
+        self._build_loop(resume_step)
+        if self.step == 0 and self.cfg.standardization.convention == "phi_s":
+            self._estimate_statistics()
+
+    def _open(self) -> int | None:
+        """Joins the other ranks, opens the run's folder; returns the step of the checkpoint to go on from, or None."""
         cfg = self.cfg
         self.device = init_distributed(cfg.train.timeout_minutes)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -96,27 +107,28 @@ class Trainer:
             cfg, precision, lambda: fit(cfg, self.world_size, memory, cfg.train.precision == "bf16").parts
         )
         freeze(cfg)
-        dtype = autocast_dtype(cfg.train.precision, self.device)
-        self.fit = fit(cfg, self.world_size, memory, dtype is not None, cfg.train.accumulation)
+        self.dtype = autocast_dtype(cfg.train.precision, self.device)
+        self.fit = fit(cfg, self.world_size, memory, self.dtype is not None, cfg.train.accumulation)
         """An estimate of what a step takes of the smallest device's memory."""
+        return resume_step
+
+    def _build_step(self, resume_step: int | None) -> None:
+        """Data, teachers, student and the walk of a batch through them."""
+        cfg = self.cfg
         self.loader = TrainLoader(
             cfg.data, cfg.image_size, cfg.train.global_batch, self.rank, self.world_size, cfg.train.seed, self.device,
             folder=self.run_dir,
         )  # fmt: skip
         if self.evaluate is not None:
             self.evaluate.check(self.loader.datasets)
-        own = ownership(
-            {name: teacher.groups for name, teacher in cfg.teachers.items()},
-            self.loader.groups,
-            cfg.objective,
-            self.device,
-        )
-        self.teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype, self.device)
+        groups = {name: teacher.groups for name, teacher in cfg.teachers.items()}
+        own = ownership(groups, self.loader.groups, cfg.objective, self.device)
+        self.teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, self.dtype, self.device)
         if resume_step is not None:  # the checkpoint's weights follow: the source of a warm start may be gone
             student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
         else:
             student = initial_student(cfg)
-        student.compute_in(dtype, cfg.train.student_stream)
+        student.compute_in(self.dtype, cfg.train.student_stream)
         student.encoder.activation_checkpointing = cfg.train.activation_checkpointing
         if cfg.train.compile:
             student.compile_blocks()
@@ -128,34 +140,34 @@ class Trainer:
         self.statistics = TeacherStatistics(
             cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps
         ).to(self.device)
+        self.all_reduce = sum_over_ranks if self.world_size > 1 else None
+        side = SideStream(self.device) if cfg.train.overlap_teachers else None
         self.distill = DistillationStep(
-            self.engine, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed,
-            sum_over_ranks if self.world_size > 1 else None,
-            SideStream(self.device) if cfg.train.overlap_teachers else None,
-        )  # fmt: skip
-        peak = scaled_learning_rate(cfg.optimizer.lr_per_256, cfg.train.global_batch)
+            self.engine, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed, self.all_reduce, side
+        )
+
+    def _build_loop(self, resume_step: int | None) -> None:
+        """What goes round the step: schedules, checkpoints, guards; loads the checkpoint."""
+        cfg, train = self.cfg, self.cfg.train
+        peak = scaled_learning_rate(cfg.optimizer.lr_per_256, train.global_batch)
         self.lr = learning_rates(cfg.steps, peak, cfg.optimizer.min_lr, cfg.optimizer.warmup_fraction)
         self.momenta = ema_momenta(cfg.steps, cfg.standardization.ema_start, cfg.standardization.ema_end)
-        self.conflicts = (
-            TeacherConflicts(list(cfg.teachers), cfg.train.log_every, self.device, self.world_size)
-            if cfg.logging.conflicts and len(cfg.teachers) > 1
-            else None
-        )
-        timeout = 60.0 * cfg.train.timeout_minutes
-        self.saver = Saver(
-            self.run_dir, self.rank, self.world_size, cfg.train.keep_checkpoints, cfg.train.keep_every, timeout
+        self.conflicts = None
+        if cfg.logging.conflicts and len(cfg.teachers) > 1:
+            self.conflicts = TeacherConflicts(list(cfg.teachers), train.log_every, self.device, self.world_size)
+        timeout = 60.0 * train.timeout_minutes
+        self.saver = checkpoints.Saver(
+            self.run_dir, self.rank, self.world_size, train.keep_checkpoints, train.keep_every, timeout
         )
         run = self._resume(resume_step) if resume_step is not None else {}
         self.step = resume_step or 0
         names = Names(list(cfg.teachers), self.loader.dataset_names, list(self.engine.shapes))
         about = {"config": json.dumps(as_dict(cfg))}
-        self.guard = Guard(names, cfg.train.max_loss, self.device, run.get("skipped_in_a_row", 0), about)
+        self.guard = Guard(names, train.max_loss, self.device, run.get("skipped_in_a_row", 0), about)
         self.stop = Stop(self.world_size, timeout)
         self.watchdog = Watchdog(self.rank, self.world_size, timeout, how_to_go_on(cfg))
         self.stopped, self.evaluation_due = False, run.get("evaluation_due", False)
         """Whether `run` has ended early, after a signal; whether a signal has broken off this step's evaluation."""
-        if self.step == 0 and cfg.standardization.convention == "phi_s":
-            self._estimate_statistics()
 
     def _resume(self, step: int) -> dict[str, Any]:
         """Loads a checkpoint; returns the run's small state."""
@@ -200,7 +212,8 @@ class Trainer:
                     describe(self)
                     log = open_log(self, where)
                 self._loop(log)
-                self._wait_for_save()
+                self.watchdog.at("waiting for the last checkpoint")
+                self.saver.finish(self.device)
         finally:
             if log is not None:
                 log.close()
@@ -232,7 +245,9 @@ class Trainer:
                 check_teachers(self.teachers, batch.images[: train.drift_images], self.run_dir)
             metrics = self.train_step(batch)
             if self.step % train.log_every == 0 or self.step in (1, total):
-                values = self._read(metrics) | self._read_conflicts()
+                values = self._read(metrics)
+                if self.conflicts is not None:
+                    values |= self.conflicts.read(self.all_reduce)
                 if log is not None:
                     log.write(self.step, values, self.loader.waited_s - waited)
                 waited = self.loader.waited_s
@@ -244,11 +259,14 @@ class Trainer:
                 self._save()
 
     def _evaluate(self, log: MetricsLog | None) -> bool:
-        """Evaluates and records if it is time to; its own is not the training's. Whether a signal broke it off."""
+        """Evaluates and records if this step is due; returns whether a signal broke it off.
+
+        The time of an evaluation is not counted as the training's.
+        """
         if self.evaluate is None or (self.step % self.cfg.evaluation.every and self.step < self.cfg.steps):
             return False
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # what is still to be done of the training is not evaluation
+            torch.cuda.synchronize(self.device)  # queued training steps are not evaluation
         began = time.perf_counter()
         values = self.evaluate(self)
         if values is None:
@@ -294,23 +312,11 @@ class Trainer:
         if self.world_size > 1:
             dist.all_reduce(packed)
         values = dict(zip(metrics, (packed / self.world_size).tolist(), strict=True))
-        values |= self.guard.read(self.run_dir, self.world_size, self._kept)
+        values |= self.guard.read(self.run_dir, self.world_size, self.saver.newest)
         return values | {"lr": float(self.lr[self.step - 1]), "ema_momentum": float(self.momenta[self.step - 1])}
 
-    def _kept(self) -> str:
-        self.saver.wait(timeout=60.0)  # one may be on its way to the disk
-        steps = checkpoints.complete_steps(self.run_dir)
-        if not steps:
-            return "there is no checkpoint yet"
-        return f"the last good checkpoint is {checkpoints.tag(steps[-1])} in {checkpoints.folder(self.run_dir)}"
-
-    def _read_conflicts(self) -> dict[str, float]:
-        if self.conflicts is None:
-            return {}
-        return self.conflicts.read(sum_over_ranks if self.world_size > 1 else None)
-
     def _save(self) -> None:
-        """Begins a checkpoint; the disk is a thread's matter."""
+        """Begins a checkpoint; a thread writes it to disk."""
         engine, skipped = self.engine, int(self.guard.in_a_row.item())
         images, due = count_images(self.loader.datasets), self.evaluation_due
         manifest = Manifest(
@@ -321,14 +327,3 @@ class Trainer:
         small = {f"student/{name}": x for name, x in engine.untrained().items()}
         small |= {f"statistics/{name}": x for name, x in self.statistics.state_dict().items()}
         self.saver.save(manifest, engine.state, small)
-
-    def _wait_for_save(self) -> None:
-        """Waits for the last checkpoint; CheckpointError on every rank if it failed on any."""
-        self.watchdog.at("waiting for the last checkpoint")
-        fault = torch.tensor(float(not self.saver.wait()), device=self.device)
-        dist.all_reduce(fault, op=dist.ReduceOp.MAX)
-        if fault.item():
-            raise CheckpointError(
-                f"the last checkpoint, step {self.saver.last_step}, could not be saved "
-                f"({self.saver.fault or 'see the other ranks'}); {self._kept()}"
-            )

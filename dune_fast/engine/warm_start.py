@@ -26,7 +26,7 @@ from dune_fast.teachers.weights import compare
 
 logger = logging.getLogger(__name__)
 
-# the first has the projectors too; the last is in folders of timm's hub
+# student.safetensors has the projectors too; model.safetensors is in folders of timm's hub
 _RUN_FILES = ("student.safetensors", "encoder.safetensors", "model.safetensors")
 
 
@@ -50,16 +50,13 @@ def warm_start(student: Student, source: str) -> list[str]:
     """Overwrites the encoder's weights, and those of every projector that the source has in the same shape.
 
     Positions are resized to the student's image size. Registers that the source lacks, as DINOv2 without them, keep
-    their initial weights. Both are logged.
+    their initial weights. Both are logged. Returns the teachers whose projectors were taken over.
 
     Args:
         student: with its initial weights.
         source: the folder of a run (its newest checkpoint if it has not ended) or of a checkpoint, a file of a run, a
             published checkpoint (DUNE's, UNIC's, DINOv2's or timm's of it, or any with an encoder under such names), or
             a bare state dict of an encoder.
-
-    Returns:
-        The teachers whose projectors were taken over.
 
     Raises:
         WarmStartError: a folder without weights, or an encoder of another architecture.

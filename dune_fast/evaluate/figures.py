@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dune_fast.engine.metrics import read_metrics
 from dune_fast.evaluate.held_out import pca_rgb
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.student import Student
-from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.teachers.ensemble import TeacherEnsemble
 
 matplotlib.use("Agg")

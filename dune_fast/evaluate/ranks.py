@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dune_fast.dali_pipelines.progress import Progress
 from dune_fast.engine.launch import place
+from dune_fast.teachers.progress import Progress
 
 
 class _Silent(contextlib.nullcontext):

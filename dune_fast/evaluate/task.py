@@ -24,8 +24,8 @@ from dune_fast.evaluate.model import FrozenModel, check_size, open_model
 from dune_fast.evaluate.pairs import open_pairs
 from dune_fast.evaluate.probe import RECIPES, recipe
 from dune_fast.evaluate.ranks import Ranks
-from dune_fast.teachers.assets import cache_dir
 from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.files import cache_dir
 
 logger = logging.getLogger(__name__)
 

@@ -31,9 +31,8 @@ def sizes(encoder: VisionTransformer, native_only: bool) -> list[tuple[int, int,
     """(batch, height, width) to compare at: the native size, then a larger and a smaller grid of other shapes."""
     side, patch = encoder.cfg.image_size, encoder.cfg.patch_size
     native = [(2, side, side), (1, side, side)]
-    return (
-        native if native_only else [*native, (1, side + patch, side), (3, max(patch, side // patch // 2 * patch), side)]
-    )
+    others = [(1, side + patch, side), (3, max(patch, side // patch // 2 * patch), side)]
+    return native if native_only else native + others
 
 
 def encoder_outputs(encoder: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
@@ -43,19 +42,13 @@ def encoder_outputs(encoder: VisionTransformer, images: Tensor) -> dict[str, Ten
 
 
 def compare(reader: Reader, reference: Reader, shapes: list[tuple[int, int, int]], what: str) -> float:
-    """Runs both on random images.
-
-    Args:
-        reader: the export, read back.
-        reference: ours; it may give more than the reader.
-        shapes: (batch, height, width) of the images.
-        what: name of the export, for the message.
+    """Runs an export that was read back, and ours, on random images of these shapes (batch, height, width).
 
     Returns:
-        The largest difference over the largest value of its output.
+        The largest difference over the largest value of its output. `reference` may have more outputs than `reader`.
 
     Raises:
-        ExportError: above LIMIT, another shape, or not a number.
+        ExportError: above LIMIT, another shape, or not a number; `what` names the export.
     """
     worst = 0.0
     for i, shape in enumerate(shapes):

@@ -6,19 +6,18 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dune_fast.engine.config import load_config
-from dune_fast.engine.container import write_tensors
-from dune_fast.export import TARGETS, foreign, onnx_graph, published
-from dune_fast.export.check import ExportError, Reader, compare, encoder_outputs, sizes
-from dune_fast.kernels.nn.vit import VisionTransformer
+from dune_fast.export import TARGETS, to_dune, to_hf, to_onnx, to_safetensors, to_timm
+from dune_fast.export.check import ExportError, compare, encoder_outputs, sizes
+from dune_fast.export.dinov2_alike import resizes_alike
 from dune_fast.load import load_encoder, load_model, locate
-from dune_fast.teachers.architecture import PREPROCESSING, architecture_metadata
 from dune_fast.teachers.run_files import Manifest, is_checkpoint
 from dune_fast.teachers.weights import folder_weights
 
-_SAFETENSORS = "encoder.safetensors"
+_MODULES = {"timm": to_timm, "hf": to_hf, "onnx": to_onnx, "safetensors": to_safetensors, "dune": to_dune}
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,7 @@ def export(source: str | os.PathLike, target: str, output: Path | None = None) -
     try:
         difference, every_size, notes = _write_and_compare(path, target, part)
         output.mkdir(parents=True, exist_ok=True)
-        files = []
-        for written in sorted(part.iterdir()):
-            files.append(written.replace(output / written.name))
+        files = [written.replace(output / written.name) for written in sorted(part.iterdir())]
     except OSError as error:
         raise ExportError(f"the export to {output} failed: {error}") from error
     finally:
@@ -96,62 +93,28 @@ def _write_and_compare(path: Path, target: str, part: Path) -> tuple[float, bool
     notes: list[str] = []
     if target == "dune":
         model = load_model(path)
-        published.write_dune(model, part, _steps(path))
-        encoder, reference = model.encoder, published.dune_outputs(model)
-        if others := [name for name in model.teachers if name not in published.TEACHERS]:
+        to_dune.write(model, part, _steps(path))
+        encoder, reference = model.encoder, to_dune.dune_outputs(model)
+        if others := [name for name in model.teachers if name not in to_dune.TEACHERS]:
             notes.append(
                 f"its own code reads the encoder; the whole model once TEACHER_CFG there knows {', '.join(others)}"
             )
     else:
         encoder = load_encoder(path)
-        write = {
-            "timm": foreign.write_timm,
-            "hf": foreign.write_hf,
-            "onnx": onnx_graph.write_onnx,
-            "safetensors": write_safetensors,
-        }
-        write[target](encoder, part)
-        reference = _reference(encoder)
-    every_size = target not in ("timm", "hf") or foreign.resizes_alike(encoder.cfg)
+        _MODULES[target].write(encoder, part)
+        reference = partial(encoder_outputs, encoder)
+    every_size = target not in ("timm", "hf") or resizes_alike(encoder.cfg)
     if not every_size:
         notes.append(
             f"{target} resizes the position table by size and with antialias, this encoder otherwise: features agree "
             "at the image size it was trained for, at others they differ slightly"
         )
-    reader = _read_back(target, part)
-    difference = compare(reader, reference, sizes(encoder, native_only=not every_size), target)
-    return difference, every_size, tuple(notes)
-
-
-def _reference(encoder: VisionTransformer) -> Reader:
-    return lambda images: encoder_outputs(encoder, images)
-
-
-def _read_back(target: str, part: Path) -> Reader:
-    """The independent library's reader; whatever it refuses is an ExportError."""
-    read = {
-        "timm": foreign.read_timm,
-        "hf": foreign.read_hf,
-        "onnx": onnx_graph.read_onnx,
-        "safetensors": read_safetensors_export,
-        "dune": published.read_dune,
-    }
     try:
-        return read[target](part)
+        reader = _MODULES[target].read(part)
     except ExportError:
         raise
     except Exception as error:  # every library has its own ways to refuse a file
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ExportError(f"the {target} export cannot be read back and was removed: {reason}") from error
-
-
-def write_safetensors(encoder: VisionTransformer, folder: Path) -> None:
-    """Writes `encoder.safetensors`, with architecture and preprocessing in its metadata."""
-    state = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-    metadata = architecture_metadata(encoder.cfg) | {PREPROCESSING: encoder.transform.as_json()}
-    write_tensors(folder / _SAFETENSORS, state, metadata)
-
-
-def read_safetensors_export(folder: Path) -> Reader:
-    """The encoder, built from the file alone."""
-    return _reference(load_encoder(folder / _SAFETENSORS))
+    difference = compare(reader, reference, sizes(encoder, native_only=not every_size), target)
+    return difference, every_size, tuple(notes)

@@ -21,7 +21,7 @@ from dune_fast.kernels.attention import attention
 from dune_fast.kernels.fp8 import E4M3, FP8Linear, FP8Rows, bias_gelu_fp8, layer_norm_fp8, residual_layer_norm_fp8
 from dune_fast.kernels.gelu import bias_gelu, linear_gelu
 from dune_fast.kernels.layer_norm import layer_norm, residual_layer_norm
-from dune_fast.kernels.library import use_triton
+from dune_fast.kernels.library import followed, use_triton
 from dune_fast.kernels.residual import residual
 from dune_fast.kernels.rope2d import rope2d, rope2d_
 
@@ -33,13 +33,9 @@ class LayerNorm(nn.LayerNorm):
     """LN(x) or, with a branch's output, (x', LN(x')) of x' = x + gamma * (branch + branch_bias). x: [..., D]."""
 
     def forward(
-        self,
-        x: Tensor,
-        branch: Tensor | None = None,
-        gamma: Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
-        branch_bias: Tensor | None = None,
-    ) -> Tensor | FP8Rows | tuple[Tensor, Tensor | FP8Rows]:
+        self, x: Tensor, branch: Tensor | None = None, gamma: Tensor | None = None,
+        out_dtype: torch.dtype | None = None, branch_bias: Tensor | None = None,
+    ) -> Tensor | FP8Rows | tuple[Tensor, Tensor | FP8Rows]:  # fmt: skip
         """`out_dtype` is the norm's, x's by default; float8_e4m3fn gives `FP8Rows`. x' keeps x's type."""
         parameters = (self.weight, self.bias, self.eps)
         if out_dtype == E4M3:  # frozen, so the branch has added its bias
@@ -79,16 +75,12 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    @property
-    def last(self) -> Linear | FP8Linear:
-        """The layer whose output is the branch's."""
-        return self.proj
+    last = property(lambda self: self.proj, doc="The layer whose output is the branch's.")
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, add_bias: bool = True) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, D / H]
         if rope is not None:
-            followed = torch.is_grad_enabled() and qkv.requires_grad
-            qkv = rope2d(qkv, *rope) if followed else rope2d_(qkv, *rope)
+            qkv = rope2d(qkv, *rope) if followed(qkv) else rope2d_(qkv, *rope)
         return self.proj(attention(qkv, self.backend).flatten(2), add_bias)
 
 
@@ -103,10 +95,7 @@ class MLP(nn.Module):
         self.fc1 = Linear(dim, hidden_dim)
         self.fc2 = Linear(hidden_dim, dim)
 
-    @property
-    def last(self) -> Linear | FP8Linear:
-        """The layer whose output is the branch's."""
-        return self.fc2
+    last = property(lambda self: self.fc2, doc="The layer whose output is the branch's.")
 
     def hidden(self, x: Tensor | FP8Rows) -> Tensor | FP8Rows:
         """GELU of the first layer's output."""
@@ -135,10 +124,7 @@ class SwiGLU(nn.Module):
         self.w12 = Linear(dim, 2 * hidden_dim)
         self.w3 = Linear(hidden_dim, dim)
 
-    @property
-    def last(self) -> Linear | FP8Linear:
-        """The layer whose output is the branch's."""
-        return self.w3
+    last = property(lambda self: self.w3, doc="The layer whose output is the branch's.")
 
     def forward(self, x: Tensor | FP8Rows, add_bias: bool = True) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
@@ -171,12 +157,7 @@ class Block(nn.Module):
     """One pre-norm transformer block. x: [B, N, D] -> [B, N, D]."""
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        layer_scale: float | None = 1e-4,
-        mlp: str = "gelu",
+        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = 1e-4, mlp: str = "gelu"
     ) -> None:
         super().__init__()
         self.norm1 = LayerNorm(dim, eps=LAYER_NORM_EPS)
@@ -187,13 +168,9 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None = None,
-        normed: Tensor | FP8Rows | None = None,
-        next_norm: LayerNorm | None = None,
-        next_dtype: torch.dtype | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor | FP8Rows]:
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, normed: Tensor | FP8Rows | None = None,
+        next_norm: LayerNorm | None = None, next_dtype: torch.dtype | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor | FP8Rows]:  # fmt: skip
         """The block's output x, or (x, next_norm(x)) where the norm that reads it is given.
 
         Args:
@@ -201,8 +178,8 @@ class Block(nn.Module):
             rope: (cos, sin) of `rope2d_angles`, or None.
             normed: norm1(x), where the block before has made it.
             next_norm: the next block's `norm1`.
-            next_dtype: of the normed output: the next block's `input_dtype`, this one's by default. Without
-                `next_norm`, of x: its own by default.
+            next_dtype: of next_norm(x): the next block's `input_dtype`, this one's by default. Without `next_norm`, of
+                x: its own by default.
         """
         dtype = self.input_dtype(x)
         if normed is None:
@@ -236,12 +213,9 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def run_blocks(
-    blocks: Sequence[Block] | nn.ModuleList,
-    x: Tensor,
-    rope: tuple[Tensor, Tensor] | None = None,
-    recompute: bool = False,
-    last_dtype: torch.dtype | None = None,
-) -> Iterator[Tensor]:
+    blocks: Sequence[Block] | nn.ModuleList, x: Tensor, rope: tuple[Tensor, Tensor] | None = None,
+    recompute: bool = False, last_dtype: torch.dtype | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
     """Un-normalised tokens [B, N, D] after each block in turn; x is what the first one takes.
 
     They keep x's type, but the last ones have `last_dtype`, e.g. that of the matrix product that reads them. Each

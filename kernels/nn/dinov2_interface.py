@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dune_fast.kernels.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.preprocessing import Preprocessing
 
 _NO_TABLE_SIZE = 512
@@ -66,25 +66,17 @@ class DINOv2Interface:
         return self.embed(images)
 
     def get_intermediate_layers(
-        self,
-        images: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_class_token: bool = False,
+        self, images: Tensor, n: int | Sequence[int] = 1, reshape: bool = False, return_class_token: bool = False,
         norm: bool = True,
-    ) -> tuple:
-        """Patch tokens of the last `n` blocks (or of the blocks listed), normed by default.
+    ) -> tuple:  # fmt: skip
+        """Patch tokens of some blocks, for each [B, N, D], in the order asked for.
 
         Args:
             images: [B, 3, H, W].
             n: how many of the last blocks, or indices from 0; negative ones count from the end, -1 is the last.
-            reshape: give maps instead of tokens.
+            reshape: give maps [B, D, H/p, W/p] instead of tokens.
             return_class_token: give pairs (patches, cls).
             norm: whether the final norm is applied to each.
-
-        Returns:
-            A tuple over blocks, in the order asked for, of [B, N, D], or [B, D, H/p, W/p] with `reshape`; pairs
-            (patches, cls) with `return_class_token`.
 
         Raises:
             ValueError: a block that there is not, or none.

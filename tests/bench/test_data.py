@@ -16,6 +16,7 @@ pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: 
 pytest.importorskip("psutil")
 
 from bench import data, data_contenders, data_index, data_turns  # noqa: E402
+from bench.records import Measured, write_steps  # noqa: E402
 from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -33,8 +34,8 @@ def photographs(tmp_path):
 
 def test_photographs_are_shrunk_to_the_shorter_side_or_left_alone(tmp_path, photographs):
     smaller = data.prepare_images(tmp_path / "given", 60, tmp_path / "smaller")
-    assert {Image.open(path).size for path in smaller} == {(60, 80)}
-    assert {Image.open(path).size for path in photographs} == {(90, 120)}
+    assert {Image.open(path).copy().size for path in smaller} == {(60, 80)}
+    assert {Image.open(path).copy().size for path in photographs} == {(90, 120)}
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no JPEG"):
         data.prepare_images(tmp_path / "empty", 60, tmp_path / "nothing")
@@ -86,8 +87,8 @@ def test_a_run_compares_all_three_and_leaves_a_record(tmp_path, photographs, cap
     assert set(record["parts_ms"]) == {"read", "parameters", "decode, crop, resize", "colour"}
     assert record["fastest_step"] is None and "no step measured on this device" in capsys.readouterr().out
 
-    step = {"experiments": {"dune": {"eager": {"images_per_second": 5.0}, "fused": {"images_per_second": 9.0}}}}
-    path.with_name("step.json").write_text(json.dumps(step))
+    steps = [Measured(name, 1, 1.0, 1.0, 1.0, {}, rate) for name, rate in (("eager", 5.0), ("fused", 9.0))]
+    write_steps(path.with_name("step.json"), "dune", "cpu", "torch", steps)
     assert data.fastest_step(path.parent) == ("dune, fused", 9.0)
 
 

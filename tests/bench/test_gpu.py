@@ -19,7 +19,7 @@ from bench import gpu, gpu_runner
 from bench.gpu_jobs import FULL_MEMORY, PACKAGES, Job, images_for, installed, jobs
 from bench.gpu_runner import Outcome, read_tests, tail
 from bench.gpu_targets import read_record
-from bench.kernel_results import Row, read_rows
+from bench.records import Row, read_rows
 
 DEVICE = {
     "name": "Made-up GPU", "folder": "made-up-gpu", "memory": 80 * 2**30, "capability": "9.0", "multiprocessors": 132,
@@ -29,7 +29,7 @@ ROW = Row("moments", "forward", "bfloat16", "128x577x1024", "ours", 10.0, 9.0, 1
 PREAMBLE = f"""
 import subprocess, sys, time
 from pathlib import Path
-from bench.kernel_results import Row, write_rows
+from bench.records import Row, write_rows
 folder = Path(sys.argv[sys.argv.index("--output") + 1]) / "made-up-gpu"
 write_rows(folder / "kernels.csv", [{ROW!r}])
 """

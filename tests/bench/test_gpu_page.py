@@ -13,8 +13,7 @@ from bench.gpu_page import markdown, page, read_predicted
 from bench.gpu_runner import Outcome, Tests
 from bench.gpu_targets import BOTH, FORWARD, OF_COPY, Results, missed, targets
 from bench.kernel_cases import OPERATIONS
-from bench.kernel_results import Row, write_rows
-from bench.step_results import Measured, merge_results, write_curves
+from bench.records import Measured, Row, write_curves, write_rows, write_steps
 
 VERSIONS = "torch 2.13.0, triton 3.7.1, CUDA 13.0, Linux"
 DEVICE = {
@@ -51,8 +50,8 @@ def full_run(folder: Path) -> None:
     write_rows(folder / "kernels.csv", [*measured, *rows("moments", FORWARD, 60, dtype="float32")])
     steps = [step("eager", 1500, 619), step("ours", 540), step("ours+lean", 488), step("ours+fp8", 430, fp8=1500)]
     steps.append(step("ours+routing", 300))  # the fastest, but it does less
-    merge_results(folder / "step.json", "dune_336", "Made-up GPU", VERSIONS, steps)
-    merge_results(folder / "step.json", "dune_448", "Made-up GPU", VERSIONS, [step("ours", 1100)])
+    write_steps(folder / "step.json", "dune_336", "Made-up GPU", VERSIONS, steps)
+    write_steps(folder / "step.json", "dune_448", "Made-up GPU", VERSIONS, [step("ours", 1100)])
     losses = {"eager": [2.0, 1.0], "ours": [2.001, 1.001], "ours+lean": [2.001, 1.002], "ours+fp8": [2.01, 1.01]}
     write_curves(folder / "curve_dune_336.csv", losses)
     tests = Tests(15, ["tests/kernels/test_fp8.py::test_same_bits"], {"DALI is not installed": 1})
@@ -144,7 +143,7 @@ def test_a_kernel_that_fails_its_check_is_a_missed_target(folder):
 
 def test_waits_losses_and_memory_that_miss(folder):
     steps = [step("ours", 540, syncs=2), step("ours+lean", 488, syncs=0)]
-    merge_results(folder / "step.json", "dune_336", "Made-up GPU", VERSIONS, steps)
+    write_steps(folder / "step.json", "dune_336", "Made-up GPU", VERSIONS, steps)
     content = json.loads((folder / "step.json").read_text())
     content["experiments"]["dune_448"] = {"ours+fp8": content["experiments"]["dune_336"]["ours+fp8"]}
     (folder / "step.json").write_text(json.dumps(content))
@@ -181,7 +180,7 @@ def test_every_feature_kernel_has_a_target():
 
 
 def test_predictions_are_for_full_batches(folder):
-    merge_results(folder / "step.json", "dune_336", "Made-up GPU", VERSIONS, [step("ours", 150, batch=32)])
+    write_steps(folder / "step.json", "dune_336", "Made-up GPU", VERSIONS, [step("ours", 150, batch=32)])
     text = page(folder, jobs(24 * 2**30), read_predicted())
     assert "| ours | 32 |  | 150 (149 to 151) |" in text
     assert "| step, ours over plain PyTorch | 2.5 x | 2.50 x | met |" in text  # an image, not a step

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import kernels as bench
 from bench.aot import Resources, discover, resource_usage, specialize
 from bench.kernel_cases import OPERATIONS, check, counted_flops, draw_upstream, moved_bytes, select
-from bench.kernel_results import Row, plot_roofline, read_rows, write_rows
+from bench.plots import plot_roofline
+from bench.records import Row, folder_name, read_rows, write_rows
 from dune_fast.kernels.launching import Recorded, recording
 from dune_fast.kernels.library import INTERPRETER, interpreted
 from tests.kernels.conftest import rounding_to_nearest  # noqa: F401  # the interpreter's float8 loses carries
@@ -287,7 +288,7 @@ def test_a_shape_goes_to_the_operations_that_take_it():
 
 
 def test_folder_is_named_for_the_device():
-    assert bench.folder_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert folder_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
 
 def test_command_line():

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from bench.kernel_cases import OPERATIONS, draw_upstream, run_both
-from bench.kernel_results import Row, write_rows
 from bench.predict import DEVICES, Prediction, Work, limits, resident
 from bench.predict_report import totals
+from bench.records import Row, write_rows
 from bench.sass import parse
 from bench.sass_thread import Thread
 from dune_fast.kernels.launching import recording

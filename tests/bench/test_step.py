@@ -15,19 +15,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bench import step as module
 from bench.eager_step import EagerStep, turn
-from bench.step import Bench, Running, chosen, split_steps
-from bench.step_count import Meter, count_step
-from bench.step_meter import PartTimer, counted_waits, matrix_rate, merged_length
-from bench.step_results import (
+from bench.records import (
     CURVE_LIMITS,
     EVERYTHING_ELSE,
     Measured,
     compare_curves,
-    merge_results,
     read_curves,
     relative_difference,
+    write_steps,
 )
+from bench.step import Bench, Running, chosen, split_steps
+from bench.step_count import Meter, count_step
+from bench.step_meter import PartTimer, counted_waits, matrix_rate, merged_length
 from bench.step_variants import VARIANTS, SyntheticLoader, synthetic_config
+from bench.toy.conv_patchify import toy_teacher
 from dune_fast.engine.config import RunConfig, TrainConfig
 from dune_fast.engine.deepspeed_engine import init_distributed
 from dune_fast.engine.flops import Flops
@@ -106,8 +107,8 @@ def test_measures_parts_that_add_up(tmp_path):
         assert result.images_per_second == pytest.approx(3e3 / result.median_ms)
         assert 0 < result.share_of_matrix_rate < 1.5
     path = tmp_path / "step.json"
-    merge_results(path, "small", "cpu", "torch", results)
-    merged = merge_results(path, "small", "cpu", "torch", results[1:])
+    write_steps(path, "small", "cpu", "torch", results)
+    merged = write_steps(path, "small", "cpu", "torch", results[1:])
     assert [result.variant for result in merged] == ["eager", "ours"] and merged[0] == results[0]
     assert json.loads(path.read_text())["experiments"]["small"]["ours"]["versions"] == "torch"
     module.plot_parts(tmp_path / "step.png", "small", merged)
@@ -308,7 +309,7 @@ def test_the_baseline_turns_queries_in_their_own_type():
 
 def test_the_baseline_says_what_it_cannot_run():
     cfg = config()
-    cfg.teachers["xfeat"] = TeacherConfig("conv_patchify", "random:1", 14, 24)
+    cfg.teachers["xfeat"] = toy_teacher("random:1", 14, 24)
     with pytest.raises(ValueError, match="xfeat is of another family"):
         Bench(cfg, 2, init_distributed(), 2, Quiet()).build(VARIANTS[0])
 

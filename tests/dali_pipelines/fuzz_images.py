@@ -118,7 +118,7 @@ def decode_batch(seed: int, first: int, count: int) -> dict:
 
     from dune_fast.dali_pipelines.errors import BrokenImage
     from dune_fast.dali_pipelines.images import for_dali
-    from dune_fast.dali_pipelines.pipeline import Decoder
+    from dune_fast.dali_pipelines.pipeline import Decoder, whole_images
 
     warnings.simplefilter("ignore")
     counts: collections.Counter[str] = collections.Counter()
@@ -137,7 +137,8 @@ def decode_batch(seed: int, first: int, count: int) -> dict:
         taken.append((number, kind, raw, encoded, size))
     for start in range(0, len(taken), 8):
         part = taken[start : start + 8]
-        failed = decoder.refused([encoded for *_, encoded, _ in part], [size for *_, size in part])
+        geometry = whole_images([size for *_, size in part], decoder.image_size)
+        failed = decoder.refused([encoded for *_, encoded, _ in part], geometry)
         for i, (number, kind, raw, encoded, _size) in enumerate(part):
             by_dali = encoded is raw
             counts["by Pillow"] += not by_dali

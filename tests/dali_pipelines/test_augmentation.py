@@ -67,12 +67,7 @@ def test_probabilities_and_identity_where_jitter_is_off():
     params = colour_params(words, config)
     off = (params.brightness == 1) & (params.contrast == 1) & (params.saturation == 1) & (params.hue == 0)
     geometry = train_geometry(words, np.full((count, 2), 100), np.zeros(count, bool), 32, config)
-    rates = [
-        off.float().mean(),
-        params.grayscale.float().mean(),
-        params.blur.float().mean(),
-        params.solarize.float().mean(),
-    ]
+    rates = [chosen.float().mean() for chosen in (off, params.grayscale, params.blur, params.solarize)]
     np.testing.assert_allclose([float(rate) for rate in rates], 0.2, atol=0.012)  # 4 standard deviations
     assert geometry.flip[:, 0].mean() == pytest.approx(0.5, abs=0.015) and not geometry.flip[:, 1].any()
     assert stats.kstest(params.sigma.numpy(), "uniform", (0.1, 4.9)).pvalue > 1e-3

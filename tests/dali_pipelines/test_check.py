@@ -18,7 +18,7 @@ def check(root, sample=None, **fields):
 def test_a_good_dataset_is_ok_and_measured(photos):
     report = check(photos, holdout=4, expected_train=20, expected_val=4)
     assert (report.status, report.train, report.val, report.sampled, report.notes) == ("ok", 20, 4, 24, [])
-    sizes = sorted(Image.open(path).size for path in photos.iterdir())
+    sizes = sorted(Image.open(path).copy().size for path in photos.iterdir())
     assert report.smallest == min(min(size) for size in sizes)
     assert report.median[0] == sorted(width for width, _ in sizes)[12]
 

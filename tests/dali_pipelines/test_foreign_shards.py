@@ -10,8 +10,7 @@ from sharding_helpers import read, upload, webdataset
 from dune_fast.dali_pipelines import foreign_shards
 from dune_fast.dali_pipelines.datasets import DatasetConfig, index_dataset
 from dune_fast.dali_pipelines.errors import DataError
-from dune_fast.dali_pipelines.foreign_shards import expand_braces, find_shards, open_foreign_shards
-from dune_fast.dali_pipelines.tar_index import scan_tar
+from dune_fast.dali_pipelines.foreign_shards import expand_braces, find_shards, open_foreign_shards, scan_tar
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -139,7 +138,7 @@ def test_links_and_folders_in_a_tar_are_no_images(tmp_path):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             archive.addfile(info)
-    assert len(scan_tar(str(tmp_path / "a.tar"), "", 0)) == 0
+    assert len(scan_tar(str(tmp_path / "a.tar"), "")) == 0
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from PIL import Image
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: dali)")
 TF = pytest.importorskip("torchvision.transforms.v2.functional")
 
+from image_helpers import encode, png_of  # noqa: E402
+
 from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig  # noqa: E402
 from dune_fast.dali_pipelines.loader import TrainLoader, ValLoader  # noqa: E402
 from dune_fast.kernels.augment import augment_colour  # noqa: E402
@@ -22,31 +24,20 @@ SIZE = 32
 WIDTH, HEIGHT = 96, 64
 
 
-def encode(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def with_thumbnail(jpeg: bytes, thumbnail: bytes) -> bytes:
     """As cameras write it: in a segment before the pixels, and with markers of its own."""
     return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail + jpeg[2:]
 
 
-def png(width: int, height: int, depth: int, colour: int, raw: bytes) -> bytes:
+def png(header: tuple[int, ...], raw: bytes) -> bytes:
     """A PNG of any header, with any pixels behind it."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    return png_of(header, (b"IDAT", zlib.compress(raw)))
 
 
 def png16(values: np.ndarray, colour: int) -> bytes:
     """A PNG of 16 bits with the 8-bit values in the upper half and noise in the lower."""
     wide = (values.astype(np.uint16) << 8) | np.random.default_rng(0).integers(0, 256, values.shape, dtype=np.uint16)
-    return png(WIDTH, HEIGHT, 16, colour, b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide))
+    return png((WIDTH, HEIGHT, 16, colour), b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide))
 
 
 def usable(photo) -> dict[str, tuple[bytes, Image.Image]]:
@@ -118,16 +109,13 @@ def broken(photo) -> dict[str, tuple[bytes, str]]:
         "header alone.jpg": (jpeg[:400], "Truncated"),
         "truncated.jpg": (jpeg[: len(jpeg) // 2], "ends too early"),
         "without end marker.jpg": (jpeg[:-2], "ends too early"),
-        "truncated behind a thumbnail.jpg": (
-            thumbnailed[: len(thumbnailed) // 2],
-            "ends too early",
-        ),
+        "truncated behind a thumbnail.jpg": (thumbnailed[: len(thumbnailed) // 2], "ends too early"),
         "truncated.png": (whole[: len(whole) // 2], "truncated"),
         "overwritten.png": (whole[: len(whole) // 2] + b"\x12" * 30 + whole[len(whole) // 2 + 30 :], "image file"),
         "wrong checksum.png": (whole[:29] + bytes(4) + whole[33:], "no known image format"),
-        "bomb.png": (png(60000, 60000, 8, 2, bytes(1000)), "exceeds limit"),
+        "bomb.png": (png((60000, 60000, 8, 2), bytes(1000)), "exceeds limit"),
         "bomb.jpg": (jpeg[:size] + struct.pack(">HH", 60000, 60000) + jpeg[size + 4 :], "exceeds limit"),
-        "small bomb.png": (png(9000, 9000, 8, 2, bytes(1000)), "truncated"),
+        "small bomb.png": (png((9000, 9000, 8, 2), bytes(1000)), "truncated"),
     }
 
 

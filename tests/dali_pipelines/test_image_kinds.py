@@ -18,6 +18,8 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: dali)")
 
+from image_helpers import encode, png_of  # noqa: E402
+
 from dune_fast.dali_pipelines.check import check_dataset  # noqa: E402
 from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset  # noqa: E402
 from dune_fast.dali_pipelines.errors import BrokenImage  # noqa: E402
@@ -29,16 +31,6 @@ from dune_fast.dali_pipelines.shard_writer import ShardSettings, prepare  # noqa
 WIDTH, HEIGHT = 64, 48
 
 
-def encode(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
 def png(mode: str, frames: list[Image.Image], dispose: int = 0, hidden: bool = False) -> bytes:
     """An animated PNG; the default image is its first frame, or hidden from the animation."""
 
@@ -47,20 +39,17 @@ def png(mode: str, frames: list[Image.Image], dispose: int = 0, hidden: bool = F
         return zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
 
     colour = {"L": 0, "RGB": 2, "LA": 4, "RGBA": 6}[mode]
-    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, colour, 0, 0, 0))]
-    parts.append(chunk(b"acTL", struct.pack(">II", len(frames) - hidden, 0)))
-    number = 0
+    chunks, number = [(b"acTL", struct.pack(">II", len(frames) - hidden, 0))], 0
     for i, frame in enumerate(frames):
         if not (hidden and i == 0):
-            control = struct.pack(">IIIIIHHBB", number, WIDTH, HEIGHT, 0, 0, 1, 10, dispose, 0)
-            parts.append(chunk(b"fcTL", control))
+            chunks.append((b"fcTL", struct.pack(">IIIIIHHBB", number, WIDTH, HEIGHT, 0, 0, 1, 10, dispose, 0)))
             number += 1
         if i == 0:
-            parts.append(chunk(b"IDAT", pixels(frame)))
+            chunks.append((b"IDAT", pixels(frame)))
         else:
-            parts.append(chunk(b"fdAT", struct.pack(">I", number) + pixels(frame)))
+            chunks.append((b"fdAT", struct.pack(">I", number) + pixels(frame)))
             number += 1
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
+    return png_of((WIDTH, HEIGHT, 8, colour), *chunks)
 
 
 def webp_with_exif(image: Image.Image, padding: int, **options) -> bytes:

@@ -153,7 +153,7 @@ def test_run_that_goes_on_knows_what_was_broken(photos, tmp_path, monkeypatch):
             damage(path, "wrong tables")
         expected = list(itertools.islice(loader.batches(), 4))
         assert loader.broken == {"d0": 2}
-    monkeypatch.setattr(Decoder, "find_broken", lambda *_: pytest.fail("a known image was decoded"))
+    monkeypatch.setattr(Decoder, "refused", lambda *_: pytest.fail("a known image was decoded"))
     for rank in range(2):
         with TrainLoader(config(photos), 32, 8, rank, 2, 0, CPU, folder=tmp_path / "run") as again:
             assert again.broken == {"d0": 2}
@@ -175,7 +175,7 @@ def test_too_many_broken_images_stop_the_run_with_a_sentence(photos):
 
 def test_failure_without_a_culprit_is_raised_not_swallowed(photos, monkeypatch):
     damage(sorted(photos.iterdir())[0], "wrong tables")
-    monkeypatch.setattr(Decoder, "find_broken", lambda self, encoded, geometry: {})
+    monkeypatch.setattr(Decoder, "_try", lambda self, encoded, geometry: "")
     with pytest.raises(DataError, match="every image in flight can be decoded on its own"):
         take(config(photos), 6)
 

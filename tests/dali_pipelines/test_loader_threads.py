@@ -88,7 +88,7 @@ def test_threads_end_with_the_iterator_and_with_close(photos):
     next(batches)
     assert loader.waited_s > 0
     batches.close()
-    assert not any(thread.name == "decode-images" for thread in threading.enumerate())
+    assert not any(thread.name.startswith("decode-images") for thread in threading.enumerate())
     unfinished = loader.batches()
     next(unfinished)
     loader.close()

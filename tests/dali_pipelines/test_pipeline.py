@@ -1,6 +1,5 @@
-"""The DALI pipeline against PIL and torchvision with the same parameters, on real and synthetic images of all kinds."""
+"""The DALI pipeline against PIL and torchvision with the same parameters, and what it does with broken images."""
 
-import io
 import sys
 
 import numpy as np
@@ -10,6 +9,8 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: dali)")
 TF = pytest.importorskip("torchvision.transforms.v2.functional")
+
+from image_helpers import encode  # noqa: E402
 
 from dune_fast.dali_pipelines.augmentation import draw_words, resized_crops, train_geometry, validation_geometry  # noqa: E402
 from dune_fast.dali_pipelines.datasets import DataConfig, DataError  # noqa: E402
@@ -59,49 +60,9 @@ def test_real_photographs_equal_pil_and_torchvision(real_photos, training):
         assert difference.mean() < 0.5 and (difference <= 8).mean() > 0.999
 
 
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def kinds_of_images(photo) -> dict[str, bytes]:
-    rgb = photo(0, 96, 64)
-    gray, alpha = rgb.convert("L"), photo(1, 96, 64).convert("L")
-    palette = rgb.convert("P", palette=Image.Palette.ADAPTIVE)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: to be ignored
-    return {
-        "gray JPEG": encoded(gray, "JPEG"),
-        "CMYK JPEG": encoded(rgb.convert("CMYK"), "JPEG"),
-        "progressive JPEG": encoded(rgb, "JPEG", progressive=True),
-        "JPEG with EXIF orientation": encoded(rgb, "JPEG", exif=exif.tobytes()),
-        "gray PNG": encoded(gray, "PNG"),
-        "gray PNG with alpha": encoded(Image.merge("LA", (gray, alpha)), "PNG"),
-        "PNG with alpha": encoded(Image.merge("RGBA", (*rgb.split(), alpha)), "PNG"),
-        "palette PNG": encoded(palette, "PNG"),
-        "palette PNG with transparency": encoded(palette, "PNG", transparency=3),
-        "PNG of one bit": encoded(rgb.convert("1"), "PNG"),
-        "BMP": encoded(rgb, "BMP"),
-        "TIFF": encoded(rgb, "TIFF"),
-        "WebP": encoded(rgb, "WEBP"),
-    }
-
-
-def test_every_kind_of_image_equals_pils_rgb(photo):
-    """Alpha is dropped, gray is repeated, palettes are resolved, orientation is ignored: as PIL's convert('RGB')."""
-    kinds = kinds_of_images(photo)
-    sizes = np.full((len(kinds), 2), (96, 64))
-    ours = decode(list(kinds.values()), validation_geometry(sizes, np.zeros(len(kinds), bool), 64), 64)
-    for (kind, data), mine in zip(kinds.items(), ours, strict=True):
-        theirs = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[:, 16:80]
-        assert np.abs(mine.astype(int) - theirs).max() <= 1, kind
-
-
 def test_batches_come_back_in_order_and_sizes_may_vary(photo):
-    data = [encoded(photo(i, 40, 40), "PNG") for i in range(9)]
-    decoder = Decoder(4, 16, 2, CPU)
-    decoder.reset(2)
+    data = [encode(photo(i, 40, 40), "PNG") for i in range(9)]
+    decoder = Decoder(4, 16, 2, CPU, depth=2)
     parts = [data[:4], data[4:7], data[7:]]
     geometries = [validation_geometry(np.full((len(p), 2), 40), np.zeros(len(p), bool), 16) for p in parts]
     for part, geometry in zip(parts[:2], geometries, strict=False):
@@ -115,7 +76,7 @@ def test_batches_come_back_in_order_and_sizes_may_vary(photo):
 
 
 def test_broken_images_are_found_among_good_ones_and_the_decoder_lives_again(photo):
-    good = encoded(photo(0, 64, 64), "JPEG")
+    good = encode(photo(0, 64, 64), "JPEG")
     data = [good] * 7
     data[2], data[5] = good[: len(good) // 2], b"no image at all"
     arrays = [np.frombuffer(d, np.uint8) for d in data]
@@ -124,8 +85,7 @@ def test_broken_images_are_found_among_good_ones_and_the_decoder_lives_again(pho
     decoder.submit(arrays[:4], geometry[list(range(4))])
     with pytest.raises(DecodeError):
         decoder.receive()
-    assert set(decoder.find_broken(arrays, geometry)) == {2, 5}
-    decoder.reset(1)
+    assert set(decoder.refused(arrays, geometry)) == {2, 5}
     decoder.submit(arrays[:2], geometry[[0, 1]])
     assert decoder.receive()[0].shape == (2, 32, 32, 3)
 
@@ -136,7 +96,7 @@ def test_failure_that_is_not_the_images_fault_blames_none(photo, monkeypatch):
     monkeypatch.setattr(Decoder, "_try", lambda self, data, geometry: "out of memory")
     geometry = validation_geometry(np.full((1, 2), 64), np.zeros(1, bool), 32)
     with pytest.raises(DataError, match="even a good image.*out of memory"):
-        decoder.find_broken([np.frombuffer(encoded(photo(0, 64, 64), "JPEG"), np.uint8)], geometry)
+        decoder.refused([np.frombuffer(encode(photo(0, 64, 64), "JPEG"), np.uint8)], geometry)
 
 
 def test_missing_dali_says_what_to_install(monkeypatch):

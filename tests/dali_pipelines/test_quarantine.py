@@ -90,5 +90,5 @@ def test_many_threads_lose_nothing(tmp_path):
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Quarantine(NAMES, IMAGES, DataConfig()).add(0, 1, "x")
+    make(None).add(0, 1, "x")
     assert not list(tmp_path.iterdir())

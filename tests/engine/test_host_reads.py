@@ -8,6 +8,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.toy.conv_patchify import toy_teacher
 from dune_fast.distill.objective import ObjectiveConfig, ownership
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep
@@ -15,12 +16,11 @@ from dune_fast.engine.deepspeed_engine import Engine, init_distributed
 from dune_fast.engine.optimizer import OptimizerConfig
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.student import ProjectorConfig, build_student
-from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.ensemble import TeacherEnsemble
 
 TEACHERS = {
-    "one": TeacherConfig("conv_patchify", "random:1", 14, 24, groups=["generic"]),
-    "two": TeacherConfig("conv_patchify", "random:2", 16, 32, ["patch"], groups=["3d"]),
+    "one": toy_teacher("random:1", 14, 24, groups=["generic"]),
+    "two": toy_teacher("random:2", 16, 32, ["patch"], groups=["3d"]),
 }
 READS = {
     torch.ops.aten._local_scalar_dense.default,  # .item(), float(), bool(), if tensor:

@@ -38,10 +38,9 @@ def test_a_signal_while_the_log_is_opened_saves_and_stops(overrides, tmp_path, m
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_stops_and_the_run_goes_on_from_there(overrides, tmp_path, number):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+def test_a_signal_saves_stops_and_the_run_goes_on_from_there(overrides, trained_run, tmp_path, number):
+    whole, parts = trained_run, tmp_path / "parts"
     common = [*overrides, "logging.tensorboard=false", "train.checkpoint_every=100"]
-    Trainer(compose_config([*common, f"output_dir={whole}"])).run()
     trainer = Trainer(compose_config([*common, f"output_dir={parts}"]))
     plain = trainer.train_step
 

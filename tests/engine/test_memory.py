@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dune_fast.engine.config import compose_config
-from dune_fast.engine.memory import SPARE, Fit, device_memory, fit, image_bytes, memory_bytes
+from dune_fast.engine.memory import SPARE, Fit, device_memory, fit, image_bytes, memory_bytes, trained_parameters
 
 GIB = 2**30
 
@@ -32,6 +32,27 @@ def test_the_model_finds_what_is_counted(overrides, batch, counted):
     cfg = compose_config(overrides)
     held = sum(memory_bytes(cfg, 1).values()) + batch * 12 * cfg.image_size**2
     assert (held + batch * image_bytes(cfg)) / GIB == pytest.approx(counted, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "moments"), [(0, 1, 1, 1), (1, 1, 1, 8), (2, 1, 8, 8), (3, 8, 8, 8)]
+)
+def test_memory_by_zero_stage(stage, weights, gradients, moments):
+    cfg = compose_config(["experiment=dune_336", f"deepspeed.zero_stage={stage}"])
+    count, memory = sum(trained_parameters(cfg)), memory_bytes(cfg, 8)
+    assert memory["weights"] == 4 * count // weights
+    assert memory["gradients"] == 4 * count // gradients
+    assert memory["AdamW's moments"] == 8 * count // moments
+
+
+@pytest.mark.parametrize(
+    ("overrides", "low_precision", "each"),
+    [([], True, 2), ([], False, 4), (["teachers.mast3r_vitlarge_16.precision=fp8"], True, 5 / 3)],
+)
+def test_memory_of_teachers_by_precision(overrides, low_precision, each):
+    cfg = compose_config(["experiment=dune_336", *overrides])
+    three = 3 * 304e6  # ViT-L encoders
+    assert memory_bytes(cfg, 1, low_precision)["teachers"] == pytest.approx(each * three, rel=0.01)
 
 
 def test_float32_takes_more_than_bf16_and_less_than_twice_as_much():

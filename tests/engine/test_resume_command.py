@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dune_fast import train
 from dune_fast.engine import run_log
-from dune_fast.engine.config import compose_config
+from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.engine.trainer import Trainer
 
 
@@ -64,3 +64,14 @@ def test_what_was_said_before_the_folder_was_known_is_in_its_log(tmp_path, handl
 def test_a_folder_that_holds_no_run_is_named(tmp_path, handlers, capsys):
     assert train.main(["--run", str(tmp_path)]) == 2
     assert f"{tmp_path} is not the folder of a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "cure"), [("deepspeed=zero2", "deepspeed.zero_stage=2"), ("experiment=demo", "instead, name=demo")]
+)
+def test_a_file_of_a_group_is_refused_and_its_fields_are_named(trained_run, override, cure):
+    """Regression: the error named neither the reason nor the field."""
+    with pytest.raises(ConfigError, match="chooses a file .*a run that goes on has its own") as caught:
+        compose_config([override], trained_run)
+    assert cure in str(caught.value)
+    assert compose_config(["deepspeed.zero_stage=2"], trained_run).deepspeed.zero_stage == 2

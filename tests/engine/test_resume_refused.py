@@ -13,9 +13,9 @@ import pytest
 
 from dune_fast.engine import checkpoints
 from dune_fast.engine.config import ConfigError, compose_config
-from dune_fast.engine.container import CheckpointError, Manifest
 from dune_fast.engine.run_folder import LOCK
 from dune_fast.engine.trainer import Trainer
+from dune_fast.teachers.run_files import CheckpointError, Manifest
 
 
 def test_a_changed_configuration_is_named_field_by_field_and_refused(overrides, finished, caplog):
@@ -43,9 +43,22 @@ def test_a_checkpoint_of_an_older_version_lacks_new_fields(finished):
     saved, older, other = (json.loads(manifest.read_text())["config"] for _ in range(3))
     assert changes(saved, cfg) == []
     del older["optimizer"]["clip_global"], older["logging"], older["teachers"]["one"]["grid_multiple"]
+    older["teachers"]["one"]["cuda_graph"] = False  # a field that is gone and did nothing there
     assert changes(older, cfg) == []
     other["optimizer"]["gone"] = 1
     assert changes(other, cfg) == ["optimizer.gone: 1 -> (none)"]
+
+
+def test_a_removed_field_is_dropped_where_it_did_nothing(finished):
+    from dune_fast.engine.config import load_config
+
+    path = finished / "config.yaml"
+    cfg, text = load_config(path), path.read_text()
+    path.write_text(text.replace("    precision: auto\n", "    precision: auto\n    cuda_graph: false\n"))
+    assert "cuda_graph" in path.read_text() and load_config(path) == cfg
+    path.write_text(path.read_text().replace("cuda_graph: false", "cuda_graph: true"))
+    with pytest.raises(ConfigError, match="teachers.one.cuda_graph is true, but CUDA graphs of teachers are gone"):
+        load_config(path)
 
 
 def test_other_numbers_of_images_are_refused(overrides, finished, caplog):

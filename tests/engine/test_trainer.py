@@ -40,18 +40,9 @@ def test_a_run_writes_what_it_promises(overrides, tmp_path):
     records = read_metrics(run / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     expected = {
-        "loss",
-        "loss/one",
-        "loss/two",
-        "share/one",
-        "kept/one",
-        "gradient_norm/global",
-        "memory_gib",
-        "loss/one/cls/cosine",
-        "loss/two/patch/smooth_l1",
-        "gradient_norm/max",
-        "lr",
-    }
+        "loss", "loss/one", "loss/two", "share/one", "kept/one", "gradient_norm/global", "memory_gib",
+        "loss/one/cls/cosine", "loss/two/patch/smooth_l1", "gradient_norm/max", "lr",
+    }  # fmt: skip
     assert expected <= records[0].keys()
     assert records[0]["share/one"] + records[0]["share/two"] == pytest.approx(1)
     assert checkpoints.complete_steps(run) == [3, 6]
@@ -64,25 +55,21 @@ def test_a_run_writes_what_it_promises(overrides, tmp_path):
     assert result["after"]["one"]["patch"] > result["before"]["one"]["patch"]
 
 
-def test_one_rank_shards_nothing_and_losses_are_the_same(overrides, tmp_path):
+def test_one_rank_shards_nothing_and_losses_are_the_same(overrides, trained_run, tmp_path):
     """Regression: under ZeRO 1 one rank copied all gradients and weights at every step."""
-    run = tmp_path / "run"
-    assert train(overrides).engine.zero_stage == 0
-    first = timeless(run / "metrics.jsonl")
-    sharded = train(overrides, "deepspeed=zero1", "train.accumulation=1", "train.overwrite=true")
-    assert sharded.engine.zero_stage == 0 and timeless(run / "metrics.jsonl") == first
+    sharded = train(overrides, "deepspeed=zero1", "train.accumulation=1")
+    assert sharded.engine.zero_stage == 0
+    assert timeless(tmp_path / "run" / "metrics.jsonl") == timeless(trained_run / "metrics.jsonl")
 
 
-def test_a_finished_run_is_not_trained_again(overrides, tmp_path):
-    train(overrides)
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+def test_a_finished_run_is_not_trained_again(overrides, finished):
+    before = (finished / "metrics.jsonl").read_text()
     trainer = train(overrides)
-    assert trainer.step == 6 and (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert trainer.step == 6 and (finished / "metrics.jsonl").read_text() == before
 
 
-def test_overwrite_starts_anew_and_keeps_foreign_files(overrides, tmp_path):
-    run = tmp_path / "run"
-    train(overrides)
+def test_overwrite_starts_anew_and_keeps_foreign_files(overrides, finished):
+    run = finished
     for name in ("notes.txt", "drift.json", "nonfinite_step_3.safetensors"):
         (run / name).write_text("mine, or the earlier run's")
     trainer = Trainer(compose_config([*overrides, "train.overwrite=true"]))
@@ -90,8 +77,7 @@ def test_overwrite_starts_anew_and_keeps_foreign_files(overrides, tmp_path):
     assert not (run / "drift.json").exists() and not list(run.glob("nonfinite*"))
 
 
-def test_a_folder_with_a_run_is_not_touched_unasked(overrides):
-    train(overrides)
+def test_a_folder_with_a_run_is_not_touched_unasked(overrides, finished):
     with pytest.raises(ValueError, match=r"train.resume=true.*train.overwrite=true"):
         Trainer(compose_config([*overrides, "train.resume=false"]))
 

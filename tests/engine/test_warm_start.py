@@ -161,7 +161,7 @@ def test_a_run_starts_warm_and_goes_on_without_the_source(overrides, tmp_path):
     trainer.train_step(next(batches))
     trainer.train_step(next(batches))
     trainer._save()
-    trainer._wait_for_save()
+    trainer.saver.finish(trainer.device)
     trainer.loader.close()
     source.unlink()
     again = Trainer(cfg)

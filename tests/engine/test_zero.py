@@ -20,6 +20,7 @@ from bench.case import Case, relative_error
 from bench.train_case import comparable_weights, load_train_state, train_case_student
 from dune_fast.engine.launch import free_port
 from dune_fast.engine.metrics import CLOCK, read_metrics
+from tests.engine.conftest import small_run
 from tests.engine.zero_worker import PARTS, STAGES, WHOLE, final_weights, trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,33 +35,26 @@ def launch(processes: int, folder: Path, reference: Path, overrides: list[str]) 
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
     command = [sys.executable, str(ROOT / "tests/engine/zero_worker.py"), str(folder), str(reference), *overrides]
-    logs = [(folder / f"log_{processes}_{rank}.txt").open("w+") for rank in range(processes)]
-    ranks = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=log, stderr=log
-        )
-        for r, log in enumerate(logs)
-    ]  # fmt: skip
+    logs, ranks = [folder / f"log_{processes}_{rank}.txt" for rank in range(processes)], []
+    for rank, path in enumerate(logs):
+        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with path.open("w") as log:
+            ranks.append(subprocess.Popen(command, cwd=ROOT, env=own, stdout=log, stderr=log))
     try:
         codes = [process.wait(timeout=280) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
     for code, log in zip(codes, logs, strict=True):
-        log.seek(0)
-        assert code == 0, log.read()[-4000:]
+        assert code == 0, log.read_text()[-4000:]
 
 
-def small_run(photos: Path) -> list[str]:
-    """Overrides of the small run, every teacher kept: the loss of a rank's batch then does not depend on the ranks."""
+def kept_run(photos: Path) -> list[str]:
+    """The small run, every teacher kept: the loss of a rank's batch then does not depend on the ranks."""
+    without = ("deepspeed=", "output_dir=", "train.checkpoint_every=")  # the worker sets the first two
     return [
-        "+teachers@teachers.one=conv_patchify", "teachers.one.weights=random:1", "teachers.one.num_features=24",
-        "+teachers@teachers.two=conv_patchify", "teachers.two.weights=random:2", "teachers.two.num_features=32",
-        "teachers.two.patch_size=16", "teachers.two.token_types=[patch]", "objective.drop_probability=0",
-        "student=vit_tiny14", "student.depth=2", "student.embed_dim=48", "image_size=56",
-        "data=folder", f"data.datasets.images.root={photos}", "data.datasets.images.holdout=4", "data.num_threads=1",
-        "train.global_batch=8", "train.steps=6", "train.log_every=1", "train.checkpoint_every=100",
-        "train.precision=fp32", "optimizer.lr_per_256=0.05", "logging.tensorboard=false", "logging.conflicts=false",
+        *(text for text in small_run(photos, Path()) if not text.startswith(without)), "objective.drop_probability=0",
+        "train.checkpoint_every=100", "logging.tensorboard=false", "logging.conflicts=false",
     ]  # fmt: skip
 
 
@@ -73,13 +67,13 @@ def reference(request) -> Path:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, photos, reference) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    launch(2, folder, reference, small_run(photos))
+    launch(2, folder, reference, kept_run(photos))
     return folder
 
 
 @pytest.fixture(scope="module")
 def four_ranks(two_ranks, photos, reference) -> Path:
-    launch(4, two_ranks, reference, small_run(photos))
+    launch(4, two_ranks, reference, kept_run(photos))
     return two_ranks
 
 
@@ -139,7 +133,7 @@ def same_to_rounding(run: Path, whole: Path) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_rank_goes_on_from_two_under_another_stage(two_ranks, tmp_path, photos, stage):
     shutil.copytree(two_ranks / f"half_{stage}", tmp_path / "run")
-    resumed = trainer(small_run(photos), tmp_path / "run", (stage + 1) % 4)
+    resumed = trainer(kept_run(photos), tmp_path / "run", (stage + 1) % 4)
     assert resumed.step == 3
     resumed.run()
     same_to_rounding(tmp_path / "run", two_ranks / f"{WHOLE}_{stage}")

@@ -9,16 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.toy.conv_patchify import toy_teacher
 from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.evaluate.figures import loss_figure, pca_figure, smooth, to_display
 from dune_fast.evaluate.held_out import held_out_cosines, pca_rgb
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.student import ProjectorConfig, build_student
-from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
 from dune_fast.teachers.ensemble import TeacherEnsemble
 
-TEACHERS = {"a": TeacherConfig("conv_patchify", "random:1", 14, 24)}
+TEACHERS = {"a": toy_teacher("random:1", 14, 24)}
 WIDTHS = {"a": (24, ["cls", "patch"])}
 
 

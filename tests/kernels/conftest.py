@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -81,5 +81,38 @@ def no_worse() -> Callable[[Tensor, Tensor, Tensor], None]:
     def check(ours: Tensor, eager: Tensor, exact: Tensor) -> None:
         error, allowed = relative_error(ours, exact), 2 * relative_error(eager, exact) + 1e-6
         assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"
+
+    return check
+
+
+def outputs_and_gradients(function: Callable, inputs: Sequence, upstream: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs of function(*inputs), then the gradients of the inputs that ask for one."""
+    outputs = function(*inputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    given = [up.to(out.dtype) for up, out in zip(upstream, outputs, strict=True)]
+    leaves = [x for x in inputs if x is not None and x.requires_grad]
+    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, leaves, given)]
+
+
+def in_float64(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same leaves in float64."""
+    return [None if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+
+
+@pytest.fixture
+def agrees(fused, no_worse) -> Callable[..., list[Tensor]]:
+    """agrees(ours, eager, reference, inputs, upstream): `no_worse` for outputs and gradients, which it returns.
+
+    `reference` gets the inputs in float64.
+    """
+
+    def check(ours, eager, reference, inputs, upstream) -> list[Tensor]:
+        with fused():
+            found = outputs_and_gradients(ours, inputs, upstream)
+        other = outputs_and_gradients(eager, inputs, upstream)
+        exact = outputs_and_gradients(reference, in_float64(inputs), upstream)
+        for one, theirs, truth in zip(found, other, exact, strict=True):
+            no_worse(one, theirs, truth)
+        return found
 
     return check

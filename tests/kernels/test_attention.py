@@ -79,11 +79,18 @@ def test_compiles_whole():
     torch.testing.assert_close(compiled(qkv), attention(qkv))
 
 
-def test_compiles_whole_on_the_path_of_a_gpu(monkeypatch):
-    """Regression: the look for flash-attn was a cached function; torch 2.11 cannot trace it, later ones warn of it."""
+@pytest.fixture
+def gpu(monkeypatch):
+    """An attention that does not ask the device, which is no GPU."""
     plain = SimpleNamespace(scaled_dot_product_attention=lambda q, k, v: (q @ k.mT).softmax(-1) @ v)
-    monkeypatch.setattr(module, "F", plain)  # torch's own asks the device
-    monkeypatch.setattr(module, "_is_hopper", lambda device: False)
+    monkeypatch.setattr(module, "F", plain)
+    monkeypatch.setattr(module, "_is_hopper", lambda device: True)
+    return monkeypatch
+
+
+def test_compiles_whole_on_the_path_of_a_gpu(gpu):
+    """Regression: the look for flash-attn was a cached function; torch 2.11 cannot trace it, later ones warn of it."""
+    gpu.setattr(module, "_is_hopper", lambda device: False)
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.filterwarnings("error", message="(?s).*lru_cache")
         qkv = torch.empty(2, 5, 3, 2, 16, dtype=torch.bfloat16, device="cuda")
@@ -92,7 +99,7 @@ def test_compiles_whole_on_the_path_of_a_gpu(monkeypatch):
 
 
 @pytest.fixture
-def backends_asked_for(monkeypatch):
+def backends_asked_for(gpu):
     """Lists of backends, in order of priority, that attention asks for on a Hopper GPU, which it believes to be on."""
     asked = []
 
@@ -102,11 +109,8 @@ def backends_asked_for(monkeypatch):
         asked.append(list(backends))
         yield
 
-    plain = SimpleNamespace(scaled_dot_product_attention=lambda q, k, v: (q @ k.mT).softmax(-1) @ v)
-    monkeypatch.setattr(module, "F", plain)
-    monkeypatch.setattr(module, "sdpa_kernel", sdpa_kernel)
-    monkeypatch.setattr(module, "_is_hopper", lambda device: True)
-    monkeypatch.setattr(module, "FLASH_ATTN_INSTALLED", False)
+    gpu.setattr(module, "sdpa_kernel", sdpa_kernel)
+    gpu.setattr(module, "FLASH_ATTN_INSTALLED", False)
     return asked
 
 
@@ -150,10 +154,7 @@ def test_a_forced_backend_that_is_not_deterministic_is_refused(deterministic):
         attention(torch.zeros(2, 5, 3, 3, 16), "cudnn")
 
 
-def test_a_new_choice_of_algorithms_compiles_whole(monkeypatch):
-    plain = SimpleNamespace(scaled_dot_product_attention=lambda q, k, v: (q @ k.mT).softmax(-1) @ v)
-    monkeypatch.setattr(module, "F", plain)
-    monkeypatch.setattr(module, "_is_hopper", lambda device: True)
+def test_hoppers_choice_compiles_whole(gpu):
     compiled = torch.compile(attention, fullgraph=True, backend="eager")
     assert on_a_gpu(compiled).shape == (2, 5, 2, 16)
 
@@ -170,7 +171,7 @@ def test_a_cpu_takes_the_faster_form(monkeypatch, native, trained, dtype, expect
     """`expected`: in which torch's own attention is called; None for the plain formula, which does not call it."""
     seen = []
 
-    def noted(q, k, v):
+    def noted(q, k, v, attn_mask=None):
         seen.append(q.dtype)
         return torch.zeros_like(q)
 
@@ -196,6 +197,21 @@ def test_the_formula_of_a_cpu_is_attention(monkeypatch, tokens):
     reference.backward(up.double())
     torch.testing.assert_close(out.double(), reference, rtol=0.02, atol=0.02)
     torch.testing.assert_close(qkv.grad.double(), exact.grad, rtol=0.02, atol=0.03)
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 69, 257, 261])
+def test_padded_keys_change_nothing(monkeypatch, tokens):
+    monkeypatch.setattr(module, "MULTIPLIES_BF16", True)
+    masks = []
+
+    def noted(*args, attn_mask=None, attend=F.scaled_dot_product_attention):
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    qkv = 3 * torch.randn(2, tokens, 3, 2, 16).bfloat16()
+    torch.testing.assert_close(attention(qkv).double(), attention(qkv.double()), rtol=0.02, atol=0.02)
+    assert [mask is not None for mask in masks] == [tokens % 32 > 1, False]  # a multiple of 32 and one over are fast
 
 
 def test_autocast_leaves_float32_attention_alone(monkeypatch):

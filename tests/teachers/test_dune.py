@@ -19,7 +19,7 @@ from dune_fast.student import ProjectorConfig, build_student
 from dune_fast.teachers.architecture import architecture_metadata, random_vit_state
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import TeacherWeightsError
-from dune_fast.teachers.dune import encoder_state
+from dune_fast.teachers.encoder_names import encoder_state
 from dune_fast.teachers.ensemble import TeacherEnsemble
 from dune_fast.teachers.registry import build_teacher
 from dune_fast.teachers_cli import load_teacher_config

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.teachers.ensemble import TeacherEnsemble
 
 PATCH = 14
@@ -27,15 +27,10 @@ def by_hand(teacher, images, size):
     cfg, trunk = teacher.config, teacher.trunk
     column = [torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD, cfg.mean, cfg.std)]
     images = ((images * column[1] + column[0]) - column[2]) / column[3]
-    hidden = F.gelu(F.conv2d(images, trunk.proj.weight, trunk.proj.bias, stride=trunk.patch_size))
-    patch = torch.stack(
-        [
-            F.linear(hidden[:, :, r, c], trunk.lin.weight, trunk.lin.bias)
-            for r in range(hidden.shape[2])
-            for c in range(hidden.shape[3])
-        ],
-        dim=1,
-    )
+    proj, lin = trunk.module.proj, trunk.module.lin
+    hidden = F.gelu(F.conv2d(images, proj.weight, proj.bias, stride=trunk.patch_size))
+    rows, columns = hidden.shape[2:]
+    patch = torch.stack([lin(hidden[:, :, r, c]) for r in range(rows) for c in range(columns)], dim=1)
     return {"cls": patch.mean(1), "patch": patch}
 
 
@@ -58,11 +53,8 @@ def count_calls(ensemble):
 
 
 def test_teachers_with_one_trunk_run_it_once(toy_config, images):
-    configs = {
-        "a": toy_config(token_types=["cls"]),
-        "b": toy_config(token_types=["patch"]),
-        "c": toy_config(weights="random:2"),
-    }
+    configs = {"a": toy_config(token_types=["cls"]), "b": toy_config(token_types=["patch"])}
+    configs["c"] = toy_config(weights="random:2")
     ensemble = TeacherEnsemble(configs, PATCH)
     assert len(ensemble.trunks) == 2
     calls = count_calls(ensemble)
@@ -91,7 +83,7 @@ def test_stays_frozen_and_gives_no_graph(toy_config, images):
 def test_copy_shares_no_weights(toy_config, images):
     ensemble = TeacherEnsemble({"a": toy_config()}, PATCH)
     twin = copy.deepcopy(ensemble)
-    twin.trunks[0].lin.bias += 1
+    twin.trunks[0].module.lin.bias += 1
     torch.testing.assert_close(twin(images)["a"]["patch"], ensemble(images)["a"]["patch"] + 1)
 
 
@@ -111,7 +103,7 @@ def test_grid_multiple_names_the_next_sizes(toy_config):
 
 def test_tokens_off_the_grid_are_reported(toy_config, images):
     ensemble = TeacherEnsemble({"a": toy_config()}, PATCH)
-    ensemble.trunks[0].proj.stride = (7, 7)
+    ensemble.trunks[0].module.proj.stride = (7, 7)
     with pytest.raises(ValueError, match=r"teacher a gives \d+ patch tokens, the student 4x6 = 24.*patch_size"):
         ensemble(images)
 
@@ -132,9 +124,9 @@ def test_wrong_width_in_the_configuration_is_named(toy_config, tmp_path):
 def test_weights_kept_in_bfloat16_compute_what_autocast_computes(toy_config, images):
     full = TeacherEnsemble({"a": toy_config()}, PATCH)
     low = TeacherEnsemble({"a": toy_config()}, PATCH, autocast_dtype=torch.bfloat16)
-    assert low.trunks[0].lin.weight.dtype == torch.bfloat16
+    assert low.trunks[0].module.lin.weight.dtype == torch.bfloat16
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = full.trunks[0](images)
+        expected = full.trunks[0](images)["patch"]
     assert torch.equal(low(images)["a"]["patch"], expected)
     error = (low(images)["a"]["patch"].float() - full(images)["a"]["patch"]).norm() / full(images)["a"]["patch"].norm()
     assert 0 < error < 2e-2  # eight bits of mantissa
@@ -209,10 +201,8 @@ def test_demo_teachers_agree_on_the_grid(asset, toy_config):
     assert len(calls) == len(ensemble.trunks) == 2
     shapes = {(name, kind): tuple(x.shape) for name, tokens in outputs.items() for kind, x in tokens.items()}
     assert shapes == {
-        ("semantic", "cls"): (1, 384),
-        ("semantic", "patch"): (1, 96, 384),
-        ("saliency", "patch"): (1, 96, 384),
+        ("semantic", "cls"): (1, 384), ("semantic", "patch"): (1, 96, 384), ("saliency", "patch"): (1, 96, 384),
         ("geometric", "patch"): (1, 96, 64),
-    }
+    }  # fmt: skip
     with pytest.raises(ValueError, match="geometric needs a patch grid divisible by 4.* 112 and 168"):
         ensemble(torch.randn(1, 3, 140, 140))

@@ -47,9 +47,9 @@ def test_unknown_family_is_answered_with_the_close_ones(toy_config):
 
 
 def test_family_name_is_taken_once():
-    with pytest.raises(ValueError, match="is taken by dune_fast.teachers.toy"):
-        build_teacher("a", TeacherConfig(family="conv_patchify", weights="random:0"))
-        register("conv_patchify")(type("Other", (), {}))
+    family_class("dinov2")
+    with pytest.raises(ValueError, match="is taken by dune_fast.teachers.dinov2"):
+        register("dinov2")(type("Other", (), {}))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import argparse
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from bench.case import Case
 from bench.cases import RUNNERS
@@ -66,18 +65,6 @@ def test_a_missing_tensor_is_named_and_a_surplus_one_is_not(reference_dir, name,
         with pytest.raises(TeacherWeightsError, match=r"w\.pth .*(attn.proj.bias is missing|patch_embed.proj.weight)"):
             build_teacher("a", cfg)
         state[key] = kept[key]
-
-
-def test_wrapped_names_and_safetensors_load_too(reference_dir, tmp_path):
-    cfg = teacher_config(Case(reference_dir / "checkpoint" / "dinov2_reg_tiny.safetensors"))
-    expected = build_teacher("a", cfg).trunk.state_dict()
-    content = read_container(cfg.weights)
-    torch.save({"state_dict": {f"module._orig_mod.{k}": v for k, v in content.items()}}, tmp_path / "a.pth")
-    save_file(content, tmp_path / "b.safetensors")
-    for name in ("a.pth", "b.safetensors"):
-        cfg.weights = str(tmp_path / name)
-        found = build_teacher("a", cfg).trunk.state_dict()
-        assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
 
 
 def saved(tmp_path, **fields):

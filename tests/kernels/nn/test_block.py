@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from dune_fast.kernels import library
 from dune_fast.kernels.attention import attention
 from dune_fast.kernels.fp8 import FP8Linear
-from dune_fast.kernels.nn.block import Block, LayerNorm, run_blocks
+from dune_fast.kernels.nn.block import MLP, Block, LayerNorm, SwiGLU, run_blocks, swiglu_hidden_dim
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.kernels.rope2d import grid_positions, rope2d_angles, rope2d_reference
 
@@ -33,12 +33,17 @@ def plain_block(block: Block, x: Tensor, rope=None) -> Tensor:
     qkv = block.attn.qkv(norm(x, block.norm1)).unflatten(-1, (3, block.attn.num_heads, -1))
     qkv = qkv if rope is None else rope2d_reference(qkv, *rope)
     x = x + block.ls1(block.attn.proj(attention(qkv).flatten(2)))
-    return x + block.ls2(block.mlp.fc2(F.gelu(block.mlp.fc1(norm(x, block.norm2)))))
+    h = norm(x, block.norm2)
+    if isinstance(block.mlp, SwiGLU):
+        weight, bias = (p.chunk(2) for p in (block.mlp.w12.weight, block.mlp.w12.bias))
+        gate, value = F.linear(h, weight[0], bias[0]), F.linear(h, weight[1], bias[1])
+        return x + block.ls2(block.mlp.w3(gate * torch.sigmoid(gate) * value))
+    return x + block.ls2(block.mlp.fc2(F.gelu(block.mlp.fc1(h))))
 
 
-def blocks_and_tokens(layer_scale: float | None = 0.3, depth: int = 2, dim: int = 32, tokens: int = 6):
+def blocks_and_tokens(layer_scale: float | None = 0.3, depth: int = 2, dim: int = 32, tokens: int = 6, mlp="gelu"):
     torch.manual_seed(0)
-    blocks = nn.ModuleList(Block(dim, 2, layer_scale=layer_scale) for _ in range(depth))
+    blocks = nn.ModuleList(Block(dim, 2, layer_scale=layer_scale, mlp=mlp) for _ in range(depth))
     for p in blocks.parameters():
         nn.init.normal_(p, std=0.2)
     return blocks.to(DEVICE), torch.randn(1, tokens, dim, device=DEVICE, requires_grad=True)
@@ -50,9 +55,9 @@ def loss_and_gradients(outputs: list[Tensor], blocks: nn.Module, x: Tensor) -> l
 
 
 @pytest.mark.parametrize("layer_scale", [0.3, None])
-@pytest.mark.parametrize("with_rope", [False, True])
-def test_fused_chain_is_the_formula(layer_scale, with_rope):
-    blocks, x = blocks_and_tokens(layer_scale)
+@pytest.mark.parametrize(("with_rope", "mlp"), [(False, "gelu"), (True, "gelu"), (False, "swiglu")])
+def test_fused_chain_is_the_formula(layer_scale, with_rope, mlp):
+    blocks, x = blocks_and_tokens(layer_scale, mlp=mlp)
     rope = tuple(t.to(DEVICE) for t in rope2d_angles(grid_positions(2, 3), 16)) if with_rope else None
     expected, y = [], x
     for block in blocks:
@@ -148,16 +153,16 @@ def test_a_model_keeps_its_keys_and_hooks():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize(("triton", "mlp"), [(False, "gelu"), (True, "gelu"), (False, "swiglu")])
 @torch.no_grad()
-def test_float8_blocks_stay_close(triton):
+def test_float8_blocks_stay_close(triton, mlp):
     if DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no float8")
-    blocks, x = blocks_and_tokens(dim=64)
+    blocks, x = blocks_and_tokens(dim=64, mlp=mlp)
     exact = list(run_blocks(blocks, x))
     for block in blocks:
         block.quantize()
-    assert all(isinstance(m, FP8Linear) for b in blocks for m in (b.attn.qkv, b.attn.proj, b.mlp.fc1, b.mlp.fc2))
+    assert all(isinstance(m, FP8Linear) for m in blocks.modules() if hasattr(m, "in_features"))
     with fused() if triton else contextlib.nullcontext():
         found = list(run_blocks(blocks, x))
     for ours, truth in zip(found, exact, strict=True):
@@ -207,27 +212,6 @@ def test_a_product_adds_a_frozen_bias():
     assert count["sum"] == count["mul"] == count["add"] == 0
 
 
-def test_gradients_of_gated_blocks_are_the_formulas():
-    torch.manual_seed(0)
-    blocks = nn.ModuleList(Block(32, 2, layer_scale=0.3, mlp="swiglu") for _ in range(2)).to(DEVICE)
-    for p in blocks.parameters():
-        nn.init.normal_(p, std=0.2)
-    x = torch.randn(1, 6, 32, device=DEVICE, requires_grad=True)
-    expected = x
-    for block in blocks:  # operation by operation
-        expected = expected + block.ls1(block.attn(F.layer_norm(expected, (32,), *affine(block.norm1), 1e-6)))
-        expected = expected + block.ls2(block.mlp(F.layer_norm(expected, (32,), *affine(block.norm2), 1e-6)))
-    with fused():
-        found = list(run_blocks(blocks, x))[-1:]
-        gradients = loss_and_gradients(found, blocks, x)
-    torch.testing.assert_close(found, [expected], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(gradients, loss_and_gradients([expected], blocks, x), rtol=1e-4, atol=1e-5)
-
-
-def affine(norm: LayerNorm) -> tuple[Tensor, Tensor]:
-    return norm.weight, norm.bias
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_last_tokens_come_in_the_type_that_is_asked_for(recompute):
     blocks, x = blocks_and_tokens()
@@ -236,3 +220,27 @@ def test_the_last_tokens_come_in_the_type_that_is_asked_for(recompute):
         found = list(run_blocks(blocks, x, recompute=recompute, last_dtype=torch.bfloat16))
     assert [t.dtype for t in found] == [torch.float32, torch.bfloat16]
     torch.testing.assert_close(found, [first, last.bfloat16()], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("dim", "ratio", "hidden"), [(1536, 4.0, 4096), (64, 4.0, 176), (48, 4.0, 128), (40, 1.1, 32)])
+def test_hidden_channels_are_two_thirds_rounded_up_to_eight(dim, ratio, hidden):
+    assert swiglu_hidden_dim(dim, ratio) == hidden
+
+
+def test_a_vit_of_either_kind_trains():
+    for kind, kept in (("gelu", MLP), ("swiglu", SwiGLU)):
+        torch.manual_seed(0)
+        vit = VisionTransformer(ViTConfig(28, 14, 32, 2, 2, mlp=kind)).init_weights()
+        assert all(type(block.mlp) is kept for block in vit.blocks)
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = vit.forward_tokens(torch.randn(1, 3, 28, 28))
+        assert tokens.dtype == torch.float32
+        tokens.square().sum().backward()
+        assert all(p.grad.isfinite().all() for n, p in vit.named_parameters() if not n.startswith("norm."))
+
+
+def test_another_kind_of_mlp_is_explained():
+    with pytest.raises(ValueError, match="mlp is 'relu'; choose one of gelu, swiglu"):
+        ViTConfig(mlp="relu")
+    with pytest.raises(ValueError, match="mlp is 'relu'"):
+        Block(32, 2, mlp="relu")

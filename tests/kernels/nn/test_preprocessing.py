@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dune_fast.kernels.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.preprocessing import Preprocessing
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 

@@ -1,4 +1,4 @@
-"""DUNE's published container: encoder, projectors and teachers' statistics as its own code and users read them."""
+"""`--to dune`: the container of DUNE's published checkpoints: encoder, projectors and teachers' statistics."""
 
 from __future__ import annotations
 
@@ -42,40 +42,37 @@ def published_state(model: DistilledModel) -> dict[str, Tensor]:
 
 def _refuse_unlike(model: DistilledModel) -> None:
     """ExportError if the container cannot say this model, or its published loader would read another one."""
-    cfg = model.encoder.cfg
-    sizes = cfg.embed_dim, cfg.depth, cfg.num_heads
-    projectors = list(model.student.projectors.values())
+    cfg, projectors = model.encoder.cfg, list(model.student.projectors.values())
     transformers = all(isinstance(p, TransformerProjector) for p in projectors)
+    blocks = [block for p in projectors for block in p.blocks] if transformers else []
     demands = {
-        "features standardized per channel (standardization.convention=dune or unic)": model.statistics.convention
-        != "phi_s",
-        f"one of the encoders {', '.join(ARCHITECTURES)} (this one has {cfg.embed_dim} channels, {cfg.depth} "
-        f"blocks, {cfg.num_heads} heads)": sizes in NAMES,
-        "GELU's MLP of ratio 4": cfg.mlp_ratio == 4
-        and all(hasattr(block.mlp, "fc1") for block in model.encoder.blocks),
-        "LayerScale": cfg.layer_scale is not None,
-        "a cls token, a learned position table and a final norm": cfg.cls_token
-        and cfg.pos_embed == "learned"
-        and cfg.final_norm,
-        "positions interpolated with the offset 0.1, without antialias": cfg.interpolate_offset == 0.1
-        and not cfg.interpolate_antialias,
-        "transformer projectors (projector=tp)": transformers,
-        "projectors of blocks with LayerScale and an MLP of ratio 4": transformers
-        and all(
-            hasattr(block.ls1, "gamma") and block.mlp.fc1.out_features == 4 * cfg.embed_dim
-            for p in projectors
-            for block in p.blocks
-        ),
+        "features standardized per channel (standardization.convention=dune or unic)":
+            model.statistics.convention != "phi_s",
+        f"one of the encoders {', '.join(ARCHITECTURES)} (this one has {cfg.embed_dim} channels, {cfg.depth} blocks, "
+        f"{cfg.num_heads} heads)":
+            (cfg.embed_dim, cfg.depth, cfg.num_heads) in NAMES,
+        "GELU's MLP of ratio 4":
+            cfg.mlp_ratio == 4 and all(hasattr(block.mlp, "fc1") for block in model.encoder.blocks),
+        "LayerScale":
+            cfg.layer_scale is not None,
+        "a cls token, a learned position table and a final norm":
+            cfg.cls_token and cfg.pos_embed == "learned" and cfg.final_norm,
+        "positions interpolated with the offset 0.1, without antialias":
+            cfg.interpolate_offset == 0.1 and not cfg.interpolate_antialias,
+        "transformer projectors (projector=tp)":
+            transformers,
+        "projectors of blocks with LayerScale and an MLP of ratio 4":
+            all(hasattr(block.ls1, "gamma") and block.mlp.fc1.out_features == 4 * cfg.embed_dim for block in blocks),
         f"projectors with as many attention heads as the encoder ({cfg.num_heads}), which its loader takes for granted "
-        "(projector.num_heads: null)": transformers
-        and all(block.attn.num_heads == cfg.num_heads for p in projectors for block in p.blocks),
-    }
+        "(projector.num_heads: null)":
+            all(block.attn.num_heads == cfg.num_heads for block in blocks),
+    }  # fmt: skip
     for what, given in demands.items():
         if not given:
             raise ExportError(f"DUNE's published container needs {what}: export this run to safetensors instead")
 
 
-def write_dune(model: DistilledModel, folder: Path, step: int = 0) -> None:
+def write(model: DistilledModel, folder: Path, step: int = 0) -> None:
     """Writes `dune.pth`: {"model", "args", "iter", "preprocessing"}; its only type besides torch's is a Namespace.
 
     The published loader builds encoder and projectors from `args` alone, so they hold every option.
@@ -102,9 +99,7 @@ def write_dune(model: DistilledModel, folder: Path, step: int = 0) -> None:
 def built_by_its_loader(args: argparse.Namespace, widths: Mapping[str, tuple[int, Sequence[str]]]) -> dict[str, Tensor]:
     """Names and shapes of the model that the published loader builds for a container, from its arguments alone.
 
-    Args:
-        args: the container's.
-        widths: teacher -> (channels, token types), which the loader has in a list of its own.
+    `widths`, teacher -> (channels, token types), the loader has in a list of its own.
     """
     encoder = {**ENCODER_OPTIONS, **args.enc_args, "image_size": args.image_size}
     projector = {**PROJECTOR_OPTIONS, **args.proj_args}
@@ -130,19 +125,12 @@ def dune_outputs(model: DistilledModel) -> Reader:
     return run
 
 
-def read_dune(folder: Path) -> Reader:
+def read(folder: Path) -> Reader:
     """The container, read as any published one, once the model that its loader would build takes every tensor."""
     path = folder / FILE
     content, model = read_container(path), DistilledModel(*load_released(path)).eval()
-    widths = {
-        name: (next(iter(tokens.values())).mean.numel(), list(tokens)) for name, tokens in _by_teacher(model).items()
-    }
+    widths: dict[str, tuple[int, list[str]]] = {}
+    for name, token, normalizer in model.statistics.items():
+        widths.setdefault(name, (normalizer.mean.numel(), []))[1].append(token)
     check_fit(compare(built_by_its_loader(content["args"], widths), content["model"]), "the published model", path)
     return dune_outputs(model)
-
-
-def _by_teacher(model: DistilledModel) -> dict[str, dict]:
-    found: dict[str, dict] = {}
-    for name, token, normalizer in model.statistics.items():
-        found.setdefault(name, {})[token] = normalizer
-    return found

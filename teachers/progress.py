@@ -1,4 +1,4 @@
-"""How far long work over many images is: a bar on a terminal, a log line now and then elsewhere."""
+"""How far long work is: a bar on a terminal, a log line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class Progress:
 
     def __init__(self, title: str, total: int, unit: str = "images", done: int = 0) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self._first = self.done = done
+        self.done: float = done
+        self._first = done
         self._bytes = 0
         self._began = self._spoke = time.monotonic()
         self._bar: Bar | None = None
@@ -38,7 +39,7 @@ class Progress:
             self._bar = Bar(*columns, TextColumn("{task.fields[speed]}"), *clock, console=console)
             self._task = self._bar.add_task("", total=total, completed=done, speed="")
 
-    def advance(self, units: int, num_bytes: int = 0) -> None:
+    def advance(self, units: float, num_bytes: int = 0) -> None:
         """Says that more is done: units, and the bytes that went with them."""
         self.done += units
         self._bytes += num_bytes

@@ -1,4 +1,4 @@
-"""The encoder as an ONNX graph of standard operators, for any batch, height and width.
+"""`--to onnx`: the encoder as an ONNX graph of standard operators, for any batch, height and width.
 
 The graph is written node by node rather than traced: a tracer would freeze the image size into the position table's
 interpolation. ONNX's Resize takes the scale factor (n + offset) / M as the published student does, and factor 1 where
@@ -155,9 +155,7 @@ def build_graph(encoder: VisionTransformer) -> Any:
     try:
         import onnx
     except ImportError as error:
-        raise ExportError(
-            f"the onnx export needs the package onnx ({error}): pip install onnx"
-        ) from error
+        raise ExportError(f"the onnx export needs the package onnx ({error}): pip install onnx") from error
     cfg = encoder.cfg
     _refuse(encoder)
     g = Graph(onnx)
@@ -185,9 +183,8 @@ def build_graph(encoder: VisionTransformer) -> Any:
     )  # fmt: skip
     opsets = [onnx.helper.make_opsetid("", OPSET)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="dune_fast")
-    onnx.helper.set_model_props(
-        model, {ARCHITECTURE: json.dumps(asdict(cfg)), PREPROCESSING: encoder.transform.as_json()}
-    )
+    properties = {ARCHITECTURE: json.dumps(asdict(cfg)), PREPROCESSING: encoder.transform.as_json()}
+    onnx.helper.set_model_props(model, properties)
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -204,12 +201,12 @@ def _refuse(encoder: VisionTransformer) -> None:
         raise ExportError(f"an ONNX file holds at most 2 GiB and this encoder has {size / 2**30:.1f} GiB of weights")
 
 
-def write_onnx(encoder: VisionTransformer, folder: Path) -> None:
+def write(encoder: VisionTransformer, folder: Path) -> None:
     """Writes `encoder.onnx`."""
     (folder / FILE).write_bytes(build_graph(encoder).SerializeToString())
 
 
-def read_onnx(folder: Path) -> Reader:
+def read(folder: Path) -> Reader:
     """onnxruntime's session on the CPU."""
     try:
         import onnxruntime

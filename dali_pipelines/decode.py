@@ -1,0 +1,98 @@
+"""Plans into pixels, step after step, and what happens when DALI gives up.
+
+When an image has killed the DALI pipeline, Pillow decodes it from then on, or it is set aside as broken. Plans are
+pure, so decoding then starts again at the first step that was not delivered.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import torch
+from torch import Tensor
+
+from dune_fast.dali_pipelines.augmentation import Geometry
+from dune_fast.dali_pipelines.pipeline import DecodeError, Decoder
+from dune_fast.dali_pipelines.plan import Plan
+from dune_fast.dali_pipelines.source import ImageSource
+
+_IN_FLIGHT = 2  # batches inside DALI: one is decoded while the next one's files are read
+
+Decoded = tuple[Plan, Tensor, torch.cuda.Event | None]
+"""A plan, its images, uint8 [B, S, S, 3] on the device, and the event after which they may be read."""
+Planner = Callable[[int], Plan | None]
+
+
+def decode_steps(
+    plans: Planner, source: ImageSource, read_ahead: int, new_decoder: Callable[..., Decoder], start: int
+) -> Iterator[Decoded]:
+    """Decodes the steps from `start` on.
+
+    Args:
+        plans: step -> plan, None after the last step.
+        source: that the plans read from.
+        read_ahead: steps whose files are read before they are decoded.
+        new_decoder: depth -> decoder.
+
+    Raises:
+        DataError: too many broken images, or a failure of DALI that no image explains.
+    """
+    while True:
+        in_flight: deque[Plan] = deque()
+        try:
+            for plan, images, event in _until_failure(plan_ahead(plans, read_ahead, start), new_decoder, in_flight):
+                yield plan, images, event
+                start = plan.step + 1
+            return
+        except DecodeError as error:
+            _set_aside(in_flight, source, new_decoder(1), str(error))
+
+
+def _until_failure(
+    plans: Iterator[Plan], new_decoder: Callable[..., Decoder], in_flight: deque[Plan]
+) -> Iterator[Decoded]:
+    """Leaves the plans that DALI was at in `in_flight` when it raises DecodeError."""
+    with closing(plans):
+        in_flight.extend(itertools.islice(plans, _IN_FLIGHT))
+        if not in_flight:
+            return
+        with closing(new_decoder(len(in_flight))) as decoder:
+            for plan in in_flight:
+                decoder.submit(plan.encoded, plan.geometry)
+            while in_flight:
+                images, event = decoder.receive()
+                done = in_flight.popleft()
+                if (plan := next(plans, None)) is not None:
+                    in_flight.append(plan)
+                    decoder.submit(plan.encoded, plan.geometry)
+                yield done, images, event
+
+
+def plan_ahead(plans: Planner, read_ahead: int, start: int) -> Iterator[Plan]:
+    """Plans step after step, those of the next `read_ahead` ones being made meanwhile."""
+    with ThreadPoolExecutor(read_ahead, thread_name_prefix="plan-batches") as planners:
+        waiting = deque(planners.submit(plans, step) for step in range(start, start + read_ahead))
+        try:
+            for step in itertools.count(start + read_ahead):
+                if (plan := waiting.popleft().result()) is None:
+                    return
+                waiting.append(planners.submit(plans, step))
+                if plan.images:  # validation images may all be broken
+                    yield plan
+        finally:
+            planners.shutdown(wait=True, cancel_futures=True)
+
+
+def _set_aside(failed: Sequence[Plan], source: ImageSource, decoder: Decoder, failure: str) -> None:
+    """Finds the images that DALI refuses."""
+    images = [image for plan in failed for image in plan.images]
+    encoded = [data for plan in failed for data in plan.encoded]
+    with closing(decoder):
+        refused = decoder.refused(encoded, Geometry.concatenate([plan.geometry for plan in failed]), failure)
+    for i, reason in refused.items():
+        if (broken := source.refused(images[i], encoded[i], reason)) is not None:
+            source.quarantine.add(*images[i], str(broken), broken.lasting)

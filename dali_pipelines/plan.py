@@ -1,0 +1,171 @@
+"""Which images a step holds and what is done to them: step -> `Plan`, for training and for validation.
+
+A plan is a pure function of (seed, global batch size, step), and of which images are broken. So whatever goes wrong
+later, the same steps are simply planned again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dune_fast.dali_pipelines.augmentation import (
+    Geometry,
+    colour_params,
+    draw_words,
+    train_geometry,
+    validation_geometry,
+)
+from dune_fast.dali_pipelines.datasets import DataConfig
+from dune_fast.dali_pipelines.errors import DataError
+from dune_fast.dali_pipelines.order import SampleOrder
+from dune_fast.dali_pipelines.source import Encoded, Image, ImageSource
+from dune_fast.kernels.augment import ColourParams
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one batch consists of, before decoding; all on the host; B images."""
+
+    step: int
+    images: list[Image]
+    positions: np.ndarray
+    """int64 [B], global."""
+    group: np.ndarray
+    """int64 [B]."""
+    encoded: list[np.ndarray]
+    """What DALI gets, uint8 [length] each, see `images.for_dali`."""
+    geometry: Geometry
+    colour: ColourParams | None
+
+
+class Groups:
+    """The groups of a source's datasets, and which dataset is in which."""
+
+    def __init__(self, source: ImageSource) -> None:
+        of_datasets = [dataset.config.group for dataset in source.datasets]
+        self.names = sorted(set(of_datasets))
+        self.of = np.array([self.names.index(group) for group in of_datasets])  # int64 [datasets]
+
+
+class TrainPlans:
+    """Plans of training, without end.
+
+    Args:
+        source: of the training images.
+        config: shares of the groups and augmentation.
+        image_size: side of the images in pixels.
+        global_batch: images of a step over all ranks.
+        slots: of the global batch that are this rank's, from `order.rank_slots`.
+        seed: of order and augmentation.
+
+    Raises:
+        DataError: weights that do not fit the groups, or a batch below 1.
+    """
+
+    def __init__(
+        self, source: ImageSource, config: DataConfig, image_size: int, global_batch: int, slots: slice, seed: int
+    ) -> None:
+        self.groups = Groups(source)
+        self._source, self._config, self._image_size = source, config, image_size
+        self._slots, self._seed = slots, seed
+        self._sizes = source.sizes()
+        # a group's images are those of its datasets, one after the other, `repeat` times each
+        self._members = [np.flatnonzero(self.groups.of == g) for g in range(len(self.groups.names))]
+        seen = self._sizes * np.array([dataset.config.repeat for dataset in source.datasets])
+        self._ends = [seen[members].cumsum() for members in self._members]
+        weights = group_weights(config, self.groups.names)
+        self.order = SampleOrder([int(ends[-1]) for ends in self._ends], weights, seed, global_batch)
+
+    def __call__(self, step: int) -> Plan:
+        group, draw, images = self.choose(step)
+        positions = step * self.order.batch + np.arange(self.order.batch)[self._slots]
+        read = self._source.read_good(images)
+        for i in (i for i, result in enumerate(read) if result is None):
+            images[i], read[i] = self._replacement(group[i : i + 1], draw[i : i + 1])
+        sizes, turned = np.array([size for _, size in read]), self._source.turned(images)
+        words = draw_words(self._seed, positions)
+        geometry = train_geometry(words, sizes, turned, self._image_size, self._config)
+        colour = colour_params(words, self._config) if self._config.colour else None
+        return Plan(step, images, positions, group, [data for data, _ in read], geometry, colour)
+
+    def choose(self, step: int) -> tuple[np.ndarray, np.ndarray, list[Image]]:
+        """What this rank's part of a step consists of, before any file is read; B images.
+
+        Returns:
+            The group and the draw (`SampleOrder.step`) of each, int64 [B], and the images themselves. Those that turn
+            out broken are replaced later.
+        """
+        group, draw = (values[self._slots] for values in self.order.step(step))
+        return group, draw, self._resolve(group, self.order.image(group, draw))
+
+    def _resolve(self, group: np.ndarray, index: np.ndarray) -> list[Image]:
+        """Images from (group, index in it), int64 [B] each."""
+        dataset, within = np.empty_like(index), np.empty_like(index)
+        for g in np.unique(group).tolist():
+            chosen = group == g
+            member = np.searchsorted(self._ends[g], index[chosen], side="right")
+            dataset[chosen] = self._members[g][member]
+            within[chosen] = index[chosen] - np.concatenate([[0], self._ends[g]])[member]
+        within %= self._sizes[dataset]  # repeats
+        return list(zip(dataset.tolist(), within.tolist(), strict=True))
+
+    def _replacement(self, group: np.ndarray, draw: np.ndarray) -> tuple[Image, Encoded]:
+        """The next good image in the order of the group's pass, in place of a broken one."""
+        for skip in range(1, int(self.order.group_sizes[group[0]])):
+            image = self._resolve(group, self.order.image(group, draw, skip))[0]
+            if (read := self._source.read_good([image])[0]) is not None:
+                return image, read
+        raise DataError(f"no usable image is left in group {self.groups.names[group[0]]!r}")
+
+
+class ValPlans:
+    """Plans of one pass over the validation images: rank r of w has images r, r + w, r + 2 w, ...; without broken ones.
+
+    Args:
+        source: of the validation images.
+        image_size: side of the images in pixels.
+        batch: images of a batch, on this rank.
+        rank, world_size: this process's part.
+    """
+
+    def __init__(self, source: ImageSource, image_size: int, batch: int, rank: int, world_size: int) -> None:
+        self.groups = Groups(source)
+        self._source, self._image_size, self._batch = source, image_size, batch
+        self._ends = source.sizes().cumsum()
+        self._positions = np.arange(rank, self._ends[-1], world_size)
+
+    def __len__(self) -> int:
+        return -(-len(self._positions) // self._batch)
+
+    def __call__(self, step: int) -> Plan | None:
+        if step >= len(self):
+            return None
+        positions = self._positions[step * self._batch : (step + 1) * self._batch]
+        dataset = np.searchsorted(self._ends, positions, side="right")
+        index = positions - np.concatenate([[0], self._ends])[dataset]
+        images = list(zip(dataset.tolist(), index.tolist(), strict=True))
+        read = self._source.read_good(images)
+        kept = [i for i, result in enumerate(read) if result is not None]
+        images, encoded = [images[i] for i in kept], [read[i][0] for i in kept]
+        sizes = np.array([read[i][1] for i in kept], np.int64).reshape(-1, 2)
+        geometry = validation_geometry(sizes, self._source.turned(images), self._image_size)
+        return Plan(step, images, positions[kept], self.groups.of[dataset[kept]], encoded, geometry, None)
+
+
+def group_weights(config: DataConfig, groups: Sequence[str]) -> list[float]:
+    """The weight of each group, equal ones where none are given.
+
+    Raises:
+        DataError: weights are given, but not for exactly the groups there are.
+    """
+    if not config.group_weights:
+        return [1.0] * len(groups)
+    if set(config.group_weights) != set(groups):
+        raise DataError(
+            f"data.group_weights names the groups {sorted(config.group_weights)}, the datasets have {sorted(groups)}; "
+            "give every group a weight (0 leaves it out), or leave the weights empty for equal shares"
+        )
+    return [float(config.group_weights[group]) for group in groups]
