@@ -160,6 +160,14 @@ def test_the_command_and_its_files(encoder_file, squares, tmp_path, capsys):
     assert load_file(out.with_suffix(".head.safetensors"))["decode_head.conv_depth.weight"].shape == (256, 96, 1, 1)
 
 
+def test_segmentation_reads_a_projector_as_the_paper_does(finished, squares):
+    command = ["evaluate", str(finished), "--task", "segmentation", "--data", str(squares), "--projector", "tw"]
+    assert cli.main([*command, "--size", "56", "--iterations", "2", "--batch", "4", "--threads", "1"]) == 0
+    (path,) = (finished / "evaluation").glob("*.head.safetensors")
+    assert path.name == f"segmentation_tw_{squares.name}.head.safetensors"
+    assert load_file(path)["decode_head.conv_seg.weight"].shape == (2, 32, 1, 1)  # channels of the teacher `two`
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
