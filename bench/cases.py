@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, compare, objective_of, relative_error
+from bench.linear_case import run_linear_depth, run_linear_seg
 from bench.teacher_case import run_teacher
 from bench.train_case import run_train
 from dune_fast.distill.objective import coefficients, combine, teacher_losses
@@ -193,5 +194,7 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "checkpoint": run_checkpoint,
     "teacher": run_teacher,
     "train": run_train,
+    "linear_depth": run_linear_depth,
+    "linear_seg": run_linear_seg,
 }
 """Kind of a case -> what recomputes it; a kind that is not here is "not built"."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import argcomplete
 
-from dune_fast import __version__, data_cli, launcher, teachers_cli
+from dune_fast import __version__, data_cli, evaluate_cli, launcher, teachers_cli
 from dune_fast.console import add_command, console, in_colour
 from dune_fast.engine.overrides import config_names
 from dune_fast.export import TARGETS
@@ -36,14 +36,6 @@ def resume(args: argparse.Namespace) -> int:
     Overrides change what a run may change when it goes on, e.g. deepspeed.zero_stage=2.
     """
     return launcher.launch_training(args, args.run)
-
-
-def evaluate(args: argparse.Namespace) -> int:
-    """Held-out agreement and figures of a finished run."""
-    from dune_fast.evaluate.run import evaluate_run
-
-    evaluate_run(args.run, figures=not args.no_figures)
-    return 0
 
 
 def config(args: argparse.Namespace) -> int:
@@ -152,9 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", **hydra)
     _add_launcher_options(sub)
 
-    sub = add_command(commands, "evaluate", evaluate, "evaluate a run")
-    sub.add_argument("run", type=Path, help="folder of the run, e.g. runs/demo")
-    sub.add_argument("--no-figures", action="store_true", help="numbers only")
+    evaluate_cli.add_parsers(commands)
 
     sub = add_command(commands, "config", config, "print a configuration")
     sub.add_argument("overrides", **hydra)

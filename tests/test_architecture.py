@@ -17,7 +17,7 @@ FLOORS = ("kernels", "teachers", "dali_pipelines", "dune_fast", "bench")
 ROOMS = {
     "distill": {"student"},
     "engine": {"distill", "student", "released"},
-    "evaluate": {"distill", "engine", "student"},
+    "evaluate": {"distill", "engine", "load", "student"},
 }
 """What of dune_fast itself, beside their own files, its rooms may import."""
 

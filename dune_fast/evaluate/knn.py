@@ -59,7 +59,14 @@ def choose(images: Images, count: int, seed: int, stream: int) -> list[int]:
     return sorted(chosen.tolist())
 
 
-def labelled(dataset: Dataset, count: int, seed: int, patience: float = 30.0) -> Labelled:
+def labelled(
+    dataset: Dataset,
+    count: int,
+    seed: int,
+    patience: float = 30.0,
+    cure: str = "or take evaluation.knn_dataset back",
+    root: str = "",
+) -> Labelled:
     """Images of a dataset and their classes, the folders just below its root; says which classes it has found.
 
     Args:
@@ -67,11 +74,14 @@ def labelled(dataset: Dataset, count: int, seed: int, patience: float = 30.0) ->
         count: at most so many to search among, and so many to classify.
         seed: of the choice.
         patience: seconds for which a failing read of a shard is tried again.
+        cure: what else to do where there are no classes, for messages.
+        root: what names the folder, for messages; by default the dataset's field.
 
     Raises:
         LabelError: images outside of any sub-folder, or of one class alone.
         StorageError: a shard cannot be read.
     """
+    root = root or f"data.datasets.{dataset.name}.root"
     splits = [images for images in (dataset.train, dataset.val) if len(images)]
     chosen = [images.select(choose(images, count, seed, i)) for i, images in enumerate(splits)]
     names, reader = [], Reader(patience)
@@ -81,14 +91,14 @@ def labelled(dataset: Dataset, count: int, seed: int, patience: float = 30.0) ->
             if not rest or name in (".", "..", ""):
                 raise LabelError(
                     f"dataset {dataset.name!r} cannot be used for k-NN: {images[i]} is in no class's folder; lay the "
-                    "images out as root/CLASS/image, the validation images too, or take evaluation.knn_dataset back"
+                    f"images out as root/CLASS/image, the validation images too, {cure}"
                 )
             names.append(name)
     classes = tuple(sorted(set(names)))
     if len(classes) < 2:
         raise LabelError(
             f"dataset {dataset.name!r} cannot be used for k-NN: all images are of one class, {classes[0]!r}; set "
-            f"data.datasets.{dataset.name}.root to the folder whose sub-folders are the classes"
+            f"{root} to the folder whose sub-folders are the classes"
         )
     some = ", ".join(classes if len(classes) < 7 else [*classes[:3], "...", *classes[-2:]])
     counts = " and ".join(f"{len(images):,} images" for images in chosen)
@@ -96,8 +106,8 @@ def labelled(dataset: Dataset, count: int, seed: int, patience: float = 30.0) ->
     if splits_named := [name for name in classes if name.lower() in _SPLITS]:
         logger.warning(
             "k-NN on %s: %s among the classes, the folders just below the root, looks like a split; set "
-            "data.datasets.%s.root to the folder whose sub-folders are the classes, and val_root to that of the "
-            "images to classify", dataset.name, " and ".join(splits_named), dataset.name,
+            "%s to the folder whose sub-folders are the classes, and val_root to that of the images to classify",
+            dataset.name, " and ".join(splits_named), root,
         )  # fmt: skip
     index = {name: i for i, name in enumerate(classes)}
     parts = tuple(

@@ -1,0 +1,247 @@
+"""Segmentation and depth from start to metrics: data, head, training (`evaluate.probe`), evaluation.
+
+Segmentation is evaluated by sliding windows over the image with the short side of the recipe; depth on the whole image,
+averaged with the flipped one. With `cached` both are trained and evaluated on the squares of `evaluate.extract`, whose
+tokens are computed once: quick, and not the publications' protocol.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dune_fast.dali_pipelines.listing import PathList
+from dune_fast.evaluate.crops import DepthCrop, depth_crop, normalized, scaled, segmentation_crop, square_target
+from dune_fast.evaluate.extract import extract, image_identity
+from dune_fast.evaluate.heads import IGNORED, MIN_DEPTH, Layer, resize
+from dune_fast.evaluate.metrics import EIGEN_CROP, ConfusionMatrix, DepthMetrics
+from dune_fast.evaluate.model import FrozenModel, fingerprint
+from dune_fast.evaluate.pairs import CLASSES, Pairs
+from dune_fast.evaluate.probe import Recipe, build_head, train
+from dune_fast.evaluate.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+_CLASS_CHUNK = 32  # logits of so many classes at full size at a time
+_WINDOWS = 8  # at a time
+
+
+@dataclass(frozen=True)
+class DenseTask:
+    """What is evaluated, and how."""
+
+    task: str
+    train: Pairs
+    val: Pairs
+    recipe: Recipe
+    layers: int = 1
+    classes: int = 0
+    """Segmentation: 0 for the layout's, or those that the training labels have."""
+    max_depth: float = 10.0
+    """Metres; deeper pixels do not count in the metric."""
+    crop: DepthCrop = DepthCrop()
+    eigen: bool = False
+    """Depth: whether the Eigen crop of NYUd's images counts alone."""
+    cached: int = 0
+    """Side of the squares whose tokens are computed once; 0: by the recipe."""
+    threads: int = 4
+
+
+def run_dense(job: DenseTask, model: FrozenModel, cache: Path, ranks: Ranks) -> tuple[dict[str, float], nn.Module]:
+    """Trains a head, or goes on with it, and evaluates it.
+
+    Args:
+        job: what to do.
+        model: reads normalised tokens for segmentation, those without the final norm for depth.
+        cache: folder for states and features.
+        ranks: all of them call this.
+
+    Returns:
+        The metrics, the same on every rank; and the head.
+
+    Raises:
+        DataError: images or targets that cannot be read.
+        ValueError: labels that no class has, a batch that ranks cannot share.
+    """
+    classes = job.classes or CLASSES.get(job.train.layout, 0)
+    if job.task == "segmentation":
+        job = replace(job, classes=classes or count_classes(job.train, ranks))
+        classes = job.classes
+    if job.task == "segmentation" and classes < 2:
+        raise ValueError(f"there are labels of {classes} class: 2 are needed; set --classes, or look at --data")
+    if job.task == "depth" and job.max_depth <= MIN_DEPTH:
+        raise ValueError(f"--max-depth is {job.max_depth}: give metres, above {MIN_DEPTH}")
+    head = build_head(job.task, model, job.layers, classes, job.max_depth, job.recipe.seed).to(ranks.device)
+    sources = [
+        *image_identity([PathList(file for file, _ in job.train.files)]),
+        *image_identity([PathList(target for _, target in job.train.files)]),
+    ]
+    values = {
+        "format": 1, "weights": model.weights_sha256, "reading": model.reading, "recipe": job.recipe,
+        "classes": classes, "max_depth": job.max_depth, "crop": job.crop, "cached": job.cached, "task": job.task,
+        "layout": job.train.layout, "depth_scale": job.train.depth_scale, "images": sources,
+    }  # fmt: skip
+    state = cache / "probes" / f"{fingerprint(values)[:24]}.pt"
+    if job.cached:
+        squares = _Squares(job, model, job.train, cache, ranks)
+        train(head, job.task, job.recipe, len(job.train), None, None, ranks, state, squares)
+    else:
+        train(
+            head, job.task, job.recipe, len(job.train), lambda *a: _crop(job, *a), model.padded, ranks, state,
+            threads=job.threads,
+        )  # fmt: skip
+    head.eval()
+    metrics = ConfusionMatrix(classes, ranks.device) if job.task == "segmentation" else DepthMetrics(ranks.device)
+    for prediction, target in _predictions(job, model, head, cache, ranks):
+        if isinstance(metrics, ConfusionMatrix):
+            metrics.add(prediction, target)
+        else:
+            window = EIGEN_CROP if job.eigen and target.shape == (480, 640) else ...
+            metrics.add(prediction[window], target[window], job.max_depth)
+    ranks.add(metrics.counts if isinstance(metrics, ConfusionMatrix) else metrics.sums)
+    return metrics.result(), head
+
+
+def count_classes(pairs: Pairs, ranks: Ranks) -> int:
+    """One more than the largest label of all images."""
+    largest = -1
+    with ranks.progress("counting classes", len(pairs)) as progress:
+        for index in range(len(pairs)):
+            labels = pairs.read(index)[1]
+            known = labels[labels != IGNORED]
+            largest = max(largest, int(known.max()) if known.numel() else -1)
+            progress.advance(1)
+    return largest + 1
+
+
+def _read(job: DenseTask, pairs: Pairs, index: int) -> tuple[Tensor, Tensor]:
+    """See `Pairs.read`; ValueError for a label that no class has, which a GPU would only say as a device assertion."""
+    image, target = pairs.read(index)
+    if job.task == "segmentation" and (wrong := target[(target != IGNORED) & (target >= job.classes)]).numel():
+        raise ValueError(
+            f"{pairs.files[index][1]} has the label {int(wrong.max())}; there are {job.classes} classes from 0 "
+            f"(layout {pairs.layout}), and {IGNORED} for none: correct --classes or --layout"
+        )
+    return image, target
+
+
+def _crop(job: DenseTask, index: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    image, target = _read(job, job.train, index)
+    if job.task == "segmentation":
+        return segmentation_crop(image, target, job.recipe.size, random)
+    return depth_crop(image, target, job.crop, random)
+
+
+def _predictions(
+    job: DenseTask, model: FrozenModel, head: nn.Module, cache: Path, ranks: Ranks
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(classes or depth, target) of each validation image of this rank, [H, W] each."""
+    mine = range(ranks.rank, len(job.val), ranks.size)
+    squares = _Squares(job, model, job.val, cache, ranks) if job.cached else None
+    with ranks.progress("evaluating", len(mine)) as progress, torch.no_grad():
+        for index in mine:
+            if squares is not None:
+                layers, targets = squares([index])
+                output, target = resize(head(layers), targets.shape[-2:])[0], targets[0]
+                yield (output.argmax(0) if job.task == "segmentation" else output[0]), target
+            else:
+                image, target = _read(job, job.val, index)
+                if job.task == "segmentation":
+                    logits = window_logits(image, model, head, job.recipe, ranks.device)
+                    prediction = resized_argmax(logits, target.shape)
+                else:
+                    prediction = flip_averaged_depth(image, model, head, job.max_depth, ranks.device)
+                yield prediction, target.to(ranks.device)
+            progress.advance(1)
+
+
+def windows(length: int, size: int, stride: int) -> list[int]:
+    """Where windows begin along one side of an image: every `stride` px, the last one moved back into the image."""
+    count = max(length - size + stride - 1, 0) // stride + 1
+    return [max(min(i * stride + size, length) - size, 0) for i in range(count)]
+
+
+def window_logits(image: Tensor, model: FrozenModel, head: nn.Module, cfg: Recipe, device: torch.device) -> Tensor:
+    """Logits [1, classes, h, w] of the image scaled to the recipe's short side: windows' means where they overlap.
+
+    Args:
+        image: uint8 [3, H, W].
+    """
+    x = normalized(scaled(image, cfg.size)[0]).to(device)
+    height, width = x.shape[-2:]
+    places = [(t, s) for t in windows(height, cfg.size, cfg.stride) for s in windows(width, cfg.size, cfg.stride)]
+    size = min(cfg.size, height), min(cfg.size, width)
+    total, count = None, x.new_zeros(1, 1, height, width)
+    for start in range(0, len(places), _WINDOWS):
+        chosen = places[start : start + _WINDOWS]
+        crops = torch.stack([x[:, t : t + size[0], s : s + size[1]] for t, s in chosen])
+        logits = resize(head(model.padded(crops)), size)
+        total = x.new_zeros(1, logits.shape[1], height, width) if total is None else total
+        for part, (t, s) in zip(logits, chosen, strict=True):
+            total[0, :, t : t + size[0], s : s + size[1]] += part
+            count[:, :, t : t + size[0], s : s + size[1]] += 1
+    return total / count
+
+
+def resized_argmax(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """The class with the largest logit after a bilinear resize, int64 [*size]; a few classes at a time."""
+    best = found = None
+    for start in range(0, logits.shape[1], _CLASS_CHUNK):
+        value, index = resize(logits[:, start : start + _CLASS_CHUNK], tuple(size))[0].max(0)
+        if best is None:
+            best, found = value, index
+        else:
+            better = value > best
+            best, found = torch.where(better, value, best), torch.where(better, index + start, found)
+    return found
+
+
+def flip_averaged_depth(
+    image: Tensor, model: FrozenModel, head: nn.Module, max_depth: float, device: torch.device
+) -> Tensor:
+    """Depth [H, W] in metres of an image uint8 [3, H, W], the mean of its own and that of its mirror image."""
+    x = normalized(image).to(device)[None]
+    depths = []
+    for each in (x, x.flip(-1)):
+        depth = head(model.padded(each)).clamp(MIN_DEPTH, max_depth)
+        depths.append(resize(depth, image.shape[-2:])[0, 0])
+    return (depths[0] + depths[1].flip(-1)) / 2
+
+
+class _Squares:
+    """Tokens and targets of squares, in memory: indices -> layers, targets [B, S, S]."""
+
+    def __init__(self, job: DenseTask, model: FrozenModel, pairs: Pairs, cache: Path, ranks: Ranks) -> None:
+        if job.layers > 1:
+            raise ValueError("--cached keeps the tokens of one block: leave --layers out")
+        with_cls = job.task == "depth" and model.has_cls
+        images = [PathList(file for file, _ in pairs.files)]
+        found = extract(
+            model, images, job.cached, ["patch", "cls"] if with_cls else ["patch"], cache=cache / "features",
+            dtype="fp16", batch=job.recipe.batch, ranks=ranks, title=f"features of {model.name}",
+        )  # fmt: skip
+        self.patch, self.seen = found.whole("patch")
+        self.cls = found.whole("cls")[0] if with_cls else None
+        if not self.seen.all():
+            broken = pairs.files[int((~self.seen).nonzero()[0])][0]
+            raise ValueError(f"{broken} cannot be decoded: take it out of the dataset")
+        self.targets = torch.stack([square_target(_read(job, pairs, i)[1], job.cached) for i in range(len(pairs))])
+        self.device = ranks.device
+
+    def __call__(self, indices: list[int]) -> tuple[list[Layer], Tensor]:
+        patch = self.patch[indices].to(self.device).float().permute(0, 3, 1, 2)
+        cls = None if self.cls is None else self.cls[indices].to(self.device).float()
+        return [(patch, cls)], self.targets[indices].to(self.device)
+
+
+def head_bytes(head: nn.Module) -> bytes:
+    """The head as a safetensors file, by the names of the published heads."""
+    state = {f"decode_head.{name}": x.detach().cpu().contiguous() for name, x in head.state_dict().items()}
+    return safetensors.torch.save(state)
