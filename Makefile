@@ -10,10 +10,14 @@ STAMP := $(VENV)/.installed
 # the oldest torch and triton that pyproject.toml allows
 OLDEST := .venv.oldest
 
-.PHONY: demo test test-oldest gpu setup lint clean
+.PHONY: demo proof test test-oldest gpu setup lint clean
 
 demo: $(STAMP)
 	$(BIN)/dune-fast distill experiment=demo train.overwrite=true
+
+# trains and evaluates on two cores in 90 minutes, a page in bench/results/proof/; or say make proof MINUTES=30
+proof: $(STAMP)
+	$(BIN)/python -m bench.proof $(if $(MINUTES),--minutes $(MINUTES))
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
