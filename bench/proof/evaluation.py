@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dune_fast.evaluate.knn import knn_predict
-from dune_fast.kernels.nn.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 Features = tuple[Tensor | None, Tensor]
 """cls [B, D], or None where there is none, and patch tokens [B, N, D]."""

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from dune_fast.teachers.assets import cache_dir, locked
-from dune_fast.teachers.download import file_sha256
+from dune_fast.teachers.files import file_sha256
 
 logger = logging.getLogger(__name__)
 

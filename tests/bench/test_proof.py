@@ -32,7 +32,7 @@ from bench.proof.smoke import drawn_sources, drawn_stereo
 from bench.proof.start import best_heads, ridge, start_from_teacher
 from bench.proof.table import page, rows, verdicts
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
-from dune_fast.teachers.download import file_sha256
+from dune_fast.teachers.files import file_sha256
 
 SCENES = SMOKE.scenes
 
