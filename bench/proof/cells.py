@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -78,7 +79,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its JSON and its run folder."""
-        return f"{self.row.replace(' ', '_')}-{self.seed}"
+        return f"{re.sub(r'[^A-Za-z]+', '_', self.row)}-{self.seed}"
 
 
 def all_cells(settings: Settings) -> list[Cell]:
