@@ -64,11 +64,14 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LossChanges:
-    """How the changes of the teachers' losses go together, over all pairs of consecutive records."""
+    """How the changes of the teachers' losses go together, over all pairs of consecutive records.
+
+    Where those are too few, the last of what the run has recorded of every step's changes; `count` is 0 then.
+    """
 
     teachers: list[str]
     count: int
-    """Changes."""
+    """Changes between records."""
     interval: int
     """Steps between two records, as a rule (the median)."""
     pearson: np.ndarray
@@ -82,7 +85,7 @@ class LossChanges:
 
 
 def loss_changes(records: Records) -> LossChanges | None:
-    """Correlations of the losses' changes; None with fewer than two teachers or `conflicts.MIN_STEPS` changes.
+    """Correlations of the losses' changes; None with fewer than two teachers or too few steps (`conflicts.MIN_STEPS`).
 
     Records of losses that are not finite are left out.
     """
@@ -92,23 +95,29 @@ def loss_changes(records: Records) -> LossChanges | None:
         return None
     losses = np.stack([series(records, f"loss/{name}") for name in teachers])  # [teachers, records]
     finite = np.isfinite(losses).all(0)
-    changes = np.diff(losses[:, finite])
-    if changes.shape[1] < MIN_STEPS:
-        return None
-    with np.errstate(invalid="ignore", divide="ignore"):
-        pearson = np.corrcoef(changes)
-    signs = np.sign(changes)
-    agreement = (signs[:, None] == signs[None]).mean(-1)
-    steps = np.array([record["step"] for record in records])
+    changes, count = np.diff(losses[:, finite]), max(int(finite.sum()) - 1, 0)
     told = [r for r in records if any(key.startswith("conflict/") for key in r)]
     recorded = {}
     for a, b in itertools.combinations(teachers, 2):
         for name in (f"conflict/{a}_vs_{b}", f"conflict/{b}_vs_{a}"):  # in the order of the configuration
             if any(f"{name}/sign_agreement" in r for r in told):
                 recorded[a, b] = series(told, f"{name}/pearson"), series(told, f"{name}/sign_agreement")
-    interval = int(np.median(np.diff(steps[finite])))
     at = np.array([r["step"] for r in told])
-    return LossChanges(teachers, changes.shape[1], interval, pearson, agreement, at, recorded)
+    if count >= MIN_STEPS:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            pearson = np.corrcoef(changes)
+        signs = np.sign(changes)
+        agreement = (signs[:, None] == signs[None]).mean(-1)
+        steps = np.array([record["step"] for record in records])[finite]
+        return LossChanges(teachers, count, int(np.median(np.diff(steps))), pearson, agreement, at, recorded)
+    if not recorded:
+        return None
+    pearson, agreement = np.eye(len(teachers)), np.eye(len(teachers))
+    for (a, b), values in recorded.items():
+        i, j = teachers.index(a), teachers.index(b)
+        for matrix, value in zip((pearson, agreement), values, strict=True):
+            matrix[i, j] = matrix[j, i] = value[-1]
+    return LossChanges(teachers, 0, 1, pearson, agreement, at, recorded)
 
 
 class Covariance:

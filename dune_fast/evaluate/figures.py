@@ -148,10 +148,9 @@ def conflict_figure(changes: LossChanges, path: Target) -> None:
     side = max(3.3, 0.75 * count + 1.6)
     panels = 3 if changes.recorded else 2
     widths = [side, side, 1.5 * side][:panels]
-    figure, axes = plt.subplots(
-        1, panels, figsize=(sum(widths), side + 0.3), width_ratios=widths, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, panels, figsize=(sum(widths), side + 0.3), width_ratios=widths, layout="constrained")
     between = "from step to step" if changes.interval == 1 else f"over {changes.interval} steps"
+    of = f"of {changes.count} changes {between}" if changes.count else "of every step's changes (running mean)"
     for axis, values, what, low in (
         (axes[0], changes.pearson, "Pearson correlation", -1), (axes[1], changes.agreement, "sign agreement", 0),
     ):  # fmt: skip
@@ -164,7 +163,7 @@ def conflict_figure(changes: LossChanges, path: Target) -> None:
         names = [textwrap.shorten(name, 20, placeholder="...") for name in changes.teachers]
         axis.set_xticks(range(count), names, rotation=30, ha="right", fontsize=9)
         axis.set_yticks(range(count), names, fontsize=9)
-        axis.set_title(f"{what}\nof {changes.count} changes {between}", fontsize=10)
+        axis.set_title(f"{what}\n{of}", fontsize=10)
     if changes.recorded:
         for (a, b), (pearson, _) in changes.recorded.items():
             axes[2].plot(changes.steps, pearson, label=f"{a}, {b}", marker="." if len(pearson) < 30 else None)

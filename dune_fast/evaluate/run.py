@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from dune_fast.dali_pipelines.datasets import Dataset
 from dune_fast.dali_pipelines.loader import ValLoader
+from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine.checkpoints import load_run
 from dune_fast.engine.config import RunConfig, validate
 from dune_fast.engine.devices import autocast_dtype
@@ -22,12 +26,39 @@ from dune_fast.teachers.ensemble import TeacherEnsemble
 logger = logging.getLogger(__name__)
 
 
-def figure_batch(cfg: RunConfig, num_images: int, device: torch.device) -> torch.Tensor:
+def figure_batch(
+    cfg: RunConfig, num_images: int, device: torch.device, datasets: Sequence[Dataset] | None = None
+) -> torch.Tensor:
     """Held-out photographs for the figure, evenly spaced over all of them (so over datasets too), [B, 3, S, S]."""
     count = min(cfg.evaluation.figure_images, num_images)
     stride = num_images // count  # a "rank" of the loader takes every stride-th image
-    with ValLoader(cfg.data, cfg.evaluation.figure_size, count, stride // 2, stride, device) as loader:
+    with ValLoader(cfg.data, cfg.evaluation.figure_size, count, stride // 2, stride, device, datasets) as loader:
         return next(iter(loader)).images[:count]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run's networks on a device, in evaluation mode, computing as in the run."""
+
+    cfg: RunConfig
+    before: Student
+    """As the run has started."""
+    after: Student
+    teachers: TeacherEnsemble
+    statistics: TeacherStatistics
+
+
+def open_trained(run: Path, figures: bool, device: torch.device) -> Opened:
+    """Loads them; `figures`: whether the configuration must allow figures. Raises as `evaluate_run`."""
+    cfg, trained, statistics = load_run(run)
+    cfg.evaluation.figures = figures
+    validate(cfg)  # a run that draws nothing has not looked at the figures' size
+    before, after = initial_student(cfg).eval().to(device), trained.to(device)
+    dtype = autocast_dtype(cfg.train.precision, device)
+    for student in (before, after):
+        student.compute_in(dtype, cfg.train.student_stream)
+    teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype, device)
+    return Opened(cfg, before, after, teachers, statistics.to(device))
 
 
 def evaluate_run(run: Path, figures: bool, device: torch.device | None = None) -> dict:
@@ -47,21 +78,16 @@ def evaluate_run(run: Path, figures: bool, device: torch.device | None = None) -
         ValueError: the run's data has no held-out image.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cfg, trained, statistics = load_run(run)
-    cfg.evaluation.figures = figures
-    validate(cfg)  # a run that draws nothing has not looked at the figures' size
-    students: dict[str, Student] = {"before": initial_student(cfg).eval().to(device), "after": trained.to(device)}
-    dtype = autocast_dtype(cfg.train.precision, device)
-    for student in students.values():
-        student.compute_in(dtype, cfg.train.student_stream)
-    teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype, device)
+    opened = open_trained(run, figures, device)
+    cfg, teachers = opened.cfg, opened.teachers
+    students: dict[str, Student] = {"before": opened.before, "after": opened.after}
     with ValLoader(cfg.data, cfg.image_size, cfg.evaluation.batch, 0, 1, device) as loader:
         if not loader.num_images:
             raise ValueError(
                 f"{run} has no held-out image: name a folder of images that it has not seen in {run / 'config.yaml'}, "
                 "data.datasets.<name>.val_root"
             )
-        result = held_out_cosines(students, teachers, statistics.to(device), loader)
+        result = held_out_cosines(students, teachers, opened.statistics, loader)
     (run / "held_out.json").write_text(json.dumps({"images": loader.num_images, **result}, indent=2) + "\n")
     console = Console(highlight=False)
     console.print(cosine_table(result))
