@@ -131,7 +131,8 @@ def variance_figure(spectra: Mapping[tuple[str, str], Mapping[str, np.ndarray]],
             label = f"{what}, 90 % in {needed}" if needed else f"{what}: constant"
             steps = np.arange(1, len(explained) + 1)
             axis.plot(steps, explained, color=colour, linestyle=line, linewidth=width, label=label)
-        axis.set(xscale="log", ylim=(0, 1.02), xlim=(1, None))
+        axis.set(xscale="log", ylim=(0, 1.02), xlim=(1, max(len(explained), 2)))
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set_title(textwrap.fill(f"{teacher} on {dataset}", 44), fontsize=11)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=9, loc="lower right")

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import base64
 import json
-import logging
 import re
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -19,14 +17,11 @@ from typing import Any
 
 from dune_fast.dali_pipelines.storage import write_whole
 from dune_fast.engine.config import ConfigError, RunConfig, load_config
-from dune_fast.engine.metrics import duration, read_metrics
+from dune_fast.engine.metrics import duration
 from dune_fast.engine.run_log import NAME as LOG
 from dune_fast.evaluate.figure_numbers import Records
-from dune_fast.evaluate.pictures import CAPTIONS, Picture, curves
+from dune_fast.evaluate.pictures import CAPTIONS, Picture
 
-logger = logging.getLogger(__name__)
-
-NAME = "report.html"
 _WARNING = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ (WARNING|ERROR|CRITICAL) ")
 _SHOWN_WARNINGS = 100
 
@@ -92,39 +87,6 @@ def write_report(
         "</main>\n</body>\n</html>\n"
     )
     write_whole(path, page.encode())
-
-
-class LiveReport:
-    """The report of a run that goes on. A failure costs a warning, never the run; the time is at most a hundredth.
-
-    Args:
-        run: folder of the run.
-    """
-
-    def __init__(self, run: Path) -> None:
-        self.run = run
-        self._next = 0.0  # time from which on a report may be written
-
-    def write(self, now: Mapping[str, Any] | None = None, finished: bool = False) -> None:
-        """Reads `metrics.jsonl`, draws curves and writes; a run's own pictures are shown when it has ended.
-
-        Args:
-            now: a record that is not in `metrics.jsonl` yet.
-            finished: whether the run has ended; without it a report that would follow too soon is left out.
-        """
-        began = time.monotonic()
-        if began < self._next and not finished:
-            return
-        try:
-            records = [*read_metrics(self.run / "metrics.jsonl"), *([now] if now else [])]
-            pictures = list(curves(records))
-            if finished and (self.run / "pca.png").is_file():
-                pictures.append(Picture("pca", (self.run / "pca.png").read_bytes(), ((), [])))
-            write_report(self.run, self.run / NAME, records, pictures)
-        except Exception as error:
-            logger.warning("%s could not be written: %s", self.run / NAME, error)
-            logger.debug("this is where it came from", exc_info=True)
-        self._next = time.monotonic() + 100 * (time.monotonic() - began)
 
 
 def _state(run: Path, cfg: RunConfig | None, records: Records) -> str:

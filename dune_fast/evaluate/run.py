@@ -61,13 +61,14 @@ def open_trained(run: Path, figures: bool, device: torch.device) -> Opened:
     return Opened(cfg, before, after, teachers, statistics.to(device))
 
 
-def evaluate_run(run: Path, figures: bool, device: torch.device | None = None) -> dict:
+def evaluate_run(run: Path, figures: bool, device: torch.device | None = None, must_draw: bool = True) -> dict:
     """Prints the cosine table; writes `held_out.json` and, with `figures`, `pca.png` and `loss.png` into the folder.
 
     Args:
         run: folder of a finished run.
         figures: whether to draw; the losses only where the run's `metrics.jsonl` is still there.
         device: the first GPU where there is one, by default.
+        must_draw: False: what fails in drawing costs a warning.
 
     Returns:
         "before" and "after" -> teacher -> token type -> cosine.
@@ -93,11 +94,21 @@ def evaluate_run(run: Path, figures: bool, device: torch.device | None = None) -
     console.print(cosine_table(result))
     console.print(f"{loader.num_images} images of {cfg.image_size} px, standardized with the running statistics")
     if figures:
-        titles = {"student, before": students["before"], "student, after": students["after"]}
-        pca_figure(figure_batch(cfg, loader.num_images, device), teachers, titles, run / "pca.png")
-        drawn = [run / "pca.png"]
-        if (run / "metrics.jsonl").is_file():
-            loss_figure(run / "metrics.jsonl", run / "loss.png")
-            drawn.append(run / "loss.png")
-        console.print(f"figures: {', '.join(map(str, drawn))}", soft_wrap=True)
+        try:
+            drawn = _draw(run, opened, loader.num_images, device)
+            console.print(f"figures: {', '.join(map(str, drawn))}", soft_wrap=True)
+        except Exception as error:
+            if must_draw:
+                raise
+            logger.warning("the figures could not be drawn: %s", error)
     return result
+
+
+def _draw(run: Path, opened: Opened, num_images: int, device: torch.device) -> list[Path]:
+    """`pca.png`, and `loss.png` where there are metrics, in the run's folder."""
+    titles = {"student, before": opened.before, "student, after": opened.after}
+    pca_figure(figure_batch(opened.cfg, num_images, device), opened.teachers, titles, run / "pca.png")
+    if not (run / "metrics.jsonl").is_file():
+        return [run / "pca.png"]
+    loss_figure(run / "metrics.jsonl", run / "loss.png")
+    return [run / "pca.png", run / "loss.png"]
