@@ -48,7 +48,7 @@ class LiveReport:
             records = [*read_metrics(self.run / "metrics.jsonl"), *([now] if now else [])]
             pictures = list(curves(records))
             pca, student = self.run / "pca.png", self.run / "student.safetensors"
-            if finished and pca.is_file() and pca.stat().st_mtime >= student.stat().st_mtime:  # not an earlier student's
+            if finished and pca.is_file() and pca.stat().st_mtime >= student.stat().st_mtime:  # of this one
                 pictures.append(Picture("pca", pca.read_bytes(), ((), [])))
             write_report(self.run, path, records, pictures)
         except Exception as error:
