@@ -38,14 +38,16 @@ section { background: #fff; border: 1px solid #dde0e4; border-radius: 8px; paddi
 .muted { color: #596270; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: .25rem 1.2rem .25rem 0; border-bottom: 1px solid #eceef1; }
+th, td { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #eceef1; }
 td { overflow-wrap: anywhere; min-width: 4rem; }
-td.n { text-align: right; white-space: nowrap; overflow-wrap: normal; }
+td:first-child { overflow-wrap: normal; }
+td.n, th.n { text-align: right; white-space: nowrap; overflow-wrap: normal; }
 figure { margin: 0 0 1.2rem; }
 figure img { display: block; max-width: 100%; height: auto; }
 figcaption { color: #596270; font-size: .9rem; margin-top: .3rem; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 0 1.2rem; }
-.curves .wide { grid-column: 1 / -1; }
+.curves .wide { grid-column: 1 / -1; min-width: 0; }
+.wide img { min-width: 720px; }
 pre { font: 13px/1.45 ui-monospace, monospace; background: #f4f5f7; padding: .8rem; overflow-x: auto; }
 pre { margin: .5rem 0 0; }
 pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -100,21 +102,23 @@ def _state(run: Path, cfg: RunConfig | None, records: Records) -> str:
 
 def _number(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) >= 1000 or 0 < abs(value) < 1e-3 else f"{value:.4f}"
+        return f"{value:.3g}" if abs(value) >= 1000 or 0 < abs(value) < 1e-3 else f"{value:.4f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def _cell(tag: str, value: Any, right: bool) -> str:
+    side = ' class="n"' if right else ""
+    return f"<{tag}{side}>{escape('' if value is None else _number(value))}</{tag}>"
+
+
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Numbers stand on the right; everything is escaped."""
-    head = f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in header)}</tr>\n" if header else ""
-    lines = []
-    for row in rows:
-        cells = []
-        for value in row:
-            number = ' class="n"' if isinstance(value, (int, float)) else ""
-            cells.append(f"<td{number}>{escape(_number(value) if value is not None else '')}</td>")
-        lines.append(f"<tr>{''.join(cells)}</tr>\n")
-    return f'<div class="scroll"><table>\n{head}{"".join(lines)}</table></div>'
+    """Numbers, and the titles above them, stand on the right; everything is escaped."""
+    rows = [list(row) for row in rows]
+    numeric = [any(isinstance(row[i], (int, float)) for row in rows) for i in range(len(header))]
+    lines = ["".join(_cell("th", name, right) for name, right in zip(header, numeric, strict=True))] if header else []
+    lines += ["".join(_cell("td", value, isinstance(value, (int, float))) for value in row) for row in rows]
+    text = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    return f'<div class="scroll"><table>\n{text}</table></div>'
 
 
 def _read_json(path: Path) -> Any:
@@ -158,8 +162,8 @@ def _figures(pictures: Iterable[Picture], missing: Sequence[str]) -> str:
             data = base64.b64encode(given[name].png).decode()
             wide = ' class="wide"' if name in _WIDE else ""
             shown.append(
-                f'<figure{wide}>\n<img alt="{escape(caption)}" src="data:image/png;base64,{data}">\n'
-                f"<figcaption>{escape(caption)}</figcaption>\n</figure>"
+                f'<figure{wide}>\n<div class="scroll"><img alt="{escape(caption)}" '
+                f'src="data:image/png;base64,{data}"></div>\n<figcaption>{escape(caption)}</figcaption>\n</figure>'
             )
     notes = [f'<p class="muted">Left out: {escape(text)}</p>' for text in missing]
     if not {"attention", "variance"} & given.keys() and not missing:
