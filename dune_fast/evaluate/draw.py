@@ -1,7 +1,7 @@
 """`dune-fast figures RUN`: every figure of a run as PNG, its numbers as CSV, and the report.
 
     loss, keep_rates, conflicts, held_out   curves, of metrics.jsonl alone
-    pca, attention, variance                of the student, its teachers and held-out or other photographs
+    attention, pca, variance                of the student, its teachers and held-out or other photographs
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dune_fast.evaluate.pictures import Picture, Table, curves, to_png
 from dune_fast.evaluate.ranks import Ranks
 from dune_fast.evaluate.report import write_report
 from dune_fast.evaluate.run import Opened, figure_batch, open_trained
+from dune_fast.teachers.ensemble import TeacherEnsemble
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +64,14 @@ def photographs(data: DataConfig, others: Sequence[str], per_dataset: int) -> li
 
 @torch.no_grad()
 def variance_spectra(
-    opened: Opened, datasets: Sequence[Dataset], device: torch.device
+    opened: Opened, teachers: TeacherEnsemble, datasets: Sequence[Dataset]
 ) -> tuple[dict[tuple[str, str], dict[str, np.ndarray]], Table]:
     """Spectra of the teachers' features and the student's projections: (teacher, dataset) -> what -> explained, [C].
 
     Of patch tokens, or of cls tokens of a teacher that has no others. Features are standardized with the running
     statistics, as the loss compares them, and "raw teacher" is without.
     """
-    cfg, statistics = opened.cfg, opened.statistics
+    cfg, statistics, device = opened.cfg, opened.statistics, opened.device
     tokens = {name: "patch" if "patch" in kinds else "cls" for name, (_, kinds) in cfg.teacher_features.items()}
     standardizers = statistics.running()
     spectra, rows = {}, []
@@ -85,7 +86,7 @@ def variance_spectra(
             Ranks().progress(f"explained variance, {dataset.name}", loader.num_images) as progress,
         ):
             for batch in loader:
-                features, projections = statistics.rotated(opened.teachers(batch.images)), opened.after(batch.images)
+                features, projections = statistics.rotated(teachers(batch.images)), opened.after(batch.images)
                 for name, token in tokens.items():
                     sums[name, "teacher"].add(features[name][token])
                     sums[name, "projection"].add(projections[name][token])
@@ -115,16 +116,7 @@ def model_pictures(run: Path, data: Sequence[str], per_dataset: int, device: tor
     datasets = photographs(opened.cfg.data, data, per_dataset)
     images = figure_batch(opened.cfg, sum(len(dataset.val) for dataset in datasets), device, datasets)
     titles = {"student, before": opened.before, "student, after": opened.after}
-
-    file = io.BytesIO()
-    maps = figures.pca_figure(images, opened.teachers, titles, file, whole_map=True)
-    rows = [
-        [image + 1, what, *at, *rgb]
-        for what, drawn in maps.items()
-        for image, one in enumerate(drawn)
-        for at, rgb in zip(np.ndindex(one.shape[:2]), one.reshape(-1, one.shape[-1]).tolist(), strict=True)
-    ]
-    yield Picture("pca", file.getvalue(), (["image", "features", "row", "column", "red", "green", "blue"], rows))
+    photograph = "photograph" if data else "held-out photograph"
 
     attention = {title: cls_attention(student.encoder, images).cpu() for title, student in titles.items()}
     rows = [
@@ -133,9 +125,20 @@ def model_pictures(run: Path, data: Sequence[str], per_dataset: int, device: tor
         for at, weight in zip(np.ndindex(x.shape), x.flatten().tolist(), strict=True)
     ]
     table = ["image", "features", "head", "row", "column", "attention"], rows
-    yield Picture("attention", to_png(figures.attention_figure, images, attention), table)
+    yield Picture("attention", to_png(figures.attention_figure, images, attention, photograph), table)
 
-    spectra, table = variance_spectra(opened, datasets, device)
+    teachers = opened.teachers()  # only now: attention maps need none
+    file = io.BytesIO()
+    maps = figures.pca_figure(images, teachers, titles, file, True, photograph)
+    rows = [
+        [image + 1, what, *at, *rgb]
+        for what, drawn in maps.items()
+        for image, one in enumerate(drawn)
+        for at, rgb in zip(np.ndindex(one.shape[:2]), one.reshape(-1, one.shape[-1]).tolist(), strict=True)
+    ]
+    yield Picture("pca", file.getvalue(), (["image", "features", "row", "column", "red", "green", "blue"], rows))
+
+    spectra, table = variance_spectra(opened, teachers, datasets)
     yield Picture("variance", to_png(figures.variance_figure, spectra), table)
 
 
@@ -173,7 +176,7 @@ def draw_run(
             pictures.append(picture)
             written += picture.write(folder)
     except ValueError as error:
-        names = ("pca", "attention", "variance")
+        names = ("attention", "pca", "variance")
         left = [name for name in names if name not in {p.name for p in pictures}]
         missing.append(f"{', '.join(left)}: {error}")
     for text in missing:

@@ -50,15 +50,17 @@ def to_display(image: Tensor) -> Tensor:
     return (image.cpu().permute(1, 2, 0) * std + mean).clamp(0, 1)
 
 
-def _mosaic(images: Tensor, columns: Mapping[str, Sequence[np.ndarray]], path: Target, **style: object) -> None:
-    """A row a photograph: itself, then one picture of every column; `style` is `imshow`'s."""
+def _mosaic(
+    images: Tensor, columns: Mapping[str, Sequence[np.ndarray]], path: Target, photograph: str, cmap: str | None = None
+) -> None:
+    """A row a photograph: itself, below the title `photograph`, then one picture of every column."""
     rows, count = len(images), 1 + len(columns)
     figure, axes = plt.subplots(rows, count, figsize=(2.3 * count, 2.45 * rows), squeeze=False, layout="constrained")
     for row in range(rows):
         axes[row, 0].imshow(to_display(images[row]).numpy())
         for axis, pictures in zip(axes[row, 1:], columns.values(), strict=True):
-            axis.imshow(pictures[row], interpolation="nearest", **style)
-    for axis, title in zip(axes[0], ["held-out photograph", *columns], strict=True):
+            axis.imshow(pictures[row], interpolation="nearest", cmap=cmap)
+    for axis, title in zip(axes[0], [photograph, *columns], strict=True):
         axis.set_title(textwrap.fill(title, 24), fontsize=11)  # what a column of this width takes
     for axis in axes.flat:  # an axis that is off has its title left out of the layout
         axis.set(xticks=[], yticks=[])
@@ -68,7 +70,12 @@ def _mosaic(images: Tensor, columns: Mapping[str, Sequence[np.ndarray]], path: T
 
 @torch.no_grad()
 def pca_figure(
-    images: Tensor, teachers: TeacherEnsemble, students: Mapping[str, Student], path: Target, whole_map: bool = False
+    images: Tensor,
+    teachers: TeacherEnsemble,
+    students: Mapping[str, Student],
+    path: Target,
+    whole_map: bool = False,
+    photograph: str = "held-out photograph",
 ) -> dict[str, list[np.ndarray]]:
     """One row a photograph: itself, every teacher, every student's encoder; PCA(3) of patch tokens as colours.
 
@@ -77,6 +84,7 @@ def pca_figure(
         students: column title -> student; its un-normalised patch tokens are drawn.
         path: PNG to write.
         whole_map: see `pca_rgb`.
+        photograph: title of the first column.
 
     Returns:
         Column title -> B maps, float32 [rows, columns, 3].
@@ -90,11 +98,11 @@ def pca_figure(
         title: [pca_rgb(x.float().cpu(), height, width, whole_map).numpy() for x in tokens]
         for title, tokens in columns.items()
     }
-    _mosaic(images, maps, path)
+    _mosaic(images, maps, path, photograph)
     return maps
 
 
-def attention_figure(images: Tensor, maps: Mapping[str, Tensor], path: Target) -> None:
+def attention_figure(images: Tensor, maps: Mapping[str, Tensor], photograph: str, path: Target) -> None:
     """One row a photograph: the mean over heads of every student, then the last student's first heads.
 
     Every map has the full range of colours.
@@ -102,12 +110,13 @@ def attention_figure(images: Tensor, maps: Mapping[str, Tensor], path: Target) -
     Args:
         images: ImageNet-normalised [B, 3, H, W].
         maps: column title -> `figure_numbers.cls_attention`, [B, heads, rows, columns].
+        photograph: title of the first column.
     """
     columns = {f"{title}, mean over heads": list(x.mean(1).cpu().numpy()) for title, x in maps.items()}
     *_, (title, last) = maps.items()
     for head in range(min(last.shape[1], _DRAWN_HEADS)):
         columns[f"{title}, head {head + 1}"] = list(last[:, head].cpu().numpy())
-    _mosaic(images, columns, path, cmap="magma")
+    _mosaic(images, columns, path, photograph, "magma")
 
 
 def variance_figure(spectra: Mapping[tuple[str, str], Mapping[str, np.ndarray]], path: Target) -> None:

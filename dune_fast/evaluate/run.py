@@ -38,18 +38,23 @@ def figure_batch(
 
 @dataclass(frozen=True)
 class Opened:
-    """A run's networks on a device, in evaluation mode, computing as in the run."""
+    """A run's student on a device, in evaluation mode, computing as in the run."""
 
     cfg: RunConfig
     before: Student
     """As the run has started."""
     after: Student
-    teachers: TeacherEnsemble
     statistics: TeacherStatistics
+    device: torch.device
+
+    def teachers(self) -> TeacherEnsemble:
+        """Built anew; TeacherWeightsError if a teacher's weights are not here."""
+        dtype = autocast_dtype(self.cfg.train.precision, self.device)
+        return TeacherEnsemble(self.cfg.teachers, self.cfg.student.patch_size, dtype, self.device)
 
 
 def open_trained(run: Path, figures: bool, device: torch.device) -> Opened:
-    """Loads them; `figures`: whether the configuration must allow figures. Raises as `evaluate_run`."""
+    """Loads it; `figures`: whether the configuration must allow figures. Raises as `evaluate_run`."""
     cfg, trained, statistics = load_run(run)
     cfg.evaluation.figures = figures
     validate(cfg)  # a run that draws nothing has not looked at the figures' size
@@ -57,8 +62,7 @@ def open_trained(run: Path, figures: bool, device: torch.device) -> Opened:
     dtype = autocast_dtype(cfg.train.precision, device)
     for student in (before, after):
         student.compute_in(dtype, cfg.train.student_stream)
-    teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype, device)
-    return Opened(cfg, before, after, teachers, statistics.to(device))
+    return Opened(cfg, before, after, statistics.to(device), device)
 
 
 def evaluate_run(run: Path, figures: bool, device: torch.device | None = None, must_draw: bool = True) -> dict:
@@ -80,7 +84,7 @@ def evaluate_run(run: Path, figures: bool, device: torch.device | None = None, m
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = open_trained(run, figures, device)
-    cfg, teachers = opened.cfg, opened.teachers
+    cfg, teachers = opened.cfg, opened.teachers()
     students: dict[str, Student] = {"before": opened.before, "after": opened.after}
     with ValLoader(cfg.data, cfg.image_size, cfg.evaluation.batch, 0, 1, device) as loader:
         if not loader.num_images:
@@ -95,7 +99,7 @@ def evaluate_run(run: Path, figures: bool, device: torch.device | None = None, m
     console.print(f"{loader.num_images} images of {cfg.image_size} px, standardized with the running statistics")
     if figures:
         try:
-            drawn = _draw(run, opened, loader.num_images, device)
+            drawn = _draw(run, opened, teachers, loader.num_images)
             console.print(f"figures: {', '.join(map(str, drawn))}", soft_wrap=True)
         except Exception as error:
             if must_draw:
@@ -104,10 +108,10 @@ def evaluate_run(run: Path, figures: bool, device: torch.device | None = None, m
     return result
 
 
-def _draw(run: Path, opened: Opened, num_images: int, device: torch.device) -> list[Path]:
+def _draw(run: Path, opened: Opened, teachers: TeacherEnsemble, num_images: int) -> list[Path]:
     """`pca.png`, and `loss.png` where there are metrics, in the run's folder."""
     titles = {"student, before": opened.before, "student, after": opened.after}
-    pca_figure(figure_batch(opened.cfg, num_images, device), opened.teachers, titles, run / "pca.png")
+    pca_figure(figure_batch(opened.cfg, num_images, opened.device), teachers, titles, run / "pca.png")
     if not (run / "metrics.jsonl").is_file():
         return [run / "pca.png"]
     loss_figure(run / "metrics.jsonl", run / "loss.png")

@@ -166,11 +166,12 @@ def test_photographs_are_spread_evenly(trained_run, photos):
 def test_spectra_of_teachers_and_projections(trained_run):
     opened = open_trained(trained_run, True, CPU)
     datasets = photographs(opened.cfg.data, [], 4)
-    spectra, (header, rows) = variance_spectra(opened, datasets, CPU)
+    teachers = opened.teachers()
+    spectra, (header, rows) = variance_spectra(opened, teachers, datasets)
     assert spectra.keys() == {("one", "images"), ("two", "images")}
     with ValLoader(opened.cfg.data, 56, 4, 0, 1, CPU, datasets) as loader, torch.no_grad():
         (batch,) = loader
-        features, projections = opened.teachers(batch.images), opened.after(batch.images)
+        features, projections = teachers(batch.images), opened.after(batch.images)
     for name, width in (("one", 24), ("two", 32)):
         mean, scale = opened.statistics.running()[name]["patch"]
         raw = features[name]["patch"].flatten(0, 1).double()
@@ -215,7 +216,7 @@ def test_what_cannot_be_drawn_is_said_and_the_rest_is_drawn(finished, caplog):
     files = draw_run(finished, device=CPU)
     assert files == [finished / "report.html"]
     text = files[0].read_text()
-    assert "curves" in caplog.text and "pca, attention, variance" in caplog.text
+    assert "curves" in caplog.text and "attention, pca, variance" in caplog.text
     assert text.count("Left out: ") == 2 and "student.safetensors is damaged" in text
 
 
@@ -226,6 +227,14 @@ def test_curves_need_no_teacher(finished):
     files = {path.name for path in draw_run(finished, device=CPU)}
     assert files == {"loss.png", "loss.csv", "keep_rates.png", "keep_rates.csv", "report.html"}
     assert (finished / "figures" / "loss.png").is_file()
+
+
+def test_attention_maps_need_no_teacher(finished, tmp_path):
+    path = finished / "config.yaml"
+    path.write_text(path.read_text().replace("weights: random:2", f"weights: {tmp_path / 'gone.pth'}"))
+    drawn = {path.stem for path in draw_run(finished, device=CPU)}
+    assert drawn == {*CURVES, "attention", "report"}
+    assert "gone.pth" in (finished / "report.html").read_text()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
