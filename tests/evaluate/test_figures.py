@@ -15,9 +15,10 @@ from PIL import Image
 
 from dune_fast import cli
 from dune_fast.dali_pipelines.loader import ValLoader
-from dune_fast.engine.config import ConfigError, load_config
+from dune_fast.engine.config import ConfigError, compose_config, load_config
 from dune_fast.engine.conflicts import MIN_STEPS
 from dune_fast.engine.metrics import read_metrics
+from dune_fast.engine.trainer import Trainer
 from dune_fast.evaluate.draw import draw_run, photographs, variance_spectra
 from dune_fast.evaluate.figure_numbers import (
     Covariance,
@@ -32,6 +33,7 @@ from dune_fast.evaluate.held_out import pca_rgb
 from dune_fast.evaluate.pictures import curves
 from dune_fast.evaluate.run import open_trained
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from tests.engine.conftest import small_run
 
 CPU = torch.device("cpu")
 CURVES, FEATURES = ["loss", "keep_rates"], ["pca", "attention", "variance"]
@@ -185,6 +187,21 @@ def test_spectra_of_teachers_and_projections(trained_run):
             np.testing.assert_allclose(spectra[name, "images"][what], shares, atol=1e-6)
     assert len(rows) == 3 * (24 + 32) and rows[0][:6] == ["one", "images", "patch", 64, "teacher", 1]
     assert len(header) == len(rows[0])
+
+
+def test_phi_s_changes_no_spectrum(photos, tmp_path):
+    """It rotates and scales all channels alike: the raw features' variance is shared among as many components."""
+    run = tmp_path / "run"
+    convention = ["standardization.convention=phi_s", "standardization.phi_s_batches=2", "train.steps=2"]
+    Trainer(compose_config([*small_run(photos, run), *convention, "logging.tensorboard=false"])).run()
+    opened = open_trained(run, True, CPU)
+    teachers, datasets = opened.teachers(), photographs(opened.cfg.data, [], 4)
+    spectra, _ = variance_spectra(opened, teachers, datasets)
+    with ValLoader(opened.cfg.data, 56, 4, 0, 1, CPU, datasets) as loader, torch.no_grad():
+        raw = teachers(next(iter(loader)).images)["two"]["patch"].flatten(0, 1).double()
+    for what in ("teacher", "raw teacher"):
+        expected = explained_variance(torch.cov(raw.T))
+        np.testing.assert_allclose(spectra["two", "images"][what], expected, atol=1e-5)
 
 
 def test_the_command_writes_pictures_and_tables(finished, photos, tmp_path, capsys):
