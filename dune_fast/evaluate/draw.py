@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -110,13 +109,16 @@ def variance_spectra(
     return spectra, (header, rows)
 
 
-def model_pictures(run: Path, data: Sequence[str], per_dataset: int, device: torch.device) -> Iterator[Picture]:
-    """The figures that need student, teachers and photographs. Raises as `evaluate_run` and `photographs`."""
+def model_pictures(run: Path, others: Sequence[Dataset], per_dataset: int, device: torch.device) -> Iterator[Picture]:
+    """The figures that need student, teachers and photographs, which are `others` or the run's held-out images.
+
+    Raises as `evaluate_run` and `photographs`.
+    """
     opened = open_trained(run, True, device)
-    datasets = photographs(opened.cfg.data, data, per_dataset)
+    datasets = others or photographs(opened.cfg.data, (), per_dataset)
     images = figure_batch(opened.cfg, sum(len(dataset.val) for dataset in datasets), device, datasets)
     titles = {"student, before": opened.before, "student, after": opened.after}
-    photograph = "photograph" if data else "held-out photograph"
+    photograph = "photograph" if others else "held-out photograph"
 
     attention = {title: cls_attention(student.encoder, images).cpu() for title, student in titles.items()}
     rows = [
@@ -160,19 +162,22 @@ def draw_run(
 
     Raises:
         ConfigError: `run` is not a run's folder.
+        DataError: `data` names nothing.
     """
     if per_dataset < 1:
         raise ValueError(f"--images {per_dataset}: at least 1 is needed")
-    load_config(run / "config.yaml")
+    cfg = load_config(run / "config.yaml")
+    others = photographs(cfg.data, data, per_dataset) if data else []
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = run / "figures" if out is None else out
     folder.mkdir(parents=True, exist_ok=True)
     records = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
-    pictures, written, missing = [], [], []
+    pictures, missing = list(curves(records)), []
+    written = [path for picture in pictures for path in picture.write(folder)]
     if not training_records(records):
         missing.append(f"curves: {run / 'metrics.jsonl'} has no step of the training")
     try:
-        for picture in itertools.chain(curves(records), model_pictures(run, data, per_dataset, device)):
+        for picture in model_pictures(run, others, per_dataset, device):
             pictures.append(picture)
             written += picture.write(folder)
     except ValueError as error:

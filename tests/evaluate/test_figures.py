@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from dune_fast import cli
+from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.dali_pipelines.loader import ValLoader
 from dune_fast.engine.config import ConfigError, compose_config, load_config
 from dune_fast.engine.conflicts import MIN_STEPS
@@ -259,6 +260,12 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         draw_run(tmp_path)
     with pytest.raises(ValueError, match="--images 0"):
         draw_run(tmp_path, per_dataset=0)
+
+
+def test_photographs_that_are_not_there_are_an_error(finished):
+    with pytest.raises(DataError, match="nowhere"):
+        draw_run(finished, data=["/nowhere"])
+    assert not (finished / "figures").exists()
 
 
 def test_held_out_losses_of_a_run_are_drawn():
