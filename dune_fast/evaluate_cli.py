@@ -1,4 +1,4 @@
-"""`dune-fast evaluate NAME [--task ...]` and `dune-fast features WEIGHTS IMAGES --out FOLDER`."""
+"""`dune-fast evaluate NAME [--task ...]`, `dune-fast features WEIGHTS IMAGES --out FOLDER`, `dune-fast figures RUN`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,13 @@ examples:
   dune-fast features runs/demo /path/to/images --out features
   dune-fast features dune_vitbase14_448 list.txt --out f --tokens patch --dtype fp16 --format safetensors
   dune-fast features encoder.safetensors '/data/train-{0000..0146}.tar' --out f --size 336 --batch 128
+"""
+
+FIGURES = """\
+examples:
+  dune-fast figures runs/demo                                           runs/demo/figures/ and runs/demo/report.html
+  dune-fast figures runs/demo --data /data/photos asset:foolbox --images 100
+  dune-fast figures runs/demo --out /tmp/demo                           figures and report in that folder
 """
 
 
@@ -92,8 +99,24 @@ def features(args: argparse.Namespace) -> int:
     return 0
 
 
+def figures(args: argparse.Namespace) -> int:
+    """Figures of a run as PNG, their numbers as CSV, and report.html, one file that holds them all.
+
+    Curves of the losses, teachers' keep rates, correlation of the losses' changes; PCA maps of teachers and student,
+    attention maps, explained variance of features and projections. The run may still be going on.
+    """
+    from dune_fast.evaluate.draw import draw_run
+    from dune_fast.evaluate.ranks import open_ranks
+
+    with open_ranks(args.device) as ranks:
+        if ranks.rank == 0:
+            for path in draw_run(args.run, args.out, args.data, args.images, ranks.device):
+                logger.info("%s", path)
+    return 0
+
+
 def add_parsers(commands: argparse._SubParsersAction) -> None:
-    """The commands `evaluate` and `features`."""
+    """The commands `evaluate`, `features` and `figures`."""
     raw = argparse.RawDescriptionHelpFormatter
     sub = commands.add_parser(
         "evaluate", help="evaluate a run or any encoder", description=inspect.cleandoc(evaluate.__doc__ or ""),
@@ -145,6 +168,20 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--projector", default="", metavar="TEACHER", help="read this teacher's projector of a student")
     _add_machine_options(sub)
     sub.set_defaults(run_command=features)
+
+    sub = commands.add_parser(
+        "figures", help="figures and a report of a run", description=inspect.cleandoc(figures.__doc__ or ""),
+        epilog=FIGURES, formatter_class=raw,
+    )  # fmt: skip
+    sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/demo")
+    sub.add_argument("--out", type=Path, metavar="FOLDER", help="for figures and report (default: RUN/figures, and the "
+                     "report in RUN)")  # fmt: skip
+    sub.add_argument("--data", nargs="+", default=[], metavar="IMAGES", help="folders, lists, globs, shards or "
+                     "asset:NAME in place of the run's held-out images")  # fmt: skip
+    sub.add_argument("--images", type=int, default=256, metavar="N", help="of each dataset, for explained variance "
+                     "(default: %(default)s)")  # fmt: skip
+    sub.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU where there is one)")
+    sub.set_defaults(run_command=figures)
 
 
 def _add_machine_options(parser: argparse._ActionsContainer) -> None:

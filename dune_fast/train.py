@@ -140,8 +140,11 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0 and held_out and not trainer.stopped:
             from dune_fast.evaluate.run import evaluate_run
 
-            evaluate_run(Path(cfg.output_dir), cfg.evaluation.figures, trainer.device)
+            evaluate_run(Path(cfg.output_dir), cfg.evaluation.figures, trainer.device, must_draw=False)
         if rank == 0 and not trainer.stopped:
+            from dune_fast.evaluate.live_report import LiveReport
+
+            LiveReport(Path(cfg.output_dir)).write(finished=True)
             logger.info("%s", what_next(cfg.output_dir))
     except ValueError as error:  # the user's: a sentence; --debug shows where it came from
         logger.error("%s", error, exc_info=args.debug)

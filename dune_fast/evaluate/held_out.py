@@ -83,11 +83,12 @@ def cosine_table(result: Mapping[str, Cosines]) -> Table:
     return table
 
 
-def pca_rgb(tokens: Tensor, height: int, width: int) -> Tensor:
+def pca_rgb(tokens: Tensor, height: int, width: int, whole_map: bool = False) -> Tensor:
     """The first three principal components of patch tokens as colours, each component's range mapped to [0, 1].
 
     Args:
         tokens: [height * width, C].
+        whole_map: one range for the three components together, as in DUNE's figure: strong components have more colour.
 
     Returns:
         float32 [height, width, 3].
@@ -97,5 +98,5 @@ def pca_rgb(tokens: Tensor, height: int, width: int) -> Tensor:
     components = x @ vectors[:3].T
     # a singular vector's sign is arbitrary: fix it, so that the same features always get the same colours
     components = components * torch.where(components.mean(0) - components.median(0).values < 0, -1.0, 1.0)
-    low, high = components.amin(0), components.amax(0)
+    low, high = (components.min(), components.max()) if whole_map else (components.amin(0), components.amax(0))
     return ((components - low) / (high - low).clamp_min(1e-12)).reshape(height, width, -1).float()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.engine.deepspeed_engine import sum_over_ranks
 from dune_fast.engine.trainer import Trainer
 from dune_fast.evaluate.knn import Labelled, knn_predict, labelled
+from dune_fast.evaluate.live_report import LiveReport
 from dune_fast.student import Student, build_student
 
 logger = logging.getLogger(__name__)
@@ -99,6 +101,7 @@ class InRunEvaluation:
         self.cfg = cfg
         self._loaders: dict[str, ValLoader] = {}
         self._labelled: Labelled | None = None
+        self._report = LiveReport(Path(cfg.output_dir))
 
     def __enter__(self) -> InRunEvaluation:
         return self
@@ -146,6 +149,9 @@ class InRunEvaluation:
                 values[f"knn/{self.cfg.evaluation.knn_dataset}"] = self._knn(trainer, student)
         except _StoppedError:
             return None
+        if trainer.rank == 0:
+            trainer.watchdog.at(f"report after step {trainer.step}")
+            self._report.write({"step": trainer.step, **values})
         return values
 
     def _copy(self, trainer: Trainer) -> Student:
