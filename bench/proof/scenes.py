@@ -14,11 +14,12 @@ Every image is a function of the seed and its name alone.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,8 +30,6 @@ from bench.proof.packages import PACKAGES, fetch_package
 from dune_fast.teachers.assets import ASSETS, fetch
 
 logger = logging.getLogger(__name__)
-
-Image.MAX_IMAGE_PIXELS = None  # the files are pinned; some wallpapers are larger than Pillow likes
 
 CLASSES: Mapping[str, tuple[str, ...]] = {
     "bird": ("animals/birds",),
@@ -175,7 +174,7 @@ class Composer:
     def _photograph(self, path: Path) -> Image.Image:
         """Shrunk to twice the side: decoded once."""
         if path not in self._loaded:
-            with Image.open(path) as image:
+            with _any_size(), Image.open(path) as image:
                 image.draft("RGB", (2 * self.cfg.side, 2 * self.cfg.side))
                 image = image.convert("RGB")
             factor = 2 * self.cfg.side / min(image.size)
@@ -185,7 +184,7 @@ class Composer:
 
     def _cutout(self, path: Path) -> Image.Image:
         if path not in self._loaded:
-            with Image.open(path) as image:
+            with _any_size(), Image.open(path) as image:
                 stamp = image.convert("RGBA")
             self._loaded[path] = stamp.crop(stamp.getchannel("A").getbbox())
         return self._loaded[path]
@@ -254,3 +253,13 @@ def _generator(cfg: SceneConfig, part: str, index: int) -> np.random.Generator:
 def _save(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, quality=92)
+
+
+@contextlib.contextmanager
+def _any_size() -> Iterator[None]:
+    """Lifts Pillow's limit of pixels, which some of the wallpapers exceed; the files are pinned."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit

@@ -28,7 +28,7 @@ DEMO = "experiment=demo"
 def test_every_experiment_composes(name):
     cfg = compose_config([f"experiment={name}"])
     assert cfg.teachers and cfg.data.datasets and cfg.steps % 2 == 0
-    assert cfg.student.image_size == cfg.image_size
+    assert cfg.student.image_size == cfg.image_size or name == "proof"  # its positions are those of a larger grid
 
 
 @pytest.mark.parametrize("group", ["student", "projector", "deepspeed"])
