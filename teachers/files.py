@@ -7,17 +7,19 @@ import hashlib
 import http.client
 import logging
 import os
+import shutil
 import ssl
 import stat
+import tempfile
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +28,8 @@ _ATTEMPTS = 4  # in a row without a single new byte
 _PAUSE_SECONDS = 0.5  # before trying again, doubled with every failure
 _STALL_SECONDS = 30.0
 _NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
-_LOG_SECONDS = 5.0  # between progress lines where there is no terminal
+UNPACKED = ".sha256"
+"""A file in an unpacked folder: the hash of the archive that it came from."""
 
 
 class DownloadError(ValueError):
@@ -73,6 +76,32 @@ def member_fault(members: Sequence[zipfile.ZipInfo]) -> str:
             return f"an encrypted or doubled member, {member.filename!r}"
         seen.add(member.filename)
     return ""
+
+
+def is_unpacked(folder: Path, sha256: str) -> bool:
+    """Whether `unpack` has made this folder of the archive with this SHA-256."""
+    try:
+        return (folder / UNPACKED).read_text() == sha256
+    except OSError:
+        return False
+
+
+def unpack(folder: Path, sha256: str, members: Iterable[tuple[str, IO[bytes]]]) -> None:
+    """Writes members (path below the folder, content) beside `folder` and renames: one that exists is always whole."""
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for name, source in members:
+            target = fresh.joinpath(*PurePosixPath(name).parts)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with source, open(target, "xb") as sink:
+                shutil.copyfileobj(source, sink, _CHUNK)
+        (fresh / UNPACKED).write_text(sha256)
+        fresh.chmod(0o755)  # mkdtemp makes it private to this user
+        if folder.exists():  # an older version, or a folder somebody emptied
+            shutil.rmtree(folder)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def download(url: str, target: Path, part: Path, size: int | None, sha256: str, title: str) -> None:
@@ -129,7 +158,13 @@ def _complete(url: str, part: Path, size: int, title: str) -> None:
     if _size(part) > size:
         part.unlink()
     failures, best = 0, _size(part)
-    with _progress(title, size) as report:
+    from dune_fast.teachers.progress import Progress  # imports rich, which only a download needs
+
+    with Progress(title, size >> 20, "MiB", done=_size(part) >> 20) as progress:
+
+        def report(have: int) -> None:
+            progress.advance(have / 2**20 - progress.done)
+
         while _size(part) < size:
             try:
                 _transfer(url, part, size, report)
@@ -172,33 +207,3 @@ def _transfer(url: str, part: Path, size: int, report: Callable[[int], None]) ->
                 if have > size:  # another file, maybe an endless one; the hash check speaks for it
                     break
                 report(have)
-
-
-@contextmanager
-def _progress(title: str, size: int) -> Iterator[Callable[[int], None]]:
-    """A callback that takes the bytes present so far: a bar on a terminal, a log line now and then elsewhere."""
-    from rich.console import Console
-    from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task(title, total=size)
-            yield lambda have: bar.update(task, completed=have)
-        return
-
-    begun = spoken = time.monotonic()
-    first: int | None = None
-
-    def report(have: int) -> None:
-        nonlocal spoken, first
-        first = have if first is None else first
-        now = time.monotonic()
-        if now - spoken >= _LOG_SECONDS:
-            spoken = now
-            speed = max(have - first, 1) / (now - begun)
-            left = (size - have) / speed
-            logger.info("%s: %.1f of %.1f MB, %.1f MB/s, %.0f s left", title, have / 1e6, size / 1e6, speed / 1e6, left)
-
-    yield report

@@ -30,8 +30,9 @@ from dune_fast.engine.devices import device_name
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.load import load_encoder
 from dune_fast.student import build_student
-from dune_fast.teachers.assets import asset_path, locked
+from dune_fast.teachers.assets import asset_path
 from dune_fast.teachers.ensemble import TeacherEnsemble
+from dune_fast.teachers.files import locked
 
 TEACHERS = ("semantic", "saliency", "geometric")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fnmatch
 import io
 import logging
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -20,12 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from dune_fast.teachers.assets import cache_dir, locked
-from dune_fast.teachers.files import file_sha256
+from dune_fast.teachers.files import cache_dir, file_sha256, is_unpacked, locked, unpack
 
 logger = logging.getLogger(__name__)
 
-_MARKER = ".sha256"
 _SECONDS = 900.0
 
 
@@ -99,16 +96,15 @@ def fetch_package(name: str) -> Path:
     folder = root / name
     try:
         with locked(root / "locks" / f"{name}.lock", name):
-            if not _complete(folder, package):
-                _unpack(_download(name, package, root / "downloads"), package, folder)
+            if not is_unpacked(folder, package.sha256):
+                laid_by_hand = (root / "downloads" / package.filename).is_file()
+                path = _download(name, package, root / "downloads")
+                unpack(folder, package.sha256, _members(path, package.members))
+                if not laid_by_hand:
+                    path.unlink()
     except OSError as error:
         raise PackageError(f"cannot keep the package {name} in {root}: {error}; set DUNE_FAST_CACHE") from error
     return folder
-
-
-def _complete(folder: Path, package: Package) -> bool:
-    marker = folder / _MARKER
-    return marker.is_file() and marker.read_text() == package.sha256
 
 
 def _download(name: str, package: Package, downloads: Path) -> Path:
@@ -133,23 +129,6 @@ def _download(name: str, package: Package, downloads: Path) -> Path:
     if (found := file_sha256(path)) != package.sha256:
         raise PackageError(f"{path} has SHA-256 {found}, expected {package.sha256}: delete it and run again")
     return path
-
-
-def _unpack(path: Path, package: Package, folder: Path) -> None:
-    """The wanted members, into a folder that is renamed when it is whole; then the package's file goes."""
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        for member, stream in _members(path, package.members):
-            target = fresh / member
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with stream, open(target, "wb") as sink:
-                shutil.copyfileobj(stream, sink)
-        (fresh / _MARKER).write_text(package.sha256)
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    path.unlink()
 
 
 def _members(path: Path, patterns: tuple[str, ...]) -> Iterator[tuple[str, IO[bytes]]]:
