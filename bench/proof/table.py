@@ -55,6 +55,10 @@ def verdicts(table: Mapping[str, Mapping[str, Spread]]) -> list[tuple[bool, str]
     pairs = ((COLUMNS[key], ours[key][0], table[row][key][0], row) for key, row in best.items())
     parts = ", ".join(f"{title} {own:.3f} against {best_one:.3f} ({row})" for title, own, best_one, row in pairs)
     lines.append((len(ahead) >= 2, f"at or above the best student of one teacher on {len(ahead)} of 3: {parts}"))
+    if (start := table.get("start")) is not None:  # it may pass the lines above by itself
+        lost = [COLUMNS[key] for key in MARGINS if ours[key][0] <= start[key][0]]
+        but = f", but for {', '.join(lost)}" if lost else ""
+        lines.append((not lost, f"above the weights that it started from{but}"))
     return lines
 
 

@@ -227,6 +227,9 @@ def test_the_page_says_what_holds_and_what_does_not():
     results["student_of_all-1"]["values"]["iou"] = 0.1  # a wide spread, and nothing gained
     assert [holds for holds, _ in verdicts(rows(cells, results))] == [True, False, True, True]
     assert "FAIL: IoU" in page(cells, results)
+    start = dict.fromkeys(("knn", "iou", "match"), (0.45, 0.0, 2))
+    last = verdicts(rows(cells, results) | {"start": start})[-1]
+    assert last == (False, "above the weights that it started from, but for IoU")
     del results["random-0"], results["random-1"]
     text = page(cells, results)
     assert "What it has to show" not in text and "Not run yet: random-0, random-1" in text
