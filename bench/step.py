@@ -195,7 +195,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     variants = chosen(args.only)
     device = init_distributed()
     cfg = compose_config([f"experiment={args.experiment}", *args.overrides])
-    name = device_name(device)
+    experiment, name = " ".join([args.experiment, *args.overrides]), device_name(device)
     folder = args.output / folder_name(name)
     if args.curve:
         bench = Bench(cfg, args.batch, device, args.curve, console)
@@ -207,7 +207,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     for variant in variants:
         if result := bench.attempt(variant, bench.measure, args.warm_up, rate):
             results.append(result)
-            write_step(folder / "step.json", args.experiment, name, result)
+            write_step(folder / "step.json", experiment, name, result)
     if not results:
         raise ValueError(f"no variant could be measured, see above; where memory lacks, --batch below {args.batch}")
     console.print(table(results))
