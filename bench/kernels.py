@@ -34,7 +34,7 @@ from bench.kernel_cases import (
     run_both,
     select,
 )
-from bench.predict import predict_all, totals, write_predictions
+from bench.predict import TARGET, predict_all, totals, write_predictions
 from bench.records import RESULTS, Row, folder_name, versions, write_rows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -188,8 +188,8 @@ def aot(args: argparse.Namespace, console: Console) -> int:
 
 def predict(args: argparse.Namespace, console: Console) -> int:
     """Predictions for the operations, of ViT-B and L at 336 pixels unless shapes are given; returns the exit status."""
-    if not args.aot:
-        raise ValueError("--predict needs --aot and one target, as in --aot sm_90")
+    if args.aot != TARGET:
+        raise ValueError(f"predictions are for an H100: --aot {TARGET} --predict")
     start = time.perf_counter()
     operations = {operation.name: operation for operation in select(args.only)}
     tasks = [
@@ -198,16 +198,16 @@ def predict(args: argparse.Namespace, console: Console) -> int:
         for dtype in args.dtype
         for shape in shapes_of(operation, args.shape or PREDICTED)
     ]
-    lines = predict_all(tasks, args.aot)
+    lines = predict_all(tasks)
     table = Table("operation", "passes", "type", "shape", "us", "% of a copy", "limited by", "goal", box=None)
-    for line in totals(lines):
-        goal = operations[line.operation].goal
-        verdict = f"{goal} {'met' if line.percent >= goal else 'below'}" if goal else ""
-        table.add_row(*line[:4], f"{line.us:.1f}", f"{line.percent:.0f}", line.limit, verdict)
+    for *case, us, percent, limit in totals(lines):
+        goal = operations[case[0]].goal
+        verdict = f"{goal} {'met' if percent >= goal else 'below'}" if goal else ""
+        table.add_row(*case, f"{us:.1f}", f"{percent:.0f}", limit, verdict)
     console.print(table)
-    failed = [line for line in lines if line.error]
+    failed = [line for line in lines if line["error"]]
     for line in failed:
-        console.print(f"{line.operation} {line.passes} {line.dtype} {line.shape}, {line.kernel}: {line.error}")
+        console.print(" ".join(line.values()))
     if args.csv:
         write_predictions(args.csv, lines)
     seconds = time.perf_counter() - start
@@ -219,7 +219,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.split("\n\n")[0])
     parser.add_argument("--aot", metavar="TARGETS", help=f"compile for these instead, of {','.join(TARGETS)}")
-    parser.add_argument("--predict", action="store_true", help="with --aot of one target: times, from compiled code")
+    parser.add_argument("--predict", action="store_true", help="with --aot sm_90: times, from compiled code")
     parser.add_argument("--csv", type=Path, help="with --predict: write every launch there")
     parser.add_argument("--quick", action="store_true", help="with --aot: the first case of each file alone")
     parser.add_argument("--only", metavar="NAME", help="one operation, or all of one file of kernels/")

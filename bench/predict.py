@@ -1,4 +1,4 @@
-"""Predicts how long kernels take on a GPU that is not there: `python -m bench.kernels --aot TARGET --predict`.
+"""Predicts how long kernels take on an H100 that is not there: `python -m bench.kernels --aot sm_90 --predict`.
 
 Every launch of an operation of `bench.kernel_cases` is recorded with its grid and arguments and compiled, and one
 thread of a few of its programs is followed through the PTX (`bench.ptx`). That gives instructions by kind and the bytes
@@ -25,11 +25,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -37,8 +36,9 @@ from bench.aot import check_targets, compile_source, resources, run_all, special
 from bench.kernel_cases import OPERATIONS, Shape, draw_upstream, moved_bytes, run_both, select
 from bench.ptx import Instruction, Program
 from bench.records import write_csv
-from dune_fast.kernels.launching import PROCESSORS, Recorded, recording
+from dune_fast.kernels.launching import Recorded, recording
 
+TARGET = "sm_90"
 ISSUE_SHARE = 0.9
 """Of its issue slots that a scheduler with enough warps fills; the rest goes to branches and instruction fetches."""
 SHARPNESS = 4.0
@@ -52,33 +52,14 @@ CYCLES = {"xu": 20, "lsu": 30, "fp64": 12, "": 0}
 """From an instruction to its result where nothing waits; others take 5."""
 
 
-class Device(NamedTuple):
-    """What the model needs to know of a GPU."""
-
-    clock_ghz: float
-    """That its published dense bf16 rate implies."""
-    copy_gb_s: float
-    """Read and written by a large copy: 90 % of the published peak, until measured."""
-    shared: int
-    """Bytes a multiprocessor; a program takes 1 KiB more than it asks for."""
-    lanes: dict[str, int]
-    """Results a clock and multiprocessor, by execution unit."""
-
-
-def _lanes(fma: int, fp64: int) -> dict[str, int]:
-    return {"fma": fma, "alu": 64, "xu": 16, "fp64": fp64, "lsu": 32}
-
-
-DEVICES = {
-    "sm_80": Device(1.41, 1835.0, 164 << 10, _lanes(64, 32)),
-    "sm_90": Device(1.83, 3000.0, 228 << 10, _lanes(128, 64)),
-    "sm_100": Device(1.85, 7200.0, 228 << 10, _lanes(128, 64)),
-}
-"""A100 SXM 80 GB, H100 SXM, B200. Rates and peaks (2039, 3350, 8000 GB/s): NVIDIA's data sheets and architecture white
-papers; shared memory, registers and lanes: CUDA C++ Programming Guide, "Compute Capabilities" and "Arithmetic
-Instructions"."""
+PROCESSORS, CLOCK_GHZ, COPY_GB_S, SHARED = 132, 1.83, 3000.0, 228 << 10
+"""Multiprocessors; the clock that the published dense bf16 rate implies; read and written by a large copy, 90 % of the
+published peak (3350) until measured; bytes of shared memory of a multiprocessor."""
 REGISTERS, WARPS, PROGRAMS = 65536, 64, 32
-"""A multiprocessor's, of all three."""
+"""A multiprocessor's."""
+LANES = {"fma": 128, "alu": 64, "xu": 16, "fp64": 64, "lsu": 32}
+"""Results a clock and multiprocessor, by execution unit. From NVIDIA's data sheet and white paper, and the CUDA C++
+Programming Guide, "Compute Capabilities" and "Arithmetic Instructions"."""
 _FLOAT = ("f32", "f16", "bf16", "f32x2", "f16x2", "bf16x2", "e4m3x2")
 _MOVES = ("ld", "st", "cp")
 _SPECIAL = ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh")
@@ -137,38 +118,27 @@ class Work:
     """Branches that depend on data."""
 
 
-class Limits(NamedTuple):
-    """Predicted microseconds of one launch, by what would set them."""
-
-    us: float
-    percent: float
-    """Of a copy of the same bytes."""
-    limit: str
-    by: dict[str, float]
-    occupancy: float
-    """Share of the warps that a multiprocessor can hold."""
-    waves: float
-
-
-def resident(work: Work, device: Device) -> int:
-    """Programs that share a multiprocessor."""
+def resident(work: Work) -> int:
+    """Programs that share a multiprocessor; each takes 1 KiB of shared memory more than it asks for."""
     per_warp = -(-work.registers * 32 // 256) * 256
     warps = min(WARPS, REGISTERS // 4 // per_warp * 4)  # each of the four schedulers has a quarter
-    return max(1, min(PROGRAMS, warps // work.warps, device.shared // (work.shared + 1024)))
+    return max(1, min(PROGRAMS, warps // work.warps, SHARED // (work.shared + 1024)))
 
 
-def limits(work: Work, target: str) -> Limits:
-    """What bounds a launch, and for how long."""
-    device, processors = DEVICES[target], PROCESSORS[target]
-    slots = resident(work, device)
-    clock, width = device.clock_ghz * 1e3, processors * slots  # clocks a microsecond
+def limits(work: Work) -> dict[str, float | str]:
+    """Microseconds of one launch, "us", by what would set them, "us_bytes" and so on, and which does, "limit".
+
+    "percent_of_copy" is of a copy of the same bytes; "occupancy" the share of the warps that a multiprocessor can hold.
+    """
+    slots = resident(work)
+    clock, width = CLOCK_GHZ * 1e3, PROCESSORS * slots  # clocks a microsecond
 
     def busy(programs: float) -> dict[str, float]:
         """Microseconds of a wave with so many programs, by limit; the fullest multiprocessor counts."""
-        warps = work.warps * math.ceil(programs / processors)
-        times = {"bytes": work.bytes * programs / work.programs / device.copy_gb_s / 1e3}
+        warps = work.warps * math.ceil(programs / PROCESSORS)
+        times = {"bytes": work.bytes * programs / work.programs / COPY_GB_S / 1e3}
         times["issue"] = warps * work.executed["issue"] / 4 / ISSUE_SHARE / clock
-        for name, lanes in device.lanes.items():
+        for name, lanes in LANES.items():
             times[name] = warps * work.executed[name] * 32 / lanes / clock
         times["lsu"] = max(times["lsu"], warps * work.wavefronts / clock)
         return times | {"latency": work.alone / clock}
@@ -177,8 +147,9 @@ def limits(work: Work, target: str) -> Limits:
     waves = [(full, busy(width)), (1 if rest else 0, busy(rest))]
     total = sum(count * _together(times) for count, times in waves if count) + 2 * MEMORY_NS / 1e3
     by = {name: sum(count * times[name] for count, times in waves) for name in waves[0][1]}
-    occupancy = slots * work.warps / WARPS
-    return Limits(total, 100 * by["bytes"] / total, max(by, key=by.get), by, occupancy, work.programs / width)
+    found: dict[str, float | str] = {"occupancy": slots * work.warps / WARPS, "waves": work.programs / width}
+    found |= {f"us_{name}": us for name, us in by.items()}
+    return found | {"us": total, "percent_of_copy": 100 * by["bytes"] / total, "limit": max(by, key=by.get)}
 
 
 def _together(times: dict[str, float]) -> float:
@@ -193,10 +164,10 @@ def _samples(programs: int) -> list[int]:
     return [programs * (2 * i + 1) // (2 * count) for i in range(count)]
 
 
-def study(recorded: Recorded, target: str) -> Work:
+def study(recorded: Recorded) -> Work:
     """Compiles a recorded launch and follows it."""
     source = specialize(recorded)
-    compiled = compile_source(recorded.kernel, source, target)
+    compiled = compile_source(recorded.kernel, source, TARGET)
     used, program = resources(compiled), Program(compiled.asm["ptx"])
     named = dict(zip((p.name for p in recorded.kernel.params), recorded.args, strict=False)) | recorded.options
     given = [named[name] for name, kind in source.signature.items() if kind != "constexpr"]
@@ -228,7 +199,7 @@ def study(recorded: Recorded, target: str) -> Work:
         if instruction.is_global:
             moved[owner.get(i, -1), instruction.op[0] == "st"] += count * instruction.bits * 4 * warps * programs
     traffic = sum(min(n, sizes[i]) if 0 <= i < len(sizes) else n for (i, _), n in moved.items())
-    alone = sum(lone_time(program.code, trace, owner, sizes, target) for trace in traces) / len(traces)
+    alone = sum(lone_time(program.code, trace, owner, sizes) for trace in traces) / len(traces)
     return Work(
         programs, warps, used["registers"], used["shared"], executed, wavefronts, alone, round(traffic),
         sum(moved.values()) / max(1.0, traffic), len(unknown),
@@ -236,13 +207,13 @@ def study(recorded: Recorded, target: str) -> Work:
 
 
 def lone_time(
-    code: Sequence[Instruction], trace: Sequence[int], owner: dict[int, int], sizes: Sequence[int], target: str
+    code: Sequence[Instruction], trace: Sequence[int], owner: dict[int, int], sizes: Sequence[int]
 ) -> float:
     """Clocks from a warp's first instruction to its last result, in order, each waiting for its operands.
 
     The compiler moves loads from global memory up, to where their addresses are known, but past no branch.
     """
-    memory, cache = (ns * DEVICES[target].clock_ghz for ns in (MEMORY_NS, CACHE_NS))
+    memory, cache = (ns * CLOCK_GHZ for ns in (MEMORY_NS, CACHE_NS))
     facts = {}
     for i in set(trace):
         unit, times = cost(code[i])
@@ -280,108 +251,58 @@ def lone_time(
 # ---------------------------------------------------------------- operations
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """One launch of an operation on one shape."""
-
-    operation: str
-    passes: str
-    """ "forward" or "backward"."""
-    dtype: str
-    shape: str
-    kernel: str
-    target: str
-    work: Work | None = None
-    limits: Limits | None = None
-    error: str = ""
-
-
-def predict_case(name: str, shape: Shape, dtype: torch.dtype, target: str) -> list[Prediction]:
-    """Predictions for every launch of an operation, forward and backward."""
+def predict_case(name: str, shape: Shape, dtype: torch.dtype) -> list[dict]:
+    """A line for every launch of an operation, forward and backward: what it is, `Work`, `limits`, "error"."""
     (operation,) = [operation for operation in select(name) if operation.name == name]
     inputs = operation.make(shape, dtype, torch.device("meta"))
     upstream = draw_upstream(operation, inputs)
-    with recording(target) as launches:
+    with recording(TARGET) as launches:
         operation.ours(*inputs)
         forward = len(launches)
         if upstream:
             launches.clear()
             run_both(operation.ours, inputs, upstream)
         launches = list(launches)
-    out = []
+    lines = []
     for i, recorded in enumerate(launches):
-        passes, size = "forward" if i < forward else "backward", "x".join(map(str, shape))
-        label = operation.name, passes, str(dtype)[6:], size, recorded.kernel.__name__, target
+        line = {"target": TARGET, "operation": name, "passes": "forward" if i < forward else "backward"}
+        line |= {"dtype": str(dtype)[6:], "shape": "x".join(map(str, shape)), "kernel": recorded.kernel.__name__}
         try:
-            work = study(recorded, target)
-            out.append(Prediction(*label, work, limits(work, target)))
+            work = study(recorded)
+            about = {field: getattr(work, field) for field in ("programs", "warps", "registers", "shared", "bytes")}
+            about |= {"read_again": work.requested, "instructions_a_warp": round(work.executed["issue"])}
+            lines.append(line | {"error": ""} | about | limits(work))
         except Exception as error:  # one that does not compile is a line of the report, the others still count
             text = (str(error).strip() or repr(error)).splitlines()[-1]
-            out.append(Prediction(*label, error=f"{type(error).__name__}: {text}"))
-    return out
+            lines.append(line | {"error": f"{type(error).__name__}: {text}"})
+    return lines
 
 
-def predict_all(tasks: Sequence[tuple[str, Shape, torch.dtype]], target: str) -> list[Prediction]:
-    """`predict_case` of every (operation, shape, dtype), on all processors.
-
-    Raises:
-        ValueError: an unknown target, or triton is absent or its interpreter is on.
-    """
-    check_targets([target])
-    return run_all(predict_case, [(*task, target) for task in tasks])
+def predict_all(tasks: Sequence[tuple[str, Shape, torch.dtype]]) -> list[dict]:
+    """`predict_case` of every (operation, shape, dtype), on all processors; ValueError without triton's compiler."""
+    check_targets([TARGET])
+    return run_all(predict_case, tasks)
 
 
-class Total(NamedTuple):
-    """All launches of one pass of an operation."""
-
-    operation: str
-    passes: str
-    dtype: str
-    shape: str
-    us: float
-    percent: float
-    """Of a copy of the minimal bytes."""
-    limit: str
-    """Of the longest launch."""
-
-
-def totals(predictions: Sequence[Prediction]) -> list[Total]:
-    """Predicted time of each operation's forward pass, backward pass and both."""
-    groups: dict[tuple, list[Prediction]] = {}
-    for line in predictions:
-        if line.limits is not None:
-            groups.setdefault((line.operation, line.dtype, line.shape), []).append(line)
-    out = []
-    for (name, dtype, shape), lines in groups.items():
+def totals(lines: Sequence[dict]) -> Iterator[tuple[str, str, str, str, float, float, str]]:
+    """(operation, passes, dtype, shape, us, percent of a copy of the minimal bytes, what limits the longest launch)."""
+    groups: dict[tuple[str, str, str], list[dict]] = {}
+    for line in lines:
+        if not line["error"]:
+            groups.setdefault((line["operation"], line["dtype"], line["shape"]), []).append(line)
+    for (name, dtype, shape), found in groups.items():
         (operation,) = [operation for operation in OPERATIONS if operation.name == name]
         case = operation, tuple(map(int, shape.split("x"))), getattr(torch, dtype)
         forward, both = (moved_bytes(*case, backward) for backward in (False, True))
         for passes, size in (("forward", forward), ("backward", both - forward), ("forward+backward", both)):
-            part = [line for line in lines if line.passes in passes]
+            part = [line for line in found if line["passes"] in passes]
             if part and size and (passes == "forward" or both > forward):
-                us, longest = sum(line.limits.us for line in part), max(part, key=lambda line: line.limits.us)
-                percent = 100 * size / us / 1e3 / DEVICES[lines[0].target].copy_gb_s
-                out.append(Total(name, passes, dtype, shape, us, percent, longest.limits.limit))
-    return out
+                us, longest = sum(line["us"] for line in part), max(part, key=lambda line: line["us"])
+                yield name, passes, dtype, shape, us, 100 * size / us / 1e3 / COPY_GB_S, longest["limit"]
 
 
-_BY = ("bytes", "issue", "alu", "fma", "xu", "lsu", "latency")
-_HEADER = (
-    "target", "operation", "passes", "dtype", "shape", "kernel", "error", "programs", "warps", "registers", "shared",
-    "bytes", "read_again", "instructions_a_warp", "occupancy", "waves", *(f"us_{name}" for name in _BY), "us",
-    "percent_of_copy", "limit",
-)  # fmt: skip
-
-
-def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
+def write_predictions(path: Path, lines: Sequence[dict]) -> None:
     """Everything that is known of each launch, as a CSV."""
-    lines = []
-    for line in predictions:
-        out: list[object] = [line.target, line.operation, line.passes, line.dtype, line.shape, line.kernel, line.error]
-        if (work := line.work) and (found := line.limits):
-            out += [work.programs, work.warps, work.registers, work.shared, work.bytes, f"{work.requested:.3f}"]
-            numbers = [found.occupancy, found.waves, *(found.by[name] for name in _BY), found.us]
-            out += [f"{work.executed['issue']:.0f}", *(f"{x:.3f}" for x in numbers), f"{found.percent:.1f}"]
-            out.append(found.limit)
-        lines.append([*out, *[""] * (len(_HEADER) - len(out))])
-    write_csv(path, _HEADER, lines)
+    header = max(map(list, lines), key=len)  # a line with an error lacks the numbers
+    values = ((line.get(name, "") for name in header) for line in lines)
+    write_csv(path, header, [[f"{v:.3f}" if isinstance(v, float) else v for v in line] for line in values])
