@@ -50,10 +50,6 @@ class Results:
         curves = read_curves(folder / f"curve_{EXPERIMENT}.csv")
         return cls(record["device"], outcomes, *tables, curves, list(data.values())[-1] if data else {})
 
-    def variant(self, name: str, experiment: str = EXPERIMENT) -> Measured | None:
-        """One variant of the step, None if it was not measured."""
-        return next((line for line in self.steps.get(experiment, []) if line.variant == name), None)
-
     def published(self) -> list[Measured]:
         """Our variants that train on the published objective; routing leaves work out."""
         ours = [line for line in self.steps.get(EXPERIMENT, []) if line.variant.startswith("ours")]
@@ -95,16 +91,15 @@ def _kernel_targets(results: Results) -> Iterator[Target]:
     kernels: dict[tuple[str, str], dict[str, Row]] = {}
     for row in filter(is_main, results.rows):
         kernels.setdefault((row.operation, row.passes), {})[row.implementation] = row
-    for operation, passes in [(o, p) for o in OPERATIONS if o.goal for p in (FORWARD, BOTH)[: 1 + bool(o.bytes[1])]]:
-        rows, least = kernels.get((operation.name, passes), {}), operation.goal
-        about, wanted = f"`{operation.name}` {passes}", f"{least} % of a copy"
-        if "ours" in rows:
-            reached = rows["ours"].percent_of_copy
-            yield Target(about, wanted, f"{reached:.1f} %", reached >= least)
-        elif rows:  # the others of the same inputs were timed
-            yield Target(about, wanted, "wrong or failed: not timed", False)
-        else:
-            yield Target(about, wanted)
+    for operation in OPERATIONS:
+        for passes in (FORWARD, BOTH)[: (1 + bool(operation.bytes[1])) * bool(operation.goal)]:
+            rows = kernels.get((operation.name, passes), {})
+            about, wanted = f"`{operation.name}` {passes}", f"{operation.goal} % of a copy"
+            if "ours" in rows:
+                reached = rows["ours"].percent_of_copy
+                yield Target(about, wanted, f"{reached:.1f} %", reached >= operation.goal)
+            else:  # the others of the same inputs were timed
+                yield Target(about, wanted, *(("wrong or failed: not timed", False) if rows else ()))
     compared = [("distill_loss", BOTH, "eager", LOSS_OVER_EAGER)]
     compared += [(name, p, "compile", 1.0) for name in ("layer_norm", "residual_layer_norm") for p in (FORWARD, BOTH)]
     for name, passes, other, times in compared:
@@ -113,57 +108,46 @@ def _kernel_targets(results: Results) -> Iterator[Target]:
         yield _times(f"`{name}` {passes} over {other}", times, slow, fast)
 
 
-def _times(about: str, wanted: float, slow: float | None, fast: float | None) -> Target:
+def _times(about: str, wanted: float, slow: float | None, fast: float | None, more: str = "") -> Target:
     """How many times faster."""
-    if slow is None or fast is None:
-        return Target(about, f"{wanted:g} x")
-    return Target(about, f"{wanted:g} x", f"{slow / fast:.2f} x", slow / fast >= wanted)
+    known = (f"{slow / fast:.2f} x{more}", slow / fast >= wanted) if slow and fast else ()
+    return Target(about, f"{wanted:g} x", *known)
 
 
 def _step_targets(results: Results) -> Iterator[Target]:
-    each = {line.variant: line.median_ms / line.batch for line in results.steps.get(EXPERIMENT, [])}
+    steps = results.steps.get(EXPERIMENT, [])
+    each = {line.variant: line.median_ms / line.batch for line in steps}
     yield _times("step, ours over plain PyTorch", STEP_OVER_EAGER, each.get("eager"), each.get("ours"))
     yield _times("step, FP8 teachers over bf16", FP8_OVER_BF16, each.get("ours"), each.get("ours+fp8"))
 
-    bf16 = [line for line in results.published() if "fp8" not in line.variant and line.share_of_matrix_rate]
-    best = max(bf16, key=lambda line: line.share_of_matrix_rate, default=None)
-    found = best and f"{percent(best.share_of_matrix_rate)} ({best.variant})"
-    about, wanted = "step, arithmetic of the fastest in bf16", f"{percent(OF_MATRIX_RATE, 0)} of the matrix rate"
-    yield Target(about, wanted, found or "", best and best.share_of_matrix_rate >= OF_MATRIX_RATE)
+    bf16 = {line.share_of_matrix_rate: line.variant for line in results.published() if "fp8" not in line.variant}
+    best = max(filter(None, bf16), default=None)
+    known = (f"{percent(best)} ({bf16[best]})", best >= OF_MATRIX_RATE) if best else ()
+    yield Target("step, arithmetic of the fastest in bf16", f"{percent(OF_MATRIX_RATE, 0)} of the matrix rate", *known)
 
-    steps = [line for line in results.steps.get(EXPERIMENT, []) if "eager" not in line.variant]
-    counted = {line.variant: line.host_syncs for line in steps if line.host_syncs is not None}
-    waiting = ", ".join(f"{name} {value}" for name, value in counted.items() if value)
-    about = "step, host syncs of all our variants"
-    yield Target(about, "0", waiting or "0", not waiting) if counted else Target(about, "0")
+    counted = [line for line in steps if "eager" not in line.variant and line.host_syncs is not None]
+    waiting = ", ".join(f"{line.variant} {line.host_syncs}" for line in counted if line.host_syncs)
+    yield Target("step, host syncs of all our variants", "0", *((waiting or "0", not waiting) if counted else ()))
 
-    ours = results.variant("ours")
-    gaps = ours and ours.gap_share
-    about, wanted = "step, ours: time in which no kernel runs", f"under {percent(GAPS, 0)}"
-    yield Target(about, wanted, percent(gaps), None if gaps is None else gaps < GAPS)
+    gaps = next((line.gap_share for line in steps if line.variant == "ours"), None)
+    known = () if gaps is None else (percent(gaps), gaps < GAPS)
+    yield Target("step, ours: time in which no kernel runs", f"under {percent(GAPS, 0)}", *known)
 
-    about, wanted, large = f"{IMAGES} images a step at 448 px", "fit", results.variant("ours", LARGE)
-    if large is not None:
-        peak = f"{large.peak_bytes / 2**30:.1f} GiB" if large.peak_bytes else "fit"
-        yield Target(about, wanted, f"{peak} ({large.batch} images)", large.batch >= IMAGES)
-    else:  # out of memory, where the job left another variant's numbers or none
-        outcome = results.outcomes.get("step-448")
-        tried = LARGE in results.steps or (outcome is not None and outcome.status == "failed")
-        yield Target(about, wanted, "no result" if tried else "", False if tried else None)
+    large, outcome = results.steps.get(LARGE), results.outcomes.get("step-448")
+    known = ("no result", False) if large or (outcome and outcome.status == "failed") else ()  # out of memory
+    for line in large or ():
+        if line.variant == "ours":
+            peak = f"{line.peak_bytes / 2**30:.1f} GiB" if line.peak_bytes else "fit"
+            known = f"{peak} ({line.batch} images)", line.batch >= IMAGES
+    yield Target(f"{IMAGES} images a step at 448 px", "fit", *known)
 
     for name, limit in CURVE_LIMITS.items():
-        about, wanted = f"losses of {name} against plain PyTorch's", f"within {percent(limit)}"
-        if name in results.curves:
-            difference = relative_difference(results.curves[name], results.curves["eager"])
-            yield Target(about, wanted, percent(difference, 2), difference < limit)
-        else:
-            yield Target(about, wanted)
+        losses = results.curves.get(name)
+        difference = losses and relative_difference(losses, results.curves["eager"])
+        known = (percent(difference, 2), difference < limit) if losses else ()
+        yield Target(f"losses of {name} against plain PyTorch's", f"within {percent(limit)}", *known)
 
-    about, wanted = "loader over what the fastest step consumes", f"{DATA_OVER_STEP:g} x"
     rates = [median(line["rates"]) for line in results.data.get("contenders", []) if line["name"].startswith("ours")]
-    fastest = max((line.images_per_second for line in results.steps.get(EXPERIMENT, [])), default=None)
-    if rates and fastest:
-        share = max(rates) / fastest
-        yield Target(about, wanted, f"{share:.2f} x ({max(rates):.0f} images/s)", share >= DATA_OVER_STEP)
-    else:
-        yield Target(about, wanted)
+    best, fastest = max(rates, default=0.0), max((line.images_per_second for line in steps), default=0.0)
+    about = "loader over what the fastest step consumes"
+    yield _times(about, DATA_OVER_STEP, best, fastest, f" ({best:.0f} images/s)")
