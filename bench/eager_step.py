@@ -15,8 +15,8 @@ read per block looks for the largest position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -34,9 +34,6 @@ from dune_fast.kernels.teacher_drop import drop_uniforms
 from dune_fast.student import Student, TransformerProjector, split_cls
 from dune_fast.teachers.registry import build_teacher
 from dune_fast.teachers.vit import ViTTeacher
-
-Timer = Callable[[str], AbstractContextManager]
-"""part of a step -> what surrounds it."""
 
 
 def normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -163,15 +160,12 @@ class EagerStep:
         student: trained in place.
         device: where everything goes.
         dtype: of autocast; None for float32.
-        timer: surrounds the parts of a step.
     """
 
-    def __init__(
-        self, cfg: RunConfig, student: Student, device: torch.device, dtype: torch.dtype | None, timer: Timer
-    ) -> None:
+    def __init__(self, cfg: RunConfig, student: Student, device: torch.device, dtype: torch.dtype | None) -> None:
         teachers = {name: build_teacher(name, teacher) for name, teacher in cfg.teachers.items()}
         check_plain(cfg, student, teachers)
-        self.cfg, self.device, self.dtype, self.timer = cfg, device, dtype, timer
+        self.cfg, self.device, self.dtype = cfg, device, dtype
         patch = cfg.student.patch_size
         self.teachers = {name: EagerTeacher(teacher, patch).to(device).eval() for name, teacher in teachers.items()}
         self.student = DistributedDataParallel(
@@ -197,28 +191,20 @@ class EagerStep:
             learning_rate, momentum: of this step.
         """
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            with self.timer("student forward"):
-                projections = self.student(images)
-            features = {}
-            for name, teacher in self.teachers.items():
-                with self.timer(f"teacher {name}"), torch.no_grad():
-                    features[name] = teacher(images)
-        with self.timer("loss"):
-            losses, parts = self._losses(projections, features, momentum)
-            loss = self._drop(losses, positions, step)
-        with self.timer("backward"):
-            loss.backward()
-        with self.timer("clipping"):
-            self._clip()
-        with self.timer("optimizer"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        with self.timer("metrics"):
-            for value in parts:
-                value.item()
-            return loss.item()
+            projections = self.student(images)
+            with torch.no_grad():
+                features = {name: teacher(images) for name, teacher in self.teachers.items()}
+        losses, parts = self._losses(projections, features, momentum)
+        loss = self._drop(losses, positions, step)
+        loss.backward()
+        self._clip()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for value in parts:
+            value.item()
+        return loss.item()
 
     def _losses(self, projections: dict, features: dict, momentum: float) -> tuple[Tensor, list[Tensor]]:
         """L float32 [T, B], and the metrics."""

@@ -123,8 +123,6 @@ class Measured:
     median_ms: float
     p20_ms: float
     p80_ms: float
-    parts_ms: dict[str, float]
-    """Median of every part; they add up to about the step."""
     tflops: float | None = None
     """Arithmetic of the whole step, every teacher on every image, over its time; None if a teacher's is unknown."""
     matrix_tflops: float | None = None

@@ -14,7 +14,6 @@ import gc
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
@@ -33,14 +32,12 @@ from bench.records import (
     write_curves,
     write_step,
 )
-from bench.step_meter import PartTimer, host_syncs, matrix_rate, peak_memory, profile
+from bench.step_meter import host_syncs, matrix_rate, peak_memory, profile, time_calls
 from bench.step_variants import VARIANTS, Step, SyntheticLoader, Variant, build, configure, synthetic_config
 from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.engine.deepspeed_engine import init_distributed
 from dune_fast.engine.devices import autocast_dtype, device_name
 from dune_fast.engine.flops import run_flops
-
-EVERYTHING_ELSE = "everything else"
 
 
 def chosen(names: Sequence[str]) -> list[Variant]:
@@ -49,26 +46,6 @@ def chosen(names: Sequence[str]) -> list[Variant]:
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no variant {', '.join(unknown)}; choose from {', '.join(known)}")
     return [known[name] for name in names] if names else list(VARIANTS)
-
-
-def summarize(spans: Sequence[tuple[str, float]]) -> tuple[list[float], dict[str, float]]:
-    """Milliseconds of every step, and the median of every part, from the spans of all steps in order.
-
-    A span called "step" ends each. What of "forward" no part claims is standardization, loss and dropping.
-    """
-    steps: list[dict[str, float]] = [{}]
-    for name, milliseconds in spans:
-        steps[-1][name] = steps[-1].get(name, 0.0) + milliseconds
-        if name == "step":
-            steps.append({})
-    assert not steps.pop(), "spans after the last step"
-    parts = {name: median(step.get(name, 0.0) for step in steps) for name in dict.fromkeys(n for s in steps for n in s)}
-    whole, forward = parts.pop("step"), parts.pop("forward", None)
-    if forward is not None:
-        inner = sum(value for name, value in parts.items() if name.startswith(("teacher", "student")))
-        parts["loss"] = max(0.0, forward - inner)
-    parts[EVERYTHING_ELSE] = max(0.0, whole - sum(parts.values()))
-    return [step["step"] for step in steps], parts
 
 
 class Bench:
@@ -82,9 +59,9 @@ class Bench:
         self.loader = SyntheticLoader(batch, cfg.image_size, device)
         self.on_gpu = device.type == "cuda"
 
-    def build(self, variant: Variant, timer: PartTimer | None = None) -> Step:
+    def build(self, variant: Variant) -> Step:
         """A variant's step, with this bench's sizes."""
-        return build(self.cfg, variant, self.loader, timer or (lambda part: nullcontext()))
+        return build(self.cfg, variant, self.loader)
 
     def attempt(self, variant: Variant, work: Callable[..., object], *arguments: object) -> object:
         """work(variant, ...); None, with a line that says why, where the device cannot run it. Nothing of it stays."""
@@ -108,17 +85,10 @@ class Bench:
         """Times a variant, then looks at it on its own."""
         self.console.print(f"{variant.name}: {variant.about}")
         before = torch.cuda.memory_allocated() if self.on_gpu else 0
-        timer = PartTimer(self.device)
-        step = self.build(variant, timer)
-        for i in range(warm_up):
-            step(i)
-        timer.collect()
-        for i in range(warm_up, self.steps):
-            with timer("step"):
-                step(i)
-        times, parts = summarize(timer.collect())
+        step = self.build(variant)
+        times = time_calls(step, range(self.steps), self.device)[warm_up:]
         cuts = quantiles(times, n=5) if len(times) > 1 else times * 4
-        result = Measured(variant.name, self.batch, median(times), cuts[0], cuts[-1], parts, versions=versions())
+        result = Measured(variant.name, self.batch, median(times), cuts[0], cuts[-1], versions=versions())
         flops = run_flops(configure(self.cfg, variant)).training
         result.tflops = None if flops is None else flops * self.batch / result.median_ms / 1e9
         result.matrix_tflops = matrix_tflops

@@ -1,4 +1,4 @@
-"""What a step is measured with: parts, launches and gaps, waits of the host, memory, the matrix rate."""
+"""What a step is measured with: times, launches and gaps, waits of the host, memory, the matrix rate."""
 
 from __future__ import annotations
 
@@ -7,44 +7,28 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from unittest import mock
 
 import torch
 
 
-class PartTimer:
-    """Times named parts of a step without waiting for the device: `with timer("backward"): ...`.
-
-    On a GPU by CUDA events on the current stream, on a CPU by the clock. Calls may be nested; each part counts its own
-    span.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self._spans: list[tuple[str, object, object]] = []
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self._spans.append((part, start, self._now()))
-
-    def collect(self) -> list[tuple[str, float]]:
-        """(part, milliseconds) of every span since the last call; waits for the device."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
-            times = [(part, start.elapsed_time(end)) for part, start, end in self._spans]
-        else:
-            times = [(part, (end - start) * 1e3) for part, start, end in self._spans]
-        self._spans.clear()
-        return times
-
-    def _now(self) -> object:
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+def time_calls(call: Callable[[int], object], numbers: Sequence[int], device: torch.device) -> list[float]:
+    """Milliseconds of call(i) for every i of `numbers`: on a GPU by CUDA events, without waiting in between."""
+    if device.type != "cuda":
+        marks = [time.perf_counter()]
+        for i in numbers:
+            call(i)
+            marks.append(time.perf_counter())
+        return [(end - start) * 1e3 for start, end in pairwise(marks)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(numbers) + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for i, event in zip(numbers, events[1:], strict=True):
+        call(i)
         event.record()
-        return event
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in pairwise(events)]
 
 
 def merged_length(intervals: Sequence[tuple[float, float]]) -> float:
@@ -125,10 +109,5 @@ def peak_memory(step: Callable[[], object]) -> int:
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 8192, repetitions: int = 20) -> float:
     """TFLOP/s of a product of two size x size matrices, the median: the ceiling that steps are compared with."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    timer = PartTimer(device)
-    for i in range(3 + repetitions):
-        if i == 3:
-            timer.collect()
-        with timer("product"):
-            a @ b
-    return 2 * size**3 / statistics.median(ms for _, ms in timer.collect()) / 1e9
+    times = time_calls(lambda i: a @ b, range(3 + repetitions), device)[3:]
+    return 2 * size**3 / statistics.median(times) / 1e9

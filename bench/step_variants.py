@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.eager_step import EagerStep, Timer
+from bench.eager_step import EagerStep
 from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.devices import autocast_dtype
@@ -121,22 +121,15 @@ def configure(cfg: RunConfig, variant: Variant) -> RunConfig:
     return cfg
 
 
-def build(cfg: RunConfig, variant: Variant, loader: SyntheticLoader, timer: Timer) -> Step:
-    """A step that can be called; weights are the same for every variant.
-
-    Args:
-        cfg: from `synthetic_config`.
-        variant: what to build.
-        loader: of its images.
-        timer: surrounds the parts of a step.
-    """
+def build(cfg: RunConfig, variant: Variant, loader: SyntheticLoader) -> Step:
+    """A step that can be called, of a configuration from `synthetic_config`; weights are the same for every variant."""
     cfg = configure(copy.deepcopy(cfg), variant)
-    return _eager(cfg, loader, timer) if variant.eager else _ours(cfg, loader, timer)
+    return _eager(cfg, loader) if variant.eager else _ours(cfg, loader)
 
 
-def _eager(cfg: RunConfig, loader: SyntheticLoader, timer: Timer) -> Step:
+def _eager(cfg: RunConfig, loader: SyntheticLoader) -> Step:
     student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
-    eager = EagerStep(cfg, student, loader.device, autocast_dtype(cfg.train.precision, loader.device), timer)
+    eager = EagerStep(cfg, student, loader.device, autocast_dtype(cfg.train.precision, loader.device))
     optimizer, norms = cfg.optimizer, cfg.standardization
     peak = scaled_learning_rate(optimizer.lr_per_256, cfg.train.global_batch)
     rates = learning_rates(cfg.steps, peak, optimizer.min_lr, optimizer.warmup_fraction)
@@ -149,33 +142,15 @@ def _eager(cfg: RunConfig, loader: SyntheticLoader, timer: Timer) -> Step:
     return step
 
 
-def _ours(cfg: RunConfig, loader: SyntheticLoader, timer: Timer) -> Step:
+def _ours(cfg: RunConfig, loader: SyntheticLoader) -> Step:
     """The trainer's own step: what a user's run does between two batches."""
     with tempfile.TemporaryDirectory() as folder:
         cfg = dataclasses.replace(cfg, output_dir=folder)
         with mock.patch("dune_fast.engine.trainer.TrainLoader", lambda *_, **__: loader):
             trainer = Trainer(cfg)
-    distill, engine, teachers = trainer.distill, trainer.engine, trainer.distill.teachers
-    distill.student = timed(engine, timer, "student forward")
-    teachers._features = timed(
-        teachers._features, timer, lambda readers, *_: "teacher " + "+".join(t.name for t in readers)
-    )
-    engine.backward = timed(engine.backward, timer, "backward")
-    engine.step = timed(engine.step, timer, "optimizer")
-    trainer.distill = timed(distill, timer, "forward")
 
     def step(i: int) -> Tensor:
         trainer.step = i
         return trainer.train_step(loader[i])["loss"]
 
     return step
-
-
-def timed(function: Callable, timer: Timer, part: str | Callable[..., str]) -> Callable:
-    """The function within the timer's part, which may depend on the arguments."""
-
-    def call(*args: object, **kwargs: object) -> object:
-        with timer(part if isinstance(part, str) else part(*args)):
-            return function(*args, **kwargs)
-
-    return call

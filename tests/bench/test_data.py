@@ -65,7 +65,7 @@ def test_workers_are_ended_before_they_are_waited_for():
             ended.append(worker.wait(10))
 
     rate, cpu = data.take_turn(batches(), 0.01, 1)
-    assert ended == [-15] and rate > 0 and cpu > 0
+    assert ended == [-15] and rate > 0 and cpu >= 0
 
 
 def test_a_run_compares_and_leaves_a_record(tmp_path, photographs, capsys):
@@ -80,6 +80,6 @@ def test_a_run_compares_and_leaves_a_record(tmp_path, photographs, capsys):
         assert np.isfinite(line["rates"]).all() and min(line["rates"]) > 0
     assert "no step measured on this device" in capsys.readouterr().out
     for name, ms in (("eager", 200.0), ("fused", 125.0)):
-        write_step(path.with_name("step.json"), "dune", "cpu", Measured(name, 1, ms, ms, ms, {}))
+        write_step(path.with_name("step.json"), "dune", "cpu", Measured(name, 1, ms, ms, ms))
     found = data.against_step(path.with_name("step.json"), 12.0)
     assert found == "the fastest step (dune, fused) consumes 8 images/s: this loader gives 1.50 x"
