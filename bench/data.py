@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bench.records import RESULTS, folder_name, read_json, read_steps, versions, write_json
+from bench.records import RESULTS, folder_name, read_json, versions, write_json
 from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig
 from dune_fast.dali_pipelines.loader import TrainLoader
 from dune_fast.engine.devices import device_name
@@ -186,8 +186,6 @@ def bench(args: argparse.Namespace, console: Console) -> int:
         spread = f"{min(found):.0f} to {max(found):.0f}"
         table.add_row(name, f"{median(found):.1f}", spread, f"{times:.2f}", f"{median(cpu_ms[name]):.2f}")
     console.print(table)
-    best = max(median(found) for name, found in rates.items() if name != BASELINE)
-    console.print(against_step(path.with_name("step.json"), best))
     record = {
         "device": device_name(device), "versions": versions(), "cores": os.cpu_count(),
         "load_before_and_after": [load, os.getloadavg()[0]], "photographs": str(args.images or "demo"),
@@ -197,17 +195,6 @@ def bench(args: argparse.Namespace, console: Console) -> int:
     write_json(path, read_json(path) | {f"{args.size} px from {args.shorter_side or 'full'} px": record})
     console.print(f"written to {path}")
     return 0
-
-
-def against_step(path: Path, rate: float) -> str:
-    """A rate of the loader beside what the fastest step measured on this device consumes."""
-    fastest = {
-        line.images_per_second: f"{name}, {line.variant}" for name, lines in read_steps(path).items() for line in lines
-    }
-    if not fastest:
-        return f"no step measured on this device ({path}): run `python -m bench.step`"
-    most = max(fastest)
-    return f"the fastest step ({fastest[most]}) consumes {most:.0f} images/s: this loader gives {rate / most:.2f} x"
 
 
 def build_parser() -> argparse.ArgumentParser:

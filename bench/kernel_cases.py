@@ -10,10 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.case import relative_error
+from dune_fast.dali_pipelines.augmentation import colour_params, draw_words
+from dune_fast.dali_pipelines.datasets import DataConfig
 from dune_fast.kernels.augment import ColourParams, augment_colour, augment_colour_reference
 from dune_fast.kernels.distill_loss import distill_loss, distill_loss_reference
 from dune_fast.kernels.fp8 import (
@@ -118,12 +122,6 @@ def widen(inputs: Sequence[Any]) -> Inputs:
     )
 
 
-def relative_error(value: Tensor, gold: Tensor) -> float:
-    """|value - gold| / |gold| in the Frobenius norm; NaN if value has one."""
-    value, gold = value.detach().double(), gold.detach()
-    return float((value - gold).norm() / gold.norm().clamp_min(1e-300))
-
-
 def check(
     operation: Operation, call: Call, inputs: Inputs, upstream: Sequence[Tensor]
 ) -> Iterator[tuple[float, float]]:
@@ -136,7 +134,8 @@ def check(
         eager = one_pass(operation.eager, inputs, upstream)
         ours = one_pass(call, inputs, upstream)  # last: an operation in place changes its inputs
         for value, plain, exact in zip(ours, eager, gold, strict=True):
-            yield relative_error(value, exact), 2 * relative_error(plain, exact) + 1e-6
+            error, allowed = (relative_error(x.detach(), exact.detach()) for x in (value, plain))
+            yield error, 2 * allowed + 1e-6
 
 
 def _features(shape: Shape, dtype: torch.dtype, device: torch.device, spare: int = 0) -> Tensor:
@@ -212,19 +211,10 @@ def _drop_ours(losses: Tensor, positions: Tensor, own: None, groups: None, step:
 
 
 def _photographs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """uint8 [B, S, S, 3] and parameters with DUNE's probabilities: 0.8 jitter, 0.2 gray, blur and solarize."""
+    """uint8 [B, S, S, 3] and parameters as training draws them."""
     count, _, side = shape
     images = torch.randint(256, (count, side, side, 3), dtype=torch.uint8, device=device)
-
-    def draw(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(count, device=device)
-
-    jitter, *others = (draw(0, 1) < p for p in (0.8, 0.2, 0.2, 0.2))
-    identity = ColourParams.identity(count, device)
-    ranges = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.8, 1.2), "hue": (-0.1, 0.1)}
-    factors = [torch.where(jitter, draw(*ends), getattr(identity, name)) for name, ends in ranges.items()]
-    order = torch.rand(count, 4, device=device).argsort(1)
-    return images, ColourParams(order, *factors, others[0], others[1], draw(0.1, 5.0), others[2]), dtype
+    return images, colour_params(draw_words(0, np.arange(count)), DataConfig()).to(device), dtype
 
 
 def _augment_gold(images: Tensor, params: ColourParams, dtype: torch.dtype) -> Tensor:
