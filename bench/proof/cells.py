@@ -84,7 +84,9 @@ def all_cells(settings: Settings) -> list[Cell]:
     cells += [Cell("random", "random", seed) for seed in seeds]
     cells += [Cell("start", "start", seed, steps=2) for seed in seeds]
     for seed in seeds:
-        cells.append(Cell("student of all", "student", seed, steps=settings.steps))
+        undropped = ("objective.drop_probability=0",)
+        cells.append(Cell("student of all", "student", seed, steps=settings.steps, overrides=undropped))
+        cells.append(Cell("student of all, dropping", "student", seed, steps=settings.steps))
         for kept in TEACHERS:
             without = tuple(f"~teachers.{name}" for name in TEACHERS if name != kept)
             cells.append(Cell(f"student of {kept}", "student", seed, steps=settings.steps, overrides=without))
