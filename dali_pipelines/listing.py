@@ -12,12 +12,14 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from dune_fast.dali_pipelines.addresses import is_url, list_address
 from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.dali_pipelines.images import SUFFIXES
-from dune_fast.dali_pipelines.storage import Location, Reader, file_system, is_url
+from dune_fast.dali_pipelines.storage import Location, Reader
 
 logger = logging.getLogger(__name__)
 
@@ -251,16 +253,16 @@ def _split_glob(path: str) -> tuple[str, str]:
 
 
 def _list_url(url: str, pattern: str, left_out: Counter[str]) -> list[str]:
-    fs, top = file_system(url)
-    try:
-        if pattern:
-            parts = [part.strip() for part in pattern.split("|")]
-            found = {path for part in parts for path in fs.glob(f"{top.rstrip('/')}/{part}")}
+    def paths_below(fs: Any, top: str) -> set[str]:
+        """Of all files, or of those that match, without the address's own path."""
+        top = top.rstrip("/")
+        if not pattern:
+            found = set(fs.find(top)) or set(fs.ls(top))  # which says that nothing is there, where `find` finds none
         else:
-            found = set(fs.find(top))
-    except OSError as error:
-        raise DataError(f"{url} cannot be listed: {error}") from error
-    relative = (path[len(top.rstrip("/")) :].lstrip("/") for path in found)
+            found = {path for part in pattern.split("|") for path in fs.glob(f"{top}/{part.strip()}")}
+        return {path[len(top) :].lstrip("/") for path in found}
+
+    relative = list_address(url, paths_below)
     shown = sorted(path for path in relative if not any(part.startswith(".") for part in path.split("/")))
     return shown if pattern else _images_among(shown, left_out)
 
