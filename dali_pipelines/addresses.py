@@ -69,7 +69,10 @@ def _new_file_system(scheme: str) -> Any:
     try:
         fs = fsspec.core.url_to_fs(scheme, skip_instance_cache=True, **options)[0]
     except (ValueError, ImportError) as error:  # an unknown scheme, or one whose package is missing
-        raise DataError(f"{scheme} cannot be read: {reason_of(error)}") from error
+        raise DataError(
+            f"{scheme} cannot be read: {reason_of(error)}; correct the address, or install the package that fsspec "
+            "reads such addresses with (s3fs, gcsfs, adlfs, ...)"
+        ) from error
     if protocol in ("s3", "s3a") and hasattr(fs, "retries"):
         fs.retries = 1  # s3fs repeats what botocore has repeated already
     return fs
@@ -80,8 +83,10 @@ def _scheme(url: str) -> str:
     return f"{protocol}://{rest.partition('/')[0]}"
 
 
-def ask_once(url: str, question: Callable[[Any, str], Any]) -> Any:
+def ask_once(url: str, question: Callable[[Any, str], Any], what: str = "") -> Any:
     """`question(file system, the path that it calls the address by)`, once and without a deadline.
+
+    `what` is asked for, for messages, where it is not the address.
 
     Raises:
         TimeoutError: the credentials have expired; the next call uses new ones.
@@ -98,21 +103,22 @@ def ask_once(url: str, question: Callable[[Any, str], Any]) -> Any:
             raise TimeoutError(errno.ETIMEDOUT, f"the credentials have expired ({reason_of(error)})") from error
         if is_refusal(error):
             raise StorageError(
-                f"{url} may not be read ({reason_of(error)}): give credentials that may read it, where the storage's "
-                "own tools look for them, then start the same command again"
+                f"{what or url} may not be read ({reason_of(error)}): give credentials that may read it, where the "
+                "storage's own tools look for them, then start the same command again"
             ) from error
         if getattr(error, "errno", None) == errno.EIO:  # a server's answer that s3fs does not know, and no bad sector
             raise OSError(errno.EREMOTEIO, reason_of(error)) from error
         raise
 
 
-def ask(url: str, question: Callable[[Any, str], Any], longest: float | None = None) -> Any:
+def ask(url: str, question: Callable[[Any, str], Any], longest: float | None = None, what: str = "") -> Any:
     """`ask_once` with a deadline, again while the storage fails.
 
     Args:
         url: an address.
         question: takes fsspec's file system and the path that it calls the address by.
         longest: seconds for a question that takes many answers, see `patience.patiently`.
+        what: is asked for, for messages, where it is not the address.
 
     Raises:
         StorageError: no answer, or none that these credentials may have.
@@ -120,11 +126,11 @@ def ask(url: str, question: Callable[[Any, str], Any], longest: float | None = N
         FileNotFoundError: nothing is there.
     """
     try:
-        return answered(lambda: ask_once(url, question), url, PATIENCE, longest)
+        return answered(lambda: ask_once(url, question, what), what or url, PATIENCE, longest)
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise StorageError(f"{url} cannot be read: {reason_of(error)}") from error
+        raise StorageError(f"{what or url} cannot be read: {reason_of(error)}") from error
 
 
 def list_address(url: str, question: Callable[[Any, str], Any]) -> Any:

@@ -253,7 +253,7 @@ def _open(name: str, config: DatasetConfig, given: str, key: str) -> tuple[Image
         if is_url(given):
             _refuse(config, ("shrink",), "copies are made of local files alone; shard the images with --shorter-side")
     except DataError as error:
-        raise DataError(f"dataset {name!r}: {error}") from error
+        raise type(error)(f"dataset {name!r}: {error}") from error
     return list_images(name, given, config.pattern, key), none
 
 

@@ -96,8 +96,8 @@ def patiently(
 def given_up(what: str, reason: str, seconds: float) -> StorageError:
     """The error for a storage that has failed for some time."""
     return StorageError(
-        f"{what} cannot be read: {reason}, for {seconds:.0f} s; the storage does not answer. No image was given up for "
-        "it: see that it answers, then start the same command again. To wait longer, raise data.read_patience"
+        f"{what} cannot be read: {reason}, for {seconds:.0f} s. No image was given up for it: see that the storage "
+        "answers, then start the same command again (a run waits for data.read_patience seconds)"
     )
 
 

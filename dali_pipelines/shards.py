@@ -122,7 +122,7 @@ def is_manifest_folder(given: str) -> bool:
     path = f"{given.rstrip('/')}/{MANIFEST}"
     if is_url(path):
         try:
-            return ask(path, lambda fs, inner: fs.info(inner))["type"] == "file"
+            return ask(path, lambda fs, inner: fs.info(inner), what=given)["type"] == "file"
         except FileNotFoundError:
             return False
     return os.path.isfile(path)
