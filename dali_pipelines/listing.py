@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dune_fast.dali_pipelines.addresses import is_url, list_address
+from dune_fast.dali_pipelines.addresses import LISTING, ask, is_url, list_address
 from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.dali_pipelines.images import SUFFIXES
 from dune_fast.dali_pipelines.storage import Location, Reader
@@ -139,11 +139,9 @@ def imagefolder_splits(name: str, folder: str) -> tuple[str, str]:
     Raises:
         DataError: no folder of training images.
     """
-    top = os.path.abspath(os.path.expanduser(folder))
-    for parent in (top, os.path.join(top, "data")):
-        if not os.path.isdir(parent):
-            continue
-        there = {entry.name.lower(): entry.path for entry in os.scandir(parent) if entry.is_dir()}
+    top = folder.rstrip("/") if is_url(folder) else os.path.abspath(os.path.expanduser(folder))
+    for parent in (top, f"{top}/data"):
+        there = _folders(parent)
         found = {split: next((there[n] for n in names if n in there), "") for split, names in SPLITS.items()}
         if found["train"]:
             return found["train"], found["val"]
@@ -151,6 +149,19 @@ def imagefolder_splits(name: str, folder: str) -> tuple[str, str]:
         f"dataset {name!r}: {folder} has no folder train/, so it is no imagefolder; "
         f"for a plain folder of images set data.datasets.{name}.root to it without `imagefolder:`"
     )
+
+
+def _folders(parent: str) -> dict[str, str]:
+    """name in small letters -> path or address of all folders in a folder; none where there is no such folder."""
+    if not is_url(parent):
+        entries = os.scandir(parent) if os.path.isdir(parent) else ()
+        return {entry.name.lower(): entry.path for entry in entries if entry.is_dir()}
+    try:
+        found = ask(parent, lambda fs, path: fs.ls(path, detail=True), LISTING)
+    except FileNotFoundError:
+        return {}
+    names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory"]
+    return {name.lower(): f"{parent}/{name}" for name in names}
 
 
 def _images_among(paths: Iterable[str], left_out: Counter[str]) -> list[str]:
@@ -263,6 +274,11 @@ def _list_url(url: str, pattern: str, left_out: Counter[str]) -> list[str]:
         return {path[len(top) :].lstrip("/") for path in found}
 
     relative = list_address(url, paths_below)
+    if "" in relative:
+        raise DataError(
+            f"{url} is a file: give the folder that the images are in, or tar files. A list of paths is read from a "
+            "local file; its lines may be addresses"
+        )
     shown = sorted(path for path in relative if not any(part.startswith(".") for part in path.split("/")))
     return shown if pattern else _images_among(shown, left_out)
 

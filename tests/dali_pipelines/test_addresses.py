@@ -17,6 +17,7 @@ from dune_fast.dali_pipelines.errors import DataError, StorageError
 from dune_fast.dali_pipelines.patience import Threads, answered, patiently
 from dune_fast.dali_pipelines.storage import Location, Reader
 
+
 class Moody(LocalFileSystem):
     """Local files, by way of `mood(number of the instance, name of the call)`."""
 
