@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _QUEUE = 1000  # records that wait for a slow service
 _CONNECT_SECONDS = 30.0  # W&B's own default is 90, and Python does not end before it has given up
 _FINISHED_SECONDS, _STOPPED_SECONDS = 30.0, 10.0
-"""What all services together may hold up the end of a run, and of one that a scheduler ends, which waits 30 s itself."""
+"""What all services together may hold up the end of a run, and of one that is stopped: schedulers wait 30 s."""
 
 Send = Callable[[int, dict[str, float]], None]
 """Takes a step and its record; may raise, block, or never come back."""
@@ -168,7 +168,7 @@ def _wandb(project: str, name: str, folder: Path, run_id: str, config: dict[str,
     import wandb
 
     limits = dict.fromkeys(("login_timeout", "init_timeout"), _CONNECT_SECONDS)
-    limits["finish_timeout"] = _STOPPED_SECONDS  # also of what it does when Python ends; older versions have no limit
+    limits["finish_timeout"] = _STOPPED_SECONDS  # also of what it does when Python ends; older versions have none
     known = wandb.Settings.__annotations__
     settings = wandb.Settings(**{key: value for key, value in limits.items() if key in known})
     run = wandb.init(
