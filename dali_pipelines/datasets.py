@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dune_fast.dali_pipelines.addresses import is_url
 from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.dali_pipelines.foreign_shards import find_shards, open_foreign_shards
 from dune_fast.dali_pipelines.listing import PathList, imagefolder_splits, list_images, name_left_out
 from dune_fast.dali_pipelines.shards import is_manifest_folder, open_manifest_folder
-from dune_fast.dali_pipelines.storage import is_url
 from dune_fast.dali_pipelines.tar_index import ShardImages
 
 __all__ = ["DataConfig", "DataError", "Dataset", "DatasetConfig", "Images", "index_dataset", "index_datasets"]
@@ -117,7 +117,7 @@ class DataConfig:
     solarize_probability: float = 0.2
     """Of solarizing at 0.5."""
     num_threads: int = 4
-    """Threads that read files, and threads that decode, each, per process."""
+    """Threads that decode, per process."""
     prefetch: int = 2
     """Batches that are decoded ahead."""
     max_broken_share: float = 0.01
@@ -127,6 +127,9 @@ class DataConfig:
     read_ahead: int = 2
     """Batches whose files are read before they are decoded: what the storage's latency hides behind. Each takes its
     encoded bytes in memory, per process."""
+    read_threads: int = 32
+    """Files that are read at once, per process: with an object store, images/s are at most this over its latency. They
+    are some of the images of the batches that are read ahead."""
     read_patience: float = 30.0
     """Seconds for which a read is tried again when the storage does not answer, before the run stops."""
 
@@ -146,7 +149,7 @@ class DataConfig:
             values = list(getattr(self, name))
             if len(values) != 2 or not low < values[0] <= values[1] <= high:
                 raise DataError(f"data.{name} is {values}: give [smallest, largest], above {low} and at most {high}")
-        for name in ("num_threads", "prefetch", "read_ahead"):
+        for name in ("num_threads", "prefetch", "read_ahead", "read_threads"):
             if getattr(self, name) < 1:
                 raise DataError(f"data.{name} is {getattr(self, name)}: at least 1 is needed")
 
@@ -250,7 +253,7 @@ def _open(name: str, config: DatasetConfig, given: str, key: str) -> tuple[Image
         if is_url(given):
             _refuse(config, ("shrink",), "copies are made of local files alone; shard the images with --shorter-side")
     except DataError as error:
-        raise DataError(f"dataset {name!r}: {error}") from error
+        raise type(error)(f"dataset {name!r}: {error}") from error
     return list_images(name, given, config.pattern, key), none
 
 

@@ -23,9 +23,11 @@ from typing import BinaryIO
 
 import numpy as np
 
+from dune_fast.dali_pipelines.addresses import PATIENCE, ask, is_url, list_address
 from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.dali_pipelines.images import SUFFIXES
-from dune_fast.dali_pipelines.storage import cached, file_system, is_url, open_binary, patiently
+from dune_fast.dali_pipelines.patience import patiently
+from dune_fast.dali_pipelines.storage import cached, open_binary
 from dune_fast.dali_pipelines.tar_index import RECORD, ShardImages, open_index, write_index
 from dune_fast.teachers.progress import Progress
 
@@ -33,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 _PARALLEL_FROM = 8  # shards: below, starting processes takes longer than reading the headers
 _RULES = 2  # version of those by which `scan_tar` chooses images: indices of other rules are made again
-_PATIENCE = 30.0  # seconds for which a failing read is tried again
 _EXTENSIONS = tuple(suffix[1:] for suffix in SUFFIXES)  # of images, the preferred one of a sample first
 
 
@@ -55,9 +56,7 @@ def find_shards(given: str) -> list[str] | None:
             raise DataError(f"no tar file matches {given}")
         return sorted(set(found))
     if is_url(given):
-        fs, top = file_system(given)
-        tars = sorted(fs.unstrip_protocol(path) for path in fs.glob(f"{top.rstrip('/')}/*.tar"))
-        return tars or None
+        return _glob_url(f"{given.rstrip('/')}/*.tar") or None
     folder = os.path.abspath(os.path.expanduser(given))
     tars = []
     if os.path.isdir(folder):
@@ -135,7 +134,7 @@ def scan_tar(path: str, pattern: str) -> np.ndarray:
         StorageError: the storage does not answer.
     """
     try:
-        members = patiently(lambda: list(_members(path)), path, _PATIENCE)
+        members = patiently(lambda: list(_members(path)), path, PATIENCE)
     except OSError as error:
         raise DataError(f"the tar file {path} cannot be read: {error.strerror or error}") from error
     globs = [part.strip() for part in pattern.split("|")]
@@ -236,20 +235,20 @@ def expand_braces(pattern: str) -> list[str]:
 
 def _expand_glob(path: str) -> list[str]:
     if is_url(path):
-        fs, stripped = file_system(path)
-        if glob.has_magic(stripped):
-            return [fs.unstrip_protocol(found) for found in fs.glob(stripped)]
-        return [path]
+        return _glob_url(path) if glob.has_magic(path) else [path]
     path = os.path.abspath(os.path.expanduser(path))
     return glob.glob(path) if glob.has_magic(path) and not os.path.exists(path) else [path]
+
+
+def _glob_url(url: str) -> list[str]:
+    return list_address(url, lambda fs, path: sorted(fs.unstrip_protocol(found) for found in fs.glob(path)))
 
 
 def _version(path: str) -> str:
     """Something that changes with a file."""
     try:
         if is_url(path):
-            fs, stripped = file_system(path)
-            return str(patiently(lambda: fs.ukey(stripped), path, _PATIENCE))
+            return str(ask(path, lambda fs, stripped: fs.ukey(stripped)))
         status = os.stat(path)
         return f"{status.st_size}.{status.st_mtime_ns}"
     except OSError as error:

@@ -1,4 +1,7 @@
-"""Images that are files of their own: a folder, globs, a text list or an address becomes one sorted list of paths."""
+"""Images that are files of their own: a folder, globs, a text list or an address becomes one sorted list of paths.
+
+More than 300 lines: every kind of place has its own way of being listed, and all of them give the same list.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,14 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from dune_fast.dali_pipelines.addresses import LISTING, ask, is_url, list_address
 from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.dali_pipelines.images import SUFFIXES
-from dune_fast.dali_pipelines.storage import Location, Reader, file_system, is_url
+from dune_fast.dali_pipelines.storage import Location, Reader
 
 logger = logging.getLogger(__name__)
 
@@ -137,11 +142,9 @@ def imagefolder_splits(name: str, folder: str) -> tuple[str, str]:
     Raises:
         DataError: no folder of training images.
     """
-    top = os.path.abspath(os.path.expanduser(folder))
-    for parent in (top, os.path.join(top, "data")):
-        if not os.path.isdir(parent):
-            continue
-        there = {entry.name.lower(): entry.path for entry in os.scandir(parent) if entry.is_dir()}
+    top = folder.rstrip("/") if is_url(folder) else os.path.abspath(os.path.expanduser(folder))
+    for parent in (top, f"{top}/data"):
+        there = _folders(parent)
         found = {split: next((there[n] for n in names if n in there), "") for split, names in SPLITS.items()}
         if found["train"]:
             return found["train"], found["val"]
@@ -149,6 +152,19 @@ def imagefolder_splits(name: str, folder: str) -> tuple[str, str]:
         f"dataset {name!r}: {folder} has no folder train/, so it is no imagefolder; "
         f"for a plain folder of images set data.datasets.{name}.root to it without `imagefolder:`"
     )
+
+
+def _folders(parent: str) -> dict[str, str]:
+    """name in small letters -> path or address of all folders in a folder; none where there is no such folder."""
+    if not is_url(parent):
+        entries = os.scandir(parent) if os.path.isdir(parent) else ()
+        return {entry.name.lower(): entry.path for entry in entries if entry.is_dir()}
+    try:
+        found = ask(parent, lambda fs, path: fs.ls(path, detail=True), LISTING)
+    except FileNotFoundError:
+        return {}
+    names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory"]
+    return {name.lower(): f"{parent}/{name}" for name in names}
 
 
 def _images_among(paths: Iterable[str], left_out: Counter[str]) -> list[str]:
@@ -251,16 +267,21 @@ def _split_glob(path: str) -> tuple[str, str]:
 
 
 def _list_url(url: str, pattern: str, left_out: Counter[str]) -> list[str]:
-    fs, top = file_system(url)
-    try:
-        if pattern:
-            parts = [part.strip() for part in pattern.split("|")]
-            found = {path for part in parts for path in fs.glob(f"{top.rstrip('/')}/{part}")}
+    def paths_below(fs: Any, top: str) -> set[str]:
+        """Of all files, or of those that match, without the address's own path."""
+        top = top.rstrip("/")
+        if not pattern:
+            found = set(fs.find(top)) or set(fs.ls(top))  # which says that nothing is there, where `find` finds none
         else:
-            found = set(fs.find(top))
-    except OSError as error:
-        raise DataError(f"{url} cannot be listed: {error}") from error
-    relative = (path[len(top.rstrip("/")) :].lstrip("/") for path in found)
+            found = {path for part in pattern.split("|") for path in fs.glob(f"{top}/{part.strip()}")}
+        return {path[len(top) :].lstrip("/") for path in found}
+
+    relative = list_address(url, paths_below)
+    if "" in relative:
+        raise DataError(
+            f"{url} is a file: give the folder that the images are in, or tar files. A list of paths is read from a "
+            "local file; its lines may be addresses"
+        )
     shown = sorted(path for path in relative if not any(part.startswith(".") for part in path.split("/")))
     return shown if pattern else _images_among(shown, left_out)
 

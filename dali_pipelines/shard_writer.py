@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -26,6 +27,7 @@ import torch
 
 from dune_fast.dali_pipelines.errors import BrokenImage, DataError, StorageError
 from dune_fast.dali_pipelines.images import decode, encode, plain_jpeg, shrink
+from dune_fast.dali_pipelines.patience import Pending
 from dune_fast.dali_pipelines.pipeline import Decoder, whole_images
 from dune_fast.dali_pipelines.storage import Location, Reader, sync_folder, write_whole
 from dune_fast.dali_pipelines.tar_index import RECORD, open_index, write_index
@@ -143,21 +145,23 @@ def prepare(data: np.ndarray, settings: ShardSettings, turned: bool, by_pillow: 
 
 
 def _decoded(job: Job, reader: Reader, decoder: Decoder) -> Iterator[tuple[Item, Prepared | BrokenImage]]:
-    """Every item with what `prepare` makes of it, decoded in batches, or why it is broken."""
+    """Every item with what `prepare` makes of it, decoded in batches, or why it is broken; a batch is read ahead."""
 
-    def attempt(item: Item, by_pillow: bool = False) -> Prepared | BrokenImage:
+    def attempt(item: Item, read: Pending, by_pillow: bool = False) -> Prepared | BrokenImage:
         try:
-            return prepare(reader.read(item.location), job.settings, item.turned, by_pillow)
+            return prepare(read.result(), job.settings, item.turned, by_pillow)
         except BrokenImage as error:
             return error
 
-    for start in range(0, len(job.items), _BATCH):
-        items = job.items[start : start + _BATCH]
-        results = [attempt(item) for item in items]
+    batches = [job.items[start : start + _BATCH] for start in range(0, len(job.items), _BATCH)]
+    ahead: list[Pending] = []
+    for items, following in itertools.pairwise([(), *batches, ()]):
+        reads, ahead = ahead, [reader.start(item.location) for item in following]
+        results = [attempt(*pair) for pair in zip(items, reads, strict=True)]
         good = [i for i, result in enumerate(results) if not isinstance(result, BrokenImage)]
         encoded = [np.frombuffer(results[i][0], np.uint8) for i in good]
         for k in decoder.refused(encoded, whole_images([results[i][1] for i in good], decoder.image_size)):
-            results[good[k]] = attempt(items[good[k]], by_pillow=True)
+            results[good[k]] = attempt(items[good[k]], reads[good[k]], by_pillow=True)
         yield from zip(items, results, strict=True)
 
 

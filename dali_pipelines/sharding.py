@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,6 +30,7 @@ from dune_fast.dali_pipelines.datasets import DataConfig, Dataset, Images, index
 from dune_fast.dali_pipelines.errors import BrokenImage, DataError
 from dune_fast.dali_pipelines.listing import is_turned
 from dune_fast.dali_pipelines.order import Permutation
+from dune_fast.dali_pipelines.patience import Pending
 from dune_fast.dali_pipelines.pipeline import import_dali
 from dune_fast.dali_pipelines.shard_writer import (
     Item,
@@ -152,16 +154,16 @@ class _Sharding:
 
     def _plan_split(self, split: str, images: Images) -> SplitPlan:
         """From the sizes of the first images."""
-        reader = Reader(self.patience)
+        items = self._items(images, range(min(_SAMPLE, len(images))))
 
-        def encoded_size(item: Item) -> int | BrokenImage:
+        def encoded_size(item: Item, read: Pending) -> int | BrokenImage:
             try:
-                return len(prepare(reader.read(item.location), self.settings, item.turned)[0])
+                return len(prepare(read.result(), self.settings, item.turned)[0])
             except BrokenImage as error:
                 return error
 
-        with ThreadPoolExecutor(self.workers) as pool:
-            found = list(pool.map(encoded_size, self._items(images, range(min(_SAMPLE, len(images))))))
+        with closing(Reader(self.patience)) as reader, ThreadPoolExecutor(self.workers) as pool:
+            found = list(pool.map(encoded_size, items, [reader.start(item.location) for item in items]))
         sizes = [size for size in found if isinstance(size, int)]
         if not sizes:
             raise DataError(

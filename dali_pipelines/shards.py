@@ -26,14 +26,15 @@ from pathlib import Path
 
 import numpy as np
 
+from dune_fast.dali_pipelines.addresses import PATIENCE, ask, is_url, list_address, read_whole
 from dune_fast.dali_pipelines.errors import DataError
-from dune_fast.dali_pipelines.storage import cached, file_system, is_url, open_binary, patiently, write_whole
+from dune_fast.dali_pipelines.patience import patiently
+from dune_fast.dali_pipelines.storage import cached, open_binary, write_whole
 from dune_fast.dali_pipelines.tar_index import ShardImages, open_index
 
 FORMAT = 1
 """Version of the manifest."""
 MANIFEST = "manifest.json"
-_PATIENCE = 30.0  # seconds, for what is read once at the start
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,10 @@ def is_manifest_folder(given: str) -> bool:
     """Whether a folder or an address holds shards of our own."""
     path = f"{given.rstrip('/')}/{MANIFEST}"
     if is_url(path):
-        fs, path = file_system(path)
-        return fs.isfile(path)
+        try:
+            return ask(path, lambda fs, inner: fs.info(inner), what=given)["type"] == "file"
+        except FileNotFoundError:
+            return False
     return os.path.isfile(path)
 
 
@@ -157,17 +160,15 @@ def open_manifest_folder(folder: str) -> dict[str, ShardImages]:
 def _sizes(folder: str) -> dict[str, int]:
     """name -> bytes of all files in a folder."""
     if is_url(folder):
-        fs, stripped = file_system(folder)
-        listing = patiently(lambda: fs.ls(stripped, detail=True), folder, _PATIENCE)
+        listing = list_address(folder, lambda fs, path: fs.ls(path, detail=True))
         return {entry["name"].rpartition("/")[2]: int(entry["size"] or 0) for entry in listing}
     return {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
 
 
 def _read_file(path: str) -> bytes:
     if is_url(path):
-        fs, stripped = file_system(path)
-        return patiently(lambda: fs.cat_file(stripped), path, _PATIENCE)
-    return patiently(lambda: Path(path).read_bytes(), path, _PATIENCE)
+        return read_whole(path)
+    return patiently(lambda: Path(path).read_bytes(), path, PATIENCE)
 
 
 def _open_index(path: str, sha256: str, num_shards: int) -> np.ndarray:

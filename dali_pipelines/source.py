@@ -13,7 +13,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from dune_fast.dali_pipelines.datasets import DataConfig, Dataset
 from dune_fast.dali_pipelines.errors import BrokenImage
 from dune_fast.dali_pipelines.images import decode, encode, for_dali, is_from_pillow, plain_jpeg, shrink
 from dune_fast.dali_pipelines.listing import is_turned
+from dune_fast.dali_pipelines.patience import Pending
 from dune_fast.dali_pipelines.quarantine import Quarantine
 from dune_fast.dali_pipelines.storage import Location, Reader, write_whole
 from dune_fast.teachers.files import cache_dir
@@ -50,10 +51,10 @@ class ImageSource:
     ) -> None:
         self.datasets = datasets
         self._images = [getattr(dataset, split) for dataset in datasets]
-        self._reader = Reader(config.read_patience)
+        self._reader = Reader(config.read_patience, threads=config.read_threads)
         self.quarantine = Quarantine([dataset.name for dataset in datasets], self._images, config, folder, rank)
         self._by_pillow: set[Image] = set()  # JPEGs that DALI has refused
-        self._pool = ThreadPoolExecutor(config.num_threads, thread_name_prefix="read-images")
+        self._pool = ThreadPoolExecutor(config.num_threads, thread_name_prefix="prepare-images")
 
     def sizes(self) -> np.ndarray:
         """int64 [datasets]: how many images each has."""
@@ -75,16 +76,23 @@ class ImageSource:
             BrokenImage: the file is gone, empty, cut off, not what its checksum says, or Pillow cannot decode it.
             StorageError: the storage does not answer.
         """
-        images, shorter_side = self._images[dataset], self.datasets[dataset].config.shrink
-        if shorter_side:
-            data = shrunk_bytes(images[index], shorter_side, cache_dir() / "shrunk", self._reader)
-        else:
-            data = self._reader.read(images.locate(index))
-        return for_dali(data, (dataset, index) in self._by_pillow)
+        image = dataset, index
+        return self._prepare(image, None if self._shrinks(image) else self._start(image).result())
 
     def read_all(self, images: Sequence[Image]) -> list[Encoded | BrokenImage]:
-        """Several at once; why an image is broken stands in its place."""
-        return list(self._pool.map(self._attempt, images))
+        """Several at once; why an image is broken stands in its place.
+
+        Threads that wait for the storage are others than those that work on the bytes.
+        """
+        reading = [None if self._shrinks(image) else self._start(image) for image in images]
+        working: list[Future[Encoded | BrokenImage] | BrokenImage] = []
+        for image, read in zip(images, reading, strict=True):
+            try:
+                data = None if read is None else read.result()
+                working.append(self._pool.submit(self._attempt, image, data))
+            except BrokenImage as error:
+                working.append(error)
+        return [work.result() if isinstance(work, Future) else work for work in working]
 
     def read_good(self, images: Sequence[Image]) -> list[Encoded | None]:
         """Several at once; None stands for a broken image, which is then on record."""
@@ -104,8 +112,11 @@ class ImageSource:
         if is_from_pillow(encoded):
             return BrokenImage(f"DALI cannot take over its pixels: {reason}")
         self._by_pillow.add(image)
-        result = self._attempt(image)
-        return result if isinstance(result, BrokenImage) else None
+        try:
+            self.read(*image)
+        except BrokenImage as error:
+            return error
+        return None
 
     def stop_waiting(self) -> None:
         """From now on, a read that fails is not tried again."""
@@ -114,10 +125,26 @@ class ImageSource:
     def close(self) -> None:
         """Ends the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
 
-    def _attempt(self, image: Image) -> Encoded | BrokenImage:
+    def _shrinks(self, image: Image) -> bool:
+        """Whether a smaller copy is read, or made, in place of the image."""
+        return bool(self.datasets[image[0]].config.shrink)
+
+    def _start(self, image: Image) -> Pending:
+        return self._reader.start(self._images[image[0]].locate(image[1]))
+
+    def _prepare(self, image: Image, data: np.ndarray | None) -> Encoded:
+        """An image from its bytes, uint8 [length]; None for one of which there is a smaller copy."""
+        dataset, index = image
+        if data is None:
+            shorter_side = self.datasets[dataset].config.shrink
+            data = shrunk_bytes(self._images[dataset][index], shorter_side, cache_dir() / "shrunk", self._reader)
+        return for_dali(data, image in self._by_pillow)
+
+    def _attempt(self, image: Image, data: np.ndarray | None) -> Encoded | BrokenImage:
         try:
-            return self.read(*image)
+            return self._prepare(image, data)
         except BrokenImage as error:
             return error
 

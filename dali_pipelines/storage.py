@@ -1,11 +1,7 @@
-"""Reading: whole files and pieces of files, on a local disk, a network folder or any address that fsspec knows.
+"""Reading whole files and pieces of files, on a local disk, a network folder or any address that fsspec knows.
 
-What a failed read means is decided here, once. A file that is empty, is shorter than it should be or has other bytes
-than its checksum says makes a broken image. A handle that went stale, a lost connection, a server that does not answer,
-a machine without memory say nothing about the image: the read is tried again for a while, and then the run stops with a
-sentence (`StorageError`), to go on from its checkpoint. Some failures can be either: a file that is not there (deleted,
-or its disk is not mounted), an input/output error (a bad sector, or a network folder that gave up; tried again as
-well). They make a broken image, but only for as long as the process lives.
+Local paths are read here, addresses through `addresses`; what a failed read means, and how long it may take, is decided
+in `patience`.
 """
 
 from __future__ import annotations
@@ -13,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import logging
 import os
-import random
 import secrets
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,21 +20,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from dune_fast.dali_pipelines.addresses import ask_once, is_url, open_address
 from dune_fast.dali_pipelines.errors import BrokenImage, DataError, StorageError
+from dune_fast.dali_pipelines.patience import Pending, Threads, patiently
 from dune_fast.teachers.files import cache_dir, locked
 
-logger = logging.getLogger(__name__)
-
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between tries; doubled each time, with some chance in it
-_TRANSIENT = {
-    getattr(errno, name)
-    for name in (
-        "ESTALE", "EIO", "EAGAIN", "EINTR", "EBUSY", "ETIMEDOUT", "ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "EPIPE",
-        "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET", "ENOTCONN", "EREMOTEIO", "ESHUTDOWN",
-        "EMFILE", "ENFILE", "ENOMEM", "EKEYEXPIRED",
-    )
-    if hasattr(errno, name)
-}  # fmt: skip
+_READ_THREADS = 16  # of a reader that was not told
 
 
 def sync_folder(folder: Path) -> None:
@@ -89,40 +73,9 @@ class Location:
         return self.path if self.length < 0 else f"{self.path} at {self.offset}"
 
 
-def is_url(path: str) -> bool:
-    """Whether a path is an address for fsspec ("s3://bucket/folder", "file:///folder") instead of a local path."""
-    return "://" in path
-
-
-@functools.lru_cache(maxsize=64)
-def _file_system(scheme: str) -> Any:
-    """fsspec's file system for a scheme ("s3", or a chain of them); credentials come from its own environment."""
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(scheme)[0]
-    except (ValueError, ImportError) as error:  # an unknown scheme, or one whose package is missing
-        raise DataError(f"{scheme} cannot be read: {error}") from error
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system for an address and the path that it calls the address by.
-
-    Raises:
-        DataError: an unknown scheme, or one whose package (s3fs, gcsfs, ...) is not installed.
-    """
-    scheme, _, rest = url.partition("://")
-    host = rest.partition("/")[0]
-    fs = _file_system(f"{scheme}://{host}")
-    return fs, fs._strip_protocol(url)
-
-
 def open_binary(path: str) -> BinaryIO:
     """A file or an address, opened for reading from any place."""
-    if is_url(path):
-        fs, path = file_system(path)
-        return fs.open(path, "rb")
-    return open(path, "rb")
+    return open_address(path) if is_url(path) else open(path, "rb")
 
 
 @contextlib.contextmanager
@@ -144,52 +97,6 @@ def cached(name: str, title: str) -> Iterator[Path]:
         ) from error
 
 
-def patiently(read: Callable[[], Any], what: str, patience: float, stop: threading.Event | None = None) -> Any:
-    """The result of `read()`, tried again while the storage fails.
-
-    Args:
-        read: what to do.
-        what: is read, for messages.
-        patience: seconds after which it is given up.
-        stop: once it is set, nothing is tried again.
-
-    Raises:
-        StorageError: it still failed then, or it failed and is not wanted any more.
-        OSError: input/output errors (EIO) that outlived the patience, and all errors that waiting does not mend, such
-            as file-not-found.
-    """
-    give_up, pause = time.monotonic() + patience, _FIRST_PAUSE
-    stop = stop or threading.Event()
-    while True:
-        try:
-            return read()
-        except Exception as error:
-            if not _may_pass(error):
-                raise
-            if time.monotonic() + pause > give_up:
-                if getattr(error, "errno", None) == errno.EIO:
-                    raise
-                raise StorageError(
-                    f"{what} cannot be read: {error or type(error).__name__}, for {patience:g} s; the storage does not "
-                    "answer. No image was given up for it: see that it answers, then start the same command again. To "
-                    "wait longer, raise data.read_patience"
-                ) from error
-            logger.warning("%s: %s; trying again", what, error or type(error).__name__)
-            # ranks should not all come back at once
-            if stop.wait(pause * random.uniform(0.7, 1.3)):
-                raise StorageError(f"{what} was not read: it is not wanted any more") from error
-        pause = min(2 * pause, _LONGEST_PAUSE)
-
-
-def _may_pass(error: Exception) -> bool:
-    if isinstance(error, (BrokenImage, ValueError, TypeError, NotImplementedError, ImportError, AttributeError)):
-        return False
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _TRANSIENT
-    # fsspec's file systems raise their clients' own errors; what is left of OSError is mostly such
-    return not isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
-
-
 class _OpenFile:
     """A descriptor that is closed with its last user, so that a cache may forget it while a thread still reads."""
 
@@ -206,13 +113,19 @@ class Reader:
     """Reads images wherever they are. Safe to use from several threads.
 
     Args:
-        patience: seconds for which a failing read is tried again.
+        patience: seconds for which a failing read is tried again, and after which one that hangs is given up.
         open_files: shards that are kept open at most.
+        threads: reads that `start` makes at once; they wait for the storage, so they may be many more than cores.
     """
 
-    def __init__(self, patience: float, open_files: int = 128) -> None:
+    def __init__(self, patience: float, open_files: int = 128, threads: int = _READ_THREADS) -> None:
         self._patience, self._stop = patience, threading.Event()
         self._open = functools.lru_cache(open_files)(_OpenFile)
+        self._threads = Threads(threads, "read-images")
+
+    def start(self, location: Location) -> Pending:
+        """Has a thread read the bytes at a location; its `result()` is that of `read`, and raises the same."""
+        return self._threads.submit(lambda: self._read(location), str(location), self._patience, self._stop)
 
     def read(self, location: Location) -> np.ndarray:
         """The bytes at a location, uint8 [length].
@@ -221,14 +134,13 @@ class Reader:
             BrokenImage: there is no such file, it is too short or empty, or its bytes are not those of the checksum.
             StorageError: the storage does not answer or forbids it, or a whole shard has vanished.
         """
+        return self.start(location).result() if is_url(location.path) else self._read(location)
+
+    def _read(self, location: Location) -> np.ndarray:
         try:
             data = self.patiently(lambda: self._read_once(location), str(location))
         except OSError as error:
             reason = error.strerror or str(error) or type(error).__name__
-            if isinstance(error, PermissionError) and is_url(location.path):
-                raise StorageError(
-                    f"{location} may not be read ({reason}): renew the credentials, then start the same command again"
-                ) from error
             if location.length >= 0 and error.errno != errno.EIO:
                 raise StorageError(
                     f"the shard {location.path} cannot be opened any more ({reason}): put it back, or make it again "
@@ -244,18 +156,22 @@ class Reader:
         return np.frombuffer(data, np.uint8)
 
     def patiently(self, read: Callable[[], Any], what: str) -> Any:
-        """See the function of that name; with the reader's patience, until `stop_waiting`."""
+        """See `patience.patiently`; with the reader's patience, until `stop_waiting`."""
         return patiently(read, what, self._patience, self._stop)
 
     def stop_waiting(self) -> None:
-        """From now on, a read that fails is not tried again."""
+        """From now on, a read that fails is not tried again, and nobody waits for one that hangs."""
         self._stop.set()
+
+    def close(self) -> None:
+        """Ends the threads; one that hangs is left behind."""
+        self._threads.close()
 
     def _read_once(self, location: Location) -> bytes:
         path, offset, length = location.path, location.offset, location.length
         if is_url(path):
-            fs, path = file_system(path)
-            return fs.cat_file(path) if length < 0 else fs.cat_file(path, start=offset, end=offset + length)
+            piece = {} if length < 0 else {"start": offset, "end": offset + length}
+            return ask_once(path, lambda fs, inner: fs.cat_file(inner, **piece))
         if length < 0:
             with open(path, "rb", buffering=0) as file:
                 return file.read()

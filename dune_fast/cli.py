@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import argcomplete
 
@@ -18,6 +17,7 @@ from dune_fast import __version__, data_cli, evaluate_cli, launcher, teachers_cl
 from dune_fast.console import add_command, console, in_colour
 from dune_fast.engine.overrides import config_names
 from dune_fast.export import TARGETS
+from dune_fast.teachers.local_paths import local
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_launcher_options(sub)
 
     sub = add_command(commands, "resume", resume, "go on with a run")
-    sub.add_argument("run", type=Path, help="folder of the run, e.g. runs/mine")
+    sub.add_argument("run", type=local, help="folder of the run, e.g. runs/mine")
     sub.add_argument("overrides", **hydra)
     _add_launcher_options(sub)
 
@@ -158,7 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("run", help="folder of a run or of a checkpoint, a weights file, or a published name")
     listed = "; ".join(f"{name}: {what}" for name, what in TARGETS.items())
     sub.add_argument("--to", required=True, metavar="TARGET", help=listed)
-    sub.add_argument("--output", type=Path, help="folder for the files (default: RUN/export/TARGET)")
+    sub.add_argument("--output", type=local, help="folder for the files (default: RUN/export/TARGET)")
 
     data_cli.add_parser(commands)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dune_fast.console import add_command, console, in_colour, table
 from dune_fast.dali_pipelines.datasets import DataConfig, DataError
+from dune_fast.teachers.local_paths import local
 
 
 def _chosen(args: argparse.Namespace) -> tuple[DataConfig, list[str]]:
@@ -116,7 +117,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     sub = add_command(own, "shard", shard, "turn datasets into tar shards with an index", epilog=example)
     hydra = "Hydra overrides that name the datasets, e.g. data=dune, data=in1k"
     sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=hydra)
-    sub.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets a folder for each dataset")
+    sub.add_argument("--out", type=local, required=True, metavar="FOLDER", help="gets a folder for each dataset")
     sub.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these datasets (default: all configured)")
     sub.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core, %(default)s here)"
@@ -152,6 +153,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     example = "example: dune-fast data list-keys ubody_intra_train.pkl --prefix ubody/videos --out ubody_train.txt"
     summary = "make a list of images from a pickled one (UBody, DUNE's lists)"
     sub = add_command(own, "list-keys", list_keys, summary, epilog=example)
-    sub.add_argument("file", type=Path, metavar="PICKLE", help="a pickled dictionary, list, or pair")
+    sub.add_argument("file", type=local, metavar="PICKLE", help="a pickled dictionary, list, or pair")
     sub.add_argument("--prefix", default="", metavar="FOLDER", help="to put before every path")
-    sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the list; its paths start at its folder")
+    sub.add_argument("--out", type=local, required=True, metavar="FILE", help="the list; its paths start at its folder")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
-from pathlib import Path
+
+from dune_fast.teachers.local_paths import local, local_path
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
         if args.data or args.projector:
             raise ValueError(f"--data and --projector are for tasks: give --task, one of {', '.join(_TASKS)}")
-        evaluate_run(Path(args.run), figures=not args.no_figures)
+        evaluate_run(local_path(args.run, "the run"), figures=not args.no_figures)
         return 0
     from dune_fast.engine.run_log import setup_logging
     from dune_fast.evaluate.ranks import open_ranks
@@ -129,7 +130,7 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     task.add_argument("--task", choices=_TASKS, help="what to evaluate on")
     task.add_argument("--data", default="", metavar="FOLDER", help="knn, linear: class folders (or a list, shards, "
                       "asset:NAME); segmentation, depth: one of the layouts")  # fmt: skip
-    task.add_argument("--out", type=Path, metavar="FILE", help="result as JSON (default: RUN/evaluation/...json)")
+    task.add_argument("--out", type=local, metavar="FILE", help="result as JSON (default: RUN/evaluation/...json)")
     task.add_argument("--projector", default="", metavar="TEACHER", help="read this teacher's projector of a student")
     task.add_argument("--size", type=int, help="side of the images in pixels (default: the encoder's; segmentation: "
                       "512, of crops and windows; depth: 416, height of crops)")  # fmt: skip
@@ -158,7 +159,7 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     sub.add_argument("weights", help="folder of a run, weights file, export, published name or teacher's name")
     sub.add_argument("images", help="folder, glob, text file of paths, shards, tar files or asset:NAME")
-    sub.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets the files")
+    sub.add_argument("--out", type=local, required=True, metavar="FOLDER", help="gets the files")
     sub.add_argument("--tokens", nargs="+", choices=("cls", "mean", "patch"), help="(default: cls mean)")
     sub.add_argument("--format", choices=_FORMATS, default="npy", help="(default: %(default)s; parquet needs pyarrow)")
     sub.add_argument("--dtype", choices=("fp16", "fp32"), default="fp32", help="of the features (default: %(default)s)")
@@ -173,9 +174,9 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
         "figures", help="figures and a report of a run", description=inspect.cleandoc(figures.__doc__ or ""),
         epilog=FIGURES, formatter_class=raw,
     )  # fmt: skip
-    sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/demo")
-    sub.add_argument("--out", type=Path, metavar="FOLDER", help="for figures and report (default: RUN/figures, and the "
-                     "report in RUN)")  # fmt: skip
+    sub.add_argument("run", type=local, help="folder of a run, e.g. runs/demo")
+    sub.add_argument("--out", type=local, metavar="FOLDER", help="for figures and report (default: RUN/figures, and "
+                     "the report in RUN)")  # fmt: skip
     sub.add_argument("--data", nargs="+", default=[], metavar="IMAGES", help="folders, lists, globs, shards or "
                      "asset:NAME in place of the run's held-out images")  # fmt: skip
     sub.add_argument("--images", type=int, default=256, metavar="N", help="of each dataset, for explained variance "

@@ -25,6 +25,7 @@ from dune_fast.teachers.architecture import stored_architecture
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import TeacherWeightsError, container_state, read_container
 from dune_fast.teachers.encoder_names import beside_encoder
+from dune_fast.teachers.local_paths import local_path
 from dune_fast.teachers.recognition import recognize, vit_family
 from dune_fast.teachers.weights import build_loaded, folder_weights
 
@@ -139,7 +140,12 @@ def load_encoder(
 
 
 def _in_folder(path: Path, *names: str) -> Path:
-    """The file or checkpoint that a folder stands for; ModelNotFoundError if there is none."""
+    """The file or checkpoint that a folder stands for.
+
+    Raises:
+        ModelNotFoundError: there is none.
+        AddressError: an address of an object store.
+    """
     try:
         return folder_weights(path, *names)
     except TeacherWeightsError as error:
@@ -169,12 +175,17 @@ def load_model(path_or_name: str | os.PathLike, device: torch.device | str = "cp
 
 def weights_folder() -> Path:
     """Where published files are looked for: $DUNE_FAST_WEIGHTS, or `weights` in the working directory."""
-    return Path(os.environ.get("DUNE_FAST_WEIGHTS") or "weights").expanduser()
+    return local_path(os.environ.get("DUNE_FAST_WEIGHTS") or "weights", "the variable DUNE_FAST_WEIGHTS")
 
 
 def locate(path_or_name: str | os.PathLike) -> Path:
-    """The file or the run's folder that a path or a published name stands for; ModelNotFoundError if there is none."""
-    path = Path(path_or_name).expanduser()
+    """The file or the run's folder that a path or a published name stands for.
+
+    Raises:
+        ModelNotFoundError: there is none.
+        AddressError: an address of an object store.
+    """
+    path = local_path(path_or_name, "the model")
     if path.is_dir() or (path.is_file() and path.suffix in (".safetensors", *_ARCHIVES)):
         return path
     if path.is_file():

@@ -15,6 +15,7 @@ from rich.table import Column
 from dune_fast.console import add_command, console, table
 from dune_fast.engine.overrides import config_names
 from dune_fast.teacher_files import load_teacher_config, presence
+from dune_fast.teachers.local_paths import local
 
 _NAME_IT = "If timm has the model, name it: --model NAME"
 _SHOWN = 12  # names of tensors, per kind of fault
@@ -198,7 +199,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("name", metavar="NAME", help="a file in configs/teachers")
 
     sub = add_command(own, "verify", verify, "say what a weights file is")
-    sub.add_argument("file", type=Path, metavar="FILE", help="a .pth, .pt or .safetensors file, or a run's folder")
+    sub.add_argument("file", type=local, metavar="FILE", help="a .pth, .pt or .safetensors file, or a run's folder")
     sub.add_argument("--model", default="", help="the model of timm that it is of, where its tensors do not show it")
     sub.add_argument("--num-heads", type=int, default=None, help="attention heads, where they are not channels / 64")
 

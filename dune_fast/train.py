@@ -20,6 +20,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 from dune_fast.engine.overrides import CONFIGS
 from dune_fast.engine.run_log import setup_logging
+from dune_fast.teachers.local_paths import local
 
 if TYPE_CHECKING:
     from dune_fast.engine.config import RunConfig
@@ -50,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--debug", action="store_true", help="log more, show tracebacks")
     parser.add_argument("--config-dir", help="a folder of your own files, like configs/ (also: ./configs)")
-    parser.add_argument("--run", type=Path, help="go on with the run in this folder, under its own configuration")
+    parser.add_argument("--run", type=local, help="go on with the run in this folder, under its own configuration")
     parser.add_argument("overrides", nargs="*", help="e.g. experiment=demo train.steps=100 deepspeed=zero2")
     return parse_mixed(parser, argv)
 

@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from dune_fast.teachers.local_paths import local_path
+
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 18
@@ -40,7 +42,7 @@ def cache_dir() -> Path:
     """The folder of everything that is fetched: `$DUNE_FAST_CACHE`, else `$XDG_CACHE_HOME/dune_fast`, else
     `~/.cache/dune_fast`. It need not exist yet."""
     if chosen := os.environ.get("DUNE_FAST_CACHE"):
-        return Path(chosen).expanduser()
+        return local_path(chosen, "the variable DUNE_FAST_CACHE")
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dune_fast"
 
 

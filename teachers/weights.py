@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dune_fast.teachers.assets import asset_path
 from dune_fast.teachers.containers import CURE, TeacherWeightsError, container_state, read_container
+from dune_fast.teachers.local_paths import local_path
 from dune_fast.teachers.run_files import CheckpointError, weights_in
 
 Unused = Sequence[str] | Callable[[str], bool]
@@ -30,11 +31,12 @@ def weights_path(weights: str) -> Path:
 
     Raises:
         TeacherWeightsError: there is no such file.
+        AddressError: an address of an object store.
         teachers.assets.AssetError: the asset cannot be had.
     """
     if weights.startswith("asset:"):
         return asset_path(weights)
-    path = Path(weights).expanduser()
+    path = local_path(weights, "the weights file")
     if path.is_dir():
         return folder_weights(path, "encoder.safetensors", "model.safetensors")
     if not path.is_file():

@@ -39,6 +39,7 @@ from dune_fast.engine.schedules import iterations, scaled_learning_rate
 from dune_fast.kernels.nn.vit import ViTConfig, nearest_multiples
 from dune_fast.student import ProjectorConfig
 from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.local_paths import address_fault
 from dune_fast.teachers.registry import check_family
 
 
@@ -372,6 +373,10 @@ def validate(cfg: RunConfig) -> None:
         raise ConfigError(
             f"no teacher is configured: choose an experiment, e.g. experiment=demo (there are: {experiments})"
         )
+    places = {"output_dir": cfg.output_dir, "student_weights": cfg.student_weights}
+    places |= {f"teachers.{name}.weights": teacher.weights for name, teacher in cfg.teachers.items()}
+    if fault := next(filter(None, (address_fault(place, what) for what, place in places.items())), ""):
+        raise ConfigError(fault)
     for name, teacher in cfg.teachers.items():
         check_family(name, teacher.family)
     if fault := find_fault(flatten(as_dict(cfg))):

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from dune_fast.dali_pipelines.storage import write_whole
 from dune_fast.engine.devices import peak_memory
-from dune_fast.engine.trackers import Tracker
+from dune_fast.engine.trackers import Tracker, close_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -257,8 +257,7 @@ class MetricsLog:
         if self._progress is not None:
             self._progress.stop()
         self._records.flush()
-        for tracker in self.trackers:
-            tracker.close(finished=self._step >= self.total_steps)
+        close_trackers(self.trackers, finished=self._step >= self.total_steps)
 
 
 def read_metrics(path: Path) -> list[dict]:

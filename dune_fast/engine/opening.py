@@ -39,18 +39,17 @@ class Opened(Protocol):
 
 
 def open_log(run: Opened, where: dict[str, Any]) -> MetricsLog:
-    """Records the start in `run.json`, connects to trackers, opens `metrics.jsonl`."""
+    """Records the start in `run.json`, has trackers connect, opens `metrics.jsonl`."""
     cfg = run.cfg
     record = RunRecord(run.run_dir)
     entry = record.start(run.step, cfg.steps, where)
     trackers = open_trackers(
-        cfg.logging, cfg.name, run.run_dir, run.step, record.content["trackers"], as_dict(cfg)
-    )
-    record.save()
+        cfg.logging, cfg.name, run.run_dir, run.step, dict(record.content["trackers"]), as_dict(cfg),
+        record.keep_tracker,
+    )  # fmt: skip
 
     def keep(estimate: dict[str, Any]) -> None:
-        entry["estimate"] = estimate
-        record.save()
+        record.keep(entry, "estimate", estimate)
 
     flops = run_flops(cfg, {name: teacher.trunk for name, teacher in run.teachers.teachers.items()}).training
     bf16 = run.engine.module.autocast_dtype is torch.bfloat16

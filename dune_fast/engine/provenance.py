@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,13 @@ def world(device: torch.device) -> dict[str, Any]:
 
 
 class RunRecord:
-    """`run.json`: {"starts": [...], "trackers": {...}}, written whole, so that a kill leaves the old or the new one."""
+    """`run.json`: {"starts": [...], "trackers": {...}}, written whole, so that a kill leaves the old or the new one.
+
+    `keep` and `keep_tracker` are safe to call from several threads.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "run.json"
+        self.path, self._lock = folder / "run.json", threading.Lock()
         self.content: dict[str, Any] = {"starts": [], "trackers": {}}
         if self.path.exists():
             try:
@@ -122,6 +126,8 @@ class RunRecord:
             "versions": versions(),
             "git": git_state(Path(__file__).resolve().parents[2]),
         }
+        if not step:
+            self.content["trackers"] = {}  # a run that starts anew is another run
         self.content["starts"].append(entry)
         self.save()
         shown = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
@@ -132,6 +138,16 @@ class RunRecord:
         hosts = (f"{host}: {len(names)} x {names[0]}" for host, names in where["hosts"].items())
         logger.info("world: %d ranks (%s) on %s", where["ranks"], where["backend"], "; ".join(hosts))
         return entry
+
+    def keep(self, entry: dict[str, Any], key: str, value: Any) -> None:
+        """Adds a value to an entry of the record, and saves."""
+        with self._lock:
+            entry[key] = value
+            self.save()
+
+    def keep_tracker(self, service: str, run_id: str) -> None:
+        """Adds a service's name for this run, and saves."""
+        self.keep(self.content["trackers"], service, run_id)
 
     def save(self) -> None:
         """Writes the file; a disk that refuses it costs a warning, not the run."""

@@ -1,7 +1,8 @@
 """Services that show a run's numbers: TensorBoard, Weights & Biases, MLflow. Rank 0 alone has them.
 
-A package that is asked for and not installed is an error before the run starts. A service that fails or hangs later is
-given up with one warning: the training goes on, and `metrics.jsonl` has everything.
+A package that is asked for and not installed is an error before the run starts. A service is connected to while the
+training goes on. One that cannot be reached, fails or hangs is given up with one warning: `metrics.jsonl` has
+everything.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +24,14 @@ from dune_fast.engine.config import ConfigError, LoggingConfig
 logger = logging.getLogger(__name__)
 
 _QUEUE = 1000  # records that wait for a slow service
-_CLOSE_SECONDS = 30.0  # what a service may hold up the end of a run
+_CONNECT_SECONDS = 30.0  # W&B's own default is 90, and Python does not end before it has given up
+_FINISHED_SECONDS, _STOPPED_SECONDS = 30.0, 10.0
+"""What all services together may hold up the end of a run, and of one that is stopped: schedulers wait 30 s."""
+
+Send = Callable[[int, dict[str, float]], None]
+"""Takes a step and its record; may raise, block, or never come back."""
+Finish = Callable[[bool], None]
+"""Takes whether the run has reached its end; as `Send`."""
 
 
 class Tracker(Protocol):
@@ -31,8 +40,11 @@ class Tracker(Protocol):
     def write(self, step: int, record: Mapping[str, float]) -> None:
         """Takes one record; returns at once."""
 
-    def close(self, finished: bool) -> None:
-        """Hands over what is left. `finished`: whether the run has reached its end."""
+    def finish(self, finished: bool) -> None:
+        """Has what is left handed over; returns at once. `finished`: whether the run has reached its end."""
+
+    def close(self, seconds: float) -> None:
+        """Waits at most so long until that has happened."""
 
 
 class TensorBoard:
@@ -54,9 +66,12 @@ class TensorBoard:
             for name, value in record.items():
                 self._writer.add_scalar(name, value, step)
 
-    def close(self, finished: bool) -> None:
+    def finish(self, finished: bool) -> None:
         with self._forgiving():
             self._writer.close()
+
+    def close(self, seconds: float) -> None:
+        pass
 
     @contextmanager
     def _forgiving(self) -> Iterator[None]:
@@ -69,57 +84,70 @@ class TensorBoard:
 
 
 class Service:
-    """Sends records from a thread, so that a slow or dead server holds up no step.
+    """Connects and sends records from a thread, so that a slow or dead server holds up no step.
 
     Args:
         name: of the service, for messages.
-        send: takes (step, record); may raise, block, or never come back.
-        finish: takes `finished`; as `send`.
+        connect: returns how to send and how to finish; may raise, block, or never come back.
     """
 
-    def __init__(
-        self, name: str, send: Callable[[int, dict[str, float]], None], finish: Callable[[bool], None]
-    ) -> None:
-        self.name, self._send, self._finish = name, send, finish
-        self._given_up = False
+    def __init__(self, name: str, connect: Callable[[], tuple[Send, Finish]]) -> None:
+        self.name, self._connect = name, connect
+        self._connected = self._given_up = False
+        self._lock = threading.Lock()
         self._queue: queue.Queue[tuple[int, dict[str, float]] | bool] = queue.Queue(_QUEUE)
         self._thread = threading.Thread(target=self._work, name=f"log-to-{name}", daemon=True)
         self._thread.start()
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
+        if not self._given_up:
+            self._put((step, dict(record)))
+
+    def finish(self, finished: bool) -> None:
+        if not self._given_up:
+            self._put(finished)
+
+    def close(self, seconds: float) -> None:
         if self._given_up:
             return
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._give_up("the run has ended, and it has not taken the last records")
+
+    def _put(self, item: tuple[int, dict[str, float]] | bool) -> None:
         try:
-            self._queue.put_nowait((step, dict(record)))
+            self._queue.put_nowait(item)
         except queue.Full:
             self._give_up(f"it has not taken the last {_QUEUE} records")
 
-    def close(self, finished: bool) -> None:
-        if self._given_up:
-            return
-        deadline = time.monotonic() + _CLOSE_SECONDS
-        with suppress(queue.Full):
-            self._queue.put(finished, timeout=_CLOSE_SECONDS)
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive():
-            self._give_up(f"it has not taken the last records in {_CLOSE_SECONDS:.0f} s")
-
     def _work(self) -> None:
-        while True:
-            item = self._queue.get()
-            try:
+        try:
+            send, finish = self._connect()
+            self._connected = True
+            while not self._given_up:
+                item = self._queue.get()
                 if isinstance(item, bool):
-                    self._finish(item)
+                    finish(item)
                     return
-                self._send(*item)
-            except Exception as error:  # another's code and another's server: whatever it is, the training goes on
-                self._give_up(f"{type(error).__name__}: {error}")
-                return
+                send(*item)
+        except Exception as error:  # another's code and another's server: whatever it is, the training goes on
+            self._give_up(f"{type(error).__name__}: {error}")
 
     def _give_up(self, reason: str) -> None:
-        if not self._given_up:
-            self._given_up = True
-            logger.warning("%s gets no more of this run's numbers (metrics.jsonl does): %s", self.name, reason)
+        with self._lock:
+            if not self._given_up:
+                share = "no more" if self._connected else "none"
+                logger.warning("%s gets %s of this run's numbers (metrics.jsonl does): %s", self.name, share, reason)
+                self._given_up = True
+
+
+def close_trackers(trackers: Sequence[Tracker], finished: bool) -> None:
+    """Ends all of them, within a time that is one for all. `finished`: whether the run has reached its end."""
+    for tracker in trackers:
+        tracker.finish(finished)
+    deadline = time.monotonic() + (_FINISHED_SECONDS if finished else _STOPPED_SECONDS)
+    for tracker in trackers:
+        tracker.close(max(0.0, deadline - time.monotonic()))
 
 
 def check_packages(cfg: LoggingConfig) -> None:
@@ -136,23 +164,26 @@ def check_packages(cfg: LoggingConfig) -> None:
             ) from error
 
 
-def _wandb(project: str, name: str, folder: Path, run_id: str | None, config: dict[str, Any]) -> tuple[Service, str]:
+def _wandb(project: str, name: str, folder: Path, run_id: str, config: dict[str, Any]) -> tuple[Send, Finish]:
     import wandb
 
-    run_id = run_id or uuid.uuid4().hex[:12]
+    limits = dict.fromkeys(("login_timeout", "init_timeout"), _CONNECT_SECONDS)
+    limits["finish_timeout"] = _STOPPED_SECONDS  # also of what it does when Python ends; older versions have none
+    known = wandb.Settings.__annotations__
+    settings = wandb.Settings(**{key: value for key, value in limits.items() if key in known})
     run = wandb.init(
-        project=project, name=name, id=run_id, resume="allow", dir=str(folder), config=config,
-        settings=wandb.Settings(login_timeout=_CLOSE_SECONDS),  # a question for a key that nobody answers
-    )  # fmt: skip
-    service = Service(
-        "Weights & Biases",
-        send=lambda step, record: run.log(record, step=step),
-        finish=lambda finished: run.finish(exit_code=0 if finished else 1),
+        project=project, name=name, id=run_id, resume="allow", dir=str(folder), config=config, settings=settings
     )
-    return service, run_id
+
+    def send(step: int, record: dict[str, float]) -> None:
+        run.log(record, step=step)
+
+    return send, lambda finished: run.finish(exit_code=0 if finished else 1)
 
 
-def _mlflow(experiment: str, name: str, run_id: str | None, config: dict[str, Any]) -> tuple[Service, str]:
+def _mlflow(
+    experiment: str, name: str, run_id: str | None, config: dict[str, Any], on_id: Callable[[str], None]
+) -> tuple[Send, Finish]:
     import mlflow
 
     client = mlflow.MlflowClient()
@@ -160,6 +191,7 @@ def _mlflow(experiment: str, name: str, run_id: str | None, config: dict[str, An
         known = client.get_experiment_by_name(experiment)
         identifier = known.experiment_id if known is not None else client.create_experiment(experiment)
         run_id = str(client.create_run(identifier, run_name=name).info.run_id)
+        on_id(run_id)
         client.log_dict(run_id, config, "config.yaml")
     else:
         client.update_run(run_id, status="RUNNING")
@@ -173,38 +205,41 @@ def _mlflow(experiment: str, name: str, run_id: str | None, config: dict[str, An
     def finish(finished: bool) -> None:
         client.set_terminated(run_id, "FINISHED" if finished else "KILLED")
 
-    return Service("MLflow", send, finish), run_id
+    return send, finish
 
 
 def open_trackers(
-    cfg: LoggingConfig, name: str, folder: Path, first_step: int, ids: dict[str, str], config: dict[str, Any]
+    cfg: LoggingConfig,
+    name: str,
+    folder: Path,
+    first_step: int,
+    ids: Mapping[str, str],
+    config: dict[str, Any],
+    on_id: Callable[[str, str], None],
 ) -> list[Tracker]:
-    """The services that the configuration asks for.
+    """The services that the configuration asks for; nothing waits for them.
 
     Args:
         cfg: which.
         name, folder: of the run.
-        first_step: where this process starts.
-        ids: the services' names for this run, from its earlier starts; new ones are added.
+        first_step: where this process starts; at 0, the run is another one for the services.
+        ids: service -> its name for this run, from the run's earlier starts.
         config: the run's resolved configuration, plain dictionaries and lists.
+        on_id: takes a service and its new name for this run; also from other threads, and later.
 
     Raises:
         ConfigError: see `check_packages`.
     """
     check_packages(cfg)
     trackers: list[Tracker] = [TensorBoard(folder, first_step)] if cfg.tensorboard else []
-    if first_step == 0:
-        ids.clear()  # a run that starts anew is another run
-    asked: dict[str, Callable[[], tuple[Service, str]]] = {}
+    earlier = ids.get if first_step else {}.get
     if cfg.wandb_project:
-        asked["wandb"] = lambda: _wandb(cfg.wandb_project, name, folder, ids.get("wandb"), config)
+        run_id = earlier("wandb") or uuid.uuid4().hex[:12]
+        on_id("wandb", run_id)
+        connect = partial(_wandb, cfg.wandb_project, name, folder, run_id, config)
+        trackers.append(Service("Weights & Biases", connect))
     if cfg.mlflow_experiment:
-        asked["mlflow"] = lambda: _mlflow(cfg.mlflow_experiment, name, ids.get("mlflow"), config)
-    for key, connect in asked.items():
-        try:
-            service, ids[key] = connect()
-        except Exception as error:  # no server, no account, no network
-            logger.warning("%s gets none of this run's numbers (metrics.jsonl does): %s", key, error)
-            continue
-        trackers.append(service)
+        keep = partial(on_id, "mlflow")
+        connect = partial(_mlflow, cfg.mlflow_experiment, name, earlier("mlflow"), config, keep)
+        trackers.append(Service("MLflow", connect))
     return trackers

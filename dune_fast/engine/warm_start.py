@@ -20,6 +20,7 @@ from dune_fast.released import released_projector
 from dune_fast.student import Student, build_student
 from dune_fast.teachers.containers import container_state, read_container
 from dune_fast.teachers.encoder_names import beside_encoder
+from dune_fast.teachers.local_paths import local_path
 from dune_fast.teachers.recognition import recognize, vit_family
 from dune_fast.teachers.run_files import CheckpointError, weights_in
 from dune_fast.teachers.weights import compare
@@ -62,7 +63,7 @@ def warm_start(student: Student, source: str) -> list[str]:
         WarmStartError: a folder without weights, or an encoder of another architecture.
         teachers.containers.TeacherWeightsError: the file is missing, damaged or unsafe.
     """
-    path = _weights_file(Path(source).expanduser())
+    path = _weights_file(local_path(source, "student_weights"))
     content = read_container(path)
     state = container_state(content, path)
     family = vit_family(recognize(state, path) or "dune")

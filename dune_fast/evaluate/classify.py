@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dune_fast.dali_pipelines.addresses import is_url
 from dune_fast.dali_pipelines.datasets import DatasetConfig, index_dataset
 from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.dali_pipelines.listing import imagefolder_splits
@@ -50,9 +51,10 @@ def classes_of(data: str, seed: int) -> Labelled:
         LabelError: they have no classes.
     """
     root, val = data, ""
-    if not data.startswith(("asset:", "imagefolder:")) and Path(data).expanduser().is_dir():
+    if not data.startswith(("asset:", "imagefolder:")) and (is_url(data) or Path(data).expanduser().is_dir()):
+        folder = data if is_url(data) else str(Path(data).expanduser())
         with contextlib.suppress(DataError):  # one folder whose sub-folders are the classes
-            root, val = imagefolder_splits("data", str(Path(data).expanduser()))
+            root, val = imagefolder_splits("data", folder)
     dataset = index_dataset("data", DatasetConfig(root=root, val_root=val))
     return labelled(dataset, sys.maxsize, seed, cure="or give another --data", root="--data")
 

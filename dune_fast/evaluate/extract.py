@@ -22,9 +22,10 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
+from dune_fast.dali_pipelines.addresses import ask, is_url
 from dune_fast.dali_pipelines.datasets import DataConfig, Dataset, DatasetConfig, Images
 from dune_fast.dali_pipelines.loader import ValLoader
-from dune_fast.dali_pipelines.storage import file_system, is_url, write_whole
+from dune_fast.dali_pipelines.storage import write_whole
 from dune_fast.evaluate.model import FrozenModel, fingerprint
 from dune_fast.evaluate.ranks import Ranks
 
@@ -91,8 +92,10 @@ def image_identity(images: Sequence[Images]) -> list[str]:
 
 def _state(path: str) -> str:
     if is_url(path):
-        fs, inner = file_system(path)
-        info = fs.info(inner)
+        try:
+            info = ask(path, lambda fs, inner: fs.info(inner))
+        except FileNotFoundError:
+            return "missing"
         return " ".join(str(info.get(key)) for key in ("size", "mtime", "LastModified", "ETag"))
     try:
         found = os.stat(path)

@@ -26,6 +26,7 @@ from dune_fast.evaluate.probe import RECIPES, recipe
 from dune_fast.evaluate.ranks import Ranks
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.files import cache_dir
+from dune_fast.teachers.local_paths import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def _classify(model: FrozenModel, options: TaskOptions, ranks: Ranks) -> tuple[d
 
 def _dense(model: FrozenModel, options: TaskOptions, ranks: Ranks) -> tuple[dict[str, float], dict, bytes]:
     task = options.task
-    train, val = open_pairs(Path(options.data).expanduser(), task, options.layout, options.depth_scale)
+    train, val = open_pairs(local_path(options.data, "--data"), task, options.layout, options.depth_scale)
     given = {"iterations": options.iterations, "lr": options.lr, "batch": options.batch, "seed": options.seed}
     if task == "segmentation":
         given["size"] = options.size

@@ -14,6 +14,7 @@ from dune_fast.export import TARGETS, to_dune, to_hf, to_onnx, to_safetensors, t
 from dune_fast.export.check import ExportError, compare, encoder_outputs, sizes
 from dune_fast.export.dinov2_alike import resizes_alike
 from dune_fast.load import load_encoder, load_model, locate
+from dune_fast.teachers.local_paths import local_path
 from dune_fast.teachers.run_files import Manifest, is_checkpoint
 from dune_fast.teachers.weights import folder_weights
 
@@ -54,7 +55,7 @@ def export(source: str | os.PathLike, target: str, output: Path | None = None) -
     if target not in TARGETS:
         raise ExportError(f"there is no export target {target!r}; choose one of {', '.join(TARGETS)}")
     path = locate(source)
-    output = _default_folder(path) / target if output is None else Path(output).expanduser()
+    output = _default_folder(path) / target if output is None else local_path(output, "--output")
     if output.exists() and not output.is_dir():
         raise ExportError(f"{output} is a file; --output names the folder that the export goes to")
     existing = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())

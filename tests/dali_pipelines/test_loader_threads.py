@@ -63,9 +63,9 @@ def test_read_ahead_changes_nothing(photos):
 
 def test_read_ahead_is_bounded_and_overlaps_the_step(photos, monkeypatch):
     """While the caller is busy, files are read until every place is taken; then its batches are there at once."""
-    read, seen = Reader(0).read, []
+    read, seen = Reader(0)._read, []
     with TrainLoader(config(photos, read_ahead=5, prefetch=3), 32, 2, 0, 1, 0, CPU) as loader:
-        monkeypatch.setattr(loader._source._reader, "read", lambda location: seen.append(1) or read(location))
+        monkeypatch.setattr(loader._source._reader, "_read", lambda location: seen.append(1) or read(location))
         batches = loader.batches()
         next(batches)
         # one was taken, three are ready, one waits for a place, two are in DALI, five are read

@@ -9,9 +9,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from dune_fast.dali_pipelines import storage
+from dune_fast.dali_pipelines import patience
 from dune_fast.dali_pipelines.errors import BrokenImage, DataError, StorageError
-from dune_fast.dali_pipelines.storage import Location, Reader, patiently, write_whole
+from dune_fast.dali_pipelines.patience import patiently
+from dune_fast.dali_pipelines.storage import Location, Reader, write_whole
 
 DATA = bytes(np.random.default_rng(0).integers(0, 256, 10_000, dtype=np.uint8))
 
@@ -26,7 +27,7 @@ def shard(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """No pauses between tries."""
-    monkeypatch.setattr(storage, "_FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(patience, "_FIRST_PAUSE", 0.0)
 
 
 @pytest.mark.parametrize("scheme", ["", "file://", "memory://"])
@@ -103,7 +104,7 @@ def test_expired_credentials_and_exhausted_machines_blame_no_image(shard, monkey
         raise PermissionError("the token has expired")
 
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", refuse)
-    with pytest.raises(StorageError, match="token has expired.*renew the credentials"):
+    with pytest.raises(StorageError, match="credentials have expired.*token has expired"):
         Reader(0).read(Location("memory://bucket/a.jpg"))
     monkeypatch.setattr("builtins.open", lambda *_, **__: fail(errno.EMFILE)())
     with pytest.raises(StorageError, match="Too many open files"):

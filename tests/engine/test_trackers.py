@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 import types
 
 import pytest
 
 from dune_fast.engine import trackers as trackers_module
 from dune_fast.engine.config import ConfigError, LoggingConfig, compose_config
-from dune_fast.engine.trackers import Service, open_trackers
+from dune_fast.engine.trackers import Service, close_trackers, open_trackers
 from dune_fast.engine.trainer import Trainer
+
+
+def forget(service: str, run_id: str) -> None:
+    """In place of the run's record."""
 
 
 def test_a_full_disk_ends_tensorboards_events_and_not_the_run(tmp_path, caplog, monkeypatch):
     """Its own thread fails, and the next call raises what that has met."""
-    (board,) = open_trackers(LoggingConfig(), "run", tmp_path, 0, {}, {})
+    (board,) = open_trackers(LoggingConfig(), "run", tmp_path, 0, {}, {}, forget)
     board.write(1, {"loss": 1.0})
 
     def refuse(*_):
@@ -26,7 +31,7 @@ def test_a_full_disk_ends_tensorboards_events_and_not_the_run(tmp_path, caplog, 
     monkeypatch.setattr(board._writer, "add_scalar", refuse)
     for step in range(2, 5):
         board.write(step, {"loss": 1.0})
-    board.close(finished=True)
+    close_trackers([board], finished=True)
     assert caplog.text.count("events end here") == 1 and "No space left" in caplog.text
 
 
@@ -77,42 +82,92 @@ def test_wandb_and_mlflow_get_configuration_records_and_end(overrides, tmp_path,
 def test_a_resumed_run_goes_on_in_the_same_runs_of_the_services(services, tmp_path):
     cfg = LoggingConfig(tensorboard=False, wandb_project="proj", mlflow_experiment="exp")
     ids = {"wandb": "abc", "mlflow": "def"}
-    for tracker in open_trackers(cfg, "run", tmp_path, 10, ids, {}):
-        tracker.close(finished=False)
+    close_trackers(open_trackers(cfg, "run", tmp_path, 10, ids, {}, forget), finished=False)
     called = {name: (args, kwargs) for name, args, kwargs in services}
     assert called["wandb.init"][1]["id"] == "abc" and "mlflow.MlflowClient().create_run" not in called
     assert called["mlflow.MlflowClient().set_terminated"][0] == ("def", "KILLED")
     assert called["wandb.init().finish"][1] == {"exit_code": 1}
 
 
-def test_a_service_that_cannot_be_reached_or_fails_or_hangs_stops_nothing(services, tmp_path, caplog, monkeypatch):
+def test_a_run_that_starts_anew_is_another_run_for_the_services(services, tmp_path):
+    cfg, kept = LoggingConfig(tensorboard=False, wandb_project="proj", mlflow_experiment="exp"), {}
+    ids = {"wandb": "abc", "mlflow": "def"}
+    close_trackers(open_trackers(cfg, "run", tmp_path, 0, ids, {}, kept.__setitem__), finished=True)
+    called = {name: (args, kwargs) for name, args, kwargs in services}
+    assert called["wandb.init"][1]["id"] == kept["wandb"] != "abc"
+    assert "mlflow.MlflowClient().create_run" in called and kept["mlflow"] != "def"
+
+
+def test_a_service_that_cannot_be_reached_or_fails_stops_nothing(services, tmp_path, caplog):
     def refuse(**_):
         raise ConnectionError("no route to host")
 
     sys.modules["wandb"].init = refuse
-    assert open_trackers(LoggingConfig(False, wandb_project="p"), "run", tmp_path, 0, {}, {}) == []
-    assert "no route to host" in caplog.text
+    trackers = open_trackers(LoggingConfig(False, wandb_project="p"), "run", tmp_path, 0, {}, {}, forget)
+    close_trackers(trackers, finished=True)
+    assert "gets none of this run's numbers" in caplog.text and "no route to host" in caplog.text
     caplog.clear()
 
     def fail(step, record):
         raise ConnectionError("gone")
 
-    failing = Service("W", fail, lambda finished: None)
+    failing = Service("W", lambda: (fail, lambda finished: None))
     failing.write(1, {"loss": 1.0})
     failing._thread.join(10)
     for step in range(2, 5):
         failing.write(step, {"loss": 1.0})
-    failing.close(finished=True)
+    close_trackers([failing], finished=True)
     assert caplog.text.count("gets no more of this run's numbers") == 1 and "gone" in caplog.text
-    caplog.clear()
 
-    monkeypatch.setattr(trackers_module, "_CLOSE_SECONDS", 0.2)
-    never = threading.Event()
-    hanging = Service("H", lambda step, record: never.wait(), lambda finished: None)
-    hanging.write(1, {"loss": 1.0})
-    hanging.close(finished=True)
-    assert "H gets no more" in caplog.text
+
+@pytest.fixture
+def never(monkeypatch):
+    """What hangs until the test ends; services may hold up the end for 0.3 s."""
+    monkeypatch.setattr(trackers_module, "_FINISHED_SECONDS", 0.3)
+    over = threading.Event()
+    yield over
+    over.set()
+
+
+def test_services_that_hang_hold_up_the_end_of_a_run_once_and_not_those_that_answer(never, caplog):
+    got = []
+    dead = [Service(name, lambda: ((lambda *_: never.wait()), never.wait)) for name in ("A", "B")]
+    alive = Service("C", lambda: ((lambda *item: got.append(item)), got.append))
+    for service in (*dead, alive):
+        service.write(1, {"loss": 1.0})
+    began = time.monotonic()
+    close_trackers([*dead, alive], finished=True)
+    assert time.monotonic() - began < 2 and got == [(1, {"loss": 1.0}), True]
+    assert "A gets no more" in caplog.text and "B gets no more" in caplog.text and "C gets" not in caplog.text
+
+
+def test_a_server_that_is_down_at_the_start_delays_no_step(overrides, services, never, caplog, tmp_path):
+    """MLflow tries again for minutes, W&B waits 90 s: with two ranks, the watchdog ended the run."""
+    sys.modules["mlflow"].MlflowClient = lambda: never.wait()
+    sys.modules["wandb"].init = lambda **_: never.wait()
+    more = ["logging.wandb_project=proj", "logging.mlflow_experiment=exp", "train.steps=2", "train.log_every=1"]
+    Trainer(compose_config([*overrides, *more])).run()
+    assert not never.is_set() and caplog.text.count("gets none of this run's numbers") == 2
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 2
+    assert set(json.loads((tmp_path / "run" / "run.json").read_text())["trackers"]) == {"wandb"}
+
+
+def test_records_wait_for_a_server_that_comes_late(never):
+    got = []
+    service = Service("late", lambda: never.wait() and ((lambda *item: got.append(item)), got.append))
+    for step in (1, 2):
+        service.write(step, {"loss": float(step)})
     never.set()
+    close_trackers([service], finished=False)
+    assert got == [(1, {"loss": 1.0}), (2, {"loss": 2.0}), False]
+
+
+def test_records_that_wait_are_bounded(never, caplog, monkeypatch):
+    monkeypatch.setattr(trackers_module, "_QUEUE", 3)
+    service = Service("late", lambda: never.wait())
+    for step in range(6):
+        service.write(step, {})
+    assert caplog.text.count("late gets none of this run's numbers") == 1 and "last 3 records" in caplog.text
 
 
 @pytest.mark.parametrize("package", ["wandb", "mlflow"])
