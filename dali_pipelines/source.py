@@ -111,9 +111,9 @@ class ImageSource:
         """From now on, a read that fails is not tried again."""
         self._reader.stop_waiting()
 
-    def close(self) -> None:
-        """Ends the threads."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def close(self, wait: bool = True) -> None:
+        """Ends the threads; waits until they have ended, unless a read of theirs may never return."""
+        self._pool.shutdown(wait=wait, cancel_futures=True)
 
     def _attempt(self, image: Image) -> Encoded | BrokenImage:
         try:

@@ -25,15 +25,19 @@ _BY_SIGNAL = {
 
 
 def launch_training(args: argparse.Namespace, run: Path | None) -> int:
-    """Starts the ranks of a new run or, with `run`, of one that goes on; the exit status."""
+    """Starts the ranks of a new run or, with `run`, of one that goes on; the exit status.
+
+    0 for a run that has finished, `STOPPED_STATUS` (85) for one that was stopped by a signal, and saved.
+    """
     import torch
 
     from dune_fast.engine.launch import free_port
+    from dune_fast.engine.run_state import STOPPED, STOPPED_STATUS, read_state
     from dune_fast.train import run_config
 
     if args.processes < 0:
         raise ValueError(f"--processes is {args.processes}; give how many to start, at least 1")
-    run_config(run, args.overrides)  # a wrong configuration is said once, before anything is launched
+    cfg = run_config(run, args.overrides)  # a wrong configuration is said once, before anything is launched
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner",
         "--log_level", "info" if args.debug else "critical",  # the ranks say what is wrong
@@ -45,28 +49,37 @@ def launch_training(args: argparse.Namespace, run: Path | None) -> int:
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # the launcher would warn that it found no other
-    return run_launcher(command, environment)
+    before = read_state(Path(cfg.output_dir))
+    status, after = run_launcher(command, environment), read_state(Path(cfg.output_dir))
+    return STOPPED_STATUS if after != before and after.get("state") == STOPPED else status
 
 
 def run_launcher(command: list[str], environment: dict[str, str]) -> int:
     """Runs DeepSpeed's launcher to its end, so that the ranks save and end before this process does.
 
-    Ctrl-C reaches all processes of the terminal: everybody ignores it but the launcher's second process, which sends
-    SIGTERM to the ranks. SIGTERM and SIGUSR1 may reach this process alone (`kill`, a container's end), which passes
-    them on to the ranks.
+    The launcher gets a session of its own: Ctrl-C and the end of the terminal reach this process alone, which passes on
+    to the ranks what it is told. DeepSpeed's launcher would kill them after 30 seconds.
     """
+    from dune_fast.engine.interruption import SIGNALS
+
+    asked = False
 
     def pass_on(number: int, _: FrameType | None) -> None:
+        nonlocal asked
+        insists = number == signal.SIGINT and asked  # see `Stop`
+        told, asked = number if insists or number == signal.SIGUSR1 else signal.SIGTERM, True
         with contextlib.suppress(psutil.NoSuchProcess):
             first = psutil.Process(launcher.pid)
             ranks = [rank for second in first.children() for rank in second.children()]
             for process in ranks or [*first.children(), first]:
-                process.send_signal(number)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(told)
 
-    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}  # the launcher inherits it
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before: dict[int, object] = {}
     try:
-        with subprocess.Popen(command, env=environment) as launcher:
-            before |= {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        with subprocess.Popen(command, env=environment, start_new_session=True) as launcher:
+            before = {number: signal.signal(number, pass_on) for number in heard}
             status = launcher.wait()
     finally:
         for number, handler in before.items():

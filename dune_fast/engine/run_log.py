@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.logging import RichHandler
@@ -13,6 +14,38 @@ from rich.logging import RichHandler
 NAME = "log.txt"
 _EARLY = 1000
 """Records that are kept until the run's folder is known."""
+
+
+class _Unbreakable:
+    """A text stream whose reader may go away: a closed pipe, a closed terminal, a full disk. Nothing is raised then.
+
+    Python ignores SIGPIPE, so a write to a closed pipe is an error of the write alone, in compiled code too.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # not every terminal's encoding has every character
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def make_output_unbreakable() -> None:
+    """From now on no `print`, message or progress bar can end this process, whatever becomes of its output."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, _Unbreakable):  # None: it was closed at the start
+            setattr(sys, name, _Unbreakable(stream))
 
 
 class _LineHandler(RichHandler):
@@ -65,6 +98,7 @@ class RunLog(logging.Handler):
 
 def setup_logging(debug: bool, rank: int) -> None:
     """Our own messages on rank 0, warnings of all ranks; rank 0 keeps its own for the run's folder."""
+    make_output_unbreakable()
     handlers: list[logging.Handler] = [
         _LineHandler(console=Console(stderr=True, soft_wrap=True), rich_tracebacks=debug),
         *([RunLog()] if rank == 0 else []),

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from dune_fast.engine import checkpoints
 from dune_fast.engine import trainer as trainer_module
 from dune_fast.engine.config import compose_config
-from dune_fast.engine.interruption import Stop, Watchdog
+from dune_fast.engine.interruption import Stop
 from dune_fast.engine.trainer import Trainer
+from dune_fast.engine.watchdog import Watchdog
 
 
-def test_a_signal_while_the_log_is_opened_saves_and_stops(overrides, tmp_path, monkeypatch, caplog):
+def test_a_signal_while_the_log_is_opened_stops_before_the_first_step(overrides, tmp_path, monkeypatch, caplog):
     """Services of logging take their time to connect. And a run that overwrites does not go on by the same command."""
     plain = trainer_module.open_log
 
@@ -33,11 +34,11 @@ def test_a_signal_while_the_log_is_opened_saves_and_stops(overrides, tmp_path, m
         trainer.run()
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert trainer.stopped and trainer.step == 1 and checkpoints.complete_steps(tmp_path / "run") == [1]
-    assert f"stopped after step 1 of 6; `dune-fast resume {tmp_path / 'run'}` goes on" in caplog.text
+    assert trainer.stopped and trainer.step == 0 and not checkpoints.complete_steps(tmp_path / "run")
+    assert f"stopped after step 0 of 6; `dune-fast resume {tmp_path / 'run'}` goes on" in caplog.text
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_saves_stops_and_the_run_goes_on_from_there(overrides, trained_run, tmp_path, number):
     whole, parts = trained_run, tmp_path / "parts"
     common = [*overrides, "logging.tensorboard=false", "train.checkpoint_every=100"]
@@ -64,10 +65,11 @@ def test_a_signal_saves_stops_and_the_run_goes_on_from_there(overrides, trained_
 
 
 def test_the_watchdog_names_the_rank_that_is_behind():
-    dog = Watchdog(0, 1, 60.0, "")
+    dog = Watchdog(0, ["a"], 60.0, "")
+    dog.hosts = ["a", "b", "c"]
     dog.at("step 7, backward")
     text = dog._describe(["90.0 21 step 7, backward", "90.1 19 waiting for images", "90.2 21 step 7, backward"])
-    assert "timed out" in text and "rank 1: waiting for images" in text and "rank 2" not in text
+    assert "timed out" in text and "rank 1 on b: waiting for images" in text and "rank 2" not in text
     assert "nothing has happened on rank 0 for 60 s" in text
     text = dog._describe(["90.0 21 step 7, backward", "90.2 21 step 7, backward"])
     assert "all ranks are at the same place: step 7, backward" in text
@@ -75,10 +77,11 @@ def test_the_watchdog_names_the_rank_that_is_behind():
 
 def test_the_watchdog_names_a_process_that_stands_still_at_the_place_of_the_others():
     """Stopped within the phase in which the others wait for it, its count is theirs."""
-    dog = Watchdog(0, 1, 60.0, "")
+    dog = Watchdog(0, ["a"], 60.0, "")
+    dog.hosts = ["a", "b", "c"]
     dog.at("step 7, backward")
     text = dog._describe(["1090.0 21 step 7, backward", "1028.0 21 step 7, backward", "1090.2 22 step 7, update"])
-    assert "it waits for rank 1: step 7, backward (silent since)" in text and "rank 2" not in text
+    assert "it waits for rank 1 on b: step 7, backward (silent since)" in text and "rank 2" not in text
 
 
 def test_the_collectives_are_more_patient_than_the_watchdog(monkeypatch):
@@ -101,8 +104,8 @@ def test_the_watchdog_of_a_run_whose_first_rank_has_ended_says_so(monkeypatch, c
     def exited(code):
         raise SystemExit(code)
 
-    dog = Watchdog(1, 1, 0.1, "this goes on")
-    dog.world_size, dog._store = 2, Gone()
+    dog = Watchdog(1, ["a"], 0.1, "this goes on")
+    dog.hosts, dog._store = ["a", "b"], Gone()
     dog.at("step 7, backward")
     monkeypatch.setattr(os, "_exit", exited)
     with pytest.raises(SystemExit, match="1"):
