@@ -27,12 +27,12 @@ _BY_SIGNAL = {
 def launch_training(args: argparse.Namespace, run: Path | None) -> int:
     """Starts the ranks of a new run or, with `run`, of one that goes on; the exit status.
 
-    0 for a run that has finished, `STOPPED_STATUS` (85) for one that was stopped by a signal, and saved.
+    0 for a run that has finished, `run_state.STOPPED_STATUS` for one that was stopped by a signal and saved.
     """
     import torch
 
     from dune_fast.engine.launch import free_port
-    from dune_fast.engine.run_state import STOPPED, STOPPED_STATUS, read_state
+    from dune_fast.engine.run_state import command_status
     from dune_fast.train import run_config
 
     if args.processes < 0:
@@ -49,37 +49,28 @@ def launch_training(args: argparse.Namespace, run: Path | None) -> int:
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # the launcher would warn that it found no other
-    before = read_state(Path(cfg.output_dir))
-    status, after = run_launcher(command, environment), read_state(Path(cfg.output_dir))
-    return STOPPED_STATUS if after != before and after.get("state") == STOPPED else status
+    return command_status(Path(cfg.output_dir), lambda: run_launcher(command, environment))
 
 
 def run_launcher(command: list[str], environment: dict[str, str]) -> int:
     """Runs DeepSpeed's launcher to its end, so that the ranks save and end before this process does.
 
-    The launcher gets a session of its own: Ctrl-C and the end of the terminal reach this process alone, which passes on
-    to the ranks what it is told. DeepSpeed's launcher would kill them after 30 seconds.
+    Ctrl-C reaches all processes of the terminal: everybody ignores it but the launcher's second process, which sends
+    SIGTERM to the ranks. SIGTERM and SIGUSR1 may reach this process alone (`kill`, a container's end), which passes
+    them on to the ranks.
     """
-    from dune_fast.engine.interruption import SIGNALS
-
-    asked = False
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        nonlocal asked
-        insists = number == signal.SIGINT and asked  # see `Stop`
-        told, asked = number if insists or number == signal.SIGUSR1 else signal.SIGTERM, True
         with contextlib.suppress(psutil.NoSuchProcess):
             first = psutil.Process(launcher.pid)
             ranks = [rank for second in first.children() for rank in second.children()]
             for process in ranks or [*first.children(), first]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.send_signal(told)
+                process.send_signal(number)
 
-    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before: dict[int, object] = {}
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}  # the launcher inherits it
     try:
-        with subprocess.Popen(command, env=environment, start_new_session=True) as launcher:
-            before = {number: signal.signal(number, pass_on) for number in heard}
+        with subprocess.Popen(command, env=environment) as launcher:
+            before |= {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
             status = launcher.wait()
     finally:
         for number, handler in before.items():

@@ -41,7 +41,6 @@ LIMITS: dict[str, Limit] = {
     ), Limit()),
     **dict.fromkeys((
         "student.mlp_ratio", "projector.mlp_ratio", "standardization.eps", "train.max_loss", "train.timeout_minutes",
-        "train.notice_seconds",
     ), _POSITIVE),
     **dict.fromkeys((
         "standardization.ema_start", "standardization.ema_end", "objective.drop_probability",
@@ -58,6 +57,7 @@ LIMITS: dict[str, Limit] = {
     "train.seed": Limit(0, 2**63 - 1),
     "train.accumulation": Limit(0, meaning=", which works it out from the memory"),
     "train.keep_every": Limit(0, meaning=", which keeps none for good"),
+    "train.notice_seconds": Limit(0, above=True),
     "evaluation.every": Limit(0, meaning=", which evaluates never"),
     "deepspeed.zero_stage": Limit(0, 3),
 }  # fmt: skip

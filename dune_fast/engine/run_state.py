@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -58,3 +59,10 @@ def fail(run: Path, why: str) -> None:
     now = read_state(run)
     if (now.get("state"), now.get("process"), now.get("host")) == (RUNNING, os.getpid(), socket.gethostname()):
         write_state(run, FAILED, max(complete_steps(run), default=0), now["steps"], why)
+
+
+def command_status(run: Path, launch: Callable[[], int]) -> int:
+    """Launches a run's ranks; the exit status for a shell, which tells a run that was stopped from one at its end."""
+    before = read_state(run)
+    status, after = launch(), read_state(run)
+    return STOPPED_STATUS if after != before and after.get("state") == STOPPED else status

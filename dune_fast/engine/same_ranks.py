@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from dune_fast.dali_pipelines.datasets import Dataset
 from dune_fast.dali_pipelines.storage import write_whole
 from dune_fast.engine.config import RunConfig, as_dict, flatten
+from dune_fast.engine.launch import processors, shared_threads
 from dune_fast.engine.provenance import versions
 
 _FOLDER_SECONDS = 60.0
@@ -61,12 +64,22 @@ def refuse_differences(mine: Mapping[str, Any], hosts: Sequence[str], cure: str)
             )
 
 
-def refuse_other_code(cfg: RunConfig, hosts: Sequence[str]) -> None:
-    """ValueError unless all ranks run the same code, on the same packages, under the same configuration."""
+def meet(cfg: RunConfig) -> list[str]:
+    """The hosts of all ranks, once they have seen that they belong together. All ranks call it first.
+
+    Ranks that share processors share them out.
+
+    Raises:
+        ValueError: on every rank, if one has other code, packages or another configuration.
+    """
+    hosts, place = gather(socket.gethostname()), processors()
+    if threads := shared_threads(os.environ, gather(place).count(place)):
+        torch.set_num_threads(threads)
     packages = {f"version of {name}": version for name, version in versions().items() if name not in _HARDWARE}
     code = {"hash of the source files": source_hash(), **packages}
     refuse_differences(code, hosts, "Install the same code and packages on all machines")
     refuse_differences(flatten(as_dict(cfg)), hosts, "Give all ranks the same configuration files and overrides")
+    return hosts
 
 
 def fingerprint(datasets: Sequence[Dataset]) -> dict[str, str]:

@@ -10,7 +10,6 @@ import functools
 import itertools
 import json
 import logging
-import socket
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -44,7 +43,7 @@ from dune_fast.engine.opening import describe, open_log
 from dune_fast.engine.provenance import world
 from dune_fast.engine.run_folder import count_images, how_to_go_on, open_run, refuse_other_images
 from dune_fast.engine.run_state import RUNNING, STOPPED, fail, write_state
-from dune_fast.engine.same_ranks import gather, refuse_other_code, refuse_other_data, refuse_own_folders
+from dune_fast.engine.same_ranks import meet, refuse_other_data, refuse_own_folders
 from dune_fast.engine.schedules import ema_momenta, learning_rates, scaled_learning_rate
 from dune_fast.engine.trackers import check_packages
 from dune_fast.engine.warm_start import initial_student
@@ -104,9 +103,7 @@ class Trainer:
         cfg = self.cfg
         self.device = init_distributed(cfg.train.timeout_minutes)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.hosts = gather(socket.gethostname())
-        """Of every rank."""
-        refuse_other_code(cfg, self.hosts)
+        self.hosts = meet(cfg)
         micro_batch_size(cfg, self.world_size)  # a batch that cannot be shared out leaves the folder alone
         check_packages(cfg.logging)
         self.run_dir = Path(cfg.output_dir)

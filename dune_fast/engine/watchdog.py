@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import psutil
 import torch.distributed as dist
 
 from dune_fast.engine.interruption import Stop
@@ -27,12 +28,24 @@ def is_communication_error(error: BaseException | None) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
+def starters() -> list[psutil.Process]:
+    """The processes that a launched rank ends with: its launcher, and what has started DeepSpeed's."""
+    if "RANK" not in os.environ:
+        return []
+    try:
+        parents = psutil.Process().parents()[:2]
+        return parents if any("deepspeed.launcher" in word for word in parents[0].cmdline()) else parents[:1]
+    except (psutil.Error, IndexError):  # not every machine lets a process look at others
+        return []
+
+
 class Watchdog:
     """Watches the ranks of a run, from a thread of each.
 
     The thread writes where its rank is, and when, to the process group's store. So a rank whose training thread is
     stuck is behind, and a rank whose whole process stands still, or has ended, is silent. Through the store a rank also
-    hears that another one has been asked to stop: a launcher may tell one after the other.
+    hears that another one has been asked to stop: a launcher may tell one after the other. A launcher that has gone
+    tells nobody, so its end asks for the same.
 
     Args:
         rank: of this process.
@@ -57,7 +70,7 @@ class Watchdog:
         self._count, self._doing, self._since = 0, "starting", time.monotonic()
         self._word = timeout / 10
         """Seconds after which the next warning is due."""
-        self._end = threading.Event()
+        self._end, self._starters = threading.Event(), starters()
         self._interval = min(_INTERVAL_SECONDS, timeout / 10)
         self._store = dist.distributed_c10d._get_default_store() if len(self.hosts) > 1 else None
 
@@ -81,6 +94,8 @@ class Watchdog:
         while not self._end.wait(self._interval):
             waited = time.monotonic() - self._since
             try:
+                if self._stop is not None and any(not process.is_running() for process in self._starters):
+                    self._stop.ask("the launcher has ended")
                 if self._store is not None:
                     self._talk()
                 if waited <= self.timeout:
@@ -126,7 +141,9 @@ class Watchdog:
         """Where every rank said that it is."""
         if self._store is None:
             return [self._place()]
-        return [self._store.get(f"place/{rank}").decode() for rank in range(len(self.hosts))]
+        keys = [f"place/{rank}" for rank in range(len(self.hosts))]
+        # to ask for what is not there would wait
+        return [self._store.get(key).decode() if self._store.check([key]) else "0 0 starting" for key in keys]
 
     def _who_is_lost(self) -> str:
         """Names the ranks that do not say any more where they are, and have not come here either."""
