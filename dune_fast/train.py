@@ -30,7 +30,7 @@ from dune_fast.engine.launch import set_openmp
 
 logger = logging.getLogger("dune_fast")
 
-END_SECONDS = 15.0
+END_SECONDS = 10.0
 """How long the end of a process may take once everything is saved and said."""
 
 _ELSEWHERE = "choose another place (output_dir=... for the run, the variable DUNE_FAST_CACHE for the cache)"
