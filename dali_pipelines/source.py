@@ -138,7 +138,7 @@ def shrunk_bytes(path: str, shorter_side: int, cache: Path, reader: Reader) -> n
         raise BrokenImage(error.strerror or str(error), lasting=False) from error
     key = f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{shorter_side}"
     copy = cache / f"{hashlib.blake2b(os.fsencode(key), digest_size=16).hexdigest()}.jpg"
-    if copy.exists():
+    if os.access(copy, os.R_OK):  # another user's copy may be there and yet be closed to this one
         return reader.read(Location(str(copy)))
     data = reader.read(Location(path))
     size = plain_jpeg(data.tobytes())

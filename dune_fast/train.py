@@ -6,6 +6,7 @@ Composes the configuration from Hydra overrides, trains, evaluates: all ranks wi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
@@ -106,7 +107,9 @@ def explain_system_error(error: OSError, output_dir: str) -> str | None:
         from dune_fast.teachers.files import cache_dir
 
         places = [f"output_dir={output_dir}"] if output_dir else []
-        place = ", ".join([*places, f"the cache folder {cache_dir()}"]) + " or the temporary folder"
+        with contextlib.suppress(ValueError):  # a user without a home folder has none
+            places.append(f"the cache folder {cache_dir()}")
+        place = ", ".join([*places, "the temporary folder"])
     return f"{error.strerror or error}: {place}. Please {_CURES[error.errno]}, then start the command again"
 
 
