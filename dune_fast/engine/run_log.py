@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.logging import RichHandler
@@ -16,36 +17,33 @@ _EARLY = 1000
 """Records that are kept until the run's folder is known."""
 
 
-class _Unbreakable:
-    """A text stream whose reader may go away: a closed pipe, a closed terminal, a full disk. Nothing is raised then.
+class _Unbreakable(io.FileIO):
+    """A descriptor whose reader may go away: a closed pipe, a closed terminal, a full disk. Nothing is raised then.
 
     Python ignores SIGPIPE, so a write to a closed pipe is an error of the write alone, in compiled code too.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # not every terminal's encoding has every character
-
-    def write(self, text: str) -> int:
+    def write(self, data: Any) -> int:
         with contextlib.suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+            written = super().write(data)
+            if written is not None:  # as of a pipe that somebody has made non-blocking, and is full
+                return written
+        return memoryview(data).nbytes
 
 
 def make_output_unbreakable() -> None:
     """From now on no `print`, message or progress bar can end this process, whatever becomes of its output."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, _Unbreakable):  # None: it was closed at the start
-            setattr(sys, name, _Unbreakable(stream))
+        # it is None where it was closed at the start, and something else under a test
+        if type(stream) is io.TextIOWrapper and not isinstance(getattr(stream.buffer, "raw", None), _Unbreakable):
+            with contextlib.suppress(OSError):
+                stream.flush()
+            sink = io.BufferedWriter(_Unbreakable(stream.fileno(), "w", closefd=False))
+            at_once = stream.line_buffering or stream.write_through
+            # not every terminal's encoding has every character
+            fresh = io.TextIOWrapper(sink, stream.encoding, "backslashreplace", line_buffering=at_once)
+            setattr(sys, name, fresh)
 
 
 class _LineHandler(RichHandler):
