@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,10 @@ def make_output_unbreakable() -> None:
     """From now on no `print`, message or progress bar can end this process, whatever becomes of its output."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        # it is None where it was closed at the start, and something else under a test
-        if type(stream) is io.TextIOWrapper and not isinstance(getattr(stream.buffer, "raw", None), _Unbreakable):
+        if stream is None:  # it was closed at the start; libraries write to it all the same
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        # under a test it is something else
+        elif type(stream) is io.TextIOWrapper and not isinstance(getattr(stream.buffer, "raw", None), _Unbreakable):
             with contextlib.suppress(OSError):
                 stream.flush()
             sink = io.BufferedWriter(_Unbreakable(stream.fileno(), "w", closefd=False))
