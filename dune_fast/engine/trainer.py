@@ -45,10 +45,11 @@ from dune_fast.engine.run_folder import count_images, how_to_go_on, open_run, re
 from dune_fast.engine.run_state import RUNNING, STOPPED, fail, write_state
 from dune_fast.engine.same_ranks import meet, refuse_other_data, refuse_own_folders
 from dune_fast.engine.schedules import ema_momenta, learning_rates, scaled_learning_rate
+from dune_fast.engine.start import compute_start
 from dune_fast.engine.trackers import check_packages
 from dune_fast.engine.warm_start import initial_student
 from dune_fast.engine.watchdog import Watchdog
-from dune_fast.student import build_student
+from dune_fast.student import Student, build_student
 from dune_fast.teachers.ensemble import TeacherEnsemble
 from dune_fast.teachers.run_files import Manifest
 
@@ -95,8 +96,6 @@ class Trainer:
         resume_step = self._open()
         self._build_step(resume_step)
         self._build_loop(resume_step)
-        if self.step == 0 and self.cfg.standardization.convention == "phi_s":
-            self._estimate_statistics()
 
     def _open(self) -> int | None:
         """Joins the other ranks, opens the run's folder; returns the step of the checkpoint to go on from, or None."""
@@ -139,21 +138,30 @@ class Trainer:
             student = initial_student(cfg)
         student.compute_in(self.dtype, cfg.train.student_stream)
         student.encoder.activation_checkpointing = cfg.train.activation_checkpointing
-        if cfg.train.compile:
-            student.compile_blocks()
-        self.engine = Engine(
-            student, cfg.optimizer, micro_batch_size(cfg, self.world_size),
-            useful_zero_stage(cfg.deepspeed.zero_stage, self.world_size), cfg.deepspeed.options,
-            cfg.train.accumulation, cfg.deepspeed.gradient_dtype,
-        )  # fmt: skip
         self.statistics = TeacherStatistics(
             cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps
         ).to(self.device)
         self.all_reduce = sum_over_ranks if self.world_size > 1 else None
         side = SideStream(self.device) if cfg.train.overlap_teachers else None
         self.distill = DistillationStep(
-            self.engine, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed, self.all_reduce, side
+            student, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed, self.all_reduce, side
         )
+        if resume_step is None:
+            self._look_ahead(student)
+        if cfg.train.compile:
+            student.compile_blocks()
+        self.engine = self.distill.student = Engine(
+            student, cfg.optimizer, micro_batch_size(cfg, self.world_size),
+            useful_zero_stage(cfg.deepspeed.zero_stage, self.world_size), cfg.deepspeed.options,
+            cfg.train.accumulation, cfg.deepspeed.gradient_dtype,
+        )  # fmt: skip
+
+    def _look_ahead(self, student: Student) -> None:
+        """What is computed on the run's first images, before the first step trains on them."""
+        if self.cfg.standardization.convention == "phi_s":
+            self._estimate_statistics()
+        if self.cfg.start.wanted:
+            compute_start(self, student)
 
     def _build_loop(self, resume_step: int | None) -> None:
         """What goes round the step: schedules, checkpoints, guards; loads the checkpoint."""
@@ -213,8 +221,8 @@ class Trainer:
         Raises:
             DivergedError: the loss exploded.
             NotDeterministicError: see `train.deterministic`.
-            DataError: too many broken images, or storage that does not answer; the steps before are saved.
-            OtherRankError: another rank cannot go on; the steps before are saved.
+            DataError, OtherRankError: too many broken images, or storage that does not answer, on this rank or on
+                another one; the steps before are saved.
             LostRankError: another rank has ended, or cannot be reached.
         """
         where = world(self.device)
@@ -256,8 +264,9 @@ class Trainer:
         batches = self.loader.batches(self.step, self.stop.waits)
         while self.step < total and not self.stopped:
             self.watchdog.at("waiting for images")
-            if (batch := self.stop.take(batches, self.watchdog.at)) is None:
-                self.stopped = True
+            batch = self.stop.take(batches, self.watchdog.at)
+            self.stopped = batch is None
+            if self.stopped:
                 break
             if self.step == 0 and train.drift_images:
                 check_teachers(self.teachers, batch.images[: train.drift_images], self.run_dir)
