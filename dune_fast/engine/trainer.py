@@ -265,8 +265,8 @@ class Trainer:
         while self.step < total and not self.stopped:
             self.watchdog.at("waiting for images")
             batch = self.stop.take(batches, self.watchdog.at)
-            self.stopped = batch is None
-            if self.stopped:
+            if batch is None:
+                self.stopped = True
                 break
             if self.step == 0 and train.drift_images:
                 check_teachers(self.teachers, batch.images[: train.drift_images], self.run_dir)
