@@ -40,6 +40,8 @@ class Started:
 
     processes: list[subprocess.Popen]
     logs: list[Path]
+    pipes: list[int] = field(default_factory=list)
+    """The reading ends of what the ranks write to, where that is no log."""
 
     def alive(self) -> bool:
         """Whether all ranks run."""
@@ -62,6 +64,11 @@ class Started:
             if process.poll() is None:
                 process.kill()
             process.wait()
+
+    def close_pipes(self) -> None:
+        """Nobody reads any more what the ranks write."""
+        while self.pipes:
+            os.close(self.pipes.pop())
 
     def text(self) -> str:
         """What all ranks have written."""
@@ -96,8 +103,19 @@ class Bench:
         shard_dataset("images", config, self.work / "shards", ShardSettings(megabytes=0.02), 1)
         return self.work / "shards"
 
-    def start(self, run: Path, ranks: int, more: Sequence[str] = ()) -> Started:
-        """Starts a training, or goes on with it."""
+    def start(
+        self, run: Path, ranks: int, more: Sequence[str] = (), piped: bool = False,
+        folders: Sequence[Path] = (ROOT, ROOT),
+    ) -> Started:  # fmt: skip
+        """Starts a training, or goes on with it.
+
+        Args:
+            run: its folder.
+            ranks: processes.
+            more: overrides.
+            piped: the ranks write to pipes (`Started.pipes`), not to logs.
+            folders: the working folder of each rank.
+        """
         overrides = [
             "+teachers@teachers.one=conv_patchify", "teachers.one.weights=random:1", "teachers.one.num_features=24",
             "+teachers@teachers.two=conv_patchify", "teachers.two.weights=random:2", "teachers.two.num_features=32",
@@ -110,7 +128,7 @@ class Bench:
         ]  # fmt: skip
         run.mkdir(parents=True, exist_ok=True)
         port, number = str(free_port()), len(list(run.glob("log_*")))
-        processes, logs = [], []
+        processes, logs, pipes = [], [], []
         for rank in range(ranks):
             environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
                 "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "500", "RANK": str(rank),
@@ -118,11 +136,15 @@ class Bench:
                 "PYTHONPATH": str(ROOT), "DUNE_FAST_CONFIGS": str(ROOT / "bench" / "toy"),
             }  # fmt: skip
             logs.append(run / f"log_{number + rank:03}")
-            with logs[-1].open("w") as log:
+            reader, writer = os.pipe() if piped else (-1, -1)
+            with open(writer, "w") if piped else logs[-1].open("w") as log:
                 command = [sys.executable, str(ROOT / "dune_fast" / "train.py"), *overrides]
-                process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                process = subprocess.Popen(
+                    command, cwd=folders[rank], env=environment, stdout=log, stderr=subprocess.STDOUT
+                )
             processes.append(process)
-        return Started(processes, logs)
+            pipes += [reader] * piped
+        return Started(processes, [] if piped else logs, pipes)
 
     def finish(self, run: Path, ranks: int) -> Started:
         """Starts a training and lets it end by itself; Lost if it does not end well."""

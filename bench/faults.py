@@ -4,14 +4,18 @@ A small training (two toy teachers, a ViT of two blocks, generated photographs) 
 processes of its own on the CPU, and started again by the same command. It has survived if it then ends by itself, with
 the weights of a run that nothing happened to, bit for bit, and one record a step with that run's losses. Exit status 1
 if anything is lost.
+
+More than 300 lines: a function a fault.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -189,15 +193,69 @@ def preempt(bench: Bench, run: Path, ranks: int) -> Happened:
     started = bench.start(run, ranks)
     bench.wait_for_step(started, run, bench.draw.randint(8, STEPS // 2))
     started.processes[-1].send_signal(signal.SIGTERM)
+    return saved_all(started, run, 0)
+
+
+def saved_all(started: Started, run: Path, status: int) -> Happened:
+    """Waits for the end; Lost unless it comes early, with this status, and all steps are saved."""
     codes = started.wait()
-    if any(codes):
-        raise Lost(f"after SIGTERM it ended with {codes}: {started.said()}")
+    if set(codes) != {status}:
+        raise Lost(f"it ended with {codes}, not {status}: {started.said()}")
     last = last_step(run)
     if last >= STEPS:
-        raise Lost("SIGTERM did not stop it")
+        raise Lost("it was not stopped")
     if newest(run) != last:
         raise Lost(f"it stopped after step {last}, but its newest checkpoint is {newest(run)}")
-    return f"exit 0 after step {last}, which was saved"
+    return f"exit {status} after step {last}, which was saved"
+
+
+def close_output(bench: Bench, run: Path) -> Happened:
+    """Nobody reads what a run writes any more (`| head`, Ctrl-C for `| tee`): it goes on; SIGTERM saves."""
+    started = bench.start(run, 1, piped=True)
+    bench.wait_for_step(started, run, 4)
+    started.close_pipes()
+    bench.wait_for_step(started, run, bench.draw.randint(8, STEPS // 2))
+    started.processes[0].send_signal(signal.SIGTERM)
+    return saved_all(started, run, 0)
+
+
+@contextmanager
+def without_photos(bench: Bench, frozen: bool) -> Iterator[None]:
+    """The photographs are gone or, `frozen`, cannot be read to an end: pipes that nobody writes to."""
+    photos, hidden = bench.work / "photos", bench.work / "hidden"
+    photos.rename(hidden)
+    try:
+        if frozen:
+            photos.mkdir()
+            for path in hidden.iterdir():
+                os.mkfifo(photos / path.name)
+        yield
+    finally:
+        shutil.rmtree(photos, ignore_errors=True)
+        hidden.rename(photos)
+
+
+def lose_photos(bench: Bench, run: Path, frozen: bool, told: bool = False) -> Happened:
+    """The photographs go away under a run: it saves, and ends by itself or, `told`, by SIGTERM."""
+    started = bench.start(run, 1, [f"train.timeout_minutes={HANG_SECONDS / 60}"])
+    bench.wait_for_step(started, run, bench.draw.randint(8, STEPS // 2))
+    with without_photos(bench, frozen):
+        if told:
+            time.sleep(1.0)  # until it waits
+            started.processes[0].send_signal(signal.SIGTERM)
+        return saved_all(started, run, 0 if told else 2)
+
+
+def own_folders(bench: Bench, run: Path) -> Happened:
+    """Each rank has a folder of its own for the run: all must refuse at the start, and name the rank."""
+    folders = [run / name for name in ("host_a", "host_b")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    started = bench.start(run, 2, ["output_dir=mine"], folders=folders)
+    codes = started.wait()
+    if codes != [2, 2] or "rank 1 on" not in started.text() or "Traceback" in started.text():
+        raise Lost(f"with two folders it ended with {codes}: {started.said()}")
+    return "exit 2, rank 1 named"
 
 
 def hang(bench: Bench, run: Path) -> Happened:
@@ -234,6 +292,11 @@ def faults(kills: int) -> list[Fault]:
         Fault("SIGTERM", lambda bench, run: preempt(bench, run, 1)),
         Fault("SIGTERM for one of two ranks", lambda bench, run: preempt(bench, run, 2), 2),
         Fault("a rank hangs", hang, 2),
+        Fault("output that nobody reads", close_output),
+        Fault("frozen storage", lambda bench, run: lose_photos(bench, run, frozen=True)),
+        Fault("SIGTERM at frozen storage", lambda bench, run: lose_photos(bench, run, frozen=True, told=True)),
+        Fault("lost storage", lambda bench, run: lose_photos(bench, run, frozen=False)),
+        Fault("a run's folder for each rank", own_folders, 2),
     ]
 
 

@@ -7,14 +7,14 @@ on the consumer's side the colour augmentation runs on the device.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import logging
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,9 @@ from dune_fast.dali_pipelines.source import ImageSource
 from dune_fast.kernels.augment import augment_colour
 
 logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.2
+"""How often a caller that waits for a batch is asked whether it still wants it."""
 
 __all__ = ["Batch", "ImageLoader", "TrainLoader", "ValLoader", "group_weights"]
 
@@ -97,6 +100,8 @@ class ImageLoader:
         self._source = source
         self._new_decoder = functools.partial(Decoder, batch, image_size, config.num_threads, device)
         self._streams: set[Iterator[Batch]] = set()
+        self._abandoned = False
+        """Whether a thread may be stuck in a read that nothing ends: nobody waits for the threads then."""
         # a thread inside DALI aborts the process while DALI shuts down at exit; handlers run last in, first out:
         # registered after the import of DALI, this one comes before its own
         self._at_exit = functools.partial(_close, weakref.ref(self))
@@ -112,16 +117,21 @@ class ImageLoader:
         """Their files."""
         return self._source.quarantine.paths()
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0, wanted: Callable[[float], bool] | None = None) -> Iterator[Batch]:
         """Batches from any step on; those of training never end.
 
         They are read and decoded ahead while the caller works; `waited_s` says how long it has waited all the same.
+
+        Args:
+            start_step: the first.
+            wanted: asked several times a second while the caller waits, with the seconds that it has waited for this
+                batch: False, or what it raises, ends the batches at once, whatever the storage does.
 
         Raises:
             DataError: too many broken images, or a failure of DALI that no image explains.
             StorageError (a DataError): the storage does not answer.
         """
-        stream = self._consume(start_step)
+        stream = self._consume(start_step, wanted)
         self._streams.add(stream)
         try:
             yield from stream
@@ -135,7 +145,7 @@ class ImageLoader:
         self._source.stop_waiting()
         for stream in list(self._streams):
             stream.close()
-        self._source.close()
+        self._source.close(wait=not self._abandoned)
 
     def __enter__(self):
         return self
@@ -143,24 +153,34 @@ class ImageLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _consume(self, start: int) -> Iterator[Batch]:
+    def _consume(self, start: int, wanted: Callable[[float], bool] | None) -> Iterator[Batch]:
         """Takes decoded batches from a thread and finishes them on the device."""
         steps = decode_steps(self.plans, self._source, self.config.read_ahead, self._new_decoder, start)
         # the current device is a matter of each thread
         set_device = functools.partial(torch.cuda.set_device, self.device) if self.device.type == "cuda" else None
-        with contextlib.closing(steps), ThreadPoolExecutor(1, "decode-images", set_device) as thread:
-            ready = deque(thread.submit(next, steps, None) for _ in range(self.config.prefetch + 1))
-            try:
-                while True:
-                    began = time.perf_counter()
-                    item = ready.popleft().result()
-                    self.waited_s += time.perf_counter() - began
-                    if item is None:
-                        return
-                    ready.append(thread.submit(next, steps, None))
-                    yield self._finish(*item)
-            finally:
-                thread.shutdown(wait=True, cancel_futures=True)
+        thread = ThreadPoolExecutor(1, "decode-images", set_device)
+        ready = deque(thread.submit(next, steps, None) for _ in range(self.config.prefetch + 1))
+        try:
+            while (item := self._wait(ready.popleft(), wanted)) is not None:
+                ready.append(thread.submit(next, steps, None))
+                yield self._finish(*item)
+        finally:
+            thread.shutdown(wait=not self._abandoned, cancel_futures=True)
+            if not self._abandoned:
+                steps.close()
+
+    def _wait(self, future: Future, wanted: Callable[[float], bool] | None) -> tuple | None:
+        """A future's result; None, or an error of `wanted`, once it is not wanted any more."""
+        began = time.perf_counter()
+        self._abandoned = True  # until the thread has answered
+        try:
+            while not futures.wait([future], None if wanted is None else _LOOK_SECONDS).done:
+                if not wanted(time.perf_counter() - began):
+                    return None
+            self._abandoned = False
+            return future.result()
+        finally:
+            self.waited_s += time.perf_counter() - began
 
     def _finish(self, plan: Plan, images: Tensor, event: torch.cuda.Event | None) -> Batch:
         """Colour augmentation and the transfer of all else, on the consumer's stream; the host waits for neither."""

@@ -122,9 +122,9 @@ class ImageSource:
         """From now on, a read that fails is not tried again."""
         self._reader.stop_waiting()
 
-    def close(self) -> None:
-        """Ends the threads."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def close(self, wait: bool = True) -> None:
+        """Ends the threads; waits until they have ended, unless a read of theirs may never return."""
+        self._pool.shutdown(wait=wait, cancel_futures=True)
         self._reader.close()
 
     def _shrinks(self, image: Image) -> bool:
@@ -165,7 +165,7 @@ def shrunk_bytes(path: str, shorter_side: int, cache: Path, reader: Reader) -> n
         raise BrokenImage(error.strerror or str(error), lasting=False) from error
     key = f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{shorter_side}"
     copy = cache / f"{hashlib.blake2b(os.fsencode(key), digest_size=16).hexdigest()}.jpg"
-    if copy.exists():
+    if os.access(copy, os.R_OK):  # another user's copy may be there and yet be closed to this one
         return reader.read(Location(str(copy)))
     data = reader.read(Location(path))
     size = plain_jpeg(data.tobytes())

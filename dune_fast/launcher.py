@@ -25,15 +25,19 @@ _BY_SIGNAL = {
 
 
 def launch_training(args: argparse.Namespace, run: Path | None) -> int:
-    """Starts the ranks of a new run or, with `run`, of one that goes on; the exit status."""
+    """Starts the ranks of a new run or, with `run`, of one that goes on; the exit status.
+
+    0 for a run that has finished, `run_state.STOPPED_STATUS` for one that was stopped by a signal and saved.
+    """
     import torch
 
     from dune_fast.engine.launch import free_port
+    from dune_fast.engine.run_state import command_status
     from dune_fast.train import run_config
 
     if args.processes < 0:
         raise ValueError(f"--processes is {args.processes}; give how many to start, at least 1")
-    run_config(run, args.overrides)  # a wrong configuration is said once, before anything is launched
+    cfg = run_config(run, args.overrides)  # a wrong configuration is said once, before anything is launched
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner",
         "--log_level", "info" if args.debug else "critical",  # the ranks say what is wrong
@@ -45,7 +49,7 @@ def launch_training(args: argparse.Namespace, run: Path | None) -> int:
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # the launcher would warn that it found no other
-    return run_launcher(command, environment)
+    return command_status(Path(cfg.output_dir), lambda: run_launcher(command, environment))
 
 
 def run_launcher(command: list[str], environment: dict[str, str]) -> int:

@@ -6,13 +6,16 @@ Composes the configuration from Hydra overrides, trains, evaluates: all ranks wi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
 import shlex
 import sys
+import threading
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 # Launched as a script, this folder comes first in the path: `nn`, `distill`, ... would then exist twice.
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 from dune_fast.engine.launch import set_openmp
 
 logger = logging.getLogger("dune_fast")
+
+END_SECONDS = 10.0
+"""How long the end of a process may take once everything is saved and said."""
 
 _ELSEWHERE = "choose another place (output_dir=... for the run, the variable DUNE_FAST_CACHE for the cache)"
 _CURES = {
@@ -102,7 +108,9 @@ def explain_system_error(error: OSError, output_dir: str) -> str | None:
         from dune_fast.teachers.files import cache_dir
 
         places = [f"output_dir={output_dir}"] if output_dir else []
-        place = ", ".join([*places, f"the cache folder {cache_dir()}"]) + " or the temporary folder"
+        with contextlib.suppress(ValueError):  # a user without a home folder has none
+            places.append(f"the cache folder {cache_dir()}")
+        place = ", ".join([*places, "the temporary folder"])
     return f"{error.strerror or error}: {place}. Please {_CURES[error.errno]}, then start the command again"
 
 
@@ -121,50 +129,91 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     setup_logging(args.debug, rank)
-    output_dir, go_on = "", "the run had not begun"
+    if not args.debug:  # a lost connection is one sentence of ours, not forty lines of torch's
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    started = Started()
     try:
-        from dune_fast.engine.run_folder import how_to_go_on
-        from dune_fast.engine.trainer import Trainer
-        from dune_fast.evaluate.in_run import InRunEvaluation
-
-        cfg = run_config(args.run, args.overrides)
-        output_dir, go_on = cfg.output_dir, how_to_go_on(cfg)
-        with InRunEvaluation(cfg) as evaluate:
-            trainer = Trainer(cfg, evaluate)
-            held_out = cfg.evaluation.held_out and any(len(dataset.val) for dataset in trainer.loader.datasets)
-            if rank == 0 and cfg.evaluation.held_out and not held_out:
-                logger.warning(
-                    "no image is held out, so the student will not be compared with its teachers at the end: set "
-                    "data.datasets.<name>.holdout or val_root for that, or evaluation.held_out=false"
-                )
-            trainer.run()
-        if rank == 0 and held_out and not trainer.stopped:
-            from dune_fast.evaluate.run import evaluate_run
-
-            evaluate_run(Path(cfg.output_dir), cfg.evaluation.figures, trainer.device, must_draw=False)
-        if rank == 0 and not trainer.stopped:
-            from dune_fast.evaluate.live_report import LiveReport
-
-            LiveReport(Path(cfg.output_dir)).write(finished=True)
-            logger.info("%s", what_next(cfg.output_dir))
+        status, why = train(args, rank, started), ""
     except ValueError as error:  # the user's: a sentence; --debug shows where it came from
+        status, why = 2, str(error)
         logger.error("%s", error, exc_info=args.debug)
-        return 2
     except OSError as error:
-        if (sentence := explain_system_error(error, output_dir)) is None:
+        sentence = explain_system_error(error, started.output_dir)
+        status, why = (1, str(error)) if sentence is None else (2, sentence)
+        if sentence is None:
             logger.critical("an error that should not be", exc_info=True)
-            return 1
-        logger.error("%s", sentence)
-        logger.debug("this is where it came from", exc_info=True)
-        return 2
+        else:
+            logger.error("%s", sentence)
+            logger.debug("this is where it came from", exc_info=True)
     except KeyboardInterrupt:
-        logger.error("interrupted; %s", go_on)
-        return 130
-    except Exception:  # ours; the traceback goes to the run's folder too
-        logger.critical("an error that should not be", exc_info=True)
-        return 1
+        status, why = 130, "interrupted"
+        logger.error("interrupted; %s", started.go_on)
+    except Exception as error:
+        from dune_fast.engine.watchdog import LostRankError, is_communication_error
+
+        status, why = 1, str(error)
+        if isinstance(error, LostRankError):
+            logger.error("%s", error, exc_info=args.debug)
+        elif is_communication_error(error):  # before the watchdog looks
+            first = str(error).splitlines()[0]
+            logger.error("another rank cannot be reached (%s); %s", first, started.go_on, exc_info=args.debug)
+        else:  # ours; the traceback goes to the run's folder too
+            logger.critical("an error that should not be", exc_info=True)
+    if why and started.output_dir:
+        from dune_fast.engine.run_state import fail
+
+        fail(Path(started.output_dir), why)
+    return status
+
+
+@dataclass
+class Started:
+    """What is known of a run when it fails."""
+
+    output_dir: str = ""
+    go_on: str = "the run had not begun"
+    """How it goes on."""
+
+
+def train(args: argparse.Namespace, rank: int, started: Started) -> int:
+    """Trains and evaluates; returns the exit status. Fills in `started` as soon as it is known."""
+    from dune_fast.engine.run_folder import how_to_go_on
+    from dune_fast.engine.run_state import FINISHED, write_state
+    from dune_fast.engine.trainer import Trainer
+    from dune_fast.evaluate.in_run import InRunEvaluation
+
+    cfg = run_config(args.run, args.overrides)
+    started.output_dir, started.go_on = cfg.output_dir, how_to_go_on(cfg)
+    with InRunEvaluation(cfg) as evaluate:
+        trainer = Trainer(cfg, evaluate)
+        held_out = cfg.evaluation.held_out and any(len(dataset.val) for dataset in trainer.loader.datasets)
+        if rank == 0 and cfg.evaluation.held_out and not held_out:
+            logger.warning(
+                "no image is held out, so the student will not be compared with its teachers at the end: set "
+                "data.datasets.<name>.holdout or val_root for that, or evaluation.held_out=false"
+            )
+        trainer.run()
+    if rank or trainer.stopped:
+        return 0
+    if held_out:
+        from dune_fast.evaluate.run import evaluate_run
+
+        evaluate_run(Path(cfg.output_dir), cfg.evaluation.figures, trainer.device, must_draw=False)
+    from dune_fast.evaluate.live_report import LiveReport
+
+    LiveReport(Path(cfg.output_dir)).write(finished=True)
+    write_state(Path(cfg.output_dir), FINISHED, cfg.steps, cfg.steps)
+    logger.info("%s", what_next(cfg.output_dir))
     return 0
 
 
+def leave(status: int) -> NoReturn:
+    """Ends the process: after a while in any case, for a thread may be stuck in a read that nothing ends."""
+    end = threading.Timer(END_SECONDS, os._exit, [status])
+    end.daemon = True
+    end.start()
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -113,8 +113,8 @@ def fetch(name: str) -> Path:
                 _fetch_locked(asset, folder, root / "downloads")
     except OSError as error:
         raise AssetError(
-            f"asset {name!r}: cannot write the cache folder {root}: {error}. "
-            "Free some space there, or point DUNE_FAST_CACHE at another folder."
+            f"asset {name!r}: cannot use the cache folder {root}: {error}. Free some space there, let this user read "
+            "and write it (another one may have made it), or point DUNE_FAST_CACHE at another folder."
         ) from error
     return folder
 

@@ -40,10 +40,16 @@ class DownloadError(ValueError):
 
 def cache_dir() -> Path:
     """The folder of everything that is fetched: `$DUNE_FAST_CACHE`, else `$XDG_CACHE_HOME/dune_fast`, else
-    `~/.cache/dune_fast`. It need not exist yet."""
-    if chosen := os.environ.get("DUNE_FAST_CACHE"):
-        return local_path(chosen, "the variable DUNE_FAST_CACHE")
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dune_fast"
+    `~/.cache/dune_fast`. It need not exist yet. ValueError if the user has no home folder for it."""
+    try:
+        if chosen := os.environ.get("DUNE_FAST_CACHE"):
+            return local_path(chosen, "the variable DUNE_FAST_CACHE")
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dune_fast"
+    except RuntimeError:
+        raise ValueError(
+            f"the user {os.getuid()} has no home folder for the cache: set DUNE_FAST_CACHE to a folder that it can "
+            "write to, or HOME"
+        ) from None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from dune_fast.dali_pipelines.storage import sync_folder, write_whole
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine.config import RunConfig, config_of, dump_config, load_config
-from dune_fast.engine.zero_state import ShardedState
+from dune_fast.engine.zero_state import HostCopies, ShardedState
 from dune_fast.student import Student, build_student
 from dune_fast.teachers.architecture import architecture_metadata
 from dune_fast.teachers.run_files import (
@@ -95,25 +95,6 @@ def _bytes(tensor: Tensor) -> memoryview | bytes:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
 
 
-class HostCopies:
-    """Copies tensors to memory of the host that is kept from one save to the next, page-locked for a GPU's."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
-
-    def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies, contiguous, of `tensors`; valid until the next call. The device is waited for once."""
-        for name, tensor in tensors.items():
-            kept = self._kept.get(name)
-            if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-                kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._kept[name] = kept
-            kept.copy_(tensor, non_blocking=True)
-        if any(tensor.is_cuda for tensor in tensors.values()):
-            torch.cuda.current_stream().synchronize()
-        return {name: self._kept[name] for name in tensors}
-
-
 class Saver:
     """One rank's part in saving a run's checkpoints.
 
@@ -123,18 +104,20 @@ class Saver:
         keep: newest checkpoints that are kept.
         keep_every: those of every N-th step are kept for good; 0 for none.
         timeout: seconds that rank 0 waits for the other ranks' files.
+        saved: called on rank 0, by a thread, with the seconds that a save has taken from its beginning.
     """
 
     def __init__(
-        self, run: Path, rank: int, world_size: int, keep: int = 2, keep_every: int = 0, timeout: float = 1800
-    ) -> None:
+        self, run: Path, rank: int, world_size: int, keep: int = 2, keep_every: int = 0, timeout: float = 1800,
+        saved: Callable[[float], object] = lambda seconds: None,
+    ) -> None:  # fmt: skip
         self.run, self.rank, self.world_size = run, rank, world_size
         self.keep, self.keep_every, self.timeout = keep, keep_every, timeout
         self.last_step = -1
         """Of the newest save that was begun."""
         self.fault = ""
         """Why the newest save failed; empty if it did not."""
-        self._copies, self._thread = HostCopies(), None
+        self._copies, self._thread, self._saved = HostCopies(), None, saved
 
     def save(self, manifest: Manifest, state: ShardedState, small: Mapping[str, Tensor]) -> None:
         """Begins a save, after the one before has ended. All ranks call it at the same step.
@@ -147,6 +130,7 @@ class Saver:
             small: whole tensors; only rank 0's are written.
         """
         self.wait()
+        self._began = time.monotonic()
         self.last_step, self.fault = manifest.step, ""
         small = small if self.rank == 0 else {}
         shards = state.to_save(self.world_size)
@@ -239,6 +223,7 @@ class Saver:
             shutil.rmtree(final)
         part.rename(final)
         sync_folder(final.parent)
+        self._saved(time.monotonic() - self._began)
         write_whole(final.parent / LATEST, f"{final.name}\n".encode())
         prune(self.run, manifest.step, self.keep, self.keep_every)
 

@@ -133,7 +133,7 @@ class TrainConfig:
     compile: bool = False
     """torch.compile of each of the student's blocks; not under ZeRO 3."""
     timeout_minutes: float = 30.0
-    """A run of several ranks in which nothing happens for so long ends, naming the rank that the others wait for."""
+    """A run in which nothing happens for so long ends, naming the rank that the others wait for."""
     keep_every: int = 0
     """Checkpoints of steps that are multiples of this are kept for good; 0 for none."""
     resume: bool = True
@@ -149,6 +149,9 @@ class TrainConfig:
     max_loss: float = 100.0
     """A loss above this (standardized features start near 1) stops the run. A step with a loss or gradient that is
     not finite is skipped; three of them in a row stop the run."""
+    notice_seconds: float = 30.0
+    """Seconds between a signal and the end of the process: SLURM's KillWait, what `--signal=USR1@120` gives, a pod's
+    terminationGracePeriodSeconds. If a step and a checkpoint take longer, the run says so after its first save."""
 
     def __post_init__(self) -> None:
         if self.drift_images == 1:

@@ -59,6 +59,7 @@ LIMITS: dict[str, Limit] = {
     "train.seed": Limit(0, 2**63 - 1),
     "train.accumulation": Limit(0, meaning=", which works it out from the memory"),
     "train.keep_every": Limit(0, meaning=", which keeps none for good"),
+    "train.notice_seconds": Limit(0, above=True),
     "evaluation.every": Limit(0, meaning=", which evaluates never"),
     "deepspeed.zero_stage": Limit(0, 3),
 }  # fmt: skip

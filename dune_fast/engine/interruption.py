@@ -1,121 +1,161 @@
-"""Ends of a run that come from outside: a signal that asks it to save and stop, a rank that hangs."""
+"""Ends of a run that come from outside: a signal that asks it to save and stop, storage that fails."""
 
 from __future__ import annotations
 
 import logging
-import os
 import signal
+import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from dune_fast.dali_pipelines.errors import StorageError
+
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What asks a run to save and to end well: SLURM's and Kubernetes' way to announce the end of a job."""
-AGREE_EVERY = 10
-"""Ranks agree every 10 steps whether to stop, over gloo on the CPU: they must save after the same step."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+"""What asks a run to save and to end well: the announced end of a job, a terminal that is closed, Ctrl-C. One that the
+process was started to ignore (`nohup`) stays ignored."""
+INSIST_SECONDS = 2.0
+"""A second Ctrl-C after so long ends the process at once. Terminal and launcher may both send the first."""
+_SHARE = 0.8  # of the watchdog's time, after which images are not waited for any more
 PATIENCE = 1.25
 """Collectives wait for this many timeouts: the watchdog, which can name the missing rank, must be the first to end."""
 
 
-class Stop:
-    """Turns signals into a flag that all ranks agree on; a context in which the signals are caught.
+class OtherRankError(ValueError):
+    """Another rank cannot go on; the message names it and says why."""
 
-    `timeout` is the watchdog's, in seconds.
+
+class Stop:
+    """Turns signals, and errors that leave a rank's state whole, into one decision of all ranks.
+
+    A context in which the signals are caught. Before every step the ranks agree, over gloo on the CPU, whether to make
+    it: a rank that waits for its images has not yet begun the step, so what all of them hold can be saved.
+
+    Args:
+        world_size: number of ranks.
+        timeout: the watchdog's, in seconds.
+        notice: seconds between a signal and the end of the process, see `TrainConfig.notice_seconds`.
     """
 
-    def __init__(self, world_size: int, timeout: float) -> None:
-        self._asked = False
+    def __init__(self, world_size: int, timeout: float, notice: float = 30.0) -> None:
+        self.timeout, self.notice = timeout, notice
+        self.why = ""
+        """Why the run stops: signals and ranks; empty while it goes on."""
+        self._asked, self._asked_at = "", 0.0
+        self._fault: Exception | None = None
+        self._last, self._step, self._warned = time.monotonic(), 0.0, False
         patience = timedelta(seconds=PATIENCE * timeout)
         self._hosts = dist.new_group(backend="gloo", timeout=patience) if world_size > 1 else None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
-            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._hear) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, _: FrameType | None) -> None:
-        self._asked = True
-        logger.warning("%s: the run saves and stops", signal.Signals(number).name)
+    @property
+    def asked(self) -> str:
+        """The signal that asks this rank to stop, or who passed it on; empty if there was none."""
+        return self._asked
 
-    def now(self, step: int) -> bool:
-        """Whether the run stops after `step` finished steps; the same on every rank. All ranks call it."""
-        if self._hosts is None:
-            return self._asked
-        if step % AGREE_EVERY:
+    def ask(self, reason: str) -> None:
+        """Asks this rank to stop before its next step."""
+        if not self._asked:
+            self._asked, self._asked_at = reason, time.monotonic()
+            logger.warning("%s: the run saves and stops", reason)
+
+    def _hear(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self._asked and time.monotonic() - self._asked_at > INSIST_SECONDS:
+            raise KeyboardInterrupt
+        self.ask(signal.Signals(number).name)
+
+    def waits(self, waited: float) -> bool:
+        """Whether a rank waits on for its images, after so many seconds; see `ImageLoader.batches`.
+
+        Raises:
+            StorageError: so long that the watchdog is about to end the process, which could not save then.
+        """
+        if waited > _SHARE * self.timeout:
+            raise StorageError(
+                f"no batch of images has come for {waited:.0f} s: see that the storage answers, then start the same "
+                "command again. To wait longer, raise train.timeout_minutes"
+            )
+        return not self._asked
+
+    def take(self, batches: Iterator[T], at: Callable[[str], None]) -> T | None:
+        """The next batch, None after the last, and where the run stops (`why` is set then). All ranks call it.
+
+        Args:
+            batches: of this rank; what they raise becomes the reason to stop.
+            at: the watchdog's.
+        """
+        fault = None
+        try:
+            batch = next(batches, None)
+        except Exception as error:
+            batch, fault = None, error
+        at("waiting for the other ranks")
+        return None if self.now(fault) else batch
+
+    def now(self, fault: Exception | None = None) -> bool:
+        """Whether the run stops before its next step; the same on every rank. All ranks call it at the same place.
+
+        Args:
+            fault: why this rank cannot make the step; what it holds is whole. `raise_fault` raises it, once the run
+                has saved.
+        """
+        self._step, self._last = time.monotonic() - self._last, time.monotonic()
+        wanted = torch.tensor(float(fault is not None or bool(self._asked)))
+        if self._hosts is not None:
+            dist.all_reduce(wanted, op=dist.ReduceOp.MAX, group=self._hosts)
+        if not wanted.item():
             return False
-        asked = torch.tensor(float(self._asked))
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._hosts)
-        return asked.item() > 0
+        everyone = [(socket.gethostname(), self._asked, "" if fault is None else _sentence(fault))]
+        if self._hosts is not None:
+            mine, everyone = everyone[0], [("", "", "")] * dist.get_world_size(self._hosts)
+            dist.all_gather_object(everyone, mine, group=self._hosts)
+        self._fault = fault
+        faults = [f"rank {rank} on {host}: {text}" for rank, (host, _, text) in enumerate(everyone) if text]
+        if faults and fault is None:
+            self._fault = OtherRankError(faults[0])
+        self.why = faults[0] if faults else next(name for _, name, _ in everyone if name)
+        if faults and (self._hosts is None or dist.get_rank() == 0):
+            logger.error("%s; the run saves and stops", self.why)
+        return True
+
+    def raise_fault(self) -> None:
+        """Raises what kept this rank, or another one (`OtherRankError`), from going on; nothing after a signal."""
+        if self._fault is not None:
+            raise self._fault
+
+    def saved(self, seconds: float) -> None:
+        """Warns, once, if a stop would not be saved within the notice: rank 0 calls it with what a save has taken."""
+        step = self._step
+        needed = step + seconds
+        if needed <= self.notice or self._warned:
+            return
+        self._warned = True
+        logger.warning(
+            "a checkpoint took %.0f s to be written, a step %.0f s: a run that is asked to stop may need %.0f "
+            "s, and train.notice_seconds=%g. Let the signal come earlier (SLURM: --signal=USR1@%d) and raise "
+            "train.notice_seconds to match, or what follows the last checkpoint will be lost",
+            seconds, step, needed, self.notice, 2 * needed,
+        )  # fmt: skip
 
 
-class Watchdog:
-    """Ends a run of several ranks in which nothing has happened for too long, and names the rank that is behind.
-
-    A thread of every rank writes where its rank is, and when, to the process group's store. So a rank whose training
-    thread is stuck is behind, and a rank whose whole process stands still is silent. `timeout` is in seconds; `go_on`
-    says in the message how the run goes on.
-    """
-
-    def __init__(self, rank: int, world_size: int, timeout: float, go_on: str) -> None:
-        self.rank, self.world_size, self.timeout, self._go_on = rank, world_size, timeout, go_on
-        self._count, self._doing, self._since = 0, "starting", time.monotonic()
-        self._end = threading.Event()
-        self._store = dist.distributed_c10d._get_default_store() if world_size > 1 else None
-
-    def __enter__(self) -> Watchdog:
-        if self._store is not None:
-            self.at("starting")
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-
-    def at(self, doing: str) -> None:
-        """Says what this rank does from now on."""
-        self._count, self._doing, self._since = self._count + 1, doing, time.monotonic()
-
-    def _watch(self) -> None:
-        while not self._end.wait(min(5.0, self.timeout / 10)):
-            try:
-                self._store.set(f"place/{self.rank}", f"{time.time():.1f} {self._count} {self._doing}")
-                if time.monotonic() - self._since <= self.timeout:
-                    continue
-                reason = self._describe([self._store.get(f"place/{r}").decode() for r in range(self.world_size)])
-            except RuntimeError as error:  # the store is rank 0's
-                if self._end.is_set():
-                    return
-                reason = (
-                    f"rank 0 has ended or does not answer ({str(error).splitlines()[0]}): see what it wrote; rank "
-                    f"{self.rank} itself: {self._doing}"
-                )
-            logger.error("%s; %s", reason, self._go_on)
-            os._exit(1)  # the training thread is in a collective that nothing else ends
-
-    def _describe(self, places: list[str]) -> str:
-        """Names the ranks that are behind; each place is "unix-time count doing"."""
-        times, counts, doing = zip(*(place.split(" ", 2) for place in places), strict=True)
-        latest = max(map(float, times))
-        # all write every few seconds; half the timeout leaves room for clocks of hosts that differ
-        silent = [rank for rank, then in enumerate(times) if latest - float(then) > self.timeout / 2]
-        behind = silent or [rank for rank, count in enumerate(counts) if int(count) == min(map(int, counts))]
-        if len(behind) == len(places):
-            who = f"all ranks are at the same place: {doing[0]}"
-        else:
-            named = "; ".join(f"rank {rank}: {doing[rank]}" + " (silent since)" * (rank in silent) for rank in behind)
-            who = f"it waits for {named}; rank {self.rank} itself: {self._doing}"
-        return (
-            f"the run timed out: nothing has happened on rank {self.rank} for {self.timeout:.0f} s "
-            f"(train.timeout_minutes); {who}"
-        )
+def _sentence(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

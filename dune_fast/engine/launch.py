@@ -8,11 +8,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import re
 import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -40,15 +43,40 @@ def set_openmp(environment: MutableMapping[str, str]) -> None:
 
     To be called before torch is imported, which reads them. Threads that wait for work sleep: by default they spin,
     and take the processor from other ranks, from DALI's threads and from whatever else runs. The ranks of a machine
-    share its cores.
+    share its cores, and a container has as many as its quota.
     """
     if not environment.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
         environment["OMP_WAIT_POLICY"] = "passive"
+    if "OMP_NUM_THREADS" not in environment and (threads := _told_threads(environment)):
+        environment["OMP_NUM_THREADS"] = str(threads)
+
+
+def _told_threads(environment: Mapping[str, str]) -> int | None:
+    """A rank's threads by what the launcher tells; None for all cores, which is the library's own choice."""
     processes = local_processes(environment)
-    if processes > 1 and "OMP_NUM_THREADS" not in environment:
-        # a rank of srun is bound to its own processors, if it has been given several
-        shared = 1 if "SLURM_CPUS_PER_TASK" in environment else processes
-        environment["OMP_NUM_THREADS"] = str(max(1, _cores() // shared))
+    if processes == 1:
+        return _cores() if _quota() < _allowed() else None
+    # a rank of srun is bound to its own processors, if it has been given several
+    return max(1, _cores() // (1 if "SLURM_CPUS_PER_TASK" in environment else processes))
+
+
+def processors() -> str:
+    """Names this machine and the processors that this process may use; ranks that give the same name share them."""
+    boot = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine
+    machine = boot.read_text().strip() if boot.is_file() else socket.gethostname()
+    return f"{machine} {sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else ''}"
+
+
+def shared_threads(environment: Mapping[str, str], ranks: int) -> int | None:
+    """A rank's threads among `ranks` that share its processors, counted once they have met; None to leave them alone.
+
+    Launchers count the ranks of what they take for a host: containers, say, of which a machine has several.
+    """
+    told = _told_threads(environment)
+    if environment.get("OMP_NUM_THREADS", str(told)) != str(told):
+        return None  # the user's own number
+    counted = max(1, _cores() // ranks)
+    return counted if ranks > 1 and counted < (told or _cores()) else None
 
 
 def local_processes(environment: Mapping[str, str]) -> int:
@@ -66,8 +94,37 @@ def local_processes(environment: Mapping[str, str]) -> int:
 
 def _cores() -> int:
     """Physical cores that this process may use."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(allowed, psutil.cpu_count(logical=False) or allowed)
+    allowed = _allowed()
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed, int(min(_quota(), allowed))))
+
+
+def _allowed() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _quota(system: Path = Path("/")) -> float:
+    """Processors whose time this process's control group may use, as a container's limit is set; inf for no limit."""
+    quota, mounts = math.inf, system / "sys/fs/cgroup"
+    try:
+        groups = (system / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return quota
+    for _, controllers, path in (group.split(":", 2) for group in groups):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = mounts / controllers
+        for folder in (place := top / path.strip("/"), *place.parents):
+            if not folder.is_relative_to(top):
+                break
+            with contextlib.suppress(OSError, ValueError):
+                if controllers:
+                    limit, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                else:
+                    limit, period = (folder / "cpu.max").read_text().split()
+                if limit.strip() not in ("max", "-1"):
+                    quota = min(quota, float(limit) / float(period))
+    return quota
 
 
 def free_port() -> int:

@@ -70,7 +70,8 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     """Commit, branch and files that differ from it, of the checkout that `folder` is the top of; None if it is none."""
     if not (folder / ".git").exists() or not shutil.which("git"):
         return None
-    git = ("git", "-C", str(folder))
+    # git refuses another user's checkout, whose settings could run programs; this one's code runs in any case
+    git = ("git", "-c", f"safe.directory={folder}", "-c", "core.fsmonitor=false", "-C", str(folder))
     commit = _output(*git, "rev-parse", "HEAD")
     if commit is None:
         return None

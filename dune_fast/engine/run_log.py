@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,37 @@ from rich.logging import RichHandler
 NAME = "log.txt"
 _EARLY = 1000
 """Records that are kept until the run's folder is known."""
+
+
+class _Unbreakable(io.FileIO):
+    """A descriptor whose reader may go away: a closed pipe, a closed terminal, a full disk. Nothing is raised then.
+
+    Python ignores SIGPIPE, so a write to a closed pipe is an error of the write alone, in compiled code too.
+    """
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            written = super().write(data)
+            if written is not None:  # as of a pipe that somebody has made non-blocking, and is full
+                return written
+        return memoryview(data).nbytes
+
+
+def make_output_unbreakable() -> None:
+    """From now on no `print`, message or progress bar can end this process, whatever becomes of its output."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed at the start; libraries write to it all the same
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        # under a test it is something else
+        elif type(stream) is io.TextIOWrapper and not isinstance(getattr(stream.buffer, "raw", None), _Unbreakable):
+            with contextlib.suppress(OSError):
+                stream.flush()
+            sink = io.BufferedWriter(_Unbreakable(stream.fileno(), "w", closefd=False))
+            at_once = stream.line_buffering or stream.write_through
+            # not every terminal's encoding has every character
+            fresh = io.TextIOWrapper(sink, stream.encoding, "backslashreplace", line_buffering=at_once)
+            setattr(sys, name, fresh)
 
 
 class _LineHandler(RichHandler):
@@ -65,6 +99,7 @@ class RunLog(logging.Handler):
 
 def setup_logging(debug: bool, rank: int) -> None:
     """Our own messages on rank 0, warnings of all ranks; rank 0 keeps its own for the run's folder."""
+    make_output_unbreakable()
     handlers: list[logging.Handler] = [
         _LineHandler(console=Console(stderr=True, soft_wrap=True), rich_tracebacks=debug),
         *([RunLog()] if rank == 0 else []),

@@ -6,6 +6,7 @@ parts of a run meet here.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -35,16 +36,19 @@ from dune_fast.engine.determinism import deterministic_algorithms, explained
 from dune_fast.engine.devices import agreed_precision, autocast_dtype
 from dune_fast.engine.drift import check_teachers
 from dune_fast.engine.guards import DivergedError, Guard, Names, undo_if
-from dune_fast.engine.interruption import Stop, Watchdog
+from dune_fast.engine.interruption import Stop
 from dune_fast.engine.memory import fit, smallest_memory
 from dune_fast.engine.metrics import MetricsLog
 from dune_fast.engine.opening import describe, open_log
 from dune_fast.engine.provenance import world
 from dune_fast.engine.run_folder import count_images, how_to_go_on, open_run, refuse_other_images
+from dune_fast.engine.run_state import RUNNING, STOPPED, fail, write_state
+from dune_fast.engine.same_ranks import meet, refuse_other_data, refuse_own_folders
 from dune_fast.engine.schedules import ema_momenta, learning_rates, scaled_learning_rate
 from dune_fast.engine.start import compute_start
 from dune_fast.engine.trackers import check_packages
 from dune_fast.engine.warm_start import initial_student
+from dune_fast.engine.watchdog import Watchdog
 from dune_fast.student import Student, build_student
 from dune_fast.teachers.ensemble import TeacherEnsemble
 from dune_fast.teachers.run_files import Manifest
@@ -98,6 +102,7 @@ class Trainer:
         cfg = self.cfg
         self.device = init_distributed(cfg.train.timeout_minutes)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.hosts = meet(cfg)
         micro_batch_size(cfg, self.world_size)  # a batch that cannot be shared out leaves the folder alone
         check_packages(cfg.logging)
         self.run_dir = Path(cfg.output_dir)
@@ -105,6 +110,9 @@ class Trainer:
         resume_step = open_run(
             cfg, precision, lambda: fit(cfg, self.world_size, memory, cfg.train.precision == "bf16").parts
         )
+        if self.rank == 0:
+            write_state(self.run_dir, RUNNING, resume_step or 0, cfg.steps)
+        refuse_own_folders(self.run_dir, self.hosts)
         freeze(cfg)
         self.dtype = autocast_dtype(cfg.train.precision, self.device)
         self.fit = fit(cfg, self.world_size, memory, self.dtype is not None, cfg.train.accumulation)
@@ -118,6 +126,7 @@ class Trainer:
             cfg.data, cfg.image_size, cfg.train.global_batch, self.rank, self.world_size, cfg.train.seed, self.device,
             folder=self.run_dir,
         )  # fmt: skip
+        refuse_other_data(self.loader.datasets, self.hosts)
         if self.evaluate is not None:
             self.evaluate.check(self.loader.datasets)
         groups = {name: teacher.groups for name, teacher in cfg.teachers.items()}
@@ -164,16 +173,18 @@ class Trainer:
         if cfg.logging.conflicts and len(cfg.teachers) > 1:
             self.conflicts = TeacherConflicts(list(cfg.teachers), train.log_every, self.device, self.world_size)
         timeout = 60.0 * train.timeout_minutes
+        self.stop = Stop(self.world_size, timeout, train.notice_seconds)
         self.saver = checkpoints.Saver(
-            self.run_dir, self.rank, self.world_size, train.keep_checkpoints, train.keep_every, timeout
+            self.run_dir, self.rank, self.world_size, train.keep_checkpoints, train.keep_every, timeout, self.stop.saved
         )
         run = self._resume(resume_step) if resume_step is not None else {}
         self.step = resume_step or 0
         names = Names(list(cfg.teachers), self.loader.dataset_names, list(self.engine.shapes))
         about = {"config": json.dumps(as_dict(cfg))}
         self.guard = Guard(names, train.max_loss, self.device, run.get("skipped_in_a_row", 0), about)
-        self.stop = Stop(self.world_size, timeout)
-        self.watchdog = Watchdog(self.rank, self.world_size, timeout, how_to_go_on(cfg))
+        self.watchdog = Watchdog(
+            self.rank, self.hosts, timeout, how_to_go_on(cfg), self.stop, functools.partial(fail, self.run_dir)
+        )
         self.stopped, self.evaluation_due = False, run.get("evaluation_due", False)
         """Whether `run` has ended early, after a signal; whether a signal has broken off this step's evaluation."""
 
@@ -210,7 +221,9 @@ class Trainer:
         Raises:
             DivergedError: the loss exploded.
             NotDeterministicError: see `train.deterministic`.
-            DataError: too many broken images.
+            DataError, OtherRankError: too many broken images, or storage that does not answer, on this rank or on
+                another one; the steps before are saved.
+            LostRankError: another rank has ended, or cannot be reached.
         """
         where = world(self.device)
         log = None
@@ -228,7 +241,10 @@ class Trainer:
             self.loader.close()
             self.saver.wait(timeout=60.0)
             self._algorithms.close()
+        self.stop.raise_fault()
         if self.stopped:
+            if self.rank == 0:
+                write_state(self.run_dir, STOPPED, self.step, self.cfg.steps, self.stop.why)
             logger.info("stopped after step %d of %d; %s", self.step, self.cfg.steps, how_to_go_on(self.cfg))
             return self.statistics
         with self.engine.whole_weights() as student:
@@ -240,15 +256,18 @@ class Trainer:
         return self.statistics
 
     def _loop(self, log: MetricsLog | None) -> None:
-        train, total = self.cfg.train, self.cfg.steps
+        train, total, first = self.cfg.train, self.cfg.steps, self.step
         self.stopped = self.evaluation_due and self._evaluate(log)
         if self.step >= total or self.stopped:
             return
         waited = self.loader.waited_s
-        batches = self.loader.batches(self.step)
+        batches = self.loader.batches(self.step, self.stop.waits)
         while self.step < total and not self.stopped:
             self.watchdog.at("waiting for images")
-            batch = next(batches)
+            batch = self.stop.take(batches, self.watchdog.at)
+            if batch is None:
+                self.stopped = True
+                break
             if self.step == 0 and train.drift_images:
                 check_teachers(self.teachers, batch.images[: train.drift_images], self.run_dir)
             metrics = self.train_step(batch)
@@ -261,10 +280,13 @@ class Trainer:
                 waited = self.loader.waited_s
             elif log is not None:
                 log.advance(self.step)
-            self.stopped = self._evaluate(log) or (self.step < total and self.stop.now(self.step))
-            if self.step % train.checkpoint_every == 0 or self.step == total or self.stopped:
+            self.stopped = self._evaluate(log)
+            if self.step % train.checkpoint_every == 0 or self.step == total:
                 self._read(metrics)
                 self._save()
+        if self.stopped and self.step not in (first, self.saver.last_step):
+            self._read(metrics)
+            self._save()
 
     def _evaluate(self, log: MetricsLog | None) -> bool:
         """Evaluates and records if this step is due; returns whether a signal broke it off.

@@ -188,3 +188,22 @@ class Cut(ShardedState):
 def sharded_state(stage: int, optimizer: Any, names: Mapping[int, str], rank: int) -> ShardedState:
     """The state of a ZeRO stage; arguments as in `ShardedState`."""
     return {0: Replicated, 1: Partitioned, 2: Partitioned, 3: Cut}[stage](optimizer, names, rank)
+
+
+class HostCopies:
+    """Copies tensors to memory of the host that is kept from one save to the next, page-locked for a GPU's."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies, contiguous, of `tensors`; valid until the next call. The device is waited for once."""
+        for name, tensor in tensors.items():
+            kept = self._kept.get(name)
+            if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+                kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._kept[name] = kept
+            kept.copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.current_stream().synchronize()
+        return {name: self._kept[name] for name in tensors}

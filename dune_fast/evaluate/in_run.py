@@ -207,13 +207,14 @@ class InRunEvaluation:
             )  # fmt: skip
         loader = self._loaders[what]
         rounds = math.ceil(math.ceil(loader.num_images / trainer.world_size) / self.cfg.evaluation.batch)
-        batches = iter(loader)
+        batches = loader.batches(0, trainer.stop.waits)
         try:
             for i in range(rounds):
                 trainer.watchdog.at(f"evaluation after step {trainer.step}, {what}, batch {i + 1} of {rounds}")
-                if trainer.stop.now(i):
+                batch = trainer.stop.take(batches, trainer.watchdog.at)
+                if trainer.stop.why:
                     raise _StoppedError
-                if (batch := next(batches, None)) is not None:
+                if batch is not None:
                     yield batch
         finally:
             batches.close()

@@ -122,3 +122,42 @@ def test_openmp_is_told_before_torch_is_imported():
         assert found.returncode == 0, found.stderr
         if more:
             assert found.stdout.split()[-1] == "1"
+
+
+@pytest.mark.parametrize(
+    ("told", "ranks", "threads"), [({}, 1, None), ({}, 2, 8), ({"LOCAL_WORLD_SIZE": "2"}, 2, None), ({}, 32, 1)]
+)
+def test_ranks_that_share_processors_share_them_out(monkeypatch, told, ranks, threads):
+    """Regression: two containers of a machine, in which each rank counted itself alone, took all cores twice."""
+    monkeypatch.setattr(launch, "_cores", lambda: 16)
+    environment = TORCHRUN | told
+    set_openmp(environment)
+    assert launch.shared_threads(environment, ranks) == threads
+    assert launch.shared_threads(environment | {"OMP_NUM_THREADS": "5"}, ranks) is None
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "quota"),
+    [
+        ("0::/pod/box", {"pod/cpu.max": "250000 100000", "pod/box/cpu.max": "max 100000"}, 2.5),
+        ("0::/", {"cpu.max": "50000 100000"}, 0.5),
+        ("4:cpu,cpuacct:/box\n0::/", {"cpu,cpuacct/box/cpu.cfs_quota_us": "300000",
+                                      "cpu,cpuacct/box/cpu.cfs_period_us": "100000"}, 3.0),
+        ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, float("inf")),
+        ("3:memory:/box", {}, float("inf")),
+    ],
+)  # fmt: skip
+def test_the_quota_of_a_container(tmp_path, groups, files, quota):
+    for name, content in {"proc/self/cgroup": groups, **{f"sys/fs/cgroup/{k}": v for k, v in files.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content + "\n")
+    assert launch._quota(tmp_path) == quota
+
+
+def test_one_process_in_a_container_has_the_threads_of_its_quota(monkeypatch):
+    monkeypatch.setattr(launch, "_allowed", lambda: 64)
+    monkeypatch.setattr(launch, "_quota", lambda: 2.5)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 32)
+    environment: dict[str, str] = {}
+    set_openmp(environment)
+    assert environment["OMP_NUM_THREADS"] == "2"
