@@ -26,7 +26,7 @@ _GROUPS = ("experiment", "data", "student", "projector", "deepspeed")
 
 
 def distill(args: argparse.Namespace) -> int:
-    """Launches the training on this machine's accelerators, through DeepSpeed's launcher."""
+    """Launches the training on this machine's accelerators, or on those of the machines of a hostfile."""
     return launcher.launch_training(args, None)
 
 
@@ -199,6 +199,12 @@ def _add_launcher_options(parser: argparse.ArgumentParser) -> None:
     help_text = "processes on this machine (default: one a GPU, else one)"
     parser.add_argument("-n", "--processes", type=int, default=0, help=help_text)
     parser.add_argument("--port", type=int, default=0, help="port of the rendezvous (default: a free one)")
+    help_text = "run on the machines of this file, reached by ssh: a line `name slots=8` each"
+    parser.add_argument("-H", "--hostfile", type=Path, default=None, metavar="FILE", help=help_text)
+    help_text = "of the hostfile, leave out machines that do not answer"
+    parser.add_argument("--missing-hosts", action="store_true", help=help_text)
+    help_text = "where the others reach the first machine (default: an address that they all do)"
+    parser.add_argument("--master-addr", default="", metavar="ADDRESS", help=help_text)
 
 
 def complete_overrides(prefix: str, **_: object) -> list[str]:

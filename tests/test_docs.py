@@ -18,6 +18,7 @@ from PIL import Image
 
 import dune_fast
 from dune_fast import cli, launcher, train
+from dune_fast.cluster.ranks import TRAIN_SCRIPT
 from dune_fast.engine.config import RunConfig, compose_config
 from tests.engine.conftest import photos, trained_run
 
@@ -100,7 +101,7 @@ def check_dune_fast(arguments: list[str], run: bool, small: dict[str, str], patc
     assert cli.main(arguments) == 0
     if parsed.command in ("distill", "resume"):
         (command,) = launched
-        train.parse(command[command.index(str(launcher.TRAIN_SCRIPT)) + 1 :])
+        train.parse(command[command.index(str(TRAIN_SCRIPT)) + 1 :])
     else:
         assert parsed.command in RUN | {"doctor"}
 
