@@ -14,7 +14,7 @@ from pathlib import Path
 
 import argcomplete
 
-from dune_fast import __version__, data_cli, evaluate_cli, launcher, teachers_cli
+from dune_fast import __version__, data_cli, evaluate_cli, launch_cli, launcher, teachers_cli
 from dune_fast.console import add_command, console, in_colour
 from dune_fast.engine.overrides import config_names
 from dune_fast.export import TARGETS
@@ -143,6 +143,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("run", type=Path, help="folder of the run, e.g. runs/mine")
     sub.add_argument("overrides", **hydra)
     _add_launcher_options(sub)
+
+    launch_cli.add_parser(commands)
 
     evaluate_cli.add_parsers(commands)
 

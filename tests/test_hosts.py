@@ -188,7 +188,7 @@ def test_the_address_is_one_that_all_reach(pool):
     both = sessions({"a": {"listen": 4000}, "b": {"reach": [["10.0.0.1"], "a: unknown"]}})
     facts = {both[0].host: FACTS}
     assert hosts._meeting_point(both, pool, facts, "", 0) == ("10.0.0.1", 4000)
-    with pytest.raises(HostError, match="a cannot be reached at port 4000 by the other hosts .from b a: unknown.: open"):
+    with pytest.raises(HostError, match="a cannot be reached at port 4000 .* .from b a: unknown.: open"):
         hosts._meeting_point(both, pool, facts, "10.0.0.9", 0)
     both = sessions({"a": {"listen": HostError("a: Address already in use")}})
     with pytest.raises(HostError, match="port 80 cannot be used: a: Address already in use; --port"):
