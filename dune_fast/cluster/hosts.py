@@ -183,20 +183,21 @@ def _run(sessions: list[Session], address: str, port: int, arguments: list[str],
         for session in sessions:
             session.send(_name(number))
 
-    failed, since = 0, 0.0
+    ended: dict[str, int] = {}
+    since, killed = 0.0, False
     with caught_signals(pass_on):
         while any(session.process.poll() is None for session in sessions):
             for session in sessions:
-                if (status := session.process.poll()) and not failed:
-                    failed, since = status, time.monotonic()
+                if (status := session.process.poll()) and session.host.name not in ended and not killed:
+                    since = since or time.monotonic()
+                    ended[session.host.name] = status
                     logger.error("%s; the other hosts' processes end too", _ending(session.host.name, status))
-            if failed and time.monotonic() - since > GRACE:
-                since = time.monotonic()
+            if ended and time.monotonic() - since > GRACE:
+                since, killed = time.monotonic(), True
                 for session in sessions:
                     session.send("SIGKILL")
             time.sleep(0.2)
-    statuses = [session.process.wait() for session in sessions]
-    return failed or next((status for status in statuses if status), 0)
+    return next((status for status in [*ended.values(), *(s.process.wait() for s in sessions)] if status), 0)
 
 
 def _name(number: int) -> str:

@@ -61,7 +61,7 @@ srun --kill-on-bad-exit=1 --wait=0 {command}
 status=$?
 
 case "$(state state)" in
-    finished) exit "$status" ;;
+    finished | "") exit "$status" ;;
     failed) exit "$((status ? status : 1))" ;;
 esac
 # it was stopped or killed, and goes on from the newest checkpoint, unless it gets nowhere
