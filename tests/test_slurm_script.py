@@ -100,8 +100,9 @@ def test_a_cluster_that_queues_nothing_again_is_said(batch):
 
 def test_the_command_prints_a_script(capsys, monkeypatch):
     monkeypatch.setenv("DUNE_FAST_CACHE", "/c")
-    options = ["--nodes", "2", "--gpus-per-node", "4", "--time", "24:00:00", "--partition", "gpu", "--cpus-per-task", "12"]
-    assert cli.main(["launch", "slurm", *options, "--sbatch=--account=mine", "experiment=demo", "train.steps=10"]) == 0
+    options = ["--nodes", "2", "--gpus-per-node", "4", "--cpus-per-task", "12", "--sbatch=--account=mine"]
+    options += ["--time", "24:00:00", "--partition", "gpu"]
+    assert cli.main(["launch", "slurm", *options, "experiment=demo", "train.steps=10"]) == 0
     text = capsys.readouterr().out
     wanted = (
         "job-name=demo", "nodes=2", "ntasks-per-node=4", "gpus-per-node=4", "cpus-per-task=12", "partition=gpu",

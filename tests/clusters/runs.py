@@ -29,7 +29,8 @@ class Runs:
     def overrides(self, run: Path) -> list[str]:
         """Of the small run in a folder."""
         return [
-            *small_run(self.photos, run), "deepspeed=zero1", f"train.steps={STEPS}", "evaluation.held_out=false", "objective.drop_probability=0",
+            *small_run(self.photos, run), "deepspeed=zero1", f"train.steps={STEPS}", "evaluation.held_out=false",
+            "objective.drop_probability=0",  # its draws are a rank's
             f"train.checkpoint_every={SAVE_EVERY}", "logging.tensorboard=false", "train.timeout_minutes=1",
         ]  # fmt: skip
 
