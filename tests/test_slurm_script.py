@@ -83,7 +83,9 @@ def test_an_address_of_the_users_stays(batch):
         (state("stopped", 40), state("stopped", 40), 0, 0, True),  # asked before its first step
         (state("stopped", 40), state("running", 60), 137, 0, True),  # killed, on its way
         (state("running", 60), state("running", 60), 137, 137, False),  # killed again, at the same step
-        (state("stopped", 40), state("failed", 60), 2, 2, False),
+        (state("stopped", 40), state("failed", 60), 1, 0, True),  # another rank was lost, say
+        (state("failed", 60), state("failed", 60), 1, 1, False),
+        (None, state("failed", 0), 2, 2, False),
         (None, None, 2, 2, False),  # it never began
         (state("stopped", 40), None, 2, 2, False),  # nor did this start, so the state is the old one
     ],

@@ -45,7 +45,7 @@ class Job:
 _BODY = """\
 cd {folder}
 {variables}\
-# what the run says of itself: "stopped" has saved and is to go on, "finished" is done, "failed" would fail again
+# what the run says of itself, "finished" at its end, and how many steps it has saved
 state() {{
     {python} -c 'import json, sys; print(json.load(open(sys.argv[1])).get(sys.argv[2], ""))' {state} "$1" 2>/dev/null
 }}
@@ -62,10 +62,9 @@ status=$?
 
 case "$(state state)" in
     finished | "") exit "$status" ;;
-    failed) exit "$((status ? status : 1))" ;;
 esac
-# it was stopped or killed, and goes on from the newest checkpoint, unless it gets nowhere
-if [ "$status" != 0 ] && [ "$(state step)" = "$before" ]; then
+# it was stopped or killed, or has failed: it goes on from the newest checkpoint, unless it gets nowhere
+if [ "$status" != 0 ] && [ "$(state step)" = "${{before:-0}}" ]; then
     echo "the run has ended with the status $status, not a step further than before: not queued again" >&2
     exit "$status"
 fi
