@@ -78,7 +78,7 @@ def test_the_link_is_down_for_ten_seconds(runs, row, tmp_path):
     runs.compare(run)
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
 def test_a_signal_to_the_command(runs, row, tmp_path, number):
     run = tmp_path / "run"
     row.note = number
