@@ -162,6 +162,8 @@ def test_too_many_slots_are_refused(pool):
     answers = {"a": {"look": FACTS | {"gpus": 4}}}
     with pytest.raises(HostError, match="a has 4 GPUs for slots=8"):
         hosts._look(sessions(answers, 8), pool, False, CFG)
+    answers["b"] = {"look": FACTS}
+    assert [host.name for host in hosts._look(sessions(answers, 8), pool, True, CFG)] == ["b"]
 
 
 def test_other_code_or_packages_are_named():

@@ -87,12 +87,14 @@ def _look(
             return str(error)
 
     answers = dict(zip((s.host for s in sessions), pool.map(ask, sessions), strict=True))
-    faults = [answer for answer in answers.values() if isinstance(answer, str)]
-    found = {host: answer for host, answer in answers.items() if not isinstance(answer, str)}
-    faults += [
-        f"{host.name} has {answer['gpus']} GPUs for slots={host.slots}"
-        for host, answer in found.items() if answer["gpus"] and answer["gpus"] < host.slots
-    ]  # fmt: skip
+    found, faults = {}, []
+    for host, answer in answers.items():
+        if isinstance(answer, str):
+            faults.append(answer)
+        elif 0 < answer["gpus"] < host.slots:
+            faults.append(f"{host.name} has {answer['gpus']} GPUs for slots={host.slots}")
+        else:
+            found[host] = answer
     if faults and not (missing_allowed and found):
         raise HostError("; ".join(faults) + " (--missing-hosts leaves out hosts that do not answer)" * (len(found) > 0))
     for fault in faults:

@@ -58,8 +58,8 @@ def test_srun(slurm, runs, row, tmp_path, nodes):
 
 
 def test_a_nodes_name_is_not_known(slurm, runs, row, tmp_path):
-    began = time.monotonic()
-    started = slurm.run("srun", "--nodes=2", "--ntasks=2", *train(tmp_path / "run", runs))
+    began, ends = time.monotonic(), "--kill-on-bad-exit=1"  # rank 0 would wait for the other
+    started = slurm.run("srun", ends, "--nodes=2", "--ntasks=2", *train(tmp_path / "run", runs))
     says(started, "the name df1 of rank 0's host is not known here")
     row.seconds = time.monotonic() - began
     assert started.wait() != 0 and "set MASTER_ADDR" in started.text() and "Traceback" not in started.text()
@@ -72,7 +72,7 @@ def test_two_jobs_use_one_port(slurm, runs, row, tmp_path):
     first = slurm.run("srun", "--nodes=2", "--ntasks=2", *train(tmp_path / "one", runs), **shared)
     runs.reach(tmp_path / "one", first, 1)
     began = time.monotonic()
-    second = slurm.run("srun", "--nodes=2", "--ntasks=2", *train(tmp_path / "two", runs), **shared)
+    second = slurm.run("srun", "-K1", "--nodes=2", "--ntasks=2", *train(tmp_path / "two", runs), **shared)
     assert second.wait() != 0
     row.seconds = time.monotonic() - began
     assert "two runs use one port" in second.text() or "cannot listen on port" in second.text(), second.text()[-3000:]
