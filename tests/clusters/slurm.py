@@ -65,7 +65,7 @@ class Slurm:
         key.chmod(0o400)
         places = {"key-file": "key", "seed-file": "seed", "socket": "socket", "pid-file": "pid", "log-file": "log"}
         options = [f"--{option}={self.folder}/munge.{name}" for option, name in places.items()]
-        self.daemons["munged"] = self.hosts.run("nodeA", "munged", "--foreground", "--force", *options)
+        self.daemons["munged"] = self.hosts.begin_command("nodeA", "munged", "--foreground", "--force", *options)
         wait_until((self.folder / "munge.socket").exists, "munged", 20.0)
         self.daemons["slurmctld"] = self._daemon("nodeA", "slurmctld", "-D", "-i")
         for host in NODES:
@@ -76,8 +76,23 @@ class Slurm:
         """The daemon of a node."""
         self.daemons[host] = self._daemon(host, "slurmd", "-D", "-N", NODES[host])
 
+    def bring_back(self) -> None:
+        """Both hosts and their daemons run again, nobody has a job."""
+        for state in ("RUNNING", "PENDING", "SUSPENDED"):
+            self.call("scancel", f"--state={state}")
+        for host in NODES:
+            self.hosts.bring_back(host)
+            if self.daemons[host].process.poll() is not None:
+                self.start(host)
+        self.wait_for_nodes()
+
+    def end(self) -> None:
+        """Ends the daemons."""
+        for daemon in self.daemons.values():
+            daemon.end()
+
     def _daemon(self, host: str, *command: str) -> Command:
-        return self.hosts.run(host, *command, "-f", str(self.folder / "slurm.conf"))
+        return self.hosts.begin_command(host, *command, "-f", str(self.folder / "slurm.conf"))
 
     def wait_for_nodes(self) -> None:
         """Until both nodes take jobs."""

@@ -30,16 +30,13 @@ def slurm(hosts, tmp_path_factory) -> Iterator[Slurm]:
         made.begin()
         yield made
     finally:
-        for daemon in made.daemons.values():
-            daemon.end()
+        made.end()
 
 
 @pytest.fixture(autouse=True)
 def no_jobs(slurm) -> Iterator[None]:
     yield
-    slurm.call("scancel", "--state=RUNNING")
-    slurm.call("scancel", "--state=PENDING")
-    slurm.wait_for_nodes()
+    slurm.bring_back()
 
 
 def train(run, runs, *more: str) -> list[str]:
@@ -142,5 +139,3 @@ def test_a_node_is_lost_for_good(slurm, runs, row, tmp_path):
     again = slurm.submit(path, "--nodes=1", "--ntasks-per-node=1")
     assert slurm.wait(again, "COMPLETED", "FAILED") == "COMPLETED", output(path)[-3000:]
     assert "saved by 2 x ZeRO 1" in output(path)
-    slurm.hosts.bring_back("nodeB")
-    slurm.start("nodeB")

@@ -102,6 +102,7 @@ class TwoHosts:
     networks: dict[str, subprocess.Popen] = field(default_factory=dict)
     hosts: dict[str, subprocess.Popen] = field(default_factory=dict)
     commands: list[Command] = field(default_factory=list)
+    begun: int = 0
 
     def begin(self) -> None:
         """Makes the network, starts both hosts."""
@@ -159,8 +160,14 @@ class TwoHosts:
         return ["nsenter", "-t", str(init), "-n", "-u", "-p", "-m", f"--wd={ROOT}", "--"]
 
     def run(self, name: str, *command: str, **variables: str) -> Command:
-        """Starts a command on a host."""
-        log = self.folder / f"command_{len(self.commands):03}.log"
+        """Starts a command on a host; it ends with the test."""
+        self.commands.append(self.begin_command(name, *command, **variables))
+        return self.commands[-1]
+
+    def begin_command(self, name: str, *command: str, **variables: str) -> Command:
+        """Starts a command on a host, which the caller ends."""
+        self.begun += 1
+        log = self.folder / f"command_{self.begun:03}.log"
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
             "OMP_NUM_THREADS": "1", "COLUMNS": "300", "PYTHONPATH": str(ROOT), "PATH": _PATH,
             "DUNE_FAST_CONFIGS": str(ROOT / "bench" / "toy"),
@@ -170,8 +177,7 @@ class TwoHosts:
                 [*DIES, *self.enter(name), *DIES, *command], stdout=output, stderr=subprocess.STDOUT,
                 env=environment | variables, start_new_session=True,
             )  # fmt: skip
-        self.commands.append(Command(process, log))
-        return self.commands[-1]
+        return Command(process, log)
 
     def processes(self, name: str, words: str) -> list[psutil.Process]:
         """A host's processes whose command line holds some words."""
