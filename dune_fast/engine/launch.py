@@ -1,6 +1,7 @@
-"""Which rank this process is and which cores are its own, started by DeepSpeed's launcher, torchrun, srun or itself.
+"""Which rank this process is and which cores are its own, started by our command, DeepSpeed, torchrun, srun or itself.
 
-    deepspeed [--hostfile H] dune_fast/train.py ...      RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
+    dune-fast distill [--hostfile H] ...                 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
+    deepspeed [--hostfile H] dune_fast/train.py ...      the same
     torchrun --nproc-per-node 8 dune_fast/train.py ...   the same
     srun --ntasks-per-node 8 python dune_fast/train.py   SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, ...
     python dune_fast/train.py ...                        one process
