@@ -13,7 +13,7 @@ def launch_training(args: argparse.Namespace, run: Path | None) -> int:
     """Starts the ranks of a new run or, with `run`, of one that goes on; the exit status."""
     import torch
 
-    from dune_fast.engine.launch import free_port
+    from dune_fast.engine.launch import free_port, new_job
     from dune_fast.train import run_config
 
     if args.processes < 0:
@@ -30,7 +30,7 @@ def launch_training(args: argparse.Namespace, run: Path | None) -> int:
         raise ValueError("--missing-hosts and --master-addr go with --hostfile")
     slots = visible_devices(os.environ, args.processes or max(1, torch.cuda.device_count()))
     command = host_command({"localhost": slots}, 0, "127.0.0.1", args.port or free_port(), arguments, args.debug)
-    environment = dict(os.environ)
+    environment = os.environ | new_job()
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # the launcher would warn that it found no other
     return run_launcher(command, environment)

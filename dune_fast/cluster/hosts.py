@@ -23,7 +23,7 @@ from dune_fast.cluster.agent import forwarded
 from dune_fast.cluster.ranks import caught_signals, ended_by, host_command
 from dune_fast.cluster.session import Host, HostError, Session
 from dune_fast.engine.config import RunConfig
-from dune_fast.engine.launch import HOSTS, JOB
+from dune_fast.engine.launch import HOSTS, new_job
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ def _run(sessions: list[Session], address: str, port: int, arguments: list[str],
     """Starts the ranks, waits until all hosts have ended; the first status that is not 0, or 0."""
     names = [session.host.name for session in sessions]
     world = {session.host.name: [str(i) for i in range(session.host.slots)] for session in sessions}
-    environment = forwarded(dict(os.environ)) | {JOB: f"launch {uuid.uuid4().hex[:8]}", HOSTS: ",".join(names)}
+    environment = forwarded(dict(os.environ)) | new_job() | {HOSTS: ",".join(names)}
     logger.info("%d processes on %s, meeting at %s:%d", sum(map(len, world.values())), ", ".join(names), address, port)
     for node, session in enumerate(sessions):
         command = host_command(world, node, address, port, arguments, debug)

@@ -12,13 +12,14 @@ from __future__ import annotations
 import os
 import re
 import socket
+import uuid
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 import psutil
 
 JOB, HOSTS = "DUNE_FAST_JOB", "DUNE_FAST_HOSTS"
-"""Set for the ranks by `dune-fast distill --hostfile`: what tells this start from others; its hosts, by commas."""
+"""Set for the ranks by `dune-fast distill`: what tells this start from others; its hosts, by commas."""
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -81,6 +82,11 @@ def _cores() -> int:
     """Physical cores that this process may use."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(allowed, psutil.cpu_count(logical=False) or allowed)
+
+
+def new_job() -> dict[str, str]:
+    """The variable that tells a start from all others."""
+    return {JOB: f"launch {uuid.uuid4().hex[:8]}"}
 
 
 def free_port() -> int:
