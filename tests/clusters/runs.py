@@ -56,7 +56,7 @@ class Runs:
             assert started.process.poll() is None, started.text()[-3000:]
             return last_step(run) >= step
 
-        wait_until(there, f"step {step}", 120.0, 0.02)
+        wait_until(there, f"step {step}", 240.0, 0.02)
 
     def finish(self, run: Path, *more: str) -> Command:
         """The same command again, to the end."""

@@ -97,7 +97,7 @@ def test_the_time_limit_comes(slurm, runs, row, tmp_path):
     run = tmp_path / "run"
     path = script(runs, run, tmp_path, "--save-ahead=60", "--time=2")
     job = slurm.submit(path)
-    wait_until(lambda: last_step(run) > 10, f"steps in {output(path)}", 120.0)
+    wait_until(lambda: last_step(run) > 10, f"steps in {output(path)}", 240.0)
     slurm.call("scancel", "--signal=USR1", job)  # as SLURM does ahead of the limit, which is minutes away
     began = time.monotonic()
     wait_until(lambda: slurm.field(job, "Restarts") == "1", "a requeue", 90.0, 0.5)
@@ -112,7 +112,7 @@ def test_the_job_is_cancelled(slurm, runs, row, tmp_path):
     run = tmp_path / "run"
     path = script(runs, run, tmp_path)
     job = slurm.submit(path)
-    wait_until(lambda: last_step(run) > 10, f"steps in {output(path)}", 120.0)
+    wait_until(lambda: last_step(run) > 10, f"steps in {output(path)}", 240.0)
     began = time.monotonic()
     slurm.call("scancel", job)
     slurm.wait(job, "CANCELLED")
@@ -129,7 +129,7 @@ def test_a_node_is_lost_for_good(slurm, runs, row, tmp_path):
     run = tmp_path / "run"
     path = script(runs, run, tmp_path)
     job = slurm.submit(path)
-    wait_until(lambda: last_step(run) > 30, f"steps in {output(path)}", 120.0)
+    wait_until(lambda: last_step(run) > 30, f"steps in {output(path)}", 240.0)
     began = time.monotonic()
     slurm.hosts.lose_power("nodeB")
     wait_until(lambda: "rank" in output(path).lower() and "error" in output(path).lower(), "a message", 150.0)

@@ -73,7 +73,7 @@ class Command:
         """What it has written."""
         return self.log.read_text(errors="replace")
 
-    def wait(self, seconds: float = 180.0) -> int:
+    def wait(self, seconds: float = 300.0) -> int:
         """Its exit status; it is killed, and the test fails, where that takes too long."""
         try:
             return self.process.wait(seconds)
