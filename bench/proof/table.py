@@ -15,8 +15,8 @@ MARGINS = {"knn": 0.10, "iou": 0.10, "match": 0.05}
 _PARTS = {"main": "Real teachers into one student", "ablation": "The method's parts, on a shorter schedule"}
 _INTRODUCTION = """Made by `make proof` (`python -m bench.proof`). Mean and standard deviation over seeds. Classes,
 masks and matches are of cut-outs, photographs and a stereo pair that no student was trained on. A student starts from
-weights made out of the semantic teacher in closed form (`bench/proof/start.py`), the row `start`; `from drawn weights`
-does not."""
+weights made out of the semantic teacher in closed form (`start.teacher`), the row `start`, with projectors that fit
+(`start.fit_projectors`); the rows `from drawn weights` and `projectors as drawn` do not."""
 
 Spread = tuple[float, float, int]
 """Mean, deviation over seeds (0 for one) and number of seeds."""

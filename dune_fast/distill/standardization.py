@@ -105,7 +105,7 @@ class TeacherStatistics(nn.Module):
         """Standardizers of the running statistics, for evaluation."""
         standardizers: dict[str, dict[str, Standardizer]] = {}
         for name, token, normalizer in self.items():
-            inverse = 1.0 / self._denominator(normalizer.std)
+            inverse = 1.0 / self.denominator(normalizer.std)
             standardizers.setdefault(name, {})[token] = Standardizer(normalizer.mean.clone(), inverse)
         return standardizers
 
@@ -129,7 +129,7 @@ class TeacherStatistics(nn.Module):
         for (name, token, normalizer), (mean, std) in zip(self.items(), batch, strict=True):
             if self.convention == "unic":
                 std = std + self.eps
-            standardizers.setdefault(name, {})[token] = Standardizer(mean, 1.0 / self._denominator(std))
+            standardizers.setdefault(name, {})[token] = Standardizer(mean, 1.0 / self.denominator(std))
             normalizer.mean.lerp_(mean, momentum)
             normalizer.std.lerp_(std, momentum)
         return before or standardizers
@@ -144,7 +144,7 @@ class TeacherStatistics(nn.Module):
         """Standardized features, or what a student takes for them, in the teachers' own scale and basis."""
         return self._map(
             standardized,
-            lambda normalizer, x: normalizer.rotate_back(x * self._denominator(normalizer.std) + normalizer.mean),
+            lambda normalizer, x: normalizer.rotate_back(x * self.denominator(normalizer.std) + normalizer.mean),
         )
 
     @torch.no_grad()
@@ -186,7 +186,8 @@ class TeacherStatistics(nn.Module):
             for name, tokens in features.items()
         }
 
-    def _denominator(self, std: Tensor) -> Tensor:
+    def denominator(self, std: Tensor) -> Tensor:
+        """What features are divided by, of their deviations, by the convention."""
         return std + self.eps if self.convention == "unic" else std.clamp_min(self.eps)
 
     def _batch_statistics(self, features: Features, all_reduce: AllReduce | None) -> list[tuple[Tensor, Tensor]]:

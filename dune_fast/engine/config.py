@@ -69,6 +69,27 @@ class StandardizationConfig:
 
 
 @dataclass
+class StartConfig:
+    """What is computed in closed form before the first step, out of the run's first images. The papers train from drawn
+    weights; on a short schedule a start decides how good the student gets (docs/one_gpu.md)."""
+
+    teacher: str = ""
+    """A ViT teacher, wider than the student, that its first weights are made from (`dune_fast.distill.narrowing`);
+    empty for none."""
+    blocks: int = 10
+    """Of that teacher, from its first; the student's blocks beyond them stay as drawn."""
+    fit_projectors: bool = False
+    """Fit the last layer of every projector to the standardized teachers (`dune_fast.distill.projector_fit`)."""
+    images: int = 512
+    """The run's first images that either is made on."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is computed."""
+        return bool(self.teacher) or self.fit_projectors
+
+
+@dataclass
 class TrainConfig:
     """Length, batch and bookkeeping of the training."""
 
@@ -221,6 +242,7 @@ class RunConfig:
     """What the student starts from: the folder of a finished run, a published checkpoint, any encoder of the same
     architecture; positions are resized to `image_size`. Empty for initial weights by `train.seed`."""
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -371,6 +393,15 @@ def validate(cfg: RunConfig) -> None:
                     f"multiple of {teacher.grid_multiple}; the nearest image sizes are "
                     f"{nearest_multiples(size, patch * teacher.grid_multiple)}"
                 )
+    if cfg.start.teacher:
+        if cfg.start.teacher not in cfg.teachers:
+            known = ", ".join(sorted(cfg.teachers))
+            raise ConfigError(f"start.teacher={cfg.start.teacher!r} is not a teacher of this run; there are: {known}")
+        if cfg.student_weights:
+            raise ConfigError(
+                f"start.teacher={cfg.start.teacher!r} and student_weights={cfg.student_weights!r} exclude each other: "
+                "the student starts from the one or from the other"
+            )
     if cfg.standardization.convention == "phi_s":
         for name, teacher in cfg.teachers.items():
             try:

@@ -30,7 +30,8 @@ LIMITS: dict[str, Limit] = {
     **dict.fromkeys((
         "image_size", "student.image_size", "student.patch_size", "student.embed_dim", "student.depth",
         "student.num_heads", "projector.num_blocks", "projector.num_heads", "projector.hidden_dim",
-        "projector.last_hidden_dim", "standardization.phi_s_batches", "train.images", "train.global_batch",
+        "projector.last_hidden_dim", "standardization.phi_s_batches", "start.blocks",
+        "train.images", "train.global_batch",
         "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "evaluation.batch",
         "evaluation.knn_images", "evaluation.knn_k", "evaluation.figure_size", "evaluation.figure_images",
     ), _COUNT),
@@ -55,6 +56,7 @@ LIMITS: dict[str, Limit] = {
     "optimizer.min_lr": Limit(0, 10),
     "optimizer.eps": Limit(0, 1, above=True),
     "optimizer.weight_decay": Limit(0, 10),
+    "start.images": Limit(2),
     "train.seed": Limit(0, 2**63 - 1),
     "train.accumulation": Limit(0, meaning=", which works it out from the memory"),
     "train.keep_every": Limit(0, meaning=", which keeps none for good"),

@@ -42,9 +42,10 @@ from dune_fast.engine.opening import describe, open_log
 from dune_fast.engine.provenance import world
 from dune_fast.engine.run_folder import count_images, how_to_go_on, open_run, refuse_other_images
 from dune_fast.engine.schedules import ema_momenta, learning_rates, scaled_learning_rate
+from dune_fast.engine.start import compute_start
 from dune_fast.engine.trackers import check_packages
 from dune_fast.engine.warm_start import initial_student
-from dune_fast.student import build_student
+from dune_fast.student import Student, build_student
 from dune_fast.teachers.ensemble import TeacherEnsemble
 from dune_fast.teachers.run_files import Manifest
 
@@ -91,8 +92,6 @@ class Trainer:
         resume_step = self._open()
         self._build_step(resume_step)
         self._build_loop(resume_step)
-        if self.step == 0 and self.cfg.standardization.convention == "phi_s":
-            self._estimate_statistics()
 
     def _open(self) -> int | None:
         """Joins the other ranks, opens the run's folder; returns the step of the checkpoint to go on from, or None."""
@@ -130,21 +129,30 @@ class Trainer:
             student = initial_student(cfg)
         student.compute_in(self.dtype, cfg.train.student_stream)
         student.encoder.activation_checkpointing = cfg.train.activation_checkpointing
-        if cfg.train.compile:
-            student.compile_blocks()
-        self.engine = Engine(
-            student, cfg.optimizer, micro_batch_size(cfg, self.world_size),
-            useful_zero_stage(cfg.deepspeed.zero_stage, self.world_size), cfg.deepspeed.options,
-            cfg.train.accumulation, cfg.deepspeed.gradient_dtype,
-        )  # fmt: skip
         self.statistics = TeacherStatistics(
             cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps
         ).to(self.device)
         self.all_reduce = sum_over_ranks if self.world_size > 1 else None
         side = SideStream(self.device) if cfg.train.overlap_teachers else None
         self.distill = DistillationStep(
-            self.engine, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed, self.all_reduce, side
+            student, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed, self.all_reduce, side
         )
+        if resume_step is None:
+            self._look_ahead(student)
+        if cfg.train.compile:
+            student.compile_blocks()
+        self.engine = self.distill.student = Engine(
+            student, cfg.optimizer, micro_batch_size(cfg, self.world_size),
+            useful_zero_stage(cfg.deepspeed.zero_stage, self.world_size), cfg.deepspeed.options,
+            cfg.train.accumulation, cfg.deepspeed.gradient_dtype,
+        )  # fmt: skip
+
+    def _look_ahead(self, student: Student) -> None:
+        """What is computed on the run's first images, before the first step trains on them."""
+        if self.cfg.standardization.convention == "phi_s":
+            self._estimate_statistics()
+        if self.cfg.start.wanted:
+            compute_start(self, student)
 
     def _build_loop(self, resume_step: int | None) -> None:
         """What goes round the step: schedules, checkpoints, guards; loads the checkpoint."""

@@ -85,7 +85,8 @@ def variance_spectra(
             Ranks().progress(f"explained variance, {dataset.name}", loader.num_images) as progress,
         ):
             for batch in loader:
-                features, projections = statistics.rotated(teachers(batch.images)), opened.after(batch.images)
+                features = statistics.rotated(teachers(batch.images))
+                projections = opened.students["after"](batch.images)
                 for name, token in tokens.items():
                     sums[name, "teacher"].add(features[name][token])
                     sums[name, "projection"].add(projections[name][token])
@@ -117,7 +118,7 @@ def model_pictures(run: Path, others: Sequence[Dataset], per_dataset: int, devic
     opened = open_trained(run, True, device)
     datasets = others or photographs(opened.cfg.data, (), per_dataset)
     images = figure_batch(opened.cfg, sum(len(dataset.val) for dataset in datasets), device, datasets)
-    titles = {"student, before": opened.before, "student, after": opened.after}
+    titles = {f"student, {name}": student for name, student in opened.students.items()}
     photograph = "photograph" if others else "held-out photograph"
 
     attention = {title: cls_attention(student.encoder, images).cpu() for title, student in titles.items()}

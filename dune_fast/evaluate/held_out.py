@@ -1,8 +1,11 @@
-"""Agreement of the student's projections with every teacher on held-out images.
+"""Agreement of the student's projections with every teacher on held-out images, and k-NN without labels.
 
     cos(s, (t - mean) / std), averaged over images (and patches), with the teachers' running statistics
 
 1 means the student's projection points where the standardized teacher does; 0 is what unrelated features give.
+
+The k-NN asks which photograph a window is of: every photograph is cut into 3 x 3 windows that do not overlap, and the
+cls features of the other windows vote.
 """
 
 from __future__ import annotations
@@ -16,8 +19,13 @@ from torch import Tensor, nn
 
 from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.distill.standardization import AllReduce, TeacherStatistics
+from dune_fast.evaluate.knn import knn_predict
 from dune_fast.kernels.distill_loss import standardize
 from dune_fast.teachers.ensemble import TeacherEnsemble
+
+WINDOWS = 3
+"""Windows along each side of a photograph."""
+_NEIGHBOURS = 5
 
 Cosines = dict[str, dict[str, float]]
 """teacher -> token type -> mean cosine similarity"""
@@ -67,6 +75,24 @@ def held_out_cosines(
     for (name, teacher, token), total in zip(keys, totals, strict=False):
         result.setdefault(name, {}).setdefault(teacher, {})[token] = total / totals[-1]
     return result
+
+
+def cut(images: Tensor, size: int) -> Tensor:
+    """Images [B, 3, W size, W size] to their windows, row by row, [B * W * W, 3, size, size]."""
+    windows = images.unfold(2, size, size).unfold(3, size, size)  # [B, 3, W, W, size, size]
+    return windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+
+
+def window_knn(cls: Tensor) -> float:
+    """Share of windows whose 5 nearest others vote for their own photograph.
+
+    Args:
+        cls: [photographs, windows, D].
+    """
+    count, windows, _ = cls.shape
+    rows, labels = cls.flatten(0, 1), torch.arange(count, device=cls.device).repeat_interleave(windows)
+    found = knn_predict(rows, rows, labels, count, _NEIGHBOURS, leave_one_out=True)
+    return (found == labels).double().mean().item()
 
 
 def cosine_table(result: Mapping[str, Cosines]) -> Table:

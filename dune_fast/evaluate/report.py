@@ -175,6 +175,7 @@ def _evaluation(run: Path, records: Records) -> str:
     parts = []
     held_out = _read_json(run / "held_out.json")
     if isinstance(held_out, dict):
+        windows = held_out.pop("window_knn", None)
         students = {name: found for name, found in held_out.items() if isinstance(found, dict)}
         first = next(iter(students.values()), {})
         rows = [
@@ -185,6 +186,9 @@ def _evaluation(run: Path, records: Records) -> str:
         parts.append("<h3>Cosine similarity to the teachers on held-out images</h3>")
         parts.append(_table(["teacher", "tokens", *students], rows))
         parts.append(f'<p class="muted">{escape(_number(held_out.get("images")))} images</p>')
+        if isinstance(windows, dict) and windows:
+            parts.append("<h3>k-NN: windows that find their own photograph</h3>")
+            parts.append(_table(["features", "share"], windows.items()))
     for path in sorted((run / "evaluation").glob("*.json")):
         result = _read_json(path)
         metrics = result.get("metrics") if isinstance(result, dict) else None

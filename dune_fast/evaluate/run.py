@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Sequence
@@ -17,13 +18,15 @@ from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine.checkpoints import load_run
 from dune_fast.engine.config import RunConfig, validate
 from dune_fast.engine.devices import autocast_dtype
-from dune_fast.engine.warm_start import initial_student
+from dune_fast.engine.start import started_student
 from dune_fast.evaluate.figures import loss_figure, pca_figure
-from dune_fast.evaluate.held_out import cosine_table, held_out_cosines
-from dune_fast.student import Student
+from dune_fast.evaluate.held_out import WINDOWS, cosine_table, cut, held_out_cosines, window_knn
+from dune_fast.student import Student, build_student
 from dune_fast.teachers.ensemble import TeacherEnsemble
 
 logger = logging.getLogger(__name__)
+
+_PHOTOGRAPHS = 100  # of which windows are cut
 
 
 def figure_batch(
@@ -41,9 +44,8 @@ class Opened:
     """A run's student on a device, in evaluation mode, computing as in the run."""
 
     cfg: RunConfig
-    before: Student
-    """As the run has started."""
-    after: Student
+    students: dict[str, Student]
+    """"drawn", where the run has not started from drawn weights; "before" and "after" the training."""
     statistics: TeacherStatistics
     device: torch.device
 
@@ -58,15 +60,18 @@ def open_trained(run: Path, figures: bool, device: torch.device) -> Opened:
     cfg, trained, statistics = load_run(run)
     cfg.evaluation.figures = figures
     validate(cfg)  # a run that draws nothing has not looked at the figures' size
-    before, after = initial_student(cfg).eval().to(device), trained.to(device)
+    students = {"before": started_student(cfg, run), "after": trained}
+    if cfg.start.wanted or cfg.student_weights:
+        drawn = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
+        students = {"drawn": drawn, **students}
     dtype = autocast_dtype(cfg.train.precision, device)
-    for student in (before, after):
-        student.compute_in(dtype, cfg.train.student_stream)
-    return Opened(cfg, before, after, statistics.to(device), device)
+    for student in students.values():
+        student.eval().to(device).compute_in(dtype, cfg.train.student_stream)
+    return Opened(cfg, students, statistics.to(device), device)
 
 
 def evaluate_run(run: Path, figures: bool, device: torch.device | None = None, must_draw: bool = True) -> dict:
-    """Prints the cosine table; writes `held_out.json` and, with `figures`, `pca.png` and `loss.png` into the folder.
+    """Prints cosines and k-NN; writes `held_out.json` and, with `figures`, `pca.png` and `loss.png` into the folder.
 
     Args:
         run: folder of a finished run.
@@ -75,7 +80,7 @@ def evaluate_run(run: Path, figures: bool, device: torch.device | None = None, m
         must_draw: False: what fails in drawing costs a warning.
 
     Returns:
-        "before" and "after" -> teacher -> token type -> cosine.
+        "drawn" (see `Opened`), "before" and "after" -> teacher -> token type -> cosine.
 
     Raises:
         ConfigError: `run` is not a run's folder, or its configuration does not allow figures.
@@ -85,18 +90,22 @@ def evaluate_run(run: Path, figures: bool, device: torch.device | None = None, m
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = open_trained(run, figures, device)
     cfg, teachers = opened.cfg, opened.teachers()
-    students: dict[str, Student] = {"before": opened.before, "after": opened.after}
     with ValLoader(cfg.data, cfg.image_size, cfg.evaluation.batch, 0, 1, device) as loader:
         if not loader.num_images:
             raise ValueError(
                 f"{run} has no held-out image: name a folder of images that it has not seen in {run / 'config.yaml'}, "
                 "data.datasets.<name>.val_root"
             )
-        result = held_out_cosines(students, teachers, opened.statistics, loader)
-    (run / "held_out.json").write_text(json.dumps({"images": loader.num_images, **result}, indent=2) + "\n")
+        result = held_out_cosines(opened.students, teachers, opened.statistics, loader)
+    found = _window_knn(opened, teachers, loader.num_images)
+    written = {"images": loader.num_images, **result, "window_knn": found}
+    (run / "held_out.json").write_text(json.dumps(written, indent=2) + "\n")
     console = Console(highlight=False)
     console.print(cosine_table(result))
     console.print(f"{loader.num_images} images of {cfg.image_size} px, standardized with the running statistics")
+    if found:
+        shown = ", ".join(f"{name} {share:.3f}" for name, share in found.items())
+        console.print(f"k-NN, windows that find their own photograph by cls: {shown}", soft_wrap=True)
     if figures:
         try:
             drawn = _draw(run, opened, teachers, loader.num_images)
@@ -108,9 +117,29 @@ def evaluate_run(run: Path, figures: bool, device: torch.device | None = None, m
     return result
 
 
+@torch.no_grad()
+def _window_knn(opened: Opened, teachers: TeacherEnsemble, num_images: int) -> dict[str, float]:
+    """Of the students and of the teachers with a cls token; empty where one photograph is all there is."""
+    cfg, count = opened.cfg, min(num_images, _PHOTOGRAPHS)
+    if count < 2:
+        return {}
+    side, stride = WINDOWS * cfg.image_size, num_images // count
+    with ValLoader(cfg.data, side, 1, stride // 2, stride, opened.device) as loader:
+        windows = [cut(batch.images, cfg.image_size) for batch in itertools.islice(loader, count)]
+    names = [f"teacher {name}" for name, teacher in cfg.teachers.items() if "cls" in teacher.token_types]
+    cls: dict[str, list[torch.Tensor]] = {}
+    for part in windows:
+        tokens = teachers(part) if names else {}
+        for name in names:
+            cls.setdefault(name, []).append(tokens[name.removeprefix("teacher ")]["cls"].float())
+        for name, student in opened.students.items():
+            cls.setdefault(name, []).append(student.encoder(part)["x_norm_clstoken"].float())
+    return {name: window_knn(torch.stack(cls[name])) for name in (*opened.students, *names)}
+
+
 def _draw(run: Path, opened: Opened, teachers: TeacherEnsemble, num_images: int) -> list[Path]:
     """`pca.png`, and `loss.png` where there are metrics, in the run's folder."""
-    titles = {"student, before": opened.before, "student, after": opened.after}
+    titles = {f"student, {name}": student for name, student in opened.students.items()}
     pca_figure(figure_batch(opened.cfg, num_images, opened.device), teachers, titles, run / "pca.png")
     if not (run / "metrics.jsonl").is_file():
         return [run / "pca.png"]

@@ -174,7 +174,7 @@ def test_spectra_of_teachers_and_projections(trained_run):
     assert spectra.keys() == {("one", "images"), ("two", "images")}
     with ValLoader(opened.cfg.data, 56, 4, 0, 1, CPU, datasets) as loader, torch.no_grad():
         (batch,) = loader
-        features, projections = teachers(batch.images), opened.after(batch.images)
+        features, projections = teachers(batch.images), opened.students["after"](batch.images)
     for name, width in (("one", 24), ("two", 32)):
         mean, scale = opened.statistics.running()[name]["patch"]
         raw = features[name]["patch"].flatten(0, 1).double()

@@ -13,7 +13,7 @@ from bench.toy.conv_patchify import toy_teacher
 from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.evaluate.figures import loss_figure, pca_figure, smooth, to_display
-from dune_fast.evaluate.held_out import held_out_cosines, pca_rgb
+from dune_fast.evaluate.held_out import cut, held_out_cosines, pca_rgb, window_knn
 from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.student import ProjectorConfig, build_student
@@ -130,3 +130,15 @@ def test_titles_are_whole_and_apart(teachers, tmp_path):
     assert (pixels[0] == 255).all()
     quarter = pixels.shape[1] // 4
     assert (pixels[:20, 3 * quarter - 2 : 3 * quarter + 2] == 255).all()
+
+
+def test_windows_find_their_own_photograph_if_features_tell_it():
+    images = torch.arange(2.0)[:, None, None, None].expand(2, 3, 12, 12) + torch.arange(12.0) / 100
+    windows = cut(images, 4)
+    assert windows.shape == (18, 3, 4, 4)
+    assert torch.equal(windows[1], images[0, :, :4, 4:8]) and torch.equal(windows[3], images[0, :, 4:8, :4])
+    assert torch.equal(windows[9:], windows[:9] + 1)
+    own = torch.eye(4)[:, None].expand(4, 9, 4)
+    assert window_knn(own) == 1.0
+    places = torch.randn(1, 9, 8).expand(4, 9, 8)  # the same in every photograph: the three others vote against it
+    assert window_knn(places) < 0.5

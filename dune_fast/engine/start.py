@@ -1,0 +1,162 @@
+"""The student's start in closed form, before its first step: weights out of a teacher, projectors that fit.
+
+Rank 0 computes it on the run's first images, which do not depend on the number of ranks, and shares it. The run's
+folder keeps it as `start.safetensors`, what "before the training" means afterwards.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dune_fast.dali_pipelines.loader import TrainLoader
+from dune_fast.distill.narrowing import NarrowingError, check_pair, narrow
+from dune_fast.distill.projector_fit import fit_projectors
+from dune_fast.distill.standardization import TeacherStatistics
+from dune_fast.distill.step import DistillationStep
+from dune_fast.engine.checkpoints import write_tensors
+from dune_fast.engine.config import ConfigError, RunConfig
+from dune_fast.engine.warm_start import initial_student
+from dune_fast.student import Student, build_student
+from dune_fast.teachers.architecture import architecture_metadata
+from dune_fast.teachers.containers import TeacherWeightsError
+from dune_fast.teachers.ensemble import TeacherEnsemble
+from dune_fast.teachers.registry import build_teacher
+from dune_fast.teachers.vit import ViTTeacher
+
+logger = logging.getLogger(__name__)
+
+START_FILE = "start.safetensors"
+_CHUNK = 64  # images of a forward pass
+
+
+class Opened(Protocol):
+    """What is read here of a run that is about to start; the `Trainer` has it."""
+
+    cfg: RunConfig
+    run_dir: Path
+    rank: int
+    world_size: int
+    device: torch.device
+    loader: TrainLoader
+    teachers: TeacherEnsemble
+    statistics: TeacherStatistics
+    distill: DistillationStep
+
+
+def compute_start(run: Opened, student: Student) -> None:
+    """Overwrites the student's weights as `cfg.start` says, on every rank, and writes `START_FILE`. All ranks call it.
+
+    Args:
+        run: with loader, teachers, statistics and the walk of a batch.
+        student: with its drawn weights; moved to the run's device.
+
+    Raises:
+        ConfigError: the student cannot be made from `cfg.start.teacher`.
+    """
+    cfg, began = run.cfg, time.perf_counter()
+    if cfg.start.teacher:
+        _check(run)
+    student.to(run.device)
+    if run.rank == 0:
+        logger.info("computing the start on the run's first %d images", cfg.start.images)
+    images, groups = _first_images(run)
+    if run.rank == 0:
+        if cfg.start.teacher:
+            _narrow(run, student, images)
+        if cfg.start.fit_projectors:
+            explained = fit_projectors(student, _batches(run, images, groups), run.statistics)
+            shares = ", ".join(f"{name} {share:.2f}" for name, share in explained.items())
+            logger.info("projectors fitted; explained share of the teachers' features: %s", shares)
+    state = student.state_dict()
+    if run.world_size > 1:
+        for x in state.values():
+            dist.broadcast(x, 0)
+    if run.rank == 0:
+        kept = {name: x.detach().cpu().contiguous() for name, x in state.items()}
+        write_tensors(run.run_dir / START_FILE, kept, architecture_metadata(cfg.student))
+        logger.info("the start took %.0f s", time.perf_counter() - began)
+
+
+def started_student(cfg: RunConfig, run: Path) -> Student:
+    """The student as a run in this folder has started.
+
+    Raises:
+        TeacherWeightsError: its `START_FILE` is missing or damaged.
+        WarmStartError: see `initial_student`.
+    """
+    if not cfg.start.wanted:
+        return initial_student(cfg)
+    student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
+    # the folder of a checkpoint lies two below its run's
+    path = next((p for p in (run / START_FILE, run.parent.parent / START_FILE) if p.is_file()), run / START_FILE)
+    try:
+        student.load_state_dict(load_file(path))
+    except Exception as error:
+        raise TeacherWeightsError(
+            f"{path}, what the run has started from, is missing or damaged: {str(error).splitlines()[0]}"
+        ) from error
+    return student
+
+
+def _check(run: Opened) -> None:
+    """On every rank, so that none waits for one that has refused."""
+    name = run.cfg.start.teacher
+    teacher = run.teachers.teachers[name]
+    if not isinstance(teacher, ViTTeacher):
+        raise ConfigError(f"start.teacher={name!r} is of family {teacher.config.family}, not a ViT of ours")
+    try:
+        check_pair(run.cfg.student, teacher.trunk.vit.cfg)
+    except NarrowingError as error:
+        raise ConfigError(f"the student cannot start from start.teacher={name!r}: {error}") from None
+
+
+def _narrow(run: Opened, student: Student, images: Tensor) -> None:
+    """The encoder out of the teacher's file, read anew: the ensemble's may be of another precision, or cut."""
+    name = run.cfg.start.teacher
+    vit = build_teacher(name, run.cfg.teachers[name]).trunk.vit.to(run.device).float()
+    blocks = min(run.cfg.start.blocks, len(vit.blocks), len(student.encoder.blocks))
+    lost = narrow(student.encoder, vit, images.to(run.device), blocks)
+    logger.info("%d blocks out of teacher %s; %.0f %% of the last one's tokens are lost", blocks, name, 100 * lost[-1])
+
+
+def _first_images(run: Opened) -> tuple[Tensor, Tensor]:
+    """The run's first images [n, 3, S, S] and their groups [n], in the order of the run, on the CPU."""
+    found: list[tuple[Tensor, Tensor]] = []
+    batches = run.loader.batches(0)
+    while sum(len(groups) for _, groups in found) < run.cfg.start.images:
+        batch = next(batches)
+        parts = [batch.images.float(), batch.group, batch.positions]
+        if run.world_size > 1:
+            parts = [_all_ranks(x, run.world_size) for x in parts]
+        images, groups, positions = parts
+        order = positions.argsort()
+        found.append((images[order].cpu(), groups[order].cpu()))
+    batches.close()
+    images, groups = (torch.cat(parts)[: run.cfg.start.images] for parts in zip(*found, strict=True))
+    return images, groups
+
+
+def _all_ranks(x: Tensor, world_size: int) -> Tensor:
+    parts = [torch.empty_like(x) for _ in range(world_size)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def _batches(
+    run: Opened, images: Tensor, groups: Tensor
+) -> Iterator[tuple[Tensor, dict[str, dict[str, Tensor]], dict[str, Tensor]]]:
+    """What `fit_projectors` takes, chunk by chunk."""
+    own = run.distill.own
+    for part, of in zip(images.split(_CHUNK), groups.split(_CHUNK), strict=True):
+        chunk, group = part.to(run.device), of.to(run.device)
+        counts = {name: own[i, group].nonzero().flatten() for i, name in enumerate(run.cfg.teachers)}
+        yield chunk, run.teachers(chunk), counts
