@@ -86,7 +86,7 @@ def test_a_signal_to_the_command(runs, row, tmp_path, number):
     runs.reach(run, started)
     began = time.monotonic()
     started.send_signal(getattr(signal, number))
-    status = started.wait(60)
+    status = started.wait()
     row.seconds = time.monotonic() - began
     assert status in (0, 85), started.text()[-3000:]
     assert complete_steps(run)[-1] == last_step(run) < STEPS
@@ -116,7 +116,7 @@ def test_the_run_folder_is_not_shared(runs, row, tmp_path):
     assert hidden.wait(10) == 0
     began = time.monotonic()
     started = runs.start(tmp_path / "own" / "run")
-    assert started.wait(60) == 2 and "is not one folder that all hosts share" in started.text(), started.text()
+    assert started.wait() == 2 and "is not one folder that all hosts share" in started.text(), started.text()
     row.seconds = time.monotonic() - began
 
 
@@ -128,7 +128,7 @@ def test_a_host_has_other_code(runs, row, tmp_path):
     try:
         began = time.monotonic()
         started = runs.start(tmp_path / "run")
-        assert started.wait(60) == 2 and "the code of dune_fast on nodeB is not that of nodeA" in started.text()
+        assert started.wait() == 2 and "the code of dune_fast on nodeB is not that of nodeA" in started.text()
         row.seconds = time.monotonic() - began
     finally:
         assert runs.hosts.run("nodeB", "umount", str(ROOT / "dune_fast" / "cli.py")).wait(10) == 0
@@ -143,7 +143,7 @@ def test_a_host_never_comes(runs, row, tmp_path):
     )  # fmt: skip
     says(started, "1 of 2 hosts here (nodeA), waiting for host 1")
     row.seconds = time.monotonic() - began
-    assert started.wait(60) == 2 and "given up after 18 s (train.rendezvous_minutes)" in started.text()
+    assert started.wait() == 2 and "given up after 18 s (train.rendezvous_minutes)" in started.text()
     assert "Traceback" not in started.text()
 
 
