@@ -87,6 +87,6 @@ def lost_steps(run: Path) -> int:
     return last_step(run) - max(complete_steps(run), default=0)
 
 
-def says(started: Command, words: str, seconds: float = 150.0) -> float:
+def says(started: Command, words: str, seconds: float = 240.0) -> float:
     """Waits until a command has said something; the seconds that it took."""
     return wait_until(lambda: words in started.text(), f"{words!r} in\n{started.text()[-2000:]}\n", seconds)

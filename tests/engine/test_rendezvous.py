@@ -158,3 +158,32 @@ def test_a_library_that_never_returns_does_not_hold_the_process():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
     assert done.returncode == 2 and "it connects; given up after 0 s" in done.stderr
+
+
+@pytest.mark.slow
+def test_torchruns_of_two_hosts_start_again_after_a_rank_has_died(tmp_path):
+    """Regression: both attempts failed, and one side hung. Two agents on this machine stand for the hosts."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, datetime, torch, torch.distributed as dist\n"
+        "from dune_fast.engine.launch import place\n"
+        "from dune_fast.engine.rendezvous import join\n"
+        "here = place(os.environ)\n"
+        "join(here, torch.device('cpu'), 3.0, datetime.timedelta(minutes=3))\n"
+        "if here.rank == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "    os._exit(3)\n"
+        "total = torch.ones(1)\n"
+        "dist.all_reduce(total)\n"
+        f"open(rf'{tmp_path}/met{{here.rank}}', 'w').write(str(total.item()))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--rdzv-id", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--max-restarts", "2"]
+    agents = [subprocess.Popen([*command, str(script)]) for _ in range(2)]
+    try:
+        assert [agent.wait(280) for agent in agents] == [0, 0]
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.wait()
+    assert [(tmp_path / f"met{rank}").read_text() for rank in range(2)] == ["2.0"] * 2
