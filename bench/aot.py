@@ -27,17 +27,9 @@ from dune_fast.kernels.launching import Example, Recorded, recording
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 _NAMES = {
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float8_e4m3fn: "fp8e4nv",
-    torch.bool: "u1",
-    torch.uint8: "u8",
-    torch.int8: "i8",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
+    torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "u1",
+    torch.float8_e4m3fn: "fp8e4nv", torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 
@@ -103,27 +95,18 @@ def specialize(recorded: Recorded) -> Source:
     named = dict(zip((p.name for p in parameters), recorded.args, strict=False)) | recorded.options
     source = Source({}, {}, {}, {key: named.pop(key) for key in _OPTIONS if key in named})
     for parameter in parameters:
-        value = named.pop(parameter.name, parameter.default)
-        if parameter.is_constexpr or value is None or (_is_int(value) and value == 1 and _free(parameter)):
+        value, free = named.pop(parameter.name, parameter.default), not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and free):
             source.signature[parameter.name] = "constexpr"
             source.constants[parameter.name] = value
             continue
+        is_tensor = isinstance(value, torch.Tensor)
         source.signature[parameter.name] = _type(value)
-        aligned = (
-            value.storage_offset() * value.element_size() if isinstance(value, torch.Tensor) else value
-        ) % 16 == 0 and not isinstance(value, bool | float)
-        if aligned and _free(parameter):
+        at = value.storage_offset() * value.element_size() if is_tensor else value
+        if free and type(at) is int and at % 16 == 0:
             source.attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     assert not named, f"{recorded.kernel.__name__} has no parameter {', '.join(named)}"
     return source
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _free(parameter: Any) -> bool:
-    return not parameter.do_not_specialize
 
 
 def _type(value: object) -> str:
@@ -175,31 +158,21 @@ def compile_source(kernel: Any, source: Source, target: str) -> Any:
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """Registers and spilled bytes a thread, shared memory and threads a program."""
-    usage = resource_usage(compiled.asm["cubin"])
+    """Registers and spilled bytes a thread, shared memory and threads a program, by triton's own cuobjdump."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
     return {
         "registers": usage["REG"],
         "spilled": usage["STACK"] + usage["LOCAL"],
         "shared": compiled.metadata.shared,
         "threads": 32 * compiled.metadata.num_warps,
     }
-
-
-def resource_usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, LOCAL, ... of the one function in a cubin."""
-    found = re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", cuobjdump("-res-usage", cubin))
-    return {name: int(value) for name, value in found}
-
-
-def cuobjdump(option: str, cubin: bytes) -> str:
-    """What the cuobjdump that triton brings says about a cubin."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def check_targets(targets: Sequence[str]) -> None:
@@ -220,10 +193,9 @@ def compile_all(targets: Sequence[str], only: str | None = None, quick: bool = F
         ValueError: an unknown target or module, or triton is absent or its interpreter is on.
     """
     check_targets(targets)
-    tasks = []
-    for module in discover(only):
-        tasks += [(module, index) for index in range(1 if quick else len(cases(module)))]
-    return run_all(compile_case, [(module, index, tuple(targets)) for module, index in tasks])
+    counts = {module: 1 if quick else len(cases(module)) for module in discover(only)}
+    tasks = [(module, i, tuple(targets)) for module, count in counts.items() for i in range(count)]
+    return run_all(compile_case, tasks)
 
 
 def run_all(function: Callable[..., list], tasks: Sequence[tuple]) -> list:

@@ -15,8 +15,8 @@ read per block looks for the largest position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -34,9 +34,6 @@ from dune_fast.kernels.teacher_drop import drop_uniforms
 from dune_fast.student import Student, TransformerProjector, split_cls
 from dune_fast.teachers.registry import build_teacher
 from dune_fast.teachers.vit import ViTTeacher
-
-Timer = Callable[[str], AbstractContextManager]
-"""part of a step -> what surrounds it."""
 
 
 def normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -163,35 +160,18 @@ class EagerStep:
         student: trained in place.
         device: where everything goes.
         dtype: of autocast; None for float32.
-        compile: wrap the student and each teacher in `torch.compile`.
-        timer: surrounds the parts of a step.
-        distributed: whether there is a process group, for DistributedDataParallel and the gathering of features.
-            Without one, as for counting on fake tensors, the student runs bare and a copy stands for the gathering.
     """
 
-    def __init__(
-        self,
-        cfg: RunConfig,
-        student: Student,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        compile: bool = False,
-        timer: Timer = lambda part: nullcontext(),
-        distributed: bool = True,
-    ) -> None:
+    def __init__(self, cfg: RunConfig, student: Student, device: torch.device, dtype: torch.dtype | None) -> None:
         teachers = {name: build_teacher(name, teacher) for name, teacher in cfg.teachers.items()}
         check_plain(cfg, student, teachers)
-        self.cfg, self.device, self.dtype, self.timer = cfg, device, dtype, timer
+        self.cfg, self.device, self.dtype = cfg, device, dtype
         patch = cfg.student.patch_size
         self.teachers = {name: EagerTeacher(teacher, patch).to(device).eval() for name, teacher in teachers.items()}
-        self.student = EagerStudent(student.to(device))
-        self.run_teachers = {name: torch.compile(t) if compile else t for name, t in self.teachers.items()}
-        self.run_student = torch.compile(self.student) if compile else self.student
-        self.distributed = distributed
-        if distributed:
-            self.run_student = DistributedDataParallel(
-                self.run_student, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True
-            )
+        self.student = DistributedDataParallel(
+            EagerStudent(student.to(device)), device_ids=[device] if device.type == "cuda" else None,
+            find_unused_parameters=True,
+        )  # fmt: skip
         optimizer = cfg.optimizer
         groups = parameter_groups(student, optimizer.weight_decay)
         self.optimizer = torch.optim.AdamW(
@@ -211,28 +191,20 @@ class EagerStep:
             learning_rate, momentum: of this step.
         """
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            with self.timer("student forward"):
-                projections = self.run_student(images)
-            features = {}
-            for name, teacher in self.run_teachers.items():
-                with self.timer(f"teacher {name}"), torch.no_grad():
-                    features[name] = teacher(images)
-        with self.timer("loss"):
-            losses, parts = self._losses(projections, features, momentum)
-            loss = self._drop(losses, positions, step)
-        with self.timer("backward"):
-            loss.backward()
-        with self.timer("clipping"):
-            self._clip()
-        with self.timer("optimizer"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        with self.timer("metrics"):
-            for value in parts:
-                value.item()
-            return loss.item()
+            projections = self.student(images)
+            with torch.no_grad():
+                features = {name: teacher(images) for name, teacher in self.teachers.items()}
+        losses, parts = self._losses(projections, features, momentum)
+        loss = self._drop(losses, positions, step)
+        loss.backward()
+        self._clip()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for value in parts:
+            value.item()
+        return loss.item()
 
     def _losses(self, projections: dict, features: dict, momentum: float) -> tuple[Tensor, list[Tensor]]:
         """L float32 [T, B], and the metrics."""
@@ -259,11 +231,8 @@ class EagerStep:
 
     def _gather(self, features: Tensor) -> Tensor:
         """Whole features of all ranks [ranks * B, ..., C]."""
-        gathered = [torch.ones_like(features) for _ in range(dist.get_world_size() if self.distributed else 1)]
-        if self.distributed:
-            dist.all_gather(gathered, features.contiguous())
-        else:
-            gathered[0].copy_(features)
+        gathered = [torch.ones_like(features) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, features.contiguous())
         return torch.cat(gathered)
 
     def _drop(self, losses: Tensor, positions: Tensor, step: int) -> Tensor:

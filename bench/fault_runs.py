@@ -1,4 +1,5 @@
-"""The small trainings of `python -m bench.faults`: started, watched, killed, compared with an undisturbed one."""
+"""The small trainings, from shards, of `python -m bench.faults`: started, watched, killed, compared with an undisturbed
+one."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +79,8 @@ class Bench:
 
     work: Path
     draw: random.Random
-    whole: dict[tuple[int, bool], Path] = field(default_factory=dict)
-    """(ranks, from shards) -> folder of the uninterrupted run."""
+    whole: dict[int, Path] = field(default_factory=dict)
+    """Ranks -> folder of the uninterrupted run."""
 
     def __post_init__(self) -> None:
         photos = self.work / "photos"
@@ -87,22 +89,21 @@ class Bench:
             coarse = np.random.default_rng(i).integers(0, 256, (8, 10, 3), dtype=np.uint8)
             Image.fromarray(coarse).resize((100, 80), Image.Resampling.BICUBIC).save(photos / f"{i:02}.jpg")
 
+    @cached_property
     def shards(self) -> Path:
         """The photographs in several tar files."""
-        folder = self.work / "shards"
-        if not folder.exists():
-            dataset = DatasetConfig(root=str(self.work / "photos"))
-            shard_dataset("images", DataConfig({"images": dataset}), folder, ShardSettings(megabytes=0.02), 1)
-        return folder
+        config = DataConfig({"images": DatasetConfig(root=str(self.work / "photos"))})
+        shard_dataset("images", config, self.work / "shards", ShardSettings(megabytes=0.02), 1)
+        return self.work / "shards"
 
-    def start(self, run: Path, ranks: int, more: Sequence[str] = (), sharded: bool = False) -> Started:
+    def start(self, run: Path, ranks: int, more: Sequence[str] = ()) -> Started:
         """Starts a training, or goes on with it."""
         overrides = [
             "+teachers@teachers.one=conv_patchify", "teachers.one.weights=random:1", "teachers.one.num_features=24",
             "+teachers@teachers.two=conv_patchify", "teachers.two.weights=random:2", "teachers.two.num_features=32",
             "teachers.two.patch_size=16", "teachers.two.token_types=[patch]", "student=vit_tiny14", "student.depth=2",
             "student.embed_dim=96", "image_size=56", "data=folder", "data.num_threads=1", f"deepspeed=zero{ranks - 1}",
-            f"data.datasets.images.root='{self.shards() if sharded else self.work / 'photos'}'", "data.read_patience=1",
+            f"data.datasets.images.root='{self.shards}'", "data.read_patience=1",
             "train.global_batch=8", f"train.steps={STEPS}", "train.log_every=1", "train.precision=fp32",
             f"train.checkpoint_every={SAVE_EVERY}", "optimizer.lr_per_256=0.05", "evaluation.held_out=false",
             "logging.tensorboard=false", f"output_dir='{run}'", *more,
@@ -123,26 +124,19 @@ class Bench:
             processes.append(process)
         return Started(processes, logs)
 
-    def finish(self, run: Path, ranks: int, sharded: bool = False) -> Started:
+    def finish(self, run: Path, ranks: int) -> Started:
         """Starts a training and lets it end by itself; Lost if it does not end well."""
-        started = self.start(run, ranks, sharded=sharded)
-        codes = started.wait()
-        if any(codes):
+        started = self.start(run, ranks)
+        if any(codes := started.wait()):
             raise Lost(f"started again, it ended with {codes}: {started.said()}")
         return started
 
-    def reference(self, ranks: int, sharded: bool) -> Path:
-        """The run that nothing happens to, made once."""
-        key = (ranks, sharded)
-        if key not in self.whole:
-            run = self.work / f"whole_{ranks}{'_sharded' if sharded else ''}"
-            self.finish(run, ranks, sharded)
-            self.whole[key] = run
-        return self.whole[key]
-
-    def compare(self, run: Path, ranks: int, sharded: bool) -> None:
-        """Lost unless weights and records are those of the uninterrupted run."""
-        whole = self.reference(ranks, sharded)
+    def compare(self, run: Path, ranks: int) -> None:
+        """Lost unless weights and records are those of a run that nothing happens to, which is made once."""
+        if ranks not in self.whole:
+            self.finish(self.work / f"whole_{ranks}", ranks)
+            self.whole[ranks] = self.work / f"whole_{ranks}"
+        whole = self.whole[ranks]
         ours, theirs = (load_file(folder / "student.safetensors") for folder in (run, whole))
         if wrong := [name for name in theirs if not torch.equal(ours[name], theirs[name])]:
             raise Lost(f"{len(wrong)} of {len(theirs)} tensors differ from those of the uninterrupted run")

@@ -45,7 +45,6 @@ class Fault:
     happen: Callable[[Bench, Path], Happened]
     """Brings it about, in a fresh folder; leaves a run that can be started again and says what was seen."""
     ranks: int = 1
-    sharded: bool = False
 
 
 def kill(bench: Bench, run: Path, count: int = 1, ranks: int = 1, who: int | None = None) -> Happened:
@@ -135,9 +134,8 @@ def damage(bench: Bench, run: Path, spoil: Callable[[Path], None]) -> Happened:
 def flip_bit(folder: Path) -> None:
     """One bit in the middle of the weights' file."""
     path = next(folder.glob("rank_*.safetensors"))
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    content, half = path.read_bytes(), path.stat().st_size // 2
+    path.write_bytes(content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :])
 
 
 def cut_short(folder: Path) -> None:
@@ -153,7 +151,7 @@ def lose_manifest(folder: Path) -> None:
 @contextmanager
 def missing_shard(bench: Bench) -> Iterator[str]:
     """A shard, whose name this gives, is not there."""
-    shard = bench.draw.choice(sorted(bench.shards().glob("**/*.tar")))
+    shard = bench.draw.choice(sorted(bench.shards.glob("**/*.tar")))
     hidden = shard.with_name(shard.name + ".hidden")
     shard.rename(hidden)
     try:
@@ -164,11 +162,11 @@ def missing_shard(bench: Bench) -> Iterator[str]:
 
 def remove_shard(bench: Bench, run: Path) -> Happened:
     """A shard disappears between two starts: the run must refuse to go on without it, not train on other images."""
-    started = bench.start(run, 1, sharded=True)
+    started = bench.start(run, 1)
     bench.wait_for_step(started, run, bench.later_step(run))
     started.kill()
     with missing_shard(bench) as shard:
-        refused = bench.start(run, 1, sharded=True)
+        refused = bench.start(run, 1)
         code, text = refused.wait()[0], refused.text()
     if not code or shard not in text or "Traceback" in text:
         raise Lost(f"without {shard} it ended with {code}: {refused.said()}")
@@ -177,7 +175,7 @@ def remove_shard(bench: Bench, run: Path) -> Happened:
 
 def remove_shard_in_run(bench: Bench, run: Path) -> Happened:
     """A shard disappears under a running training, and is put back once that has ended or gone on."""
-    started = bench.start(run, 1, sharded=True)
+    started = bench.start(run, 1)
     bench.wait_until(started, lambda: newest(run) > 0, "a checkpoint")
     with missing_shard(bench) as shard:
         code = started.wait()[0]
@@ -231,8 +229,8 @@ def faults(kills: int) -> list[Fault]:
         Fault("a bit of a checkpoint flips", lambda bench, run: damage(bench, run, flip_bit)),
         Fault("a checkpoint cut short", lambda bench, run: damage(bench, run, cut_short)),
         Fault("a checkpoint's manifest lost", lambda bench, run: damage(bench, run, lose_manifest)),
-        Fault("a shard removed, then back", remove_shard, sharded=True),
-        Fault("a shard removed in a run", remove_shard_in_run, sharded=True),
+        Fault("a shard removed, then back", remove_shard),
+        Fault("a shard removed in a run", remove_shard_in_run),
         Fault("SIGTERM", lambda bench, run: preempt(bench, run, 1)),
         Fault("SIGTERM for one of two ranks", lambda bench, run: preempt(bench, run, 2), 2),
         Fault("a rank hangs", hang, 2),
@@ -245,8 +243,8 @@ def undergo(bench: Bench, fault: Fault, run: Path) -> tuple[bool, str]:
     try:
         seen = fault.happen(bench, run)
         reached = newest(run)
-        bench.finish(run, fault.ranks, fault.sharded)
-        bench.compare(run, fault.ranks, fault.sharded)
+        bench.finish(run, fault.ranks)
+        bench.compare(run, fault.ranks)
         return True, f"{seen}; went on from step {reached}, ended like the uninterrupted run"
     except Lost as lost:
         return False, f"{seen}; {lost}" if seen else str(lost)

@@ -11,29 +11,154 @@ The status is 0 if everything that ran succeeded, 1 if something failed, 2 witho
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import signal
+import subprocess
 import sys
+import sysconfig
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 
-from bench.gpu_jobs import Job, install_command, installed, jobs
+from bench.gpu_jobs import Job, Outcome, jobs
 from bench.gpu_page import page, read_predicted
-from bench.gpu_runner import ROOT, Outcome, now, run_job
 from bench.gpu_targets import read_record
 from bench.records import RESULTS, folder_name, versions, write_json, write_text
 
-REQUIRED = ("numpy", "torch", "triton", "rich", "matplotlib", "pytest")
+ROOT = Path(__file__).resolve().parents[1]
+GRACE = 15.0
+"""Seconds between the interrupt, at which pytest still sums up, and the kill."""
+TAIL = 15
+"""Last lines of a failed job's output that are kept."""
 NO_GPU = (
     "bench.gpu measures on a CUDA GPU and found none; without one, `python -m pytest tests` checks the kernels in "
-    "Triton's interpreter, `python -m bench.kernels --aot sm_90` compiles them for an H100, and `python -m bench.step "
-    "--count` counts what a step launches, reads and holds."
+    "Triton's interpreter, and `python -m bench.kernels --aot sm_90` compiles them for an H100."
 )
+
+
+def run_job(job: Job, seconds: float, folder: Path, outcome: Outcome) -> None:
+    """Runs a job in a process group of its own, of which nothing is left afterwards; notes how it ended.
+
+    Args:
+        job: which.
+        seconds: its limit.
+        folder: of the device: its name and place say where results go, its `logs` keep output.
+        outcome: changed in place.
+    """
+    log = folder / "logs" / f"{job.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    tests = job.arguments[0] == "pytest"
+    more = ("-rfEs", "-o", "faulthandler_timeout=120") if tests else ("--output", str(folder.parent))
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    began = time.monotonic()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *job.arguments, *more], cwd=ROOT, env=environment | {"PYTHONUNBUFFERED": "1"},
+            start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        timer = threading.Timer(seconds, _end, [process])
+        timer.start()
+        outcome.status = "failed"
+        try:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                say(line.decode(errors="replace").rstrip("\n"))
+            status = process.wait()
+            if time.monotonic() - began >= seconds:
+                outcome.reason = f"ended at its limit of {seconds / 60:.1f} minutes; what it had written is kept"
+            elif status:
+                outcome.reason = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+            else:
+                outcome.status = "done"
+        except KeyboardInterrupt:
+            outcome.reason = "interrupted"
+            raise
+        finally:
+            timer.cancel()
+            _end(process)
+            process.stdout.close()
+            outcome.seconds = round(time.monotonic() - began, 1)
+            lines = tail(log, folder.parent)
+            outcome.last = lines[-1] if lines else ""
+            outcome.tail = [] if outcome.status == "done" else lines
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Interrupts what still runs, then kills the whole group."""
+    try:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with suppress(ProcessLookupError):  # nothing is left of its group
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def tail(log: Path, output: Path) -> list[str]:
+    """The last lines of a log, without escape sequences and without where this machine keeps code and results."""
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", log.read_text(errors="replace"))
+    python = (sysconfig.get_path(name) for name in ("purelib", "stdlib", "data"))
+    for place in (*map(str, python), str(output), str(ROOT), str(Path.home())):
+        if place != "/":
+            text = text.replace(f"{place}/", "")
+    return [line.rstrip()[:300] for line in text.splitlines() if line.strip()][-TAIL:]
+
+
+def run_all(everything: Sequence[Job], chosen: Sequence[Job], device: dict, folder: Path, deadline: float) -> bool:
+    """Runs what fits into the time until `deadline` (monotonic), in order; whether all of it succeeded."""
+    good, without_time = True, []
+    for i, job in enumerate(chosen, 1):
+        left = deadline - time.monotonic()
+        if job.minutes * 60 > left:
+            without_time.append(job)
+            continue
+        limit = min(job.limit * 60, left)
+        say(
+            f"\n=== {i} of {len(chosen)}, part {job.part}: {job.about}; about {job.minutes:g} minutes, at most "
+            f"{limit / 60:.1f}\n=== {job.command}"
+        )
+        outcome = Outcome(job.name, job.command, _now(), device["commit"])
+        good &= keep(outcome, everything, device, folder)  # what is killed without a word has said that it runs
+        try:
+            run_job(job, limit, folder, outcome)
+        finally:
+            good &= keep(outcome, everything, device, folder) and outcome.status == "done"
+            say(f"=== {job.name}: {outcome.status} {outcome.reason} ({outcome.seconds / 60:.1f} minutes)")
+    if without_time:
+        say("\nNot run, the minutes were used up; to run them later:")
+        for job in without_time:
+            say(f"  part {job.part}, {job.minutes:g} minutes: {job.command}")
+    return good
+
+
+def keep(outcome: Outcome, everything: Sequence[Job], device: dict, folder: Path) -> bool:
+    """Puts an outcome into the folder and writes the page anew; whether that could be written."""
+    record = read_record(folder)
+    record["device"] = {**device, "date": _now()}
+    record["jobs"][outcome.name] = asdict(outcome)
+    write_json(folder / "gpu.json", record)
+    try:
+        write_text(folder / "README.md", page(folder, everything, read_predicted()))
+    except Exception:  # a result that cannot be read must not cost the measurements that are still to come
+        say(f"the page could not be written:\n{traceback.format_exc()}")
+        return False
+    return True
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def describe_device() -> dict | None:
@@ -44,110 +169,23 @@ def describe_device() -> dict | None:
         return None
     from dune_fast.engine.provenance import driver_version, git_state
 
-    found = torch.cuda.get_device_properties(0)
-    git = git_state(ROOT)
+    found, git = torch.cuda.get_device_properties(0), git_state(ROOT)
+    changed = git and [path for path in git["changed"] or () if not path.startswith("bench/results/")]
     return {
         "name": found.name,
-        "folder": folder_name(found.name),
         "memory": found.total_memory,
         "capability": f"{found.major}.{found.minor}",
         "multiprocessors": found.multi_processor_count,
         "driver": driver_version() or "unknown",
         "versions": versions(),
-        "commit": source(git) if git else "",
+        "commit": git["commit"][:12] + (" + changes" if changed else "") if git else "",
     }
-
-
-def source(git: dict) -> str:
-    """Commit, and whether any file differs from it; results do not count."""
-    changed = [path for path in git["changed"] or () if not path.startswith("bench/results/")]
-    return git["commit"][:12] + (" + changes" if changed else "")
 
 
 def in_own_process(function: Callable[[], dict | None]) -> dict | None:
     """A function's result; its process ends, and with it what it held of the device."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function).result()
-
-
-@dataclass
-class Session:
-    """One call of the command."""
-
-    folder: Path
-    """Of the device."""
-    device: dict
-    jobs: Sequence[Job]
-    """All that there are; the page lists them."""
-    deadline: float
-    """On the monotonic clock."""
-    broken: bool = False
-    """Whether the page could not be written."""
-
-    def run(self, chosen: Sequence[Job]) -> list[Outcome]:
-        """Runs what fits into the time that is left, in order."""
-        outcomes, without_time = [], []
-        for i, job in enumerate(chosen, 1):
-            left = self.deadline - time.monotonic()
-            if not job.missing and job.minutes * 60 > left:
-                without_time.append(job)
-                continue
-            limit = min(job.limit * 60, max(left, 0))
-            say(
-                f"\n=== {i} of {len(chosen)}, part {job.part}: {job.about}; about {job.minutes:g} minutes, at most "
-                f"{limit / 60:.1f}\n=== {job.command}"
-            )
-            outcome = run_job(job, limit, self.folder, self.device["commit"], self.keep)
-            outcomes.append(outcome)
-            reason = f": {outcome.reason}" if outcome.reason else ""
-            say(f"=== {job.name}: {outcome.status}{reason} ({outcome.seconds / 60:.1f} minutes)")
-        if without_time:
-            say("\nNot run, the minutes were used up; to run them later:")
-            for job in without_time:
-                say(f"  part {job.part}, {job.minutes:g} minutes: {job.command}")
-        return outcomes
-
-    def keep(self, outcome: Outcome) -> None:
-        """Puts an outcome into the folder and writes the page anew; a skipped job leaves an earlier result alone."""
-        record = read_record(self.folder)
-        record["device"] = {**self.device, "date": now()}
-        if outcome.status != "skipped" or outcome.name not in record["jobs"]:
-            record["jobs"][outcome.name] = asdict(outcome)
-        write_json(self.folder / "gpu.json", record)
-        try:
-            write_text(self.folder / "README.md", page(self.folder, self.jobs, read_predicted()))
-        except Exception:  # a result that cannot be read must not cost the measurements that are still to come
-            self.broken = True
-            say(f"the page could not be written:\n{traceback.format_exc()}")
-
-
-def overview(everything: Sequence[Job]) -> str:
-    """A line a job."""
-    lines = []
-    for job in everything:
-        missing = f"   skipped, needs: {install_command(job.missing)}" if job.missing else ""
-        lines.append(f"{job.part:4}  {job.minutes:3g} min  {job.about}\n                {job.command}{missing}")
-    return "part  estimate\n" + "\n".join(lines)
-
-
-def select(everything: Sequence[Job], parts: Sequence[int]) -> list[Job]:
-    """Jobs of the given parts, all if none is given; ValueError for a part that there is not."""
-    known = {job.part for job in everything}
-    if unknown := sorted(set(parts) - known):
-        raise ValueError(f"there is no part {', '.join(map(str, unknown))}; --list shows 1 to {max(known)}")
-    return [job for job in everything if not parts or job.part in parts]
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=25, help="for everything together (default: 25)")
-    parser.add_argument("--part", type=int, action="append", default=[], metavar="N", help="this alone; repeatable")
-    parser.add_argument("--list", action="store_true", help="show the parts and what they run")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="results go to a folder of the device in here")
-    return parser.parse_args(argv)
 
 
 def say(text: str) -> None:
@@ -169,35 +207,40 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def main(argv: Sequence[str] | None = None, describe: Callable[[], dict | None] = describe_device) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    args = parse(argv)
-
-    began = time.monotonic()
-    try:
-        select(jobs(), args.part)
-        if args.list:
-            say(overview(jobs()))
-            return 0
-        if missing := [name for name in REQUIRED if not installed(name)]:
-            raise ValueError(f"bench.gpu needs {', '.join(missing)}: {install_command(missing)}")
-        if (device := in_own_process(describe)) is None:
-            raise ValueError(NO_GPU)
-    except ValueError as error:
-        say(str(error))
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=25, help="for everything together (default: 25)")
+    parser.add_argument("--part", type=int, action="append", default=[], metavar="N", help="this alone; repeatable")
+    parser.add_argument("--list", action="store_true", help="show the parts and what they run")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="results go to a folder of the device in here")
+    args = parser.parse_args(argv)
+    deadline = time.monotonic() + args.minutes * 60
+    known = {job.part for job in jobs()}
+    if unknown := sorted(set(args.part) - known):
+        say(f"there is no part {', '.join(map(str, unknown))}; --list shows 1 to {max(known)}")
         return 2
-    everything = jobs(device["memory"])
-    folder = args.output.resolve() / device["folder"]
-    session = Session(folder, device, everything, began + args.minutes * 60)
+    if args.list:
+        say("part  estimate")
+        for job in jobs():
+            say(f"{job.part:4}  {job.minutes:3g} min  {job.about}\n                {job.command}")
+        return 0
+    if (device := in_own_process(describe_device)) is None:
+        say(NO_GPU)
+        return 2
+    everything, folder = jobs(device["memory"]), args.output.resolve() / folder_name(device["name"])
     say(f"{device['name']}, {device['versions']}: results go to {folder}")
     try:
         with interruptible():
-            outcomes = session.run(select(everything, args.part))
+            chosen = [job for job in everything if not args.part or job.part in args.part]
+            good = run_all(everything, chosen, device, folder, deadline)
     except KeyboardInterrupt:
         say(f"interrupted; what was measured so far: {folder / 'README.md'}")
         return 130
     say(f"\nthe page with everything measured here: {folder / 'README.md'}")
-    return 1 if session.broken or any(outcome.status == "failed" for outcome in outcomes) else 0
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ reading them, and inputs rotate among several sets. Medians and the 20th and 80t
 implementation that fails its check against float64 is not timed, and the status is 1.
 
 `--aot sm_80,sm_90,sm_100` compiles everything without a GPU instead and prints registers, spills and shared memory;
-the status is 1 if anything spills or does not compile. `--aot sm_90 --predict` predicts times from the machine code
-(bench/predict.py), beside measured ones where bench/results has some; the status is 1 if a launch does not compile.
+the status is 1 if anything spills or does not compile. `--aot sm_90 --predict` predicts times from the compiled code
+(bench/predict.py); the status is 1 if a launch does not compile.
 """
 
 from __future__ import annotations
@@ -29,15 +29,12 @@ from bench.kernel_cases import (
     Operation,
     Shape,
     check,
-    counted_flops,
     draw_upstream,
     moved_bytes,
     run_both,
     select,
 )
-from bench.plots import plot_roofline
-from bench.predict import predict_all
-from bench.predict_report import TARGET_PERCENT, launch_table, total_table, totals, write_predictions
+from bench.predict import TARGET, predict_all, totals, write_predictions
 from bench.records import RESULTS, Row, folder_name, versions, write_rows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -66,17 +63,16 @@ class Stopwatch:
     def time(self, calls: Sequence[Callable[[], object]], repetitions: int = REPETITIONS) -> tuple[float, float, float]:
         """(median, 20th, 80th percentile) in microseconds of one call, the calls taking turns."""
         enqueue = 0.0
-        for _ in range(WARM_UP):
-            for call in calls:
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                call()
-                enqueue = time.perf_counter() - start
+        for call in calls * WARM_UP:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            enqueue = time.perf_counter() - start
         # the spin outlasts the host's work twice over, at clocks up to 2 GHz
         spin = int(2e9 * (2 * enqueue + 2e-4))
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
         for i, (start, end) in enumerate(events):
-            self.flush()
+            torch.amax(self.other, 0, out=self.largest)  # fills the cache with clean lines that nobody else reads
             torch.cuda._sleep(spin)
             start.record()
             calls[i % len(calls)]()
@@ -85,10 +81,6 @@ class Stopwatch:
         times = torch.tensor([start.elapsed_time(end) * 1e3 for start, end in events])
         low, median, high = times.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
         return median, low, high
-
-    def flush(self) -> None:
-        """Fills the L2 cache with clean lines of a buffer that nobody else reads."""
-        torch.amax(self.other, 0, out=self.largest)
 
     def copy_bandwidth(self) -> float:
         """GB/s of a copy of 1 GiB, bytes read and written."""
@@ -99,17 +91,11 @@ class Stopwatch:
 
 
 def measure(
-    operation: Operation,
-    shape: Shape,
-    dtype: torch.dtype,
-    stopwatch: Stopwatch,
-    copy_gb_s: float,
-    skip: Sequence[str],
+    operation: Operation, shape: Shape, dtype: torch.dtype, stopwatch: Stopwatch, copy_gb_s: float, skip: Sequence[str],
     report: Callable[[str], None],
-) -> tuple[list[Row], bool]:
-    """Checks, then times every implementation of one operation; (rows, whether all were right)."""
-    label = f"{operation.name} {str(dtype)[6:]} {'x'.join(map(str, shape))}"
-    rows, correct = [], True
+) -> tuple[list[Row], bool]:  # fmt: skip
+    """Checks, then times every implementation of one operation; (rows, whether ours was right)."""
+    label, rows, correct = f"{operation.name} {str(dtype)[6:]} {'x'.join(map(str, shape))}", [], True
     size = moved_bytes(operation, shape, dtype, backward=False)
     copies = min(8, max(2, -(-4 * stopwatch.l2_bytes // max(size, 1 << 20))))
     for name, call in operation.implementations(skip).items():
@@ -118,36 +104,24 @@ def measure(
         upstream = draw_upstream(operation, sets[0])
         try:
             errors = list(check(operation, call, sets[0], upstream))
+            wrong = [f"error {error:.1e} of {allowed:.1e}" for error, allowed in errors if not error <= allowed]
         except Exception as error:  # the others are still worth measuring
-            report(f"{label} {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
-            correct = correct and name != "ours"
-            continue
-        wrong = [f"{error:.1e} of {allowed:.1e}" for error, allowed in errors if not error <= allowed]
+            wrong = [f"{type(error).__name__}: {str(error).splitlines()[0]}"]
         if wrong:
-            report(f"{label} {name}: error {', '.join(wrong)}")
-            correct = correct and name != "ours"
+            report(f"{label} {name}: {', '.join(wrong)}")
+            correct &= name != "ours"
             continue
         for backward in (False, True) if upstream else (False,):
             calls = [
                 (lambda x=x: run_both(call, x, upstream)) if backward else (lambda x=x: call(*x))  # noqa: B023
                 for x in sets
             ]
-            row = Row(
-                operation.name,
-                "forward+backward" if backward else "forward",
-                str(dtype)[6:],
-                "x".join(map(str, shape)),
-                name,
-                *stopwatch.time(calls),
-                moved_bytes(operation, shape, dtype, backward),
-                counted_flops(operation, shape, backward),
-                copy_gb_s,
-                stopwatch.device_name,
-                versions(),
-            )
+            about = operation.name, "forward+backward" if backward else "forward", *label.split()[1:], name
+            size = moved_bytes(operation, shape, dtype, backward)
+            row = Row(*about, *stopwatch.time(calls), size, copy_gb_s, stopwatch.device_name, versions())
             report(
                 f"{label} {row.passes:16} {name:8} {row.median_us:9.1f} us ({row.p20_us:.1f} to {row.p80_us:.1f})  "
-                f"{row.gb_s:6.0f} GB/s  {row.percent_of_copy:5.1f} % of a copy"
+                f"{row.percent_of_copy:5.1f} % of a copy"
             )
             rows.append(row)
     return rows, correct
@@ -166,37 +140,32 @@ def bench(args: argparse.Namespace, console: Console) -> int:
     if not operations:
         raise ValueError("no --shape is for this operation: those on images take IMAGES,3,SIDE, the others do not")
     if not torch.cuda.is_available():
-        console.print(
+        raise ValueError(
             "bench.kernels measures on a GPU and found none; `python -m bench.kernels --aot sm_90` compiles the "
             "kernels without one."
         )
-        return 2
     stopwatch = Stopwatch()
     copy_gb_s = stopwatch.copy_bandwidth()
     console.print(f"{stopwatch.device_name}, {versions()}: a copy reaches {copy_gb_s:.0f} GB/s")
-    everything, correct = [], True
-    folder = args.output / folder_name(stopwatch.device_name)
+    correct, path = True, args.output / folder_name(stopwatch.device_name) / "kernels.csv"
     for operation in operations:
-        rows = []
         for dtype in args.dtype:
             for shape in shapes_of(operation, args.shape):
-                new, right = measure(operation, shape, dtype, stopwatch, copy_gb_s, args.skip, console.print)
-                rows, correct = rows + new, correct and right
+                rows, right = measure(operation, shape, dtype, stopwatch, copy_gb_s, args.skip, console.print)
+                write_rows(path, rows)  # now: what cuts the run short takes no numbers along
+                correct &= right
                 torch.cuda.empty_cache()
-        everything = write_rows(folder / "kernels.csv", rows)  # now: what cuts the run short takes no numbers along
-    if any(row.bytes for row in everything):
-        plot_roofline(folder / "kernels.png", everything)
-    console.print(f"written to {folder}")
+    console.print(f"written to {path}")
     return 0 if correct else 1
 
 
 def aot_table(lines: Sequence[Resources]) -> Table:
     """One line a kernel and target: the most of everything over its cases, and the cases that fail."""
-    table = Table("kernel", "target", "cases", "registers", "spilled", "shared", "threads", box=None)
+    columns = ("registers", "spilled", "shared", "threads")
+    table = Table("kernel", "target", "cases", *columns, box=None)
     groups: dict[tuple[str, str, str], list[Resources]] = {}
     for line in lines:
         groups.setdefault((line.module, line.kernel, line.target), []).append(line)
-    columns = ("registers", "spilled", "shared", "threads")
     for (module, kernel, target), group in sorted(groups.items()):
         most = [str(max(getattr(line, name) for line in group)) for name in columns]
         table.add_row(f"{module}.{kernel}", target, str(len(group)), *most)
@@ -207,12 +176,6 @@ def aot(args: argparse.Namespace, console: Console) -> int:
     """Compiles ahead of time; returns the exit status."""
     start = time.perf_counter()
     lines = compile_all(args.aot.split(","), args.only, args.quick)
-    if args.verbose:
-        for line in lines:
-            console.print(
-                f"{line.module}.{line.kernel:28} {line.case:36} {line.target:7} {line.registers:4} registers "
-                f"{line.spilled:4} B spilled {line.shared:7} B shared {line.threads:5} threads"
-            )
     console.print(aot_table(lines))
     bad = [line for line in lines if not line.ok]
     for line in bad:
@@ -225,28 +188,30 @@ def aot(args: argparse.Namespace, console: Console) -> int:
 
 def predict(args: argparse.Namespace, console: Console) -> int:
     """Predictions for the operations, of ViT-B and L at 336 pixels unless shapes are given; returns the exit status."""
+    if args.aot != TARGET:
+        raise ValueError(f"predictions are for an H100: --aot {TARGET} --predict")
     start = time.perf_counter()
+    operations = {operation.name: operation for operation in select(args.only)}
     tasks = [
-        (operation.name, shape, dtype)
-        for operation in select(args.only)
+        (name, shape, dtype)
+        for name, operation in operations.items()
         for dtype in args.dtype
         for shape in shapes_of(operation, args.shape or PREDICTED)
     ]
-    lines = predict_all(tasks, args.aot)
-    console.print(launch_table(lines))
-    if any(line.work and line.work.unknown for line in lines):
-        console.print("* has branches that depend on data, which count as not skipped; ** loops too, which count once")
-    found = totals(lines, args.output)
-    console.print(total_table(found))
-    below = [line for line in found if line.below]
-    for line in below:
-        case = f"{line.operation} {line.passes} {line.dtype} {line.shape}"
-        console.print(f"below {TARGET_PERCENT:.0f} %: {case}, {line.percent:.0f} %, limited by {line.limit}")
+    lines = predict_all(tasks)
+    table = Table("operation", "passes", "type", "shape", "us", "% of a copy", "limited by", "goal", box=None)
+    for *case, us, percent, limit in totals(lines):
+        goal = operations[case[0]].goal
+        verdict = f"{goal} {'met' if percent >= goal else 'below'}" if goal else ""
+        table.add_row(*case, f"{us:.1f}", f"{percent:.0f}", limit, verdict)
+    console.print(table)
+    failed = [line for line in lines if line["error"]]
+    for line in failed:
+        console.print(" ".join(line.values()))
     if args.csv:
         write_predictions(args.csv, lines)
-    failed = [line for line in lines if line.error]
     seconds = time.perf_counter() - start
-    console.print(f"{len(lines)} launches in {seconds:.0f} s, {len(below)} below target, {len(failed)} do not compile")
+    console.print(f"{len(lines)} launches in {seconds:.0f} s, {len(failed)} do not compile")
     return 1 if failed else 0
 
 
@@ -254,21 +219,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.split("\n\n")[0])
     parser.add_argument("--aot", metavar="TARGETS", help=f"compile for these instead, of {','.join(TARGETS)}")
-    parser.add_argument("--predict", action="store_true", help="with --aot of one target: times, from the machine code")
+    parser.add_argument("--predict", action="store_true", help="with --aot sm_90: times, from compiled code")
     parser.add_argument("--csv", type=Path, help="with --predict: write every launch there")
     parser.add_argument("--quick", action="store_true", help="with --aot: the first case of each file alone")
-    parser.add_argument("--verbose", action="store_true", help="with --aot: a line for every case")
     parser.add_argument("--only", metavar="NAME", help="one operation, or all of one file of kernels/")
     parser.add_argument("--dtype", type=_dtypes, default=_dtypes("bfloat16,float32"), help="comma-separated")
-    parser.add_argument(
-        "--shape",
-        type=_shape,
-        action="append",
-        help="IMAGES,TOKENS,CHANNELS, or for operations on images IMAGES,3,SIDE; repeatable",
-    )
-    parser.add_argument(
-        "--skip", type=lambda text: text.split(","), default=[], help="implementations to leave out: compile,liger"
-    )
+    shapes = "IMAGES,TOKENS,CHANNELS, or for operations on images IMAGES,3,SIDE; repeatable"
+    parser.add_argument("--shape", type=_shape, action="append", help=shapes)
+    parser.add_argument("--skip", type=lambda text: text.split(","), default=[], help="eager,compile: not measured")
     parser.add_argument("--output", type=Path, default=RESULTS, help="results go to a folder of the device in here")
     return parser.parse_args(argv)
 
@@ -288,13 +246,11 @@ def _shape(text: str) -> Shape:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Entry point; returns the exit status, 2 for what cannot be done."""
     args = parse(argv)
     console = Console(highlight=False, width=220, soft_wrap=True)
     try:
-        if args.predict and not args.aot:
-            raise ValueError("--predict needs --aot and one target, as in --aot sm_90")
-        return predict(args, console) if args.predict else aot(args, console) if args.aot else bench(args, console)
+        return (predict if args.predict else aot if args.aot else bench)(args, console)
     except ValueError as error:
         console.print(str(error))
         return 2

@@ -1,4 +1,4 @@
-"""What `python -m bench.step` measures with: times of a step's parts, launches, gaps, host reads, memory, ceilings."""
+"""What a step is measured with: times, launches and gaps, waits of the host, memory, the matrix rate."""
 
 from __future__ import annotations
 
@@ -7,50 +7,28 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from itertools import pairwise
 from unittest import mock
 
 import torch
-from torch import Tensor
-
-from dune_fast.kernels.fp8 import E4M3
-
-TOP_KERNELS = 25
 
 
-class PartTimer:
-    """Times named parts of a step without waiting for the device: `with timer("backward"): ...`.
-
-    On a GPU by CUDA events on the current stream, on a CPU by the clock. Calls may be nested; each part counts its own
-    span.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self._spans: list[tuple[str, object, object]] = []
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self._spans.append((part, start, self._now()))
-
-    def collect(self) -> list[tuple[str, float]]:
-        """(part, milliseconds) of every span since the last call; waits for the device."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
-            times = [(part, start.elapsed_time(end)) for part, start, end in self._spans]
-        else:
-            times = [(part, (end - start) * 1e3) for part, start, end in self._spans]
-        self._spans.clear()
-        return times
-
-    def _now(self) -> object:
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+def time_calls(call: Callable[[int], object], numbers: Sequence[int], device: torch.device) -> list[float]:
+    """Milliseconds of call(i) for every i of `numbers`: on a GPU by CUDA events, without waiting in between."""
+    if device.type != "cuda":
+        marks = [time.perf_counter()]
+        for i in numbers:
+            call(i)
+            marks.append(time.perf_counter())
+        return [(end - start) * 1e3 for start, end in pairwise(marks)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(numbers) + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for i, event in zip(numbers, events[1:], strict=True):
+        call(i)
         event.record()
-        return event
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in pairwise(events)]
 
 
 def merged_length(intervals: Sequence[tuple[float, float]]) -> float:
@@ -62,26 +40,12 @@ def merged_length(intervals: Sequence[tuple[float, float]]) -> float:
     return total
 
 
-@dataclass
-class Profile:
-    """One step as the profiler saw it."""
-
-    kernels: int
-    """Kernels and copies that ran on the device."""
-    launches: int
-    """Launches by the host; a CUDA graph is one."""
-    gap_share: float
-    """Share of the step in which nothing ran on the device."""
-    top: list[tuple[str, int, float]] = field(default_factory=list)
-    """(kernel, calls, milliseconds), the longest first."""
-
-
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 """How the names of calls that launch begin: "ExC", "Ex" and, depending on CUDA, a version follow."""
 
 
-def profile(step: Callable[[], object]) -> Profile:
-    """Runs one step under torch's profiler; CUDA only."""
+def profile(step: Callable[[], object]) -> tuple[int, float]:
+    """(launches by the host, share of the time in which nothing ran on the device) of one step; CUDA only."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
@@ -89,21 +53,14 @@ def profile(step: Callable[[], object]) -> Profile:
     with torch_profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         step()
         torch.cuda.synchronize()
-    on_device, launches = [], 0
+    intervals, launches = [], 0
     for event in trace.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            if not getattr(event, "is_user_annotation", False):
-                on_device.append(event)
-        elif event.name.startswith(_LAUNCHES):
-            launches += 1
-    intervals = [(event.time_range.start, event.time_range.end) for event in on_device]
+        if event.device_type != torch.autograd.DeviceType.CUDA:
+            launches += event.name.startswith(_LAUNCHES)
+        elif not getattr(event, "is_user_annotation", False):
+            intervals.append((event.time_range.start, event.time_range.end))
     span = max(end for _, end in intervals) - min(start for start, _ in intervals)
-    totals: dict[str, tuple[int, float]] = {}
-    for event in on_device:
-        calls, milliseconds = totals.get(event.name, (0, 0.0))
-        totals[event.name] = calls + 1, milliseconds + event.time_range.elapsed_us() / 1e3
-    top = sorted(((name, *counted) for name, counted in totals.items()), key=lambda line: -line[2])[:TOP_KERNELS]
-    return Profile(len(on_device), launches, 1 - merged_length(intervals) / span, top)
+    return launches, 1 - merged_length(intervals) / span
 
 
 @contextmanager
@@ -140,46 +97,17 @@ def host_syncs(step: Callable[[], object]) -> int:
     return len(waits) + sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
-def peak_memory(step: Callable[[], object], own: int) -> int:
-    """Bytes at the peak of one step, of which `own` are what the variant holds between steps."""
+def peak_memory(step: Callable[[], object]) -> int:
+    """Bytes of all tensors at the peak of one step."""
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before + own
+    return torch.cuda.max_memory_allocated()
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 8192, repetitions: int = 20) -> float:
-    """TFLOP/s of a large matrix product on random numbers: the ceiling that steps are compared with.
-
-    Args:
-        device: where.
-        dtype: of the factors, bf16 or fp32; float8_e4m3fn measures `torch._scaled_mm` with row-wise scales.
-        size: rows and columns of both factors.
-        repetitions: of which the median counts.
-    """
-    a, b = (torch.randn(size, size, device=device) for _ in range(2))
-
-    def multiply() -> Tensor:
-        return a @ b
-
-    if dtype == E4M3:
-        ones = torch.ones(size, 1, device=device)
-        x, y = a.to(E4M3), b.to(E4M3).t()
-
-        def multiply() -> Tensor:
-            return torch._scaled_mm(  # as `FP8Linear` calls it
-                x, y, scale_a=ones, scale_b=ones.t(), out_dtype=torch.bfloat16, use_fast_accum=True
-            )
-
-    else:
-        a, b = a.to(dtype), b.to(dtype)
-    timer = PartTimer(device)
-    for _ in range(3):
-        multiply()
-    timer.collect()
-    for _ in range(repetitions):
-        with timer("product"):
-            multiply()
-    return 2 * size**3 / statistics.median(ms for _, ms in timer.collect()) / 1e9
+    """TFLOP/s of a product of two size x size matrices, the median: the ceiling that steps are compared with."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = time_calls(lambda i: a @ b, range(3 + repetitions), device)[3:]
+    return 2 * size**3 / statistics.median(times) / 1e9

@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.eager_step import EagerStep, Timer
+from bench.eager_step import EagerStep
 from dune_fast.dali_pipelines.loader import Batch
-from dune_fast.distill.step import DistillationStep
 from dune_fast.engine.config import RunConfig
-from dune_fast.engine.deepspeed_engine import Engine
 from dune_fast.engine.devices import autocast_dtype
 from dune_fast.engine.schedules import ema_momenta, learning_rates, scaled_learning_rate
 from dune_fast.engine.trainer import Trainer
@@ -82,27 +80,23 @@ class Variant:
     name: str
     about: str
     eager: bool = False
-    compile: bool = False
     teachers: Mapping[str, object] = field(default_factory=dict)
     """What it changes in every teacher's configuration."""
     route: bool = False
     """Data sharing "none", and each teacher on its own images only."""
     train: Mapping[str, object] = field(default_factory=dict)
     """What it changes in `train`."""
-    gpu_only: bool = False
 
 
 _LEAN = {"stream": "bf16", "epilogue_gelu": True}
 _FP8 = {"precision": "fp8", "stream": "bf16"}
 VARIANTS = (
     Variant("eager", "plain PyTorch, published structure", eager=True),
-    Variant("eager+compile", "the same, student and teachers under torch.compile", eager=True, compile=True),
     Variant("ours", "this project as configured, bf16"),
     Variant("ours+lean", "the same, teachers with a bf16 stream and GELU in the product's epilogue", teachers=_LEAN),
     Variant("ours+fp8", "the same with FP8 teachers, bf16 stream", teachers=_FP8),
     Variant("ours+routing", "the same, each teacher on its own images", route=True),
     Variant("ours+bf16stream", "the same, the student's tokens in bf16", train={"student_stream": "bf16"}),
-    Variant("ours+stream", "the same, teachers on a second stream", train={"overlap_teachers": True}, gpu_only=True),
 )
 
 
@@ -127,32 +121,19 @@ def configure(cfg: RunConfig, variant: Variant) -> RunConfig:
     return cfg
 
 
-def build(cfg: RunConfig, variant: Variant, loader: SyntheticLoader, timer: Timer) -> Step:
-    """A step that can be called; weights are the same for every variant.
-
-    Args:
-        cfg: from `synthetic_config`.
-        variant: what to build.
-        loader: of its images.
-        timer: surrounds the parts of a step.
-    """
+def build(cfg: RunConfig, variant: Variant, loader: SyntheticLoader) -> Step:
+    """A step that can be called, of a configuration from `synthetic_config`; weights are the same for every variant."""
     cfg = configure(copy.deepcopy(cfg), variant)
-    return _eager(cfg, variant, loader, timer) if variant.eager else _ours(cfg, loader, timer)
+    return _eager(cfg, loader) if variant.eager else _ours(cfg, loader)
 
 
-def schedules(cfg: RunConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Learning rate and momentum of the statistics at every step."""
+def _eager(cfg: RunConfig, loader: SyntheticLoader) -> Step:
+    student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
+    eager = EagerStep(cfg, student, loader.device, autocast_dtype(cfg.train.precision, loader.device))
     optimizer, norms = cfg.optimizer, cfg.standardization
     peak = scaled_learning_rate(optimizer.lr_per_256, cfg.train.global_batch)
     rates = learning_rates(cfg.steps, peak, optimizer.min_lr, optimizer.warmup_fraction)
-    return rates, ema_momenta(cfg.steps, norms.ema_start, norms.ema_end)
-
-
-def _eager(cfg: RunConfig, variant: Variant, loader: SyntheticLoader, timer: Timer) -> Step:
-    student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
-    dtype = autocast_dtype(cfg.train.precision, loader.device)
-    eager = EagerStep(cfg, student, loader.device, dtype, variant.compile, timer)
-    rates, momenta = schedules(cfg)
+    momenta = ema_momenta(cfg.steps, norms.ema_start, norms.ema_end)
 
     def step(i: int) -> Tensor:
         batch = loader[i]
@@ -161,38 +142,15 @@ def _eager(cfg: RunConfig, variant: Variant, loader: SyntheticLoader, timer: Tim
     return step
 
 
-def _ours(cfg: RunConfig, loader: SyntheticLoader, timer: Timer) -> Step:
+def _ours(cfg: RunConfig, loader: SyntheticLoader) -> Step:
     """The trainer's own step: what a user's run does between two batches."""
     with tempfile.TemporaryDirectory() as folder:
         cfg = dataclasses.replace(cfg, output_dir=folder)
         with mock.patch("dune_fast.engine.trainer.TrainLoader", lambda *_, **__: loader):
             trainer = Trainer(cfg)
-    time_parts(trainer.distill, trainer.engine, timer)
-    trainer.distill = timed(trainer.distill, timer, "forward")
 
     def step(i: int) -> Tensor:
         trainer.step = i
         return trainer.train_step(loader[i])["loss"]
 
     return step
-
-
-def timed(function: Callable, timer: Timer, part: str | Callable[..., str]) -> Callable:
-    """The function within the timer's part, which may depend on the arguments."""
-
-    def call(*args: object, **kwargs: object) -> object:
-        with timer(part if isinstance(part, str) else part(*args)):
-            return function(*args, **kwargs)
-
-    return call
-
-
-def time_parts(distill: DistillationStep, engine: Engine, timer: Timer) -> None:
-    """Surrounds student, each teacher, backward pass and update."""
-    teachers = distill.teachers
-    distill.student = timed(engine, timer, "student forward")
-    teachers._features = timed(
-        teachers._features, timer, lambda readers, *_: "teacher " + "+".join(t.name for t in readers)
-    )
-    engine.backward = timed(engine.backward, timer, "backward")
-    engine.step = timed(engine.step, timer, "optimizer")

@@ -29,10 +29,11 @@ from bench.proof.cells import (
     stereo_folder,
 )
 from bench.proof.scenes import Sources, make_scenes
-from bench.proof.table import write_page
+from bench.proof.table import with_table, write_page
 
 logger = logging.getLogger("bench.proof")
 RESULTS = Path(__file__).parents[1] / "results" / "proof"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -46,7 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--study", action="store_true", help="split the training part once more, to make choices on")
     parser.add_argument("--work", type=Path, default=Path("runs/proof"), help="images and runs (%(default)s)")
     parser.add_argument("--results", type=Path, default=None, help="JSONs and the page (bench/results/proof)")
-    parser.add_argument("--table", action="store_true", help="write the page out of the JSONs, run nothing")
+    parser.add_argument("--table", action="store_true", help="write the tables out of the JSONs, run nothing")
     parser.add_argument("--set", action="append", default=[], metavar="X=Y", help="of every training, with --study")
     parser.add_argument("--steps", type=int, help="of the main students, with --study")
     parser.add_argument("--cell", help=argparse.SUPPRESS)  # one cell in this process
@@ -126,7 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     everything = all_cells(settings)
     if args.table:
         results = folders(args)[2]
-        logger.info("%s", write_page(results, everything, read_results(results, everything)))
+        found = read_results(results, everything)
+        logger.info("%s", write_page(results, everything, found))
+        if results == RESULTS:
+            README.write_text(with_table(README.read_text(), everything, found))
         return 0
     cells = chosen_cells(settings, args.cell or args.only)
     places, mark = prepare(args, settings)

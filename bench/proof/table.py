@@ -13,6 +13,7 @@ COLUMNS = {"knn": "k-NN", "knn_patch": "k-NN, mean patch", "iou": "IoU", "match"
 MARGINS = {"knn": 0.10, "iou": 0.10, "match": 0.05}
 """What the student of all teachers has to be above an untrained one by."""
 _PARTS = {"main": "Real teachers into one student", "ablation": "The method's parts, on a shorter schedule"}
+BEGIN, END = "<!-- bench.proof --table -->", "<!-- end -->"
 _INTRODUCTION = """Made by `make proof` (`python -m bench.proof`). Mean and standard deviation over seeds. Classes,
 masks and matches are of cut-outs, photographs and a stereo pair that no student was trained on. A student starts from
 weights made out of the semantic teacher in closed form (`start.teacher`), the row `start`, with projectors that fit
@@ -62,21 +63,38 @@ def verdicts(table: Mapping[str, Mapping[str, Spread]]) -> list[tuple[bool, str]
     return lines
 
 
+def part_table(cells: Sequence[Cell], table: Mapping[str, Mapping[str, Spread]], part: str) -> list[str]:
+    """The rows of a part that have been measured, lines of Markdown; empty if there are none."""
+    of_part = list(dict.fromkeys(cell.row for cell in cells if cell.part == part and cell.row in table))
+    lines = [f"| | seeds | {' | '.join(COLUMNS.values())} |", "|---|---|" + "---|" * len(COLUMNS)]
+    for row in of_part:
+        entries = [f"{m:.3f}" + (f" ± {s:.3f}" if n > 1 else "") for m, s, n in table[row].values()]
+        lines.append(f"| {row} | {table[row]['knn'][2]} | {' | '.join(entries)} |")
+    return lines if of_part else []
+
+
+def with_table(text: str, cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> str:
+    """README's text with the main table between its two markers.
+
+    Raises:
+        ValueError: the text has not both markers.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks the markers {BEGIN} and {END}")
+    lines = part_table(cells, rows(cells, results), "main")
+    return "\n".join([before + begin, *lines, end + after])
+
+
 def page(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> str:
     """The whole page in Markdown."""
     table = rows(cells, results)
     there = [results[cell.name] for cell in cells if cell.name in results]
     lines = ["# Does it distil?", "", _INTRODUCTION, ""]
     for part, title in _PARTS.items():
-        of_part = list(dict.fromkeys(cell.row for cell in cells if cell.part == part and cell.row in table))
-        if not of_part:
-            continue
-        lines += [f"## {title}", "", f"| | seeds | {' | '.join(COLUMNS.values())} |"]
-        lines.append("|---|---|" + "---|" * len(COLUMNS))
-        for row in of_part:
-            entries = [f"{m:.3f}" + (f" ± {s:.3f}" if n > 1 else "") for m, s, n in table[row].values()]
-            lines.append(f"| {row} | {table[row]['knn'][2]} | {' | '.join(entries)} |")
-        lines.append("")
+        if shown := part_table(cells, table, part):
+            lines += [f"## {title}", "", *shown, ""]
     if checks := verdicts(table):
         lines += ["## What it has to show", ""]
         lines += [f"- {'pass' if holds else 'FAIL'}: {sentence}" for holds, sentence in checks] + [""]

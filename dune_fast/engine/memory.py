@@ -10,10 +10,8 @@ Three things lie on a device:
   norms, qkv, attention, its projection, both sides of GELU, the MLP's output. Added are the projectors, the features
   and their gradients, and the larger of a teacher's forward pass (12 s a value) and the gradients within one block.
 
-`python -m bench.step --count` counts the bytes that are alive at the peak of a step; the model is within a few percent
-of it (tests/engine/test_memory.py). The count runs a whole step on fake tensors, for seconds: too slow for every start
-of a run and for `dune-fast plan`, which asks dozens of times. Workspaces, fragmentation, NCCL, DALI's decoder and
-DeepSpeed's copies are not in the model: `SPARE` is for them.
+tests/engine/test_memory.py holds the model against what a forward pass on fake tensors keeps. Workspaces,
+fragmentation, NCCL, DALI's decoder and DeepSpeed's copies are not in the model: `SPARE` is for them.
 """
 
 from __future__ import annotations
@@ -119,19 +117,33 @@ def _projector(cfg: RunConfig, channels: int, token_types: list[str], patches: i
     return kept + sum(rows[t] * size * channels for t in token_types)
 
 
-def image_bytes(cfg: RunConfig, low_precision: bool = True) -> int:
-    """Bytes at the peak of a step for every image of a part: see the head of this file."""
+def _sizes(cfg: RunConfig, low_precision: bool) -> tuple[int, int]:
+    """Bytes of a value in matrix products, and between blocks."""
     size = 2 if cfg.train.precision == "bf16" or (cfg.train.precision == "auto" and low_precision) else 4
-    stream = 2 if size == 2 and cfg.train.student_stream == "bf16" else 4
-    grid = cfg.image_size // cfg.student.patch_size
-    patches, dim = grid**2, cfg.student.embed_dim
+    return size, 2 if size == 2 and cfg.train.student_stream == "bf16" else 4
+
+
+def kept_bytes(cfg: RunConfig, low_precision: bool = True) -> int:
+    """Bytes that the student's forward pass keeps for every image of a part, its outputs included."""
+    size, stream = _sizes(cfg, low_precision)
+    patches, dim = (cfg.image_size // cfg.student.patch_size) ** 2, cfg.student.embed_dim
     tokens = patches + 1 + cfg.student.num_registers
     total = _encoder(cfg.student, tokens, size, stream, cfg.train.activation_checkpointing)
     read = len(cfg.projector.which_blocks or range(cfg.student.depth)) if cfg.projector.kind == "lp" else 1
     total += stream * dim * (patches + 1) * read  # [cls, patches] without the registers
-    features, forward = 0, 0
     for teacher in cfg.teachers.values():
         total += _projector(cfg, teacher.num_features, teacher.token_types, patches, size, stream)
+    return total
+
+
+def image_bytes(cfg: RunConfig, low_precision: bool = True) -> int:
+    """Bytes at the peak of a step for every image of a part: see the head of this file."""
+    size, stream = _sizes(cfg, low_precision)
+    grid = cfg.image_size // cfg.student.patch_size
+    patches, dim = grid**2, cfg.student.embed_dim
+    tokens = patches + 1 + cfg.student.num_registers
+    total, features, forward = kept_bytes(cfg, low_precision), 0, 0
+    for teacher in cfg.teachers.values():
         features += patches * size * teacher.num_features
         forward = max(forward, patches * 12 * size * teacher.num_features)
         total += 12 * (grid * teacher.patch_size) ** 2 if teacher.patch_size != cfg.student.patch_size else 0

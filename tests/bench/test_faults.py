@@ -40,23 +40,23 @@ def sleeper(folder: Path, *command: str) -> Started:
 
 
 def test_equal_runs_have_survived(bench, tmp_path):
-    bench.whole[1, False] = finished_run(tmp_path / "whole")
-    bench.compare(finished_run(tmp_path / "run"), 1, False)
+    bench.whole[1] = finished_run(tmp_path / "whole")
+    bench.compare(finished_run(tmp_path / "run"), 1)
 
 
 def test_one_other_bit_of_the_weights_is_lost(bench, tmp_path):
-    bench.whole[1, False] = finished_run(tmp_path / "whole")
+    bench.whole[1] = finished_run(tmp_path / "whole")
     run = finished_run(tmp_path / "run")
     tensors = load_file(run / "student.safetensors")
     tensors["a"][3] = torch.nextafter(tensors["a"][3], torch.tensor(9.0))
     save_file(tensors, run / "student.safetensors")
     with pytest.raises(Lost, match="1 of 2 tensors differ"):
-        bench.compare(run, 1, False)
+        bench.compare(run, 1)
 
 
 @pytest.mark.parametrize("change", ["missing", "doubled", "other"])
 def test_records_that_are_missing_doubled_or_other_are_lost(bench, tmp_path, change):
-    bench.whole[1, False] = finished_run(tmp_path / "whole")
+    bench.whole[1] = finished_run(tmp_path / "whole")
     run = finished_run(tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     lines = {"missing": lines[:2] + lines[3:], "doubled": lines[:3] + lines[2:], "other": [*lines[:4], lines[3]]}[
@@ -64,7 +64,7 @@ def test_records_that_are_missing_doubled_or_other_are_lost(bench, tmp_path, cha
     ]
     (run / "metrics.jsonl").write_text("\n".join(lines))
     with pytest.raises(Lost, match="records differ"):
-        bench.compare(run, 1, False)
+        bench.compare(run, 1)
 
 
 def test_a_run_that_does_not_end_or_ends_too_early_is_lost(tmp_path):
@@ -142,5 +142,5 @@ def test_a_killed_run_whose_newest_checkpoint_is_damaged_ends_as_if_nothing_had_
     faults.flip_bit(checkpoints.folder(run) / checkpoints.tag(damaged))
     again = bench.finish(run, 1)
     assert "is broken" in again.text() and f"going on from step {damaged - 5} " in again.text()
-    bench.compare(run, 1, False)
+    bench.compare(run, 1)
     shutil.rmtree(bench.work)

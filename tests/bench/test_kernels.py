@@ -1,4 +1,4 @@
-"""The kernels' benchmark as far as a CPU goes: ahead-of-time compilation, cases, bytes, checks, CSV, plot, messages."""
+"""The kernels' benchmark as far as a CPU goes: ahead-of-time compilation, cases, bytes, checks, CSV, messages."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import kernels as bench
-from bench.aot import Resources, discover, resource_usage, specialize
-from bench.kernel_cases import OPERATIONS, check, counted_flops, draw_upstream, moved_bytes, select
-from bench.plots import plot_roofline
+from bench.aot import Resources, specialize
+from bench.kernel_cases import OPERATIONS, check, draw_upstream, moved_bytes, select
 from bench.records import Row, folder_name, read_rows, write_rows
 from dune_fast.kernels.launching import Recorded, recording
 from dune_fast.kernels.library import INTERPRETER, interpreted
@@ -23,7 +22,7 @@ from tests.kernels.conftest import rounding_to_nearest  # noqa: F401  # the inte
 
 CPU = torch.device("cpu")
 ROW = Row(
-    "moments", "forward", "bfloat16", "2x3x4", "ours", 10.0, 9.5, 11.0, 30_000, 120_000, 3000.0, "A GPU", "torch 2"
+    "moments", "forward", "bfloat16", "2x3x4", "ours", 10.0, 9.5, 11.0, 30_000, 3000.0, "A GPU", "torch 2"
 )
 
 
@@ -44,17 +43,7 @@ def test_every_kernel_compiles_for_every_target_without_spills():
 def test_one_case_of_every_kernel_file_compiles_without_spills():
     result = run_bench("--aot", "sm_90", "--quick")
     assert result.returncode == 0 and "0 spill or do not compile" in result.stdout, result.stdout + result.stderr
-
-
-def test_the_quick_look_takes_the_first_case_alone():
-    result = run_bench("--aot", "sm_90", "--quick", "--only", "moments")
-    assert result.returncode == 0 and "2 kernels compiled" in result.stdout, result.stdout + result.stderr
-
-
-def test_an_exit_that_depends_on_data_is_no_loop():
-    """Images that need no blur end their programs at once."""
-    result = run_bench("--aot", "sm_90", "--predict", "--only", "augment_colour", "--shape", "8,3,112")
-    assert result.returncode == 0 and "0 do not compile" in result.stdout, result.stdout + result.stderr
+    assert re.search(r"moments\._split_kernel +sm_90 +1 ", result.stdout)
 
 
 def test_predictions_are_a_table_and_a_file(tmp_path):
@@ -62,7 +51,8 @@ def test_predictions_are_a_table_and_a_file(tmp_path):
     case = ("--only", "quantize_rows", "--shape", "8,257,384", "--dtype", "bfloat16")
     result = run_bench("--aot", "sm_90", "--predict", *case, "--csv", str(path))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "quantize_rows forward bfloat16 8x257x384" in result.stdout and "1 launches in" in result.stdout
+    assert re.search("quantize_rows +forward +bfloat16 +8x257x384 .*85 below", result.stdout)
+    assert "1 launches in" in result.stdout
     header, line = path.read_text().splitlines()
     assert header.count(",") == line.count(",") and line.startswith("sm_90,quantize_rows,forward,bfloat16,8x257x384")
 
@@ -78,9 +68,8 @@ def test_without_a_gpu_it_says_so():
     ("arguments", "words"),
     [
         (["--aot", "sm_70"], "'sm_70' is unknown; choose from sm_80"),
-        (["--aot", "sm_90", "--only", "nothing"], "choose one of .*moments"),
-        (["--aot", "sm_90,sm_80", "--predict"], "'sm_90,sm_80' is unknown; choose from sm_80"),
-        (["--predict"], "--predict needs --aot and one target"),
+        (["--aot", "sm_90", "--only", "philox"], "no kernels named 'philox'; choose one of .*moments"),
+        (["--aot", "sm_80", "--predict"], "predictions are for an H100: --aot sm_90 --predict"),
         (["--only", "nothing"], "choose one of moments"),
         (["--only", "augment", "--shape", "2,5,64"], "no --shape is for this operation: .* IMAGES,3,SIDE"),
     ],
@@ -95,13 +84,6 @@ def test_messages(arguments, words, capsys, monkeypatch):
 def test_ahead_of_time_needs_the_compiler(capsys):
     assert bench.main(["--aot", "sm_90"]) == 2
     assert "TRITON_INTERPRET not set" in capsys.readouterr().out
-
-
-def test_discovers_the_files_with_kernels():
-    assert {"moments", "distill_loss", "teacher_drop"} <= set(discover())
-    assert "philox" not in discover()
-    with pytest.raises(ValueError, match="no kernels named"):
-        discover("philox")
 
 
 def test_specialization_is_tritons():
@@ -154,7 +136,7 @@ def test_resources_that_fail():
     assert table.row_count == 1 and list(table.columns[3].cells) == ["60"]
 
 
-def test_bytes_and_operations():
+def test_bytes():
     shape = (128, 577, 1024)
     numel = 128 * 577 * 1024
     (loss,) = select("distill_loss")
@@ -162,7 +144,6 @@ def test_bytes_and_operations():
     assert moved_bytes(loss, shape, torch.bfloat16, backward=True) == 10 * numel
     (moments,) = select("moments")
     assert moved_bytes(moments, shape, torch.float32, backward=False) == 4 * numel
-    assert counted_flops(moments, shape, backward=False) == 4 * numel
     fp8 = select("fp8")
     assert len(fp8) > 1 and moved_bytes(fp8[0], shape, torch.bfloat16, backward=False) == 3 * numel
     pixels = 8 * 3 * 112 * 112
@@ -246,12 +227,12 @@ def test_measures_both_passes_and_refuses_a_wrong_kernel():
     (operation,) = select("distill_loss")
     lines: list[str] = []
     with interpreted():
-        arguments = ((2, 3, 32), torch.float32, FakeStopwatch(), 3000.0, ["compile", "liger"], lines.append)
+        arguments = ((2, 3, 32), torch.float32, FakeStopwatch(), 3000.0, ["compile"], lines.append)
         rows, correct = bench.measure(operation, *arguments)
         assert correct and [(row.implementation, row.passes) for row in rows] == [
             (name, passes) for name in ("ours", "eager") for passes in ("forward", "forward+backward")
         ]
-        assert rows[0].gb_s == pytest.approx(rows[0].bytes / 20e-6 / 1e9)
+        assert rows[0].percent_of_copy == pytest.approx(100 * rows[0].bytes / 20e-6 / 3e12)
         wrong = replace(operation, ours=lambda *x: operation.ours(*x[:-1], x[-1] * 1.01))
         rows, correct = bench.measure(wrong, *arguments)
         assert not correct and {row.implementation for row in rows} == {"eager"}
@@ -265,18 +246,10 @@ def test_newer_rows_replace_older_ones(tmp_path):
     other = replace(ROW, implementation="eager", median_us=80.0)
     write_rows(path, [ROW, other])
     newer = replace(ROW, median_us=8.0)
-    assert write_rows(path, [newer]) == read_rows(path) == [other, newer]
+    write_rows(path, [newer])
+    assert read_rows(path) == [other, newer]
     text = path.read_text().splitlines()
-    assert text[0].endswith("gb_s,percent_of_copy") and text[2].endswith("3.8,0.1")
-
-
-def test_plot(tmp_path):
-    rows = [replace(ROW, implementation=name, median_us=time) for name, time in (("ours", 10.0), ("eager", 80.0))]
-    rows += [replace(ROW, operation="distill_loss", passes=p, flops=400_000) for p in ("forward", "forward+backward")]
-    plot_roofline(tmp_path / "plots" / "kernels.png", [*rows, replace(ROW, operation="teacher_drop", bytes=0)])
-    assert (tmp_path / "plots" / "kernels.png").stat().st_size > 10_000
-    with pytest.raises(ValueError, match="nothing to plot"):
-        plot_roofline(tmp_path / "none.png", [replace(ROW, bytes=0)])
+    assert text[0].endswith("percent_of_copy") and text[2].endswith(",0.12")
 
 
 def test_a_shape_goes_to_the_operations_that_take_it():
@@ -292,13 +265,8 @@ def test_folder_is_named_for_the_device():
 
 
 def test_command_line():
-    args = bench.parse(["--dtype", "float16", "--shape", "1,2,3", "--shape", "4,5,6", "--skip", "compile,liger"])
-    assert args.dtype == [torch.float16] and args.shape == [(1, 2, 3), (4, 5, 6)] and args.skip == ["compile", "liger"]
+    args = bench.parse(["--dtype", "float16", "--shape", "1,2,3", "--shape", "4,5,6", "--skip", "compile,eager"])
+    assert args.dtype == [torch.float16] and args.shape == [(1, 2, 3), (4, 5, 6)] and args.skip == ["compile", "eager"]
     for wrong in (["--dtype", "int8"], ["--shape", "1,2"]):
         with pytest.raises(SystemExit):
             bench.parse(wrong)
-
-
-def test_resource_usage_needs_a_cubin():
-    with pytest.raises(subprocess.CalledProcessError):
-        resource_usage(b"not one")

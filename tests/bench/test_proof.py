@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from bench.proof import cells as proof
-from bench.proof.__main__ import main
-from bench.proof.cells import SMOKE, Cell, Places, all_cells, finished, run_cell, training_overrides
+from bench.proof.__main__ import README, RESULTS, main
+from bench.proof.cells import SMOKE, Cell, Places, Settings, all_cells, finished, run_cell, training_overrides
 from bench.proof.evaluation import (
     EvaluationConfig,
     best_threshold,
@@ -29,7 +29,7 @@ from bench.proof.evaluation import (
 from bench.proof.packages import PACKAGES, PackageError, fetch_package
 from bench.proof.scenes import CLASSES, Sources, make_scenes, packaged_sources, split_sources
 from bench.proof.smoke import drawn_sources, drawn_stereo
-from bench.proof.table import page, rows, verdicts
+from bench.proof.table import page, rows, verdicts, with_table
 from dune_fast.teachers.files import file_sha256
 
 SCENES = SMOKE.scenes
@@ -195,6 +195,16 @@ def test_the_page_says_what_holds_and_what_does_not():
     del results["random-0"], results["random-1"]
     text = page(cells, results)
     assert "What it has to show" not in text and "Not run yet: random-0, random-1" in text
+
+
+def test_readmes_table_is_the_results_that_are_here():
+    """`python -m bench.proof --table` changes nothing."""
+    cells = all_cells(Settings())
+    results = proof.read_results(RESULTS, cells)
+    text, page_text = README.read_text(), (RESULTS / "README.md").read_text()
+    assert results and with_table(text, cells, results) == text and page(cells, results) == page_text
+    with pytest.raises(ValueError, match="lacks the markers"):
+        with_table("# README", cells, results)
 
 
 @pytest.fixture

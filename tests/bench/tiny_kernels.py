@@ -9,7 +9,7 @@ import json
 
 import torch
 
-from bench.predict import DEVICES, limits, study
+from bench.predict import limits, study
 from dune_fast.kernels.launching import launch, recording
 from dune_fast.kernels.library import jit, tl
 
@@ -23,12 +23,6 @@ PROGRAMS = 528
 def copy(x, y, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y + at, tl.load(x + at))
-
-
-@jit
-def copy_every_second(x, y, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y + at, tl.load(x + at * 2))
 
 
 @jit
@@ -56,12 +50,11 @@ def column_sums(x, y, rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr, STAGES: t
 
 
 def _launches() -> dict[str, tuple]:
-    x, wide = (torch.empty(n, dtype=torch.bfloat16, device="meta") for n in (VALUES, 2 * VALUES))
+    x = torch.empty(VALUES, dtype=torch.bfloat16, device="meta")
     matrix, sums = torch.empty(VALUES // 512, 512, device="meta"), torch.empty(PROGRAMS, 512, device="meta")
     grid = (VALUES // BLOCK,)
     return {
         "copy": (copy, grid, x, x.clone(), {"BLOCK": BLOCK}),
-        "narrow": (copy_every_second, grid, wide, x, {"BLOCK": BLOCK}),
         "fmas": (polynomial, grid, x, x.clone(), {"BLOCK": BLOCK, "FMAS": FMAS}),
         "alone": (copy, (8,), x[: 8 * BLOCK], x[: 8 * BLOCK].clone(), {"BLOCK": BLOCK}),
         **{
@@ -74,17 +67,11 @@ def _launches() -> dict[str, tuple]:
 
 
 def main() -> None:
-    found = {}
-    for target in ("sm_80", "sm_90", "sm_100"):
-        with recording(target) as launches:
-            for kernel, grid, *arguments, options in _launches().values():
-                launch(kernel, grid, *arguments, num_warps=4, **options)
-            launches = list(launches)
-        for name, recorded in zip(_launches(), launches, strict=True):
-            if target != "sm_90" and name != "loop 1":
-                continue
-            work = study(recorded, target)
-            found[f"{target} {name}"] = {"work": vars(work), "limits": limits(work, DEVICES[target])._asdict()}
+    with recording("sm_90") as launches:
+        for kernel, grid, *arguments, options in _launches().values():
+            launch(kernel, grid, *arguments, num_warps=4, **options)
+        works = dict(zip(_launches(), map(study, launches), strict=True))
+    found = {name: {"work": vars(work), "limits": limits(work)} for name, work in works.items()}
     print(json.dumps(found))
 
 

@@ -78,7 +78,7 @@ def test_every_choice_of_a_group_composes(group):
         ([DEMO, "optimizer.weight_decay=1000"], "weight_decay=1000.0; it must be from 0 to 10"),
         ([DEMO, "optimizer.clip_per_parameter=-1"], "clip_per_parameter=-1.0; it must be at least 0"),
         ([DEMO, "optimizer.eps=nan"], "eps=nan; it must be above 0 up to 1"),
-        ([DEMO, "optimizer.min_lr=1"], "min_lr=1 is above the peak of the learning rate, 0.0002"),
+        ([DEMO, "optimizer.min_lr=1"], "min_lr=1 is above the peak of the learning rate, 6.25e-05"),
         ([DEMO, "optimizer.betas=[0.9]"], r"betas=\[0.9\]; give two numbers"),
         ([DEMO, "student.depth=-1"], "student.depth=-1; it must be at least 1"),
         ([DEMO, "train.precision=fp8"], "auto, bf16 or fp32"),

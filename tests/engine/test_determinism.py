@@ -7,14 +7,19 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import step_count
-from bench.step_variants import VARIANTS, synthetic_config
+from dune_fast.distill.objective import ownership
+from dune_fast.distill.standardization import TeacherStatistics
+from dune_fast.distill.step import DistillationStep
 from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.engine.determinism import NotDeterministicError, deterministic_algorithms, explained
 from dune_fast.engine.trainer import Trainer
 from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.student import build_student
 from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.ensemble import TeacherEnsemble
+from tests.engine.fake_tensors import faked
 
 NO_DETERMINISTIC_FORM = {
     "aten::upsample_bicubic2d_backward", "aten::_upsample_bicubic2d_aa_backward", "aten::upsample_bilinear2d_backward",
@@ -66,7 +71,7 @@ def test_an_operation_without_a_deterministic_form_is_named_with_its_cure():
         raise RuntimeError("out of luck")
 
 
-def test_no_operation_of_a_step_lacks_a_deterministic_form(monkeypatch):
+def test_no_operation_of_a_step_lacks_a_deterministic_form():
     """Nor is any a convolution, whose benchmark is off and whose gradient cuDNN adds atomically."""
     half = [0.5] * 3
     cfg = RunConfig(
@@ -79,14 +84,20 @@ def test_no_operation_of_a_step_lacks_a_deterministic_form(monkeypatch):
     )
     seen: Counter[str] = Counter()
 
-    class Names(step_count.Meter):
+    class Names(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             seen[func._schema.name] += 1
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(step_count, "Meter", Names)
-    ours = next(variant for variant in VARIANTS if variant.name == "ours")
-    step_count.count_step(synthetic_config(cfg, 4, 4), ours)
+    student = build_student(cfg.student, cfg.projector, cfg.teacher_features, 0)
+    student.compute_in(torch.bfloat16)
+    teachers = TeacherEnsemble(cfg.teachers, 14, torch.bfloat16)
+    groups = {name: teacher.groups for name, teacher in cfg.teachers.items()}
+    own = ownership(groups, ["generic", "3d"], cfg.objective, torch.device("cpu"))
+    with faked(student, teachers) as calls, Names():
+        distill = DistillationStep(*calls, TeacherStatistics(cfg.teacher_features), own, cfg.objective)
+        index = torch.zeros(4, dtype=torch.long)
+        distill(torch.empty(4, 3, 168, 168), index, index, 0, 0.5).loss.backward()
     assert seen["aten::mm"] > 20 and seen["aten::_scaled_dot_product_flash_attention_for_cpu_backward"], "not seen"
     assert not seen.keys() & (NO_DETERMINISTIC_FORM | CONVOLUTIONS)
 

@@ -1,4 +1,4 @@
-"""The model of a device's memory against what `python -m bench.step --count` finds, and the parts it gives."""
+"""The model of a device's memory against what steps keep, and the parts it gives."""
 
 from __future__ import annotations
 
@@ -7,8 +7,19 @@ import dataclasses
 import pytest
 import torch
 
-from dune_fast.engine.config import compose_config
-from dune_fast.engine.memory import SPARE, Fit, device_memory, fit, image_bytes, memory_bytes, trained_parameters
+from dune_fast.engine.config import RunConfig, compose_config
+from dune_fast.engine.memory import (
+    SPARE,
+    Fit,
+    device_memory,
+    fit,
+    image_bytes,
+    kept_bytes,
+    memory_bytes,
+    trained_parameters,
+)
+from dune_fast.student import Student
+from tests.engine.fake_tensors import faked
 
 GIB = 2**30
 
@@ -28,10 +39,46 @@ GIB = 2**30
         (["experiment=unic"], 128, 19.53),
     ],
 )
-def test_the_model_finds_what_is_counted(overrides, batch, counted):
+def test_the_model_finds_what_was_counted(overrides, batch, counted):
+    """By a whole step of each on fake tensors, with teachers, backward pass and update."""
     cfg = compose_config(overrides)
     held = sum(memory_bytes(cfg, 1).values()) + batch * 12 * cfg.image_size**2
     assert (held + batch * image_bytes(cfg)) / GIB == pytest.approx(counted, rel=0.1)
+
+
+def kept(cfg: RunConfig, images: int) -> int:
+    """Bytes of what the student's forward pass saves for the backward pass, and of its outputs."""
+    with torch.device("meta"):
+        student = Student(cfg.student, cfg.projector, cfg.teacher_features)
+    student.compute_in(torch.bfloat16, cfg.train.student_stream)
+    student.encoder.activation_checkpointing = cfg.train.activation_checkpointing
+    storages = {}
+
+    def save(x: torch.Tensor) -> torch.Tensor:
+        storages[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    with faked(student) as (call,), torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+        for tokens in call(torch.empty(images, 3, cfg.image_size, cfg.image_size)).values():
+            for x in tokens.values():
+                save(x)
+        return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["experiment=dune_336"], ["experiment=dune_336", "student=vit_small14"], ["experiment=dune_sp"],
+        ["experiment=dune_336", "train.activation_checkpointing=true"], ["experiment=dune_lp"], ["experiment=unic"],
+        ["experiment=dune_336", "train.student_stream=bf16"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_the_model_finds_what_the_forward_pass_keeps(overrides):
+    """A change of the blocks or projectors that keeps more must reach the model."""
+    cfg = compose_config(overrides)
+    each = (kept(cfg, 48) - kept(cfg, 32)) / 16  # weights in bf16 are kept once
+    assert each < kept_bytes(cfg) < 1.13 * each
 
 
 @pytest.mark.parametrize(
