@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # the oldest torch and triton that pyproject.toml allows
 OLDEST := .venv.oldest
 
-.PHONY: demo proof test test-oldest gpu setup lint clean
+.PHONY: demo proof test test-clusters test-oldest gpu setup lint clean
 
 demo: $(STAMP)
 	$(BIN)/dune-fast distill experiment=demo train.overwrite=true
@@ -21,6 +21,14 @@ proof: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+# as root on Linux: two hosts made of namespaces, ssh and SLURM on them, what runs survive there; 40 minutes at most.
+# In a container of Debian it installs what it needs; where systemd would start these services, it says what is missing
+test-clusters: $(STAMP)
+	@test "$$(id -u)" != 0 -o -d /run/systemd/system || command -v slurmctld >/dev/null \
+	  || ! command -v apt-get >/dev/null || { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y \
+	    --no-install-recommends openssh-server pdsh slurm-wlm munge iproute2 util-linux; }
+	OMP_NUM_THREADS=1 timeout -k 60 2400 $(BIN)/python -m pytest -q --clusters tests/clusters
 
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n $(JOBS) --dist loadfile

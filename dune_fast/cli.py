@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import argcomplete
 
-from dune_fast import __version__, data_cli, evaluate_cli, launcher, teachers_cli
+from dune_fast import __version__, data_cli, evaluate_cli, launch_cli, launcher, teachers_cli
 from dune_fast.console import add_command, console, in_colour
 from dune_fast.engine.overrides import config_names
 from dune_fast.export import TARGETS
@@ -26,7 +26,7 @@ _GROUPS = ("experiment", "data", "student", "projector", "deepspeed")
 
 
 def distill(args: argparse.Namespace) -> int:
-    """Launches the training on this machine's accelerators, through DeepSpeed's launcher."""
+    """Launches the training on this machine's accelerators, or on those of the machines of a hostfile."""
     return launcher.launch_training(args, None)
 
 
@@ -144,6 +144,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", **hydra)
     _add_launcher_options(sub)
 
+    launch_cli.add_parser(commands)
+
     evaluate_cli.add_parsers(commands)
 
     sub = add_command(commands, "config", config, "print a configuration")
@@ -199,6 +201,12 @@ def _add_launcher_options(parser: argparse.ArgumentParser) -> None:
     help_text = "processes on this machine (default: one a GPU, else one)"
     parser.add_argument("-n", "--processes", type=int, default=0, help=help_text)
     parser.add_argument("--port", type=int, default=0, help="port of the rendezvous (default: a free one)")
+    help_text = "run on the machines of this file, reached by ssh: a line `name slots=8` each"
+    parser.add_argument("-H", "--hostfile", type=Path, default=None, metavar="FILE", help=help_text)
+    help_text = "of the hostfile, leave out machines that do not answer"
+    parser.add_argument("--missing-hosts", action="store_true", help=help_text)
+    help_text = "where the others reach the first machine (default: an address that they all do)"
+    parser.add_argument("--master-addr", default="", metavar="ADDRESS", help=help_text)
 
 
 def complete_overrides(prefix: str, **_: object) -> list[str]:

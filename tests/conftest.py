@@ -34,6 +34,7 @@ pytest_plugins = ["missing_packages"]  # not imported here: hooks of a conftest.
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+    parser.addoption("--clusters", action="store_true", help="run the tests marked clusters: root, Linux, minutes")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -43,6 +44,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+        if "clusters" in item.keywords and not config.getoption("--clusters"):
+            item.add_marker(pytest.mark.skip(reason="two hosts of namespaces; `make test-clusters` runs it"))
 
 
 @pytest.fixture(scope="session", autouse=True)

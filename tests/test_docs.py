@@ -18,6 +18,7 @@ from PIL import Image
 
 import dune_fast
 from dune_fast import cli, launcher, train
+from dune_fast.cluster.ranks import TRAIN_SCRIPT
 from dune_fast.engine.config import RunConfig, compose_config
 from tests.engine.conftest import photos, trained_run
 
@@ -27,9 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 FOLDERS = ("bench", "configs", "dali_pipelines", "docs", "dune_fast", "kernels", "teachers", "tests")
 """What begins a path of this repository in backticks."""
-NEEDS = re.compile(r"#.*\bneeds (a GPU|data|the network|minutes|SLURM)\b")
+NEEDS = re.compile(r"#.*\bneeds (a GPU|data|the network|minutes|SLURM|hosts)\b")
 """In the line of a command that is parsed and not run."""
-RUN = {"config", "data", "evaluate", "export", "features", "figures", "plan", "teachers"}
+RUN = {"config", "data", "evaluate", "export", "features", "figures", "launch", "plan", "teachers"}
 """Commands of dune-fast that are run; `distill`, `resume` and `doctor` are run with their last step replaced."""
 
 
@@ -80,7 +81,7 @@ def check_training(arguments: list[str]) -> None:
 def check_dune_fast(arguments: list[str], run: bool, small: dict[str, str], patch: pytest.MonkeyPatch) -> None:
     """Parses and composes; with `run`, runs on the small run and its photographs."""
     parsed = train.parse_mixed(cli.build_parser(), arguments)
-    if parsed.command == "distill":
+    if parsed.command in ("distill", "launch"):
         compose_config(parsed.overrides)
     elif parsed.command in ("config", "doctor") or getattr(parsed, "data_command", "") in ("shard", "check"):
         compose_config(parsed.overrides, complete=False)
@@ -100,7 +101,7 @@ def check_dune_fast(arguments: list[str], run: bool, small: dict[str, str], patc
     assert cli.main(arguments) == 0
     if parsed.command in ("distill", "resume"):
         (command,) = launched
-        train.parse(command[command.index(str(launcher.TRAIN_SCRIPT)) + 1 :])
+        train.parse(command[command.index(str(TRAIN_SCRIPT)) + 1 :])
     else:
         assert parsed.command in RUN | {"doctor"}
 
@@ -159,6 +160,8 @@ def test_a_command_of_the_pages(line, small, tmp_path, monkeypatch):
     monkeypatch.setenv("DUNE_FAST_CONFIGS", str(own_files(tmp_path)))
     run = NEEDS.search(line) is None
     program, *arguments = shlex.split(line, comments=True)
+    if ">" in arguments:  # into a file
+        arguments = arguments[: arguments.index(">")]
     if program == "eval" or program == "export":
         assert arguments == ["$(register-python-argcomplete dune-fast)"] or all("=" in word for word in arguments)
     elif program == "make":
@@ -175,6 +178,8 @@ def test_a_command_of_the_pages(line, small, tmp_path, monkeypatch):
         check_dune_fast(arguments, run, small, monkeypatch)
     elif program in ("python", ".venv/bin/python"):
         check_python(arguments, run, monkeypatch)
+    elif program == "sbatch":
+        assert arguments[-1] == "job.sh" and all(option.startswith("--nodes=") for option in arguments[:-1])
     elif program == "srun":
         check_python(arguments[arguments.index("python") + 1 :], run, monkeypatch)
     elif program in ("deepspeed", "torchrun"):

@@ -134,6 +134,8 @@ class TrainConfig:
     """torch.compile of each of the student's blocks; not under ZeRO 3."""
     timeout_minutes: float = 30.0
     """A run in which nothing happens for so long ends, naming the rank that the others wait for."""
+    rendezvous_minutes: float = 10.0
+    """Ranks that start wait so long for each other; then those that came end, and say who is missing."""
     keep_every: int = 0
     """Checkpoints of steps that are multiples of this are kept for good; 0 for none."""
     resume: bool = True

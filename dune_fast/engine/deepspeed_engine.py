@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dune_fast.engine.interruption import PATIENCE
 from dune_fast.engine.launch import place
 from dune_fast.engine.optimizer import OptimizerConfig, build_optimizer, scale_gradients
+from dune_fast.engine.rendezvous import join
 from dune_fast.engine.zero_state import sharded_state
 
 _REFUSED = {
@@ -43,18 +44,19 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def init_distributed(timeout_minutes: float = 30.0) -> torch.device:
+def init_distributed(timeout_minutes: float = 30.0, rendezvous_minutes: float = 10.0) -> torch.device:
     """Joins the process group that a launcher describes (see `engine.launch`), or makes one of this process alone.
 
     Args:
         timeout_minutes: after which a rank is missed: by the watchdog, which can name it, and a little later by the
             collectives.
+        rendezvous_minutes: how long the ranks wait for each other here.
 
     Returns:
         This rank's device.
 
     Raises:
-        LaunchError: the launcher's environment is incomplete.
+        LaunchError: the launcher's environment is incomplete, or not all ranks came.
     """
     deepspeed = _import_deepspeed()
     here = place(os.environ)
@@ -65,14 +67,10 @@ def init_distributed(timeout_minutes: float = 30.0) -> torch.device:
     else:
         device = torch.device("cpu")
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, init_method=here.init_method, rank=here.rank, world_size=here.world_size,
-            timeout=timedelta(minutes=PATIENCE * timeout_minutes),
-        )  # fmt: skip
+        join(here, device, rendezvous_minutes, timedelta(minutes=PATIENCE * timeout_minutes))
         # DeepSpeed insists on it, and takes it for the device's number
         os.environ["LOCAL_RANK"] = str(here.local_rank if device.index is None else device.index)
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
     return device
 
 

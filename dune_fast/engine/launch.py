@@ -1,6 +1,7 @@
-"""Which rank this process is and which cores are its own, started by DeepSpeed's launcher, torchrun, srun or itself.
+"""Which rank this process is and which cores are its own, started by our command, DeepSpeed, torchrun, srun or itself.
 
-    deepspeed [--hostfile H] dune_fast/train.py ...      RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
+    dune-fast distill [--hostfile H] ...                 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
+    deepspeed [--hostfile H] dune_fast/train.py ...      the same
     torchrun --nproc-per-node 8 dune_fast/train.py ...   the same
     srun --ntasks-per-node 8 python dune_fast/train.py   SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, ...
     python dune_fast/train.py ...                        one process
@@ -13,12 +14,15 @@ import math
 import os
 import re
 import socket
+import uuid
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+JOB, HOSTS = "DUNE_FAST_JOB", "DUNE_FAST_HOSTS"
+"""Set for the ranks by `dune-fast distill`: what tells this start from others; its hosts, by commas."""
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -28,14 +32,24 @@ class LaunchError(ValueError):
 
 @dataclass(frozen=True)
 class Place:
-    """This process among all of a run."""
+    """This process among all of a run, and where the processes meet (see `engine.rendezvous`)."""
 
     rank: int
     world_size: int
     local_rank: int
     """Among the processes of this machine."""
-    init_method: str
-    """Where the processes meet, for `torch.distributed.init_process_group`."""
+    address: str = "127.0.0.1"
+    """Of rank 0's host, or the host's name."""
+    port: int = 0
+    """Of the store there; 0 for a process that has nobody to meet."""
+    serves: bool = True
+    """Whether rank 0 serves the store; torchrun's agent does so itself."""
+    job: str = ""
+    """What tells this start from others, in words; "" where the launcher does not say."""
+    node: int = 0
+    """Index of this machine."""
+    nodes: tuple[str, ...] = ("host 0",)
+    """Names of all machines, by index."""
 
 
 def set_openmp(environment: MutableMapping[str, str]) -> None:
@@ -127,6 +141,11 @@ def _quota(system: Path = Path("/")) -> float:
     return quota
 
 
+def new_job() -> dict[str, str]:
+    """The variable that tells a start from all others."""
+    return {JOB: f"launch {uuid.uuid4().hex[:8]}"}
+
+
 def free_port() -> int:
     """A TCP port of this machine that nobody listens on."""
     with socket.socket() as probe:
@@ -134,10 +153,43 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def first_host(nodes: str) -> str:
-    """The first machine of SLURM's list: "gpu[03-05,9],login1" -> "gpu03"."""
-    entry = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", entry[0]) if entry else ""
+def expand_hosts(nodes: str) -> list[str]:
+    """The machines of SLURM's list: "gpu[03-05,9],login1" -> gpu03, gpu04, gpu05, gpu9, login1."""
+    hosts = []
+    for entry in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
+        before, bracket, rest = entry.partition("[")
+        inside, _, after = rest.partition("]")
+        if not bracket:
+            hosts.append(entry)
+            continue
+        for part in inside.split(","):
+            first, _, last = part.partition("-")
+            numbers = range(int(first), int(last or first) + 1)
+            hosts += [f"{before}{number:0{len(first)}}{tail}" for number in numbers for tail in _tails(after)]
+    return hosts
+
+
+def _tails(after: str) -> list[str]:
+    """What follows a bracket, which may hold further brackets."""
+    return expand_hosts(after) if after else [""]
+
+
+def slurm_port(environment: Mapping[str, str]) -> int:
+    """Where the ranks of a SLURM step meet: the same on every rank.
+
+    Another one for each of 500 jobs in a row, for each of ten of their steps, and for each of four requeues in a row.
+    Below 32768, where Linux begins to give ports to outgoing connections.
+    """
+    job, step, again = (int(environment.get(f"SLURM_{name}", "0")) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    return 12000 + job % 500 * 40 + step % 10 * 4 + again % 4
+
+
+def _hosts(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Names of a launch's machines: as `dune-fast distill --hostfile` gives them, or by number."""
+    if names := environment.get(HOSTS, ""):
+        return tuple(names.split(","))
+    count = int(environment.get("CROSS_SIZE") or environment.get("GROUP_WORLD_SIZE") or 1)
+    return tuple(f"host {index}" for index in range(count))
 
 
 def place(environment: Mapping[str, str]) -> Place:
@@ -152,19 +204,24 @@ def place(environment: Mapping[str, str]) -> Place:
                 f"RANK={environment['RANK']} is set, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
                 "not: start through deepspeed, torchrun or srun, or unset RANK to run one process"
             )
-        rank, world_size, local_rank = (int(environment[name]) for name in _ENVIRONMENT[:3])
-        return Place(rank, world_size, local_rank, "env://")
+        return Place(
+            *(int(environment[name]) for name in _ENVIRONMENT[:3]),
+            environment["MASTER_ADDR"], int(environment["MASTER_PORT"]),
+            serves=environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            job=environment.get(JOB) or environment.get("TORCHELASTIC_RUN_ID", ""),
+            node=int(environment.get("CROSS_RANK") or environment.get("GROUP_RANK") or 0), nodes=_hosts(environment),
+        )  # fmt: skip
     # srun sets it for its own step alone: a batch script, or a shell inside an allocation, is one process
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
-        host = environment.get("MASTER_ADDR") or first_host(nodes)
+        nodes = expand_hosts(environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", ""))
+        host = environment.get("MASTER_ADDR") or (nodes[0] if nodes else "")
         if not host:
             raise LaunchError("srun has started several tasks, but SLURM_JOB_NODELIST is empty: set MASTER_ADDR")
-        # the same on every rank, and another for another job on the same machine
-        job = int(environment.get("SLURM_JOB_ID", "0")) + int(environment.get("SLURM_STEP_ID", "0"))
-        port = environment.get("MASTER_PORT") or 20000 + job % 20000
+        job, step, again = (environment.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
         return Place(
             int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"]),
-            int(environment["SLURM_LOCALID"]), f"tcp://{host}:{port}",
+            int(environment["SLURM_LOCALID"]), host, int(environment.get("MASTER_PORT") or slurm_port(environment)),
+            job=f"SLURM job {job}.{step}" + f", requeue {again}" * (again != "0"),
+            node=int(environment.get("SLURM_NODEID", "0")), nodes=tuple(nodes) or ("host 0",),
         )  # fmt: skip
-    return Place(0, 1, 0, f"tcp://127.0.0.1:{free_port()}")
+    return Place(0, 1, 0)

@@ -100,7 +100,7 @@ class Trainer:
     def _open(self) -> int | None:
         """Joins the other ranks, opens the run's folder; returns the step of the checkpoint to go on from, or None."""
         cfg = self.cfg
-        self.device = init_distributed(cfg.train.timeout_minutes)
+        self.device = init_distributed(cfg.train.timeout_minutes, cfg.train.rendezvous_minutes)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.hosts = meet(cfg)
         micro_batch_size(cfg, self.world_size)  # a batch that cannot be shared out leaves the folder alone

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dune_fast.engine import launch
-from dune_fast.engine.launch import LaunchError, Place, first_host, local_processes, place, set_openmp
+from dune_fast.engine.launch import LaunchError, Place, expand_hosts, local_processes, place, set_openmp, slurm_port
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
 SRUN = {
@@ -20,20 +20,40 @@ SRUN = {
 
 
 def test_deepspeed_and_torchrun():
-    assert place(TORCHRUN) == Place(5, 8, 1, "env://")
+    assert place(TORCHRUN) == Place(5, 8, 1, "node7", 29500)
+    deepspeed = TORCHRUN | {"CROSS_RANK": "1", "CROSS_SIZE": "2"}
+    assert place(deepspeed) == Place(5, 8, 1, "node7", 29500, node=1, nodes=("host 0", "host 1"))
+    ours = deepspeed | {"DUNE_FAST_HOSTS": "a,b", "DUNE_FAST_JOB": "mine"}
+    assert place(ours) == Place(5, 8, 1, "node7", 29500, job="mine", node=1, nodes=("a", "b"))
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "r", "GROUP_RANK": "1"}
+    elastic = place(TORCHRUN | agent | {"GROUP_WORLD_SIZE": "2"})
+    assert (elastic.serves, elastic.job, elastic.node, len(elastic.nodes)) == (False, "r", 1, 2)
 
 
 def test_torchrun_inside_a_slurm_job():
-    assert place(SRUN | TORCHRUN) == Place(5, 8, 1, "env://")
+    assert place(SRUN | TORCHRUN) == Place(5, 8, 1, "node7", 29500)
 
 
 def test_srun():
-    assert place(SRUN) == Place(9, 16, 1, f"tcp://gpu03:{20000 + 1234569 % 20000}")
+    here = place(SRUN | {"SLURM_NODEID": "1"})
+    assert here == Place(
+        9, 16, 1, "gpu03", slurm_port(SRUN), job="SLURM job 1234567.2", node=1, nodes=("gpu03", "gpu04", "big1")
+    )
+    assert place(SRUN | {"SLURM_RESTART_COUNT": "3"}).job == "SLURM job 1234567.2, requeue 3"
 
 
 def test_srun_with_a_chosen_address():
-    chosen = SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000", "SLURM_STEP_NODELIST": "gpu04"}
-    assert place(chosen).init_method == "tcp://10.0.0.1:4000"
+    chosen = place(SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000", "SLURM_STEP_NODELIST": "gpu04"})
+    assert (chosen.address, chosen.port) == ("10.0.0.1", 4000)
+
+
+def test_jobs_and_steps_have_ports_of_their_own():
+    """Regression: job 8's step 0 had the port of job 7's step 1, and its rank joined that run."""
+    starts = [
+        slurm_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step), "SLURM_RESTART_COUNT": str(again)})
+        for job in range(1234, 1734) for step in range(10) for again in range(4)
+    ]  # fmt: skip
+    assert len(set(starts)) == len(starts) and min(starts) >= 12000 and max(starts) < 32000
 
 
 @pytest.mark.parametrize("extra", [{}, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "0"}])
@@ -45,7 +65,6 @@ def test_a_batch_script_or_shell_of_an_allocation_is_one_process(extra):
 def test_no_launcher():
     alone = place({})
     assert (alone.rank, alone.world_size, alone.local_rank) == (0, 1, 0)
-    assert alone.init_method.startswith("tcp://127.0.0.1:")
 
 
 def test_half_an_environment_is_explained():
@@ -56,14 +75,15 @@ def test_half_an_environment_is_explained():
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"),
+    ("nodes", "hosts"),
     [
-        ("gpu1", "gpu1"), ("gpu1,gpu2", "gpu1"), ("gpu[03-05,9],login1", "gpu03"), ("gpu[7,9-11]", "gpu7"),
-        ("rack[1-2]node[08-09].cluster", "rack1node08.cluster"), ("a-b-01,c", "a-b-01"), ("", ""),
+        ("gpu1", "gpu1"), ("gpu1,gpu2", "gpu1 gpu2"), ("gpu[03-05,9],login1", "gpu03 gpu04 gpu05 gpu9 login1"),
+        ("rack[1-2]node[08-09].cluster", "rack1node08.cluster rack1node09.cluster rack2node08.cluster "
+         "rack2node09.cluster"), ("gpu[099-101]", "gpu099 gpu100 gpu101"), ("a-b-01,c", "a-b-01 c"), ("", ""),
     ],
 )  # fmt: skip
-def test_first_host_of_slurms_list(nodes, first):
-    assert first_host(nodes) == first
+def test_hosts_of_slurms_list(nodes, hosts):
+    assert expand_hosts(nodes) == hosts.split()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Runs on one or several machines: starting them, asking them to stop."""
