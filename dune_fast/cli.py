@@ -202,7 +202,7 @@ def _add_launcher_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--processes", type=int, default=0, help=help_text)
     parser.add_argument("--port", type=int, default=0, help="port of the rendezvous (default: a free one)")
     help_text = "run on the machines of this file, reached by ssh: a line `name slots=8` each"
-    parser.add_argument("-H", "--hostfile", type=Path, default=None, metavar="FILE", help=help_text)
+    parser.add_argument("-H", "--hostfile", type=local, default=None, metavar="FILE", help=help_text)
     help_text = "of the hostfile, leave out machines that do not answer"
     parser.add_argument("--missing-hosts", action="store_true", help=help_text)
     help_text = "where the others reach the first machine (default: an address that they all do)"
