@@ -97,7 +97,8 @@ def all_cells(settings: Settings) -> list[Cell]:
         "generic sharing": ("objective.sharing=generic",),
         "no sharing": ("objective.sharing=none",),
         "no dropping": ("objective.drop_probability=0",),
-        "projectors as drawn": ("start.fit_projectors=false",),
+        # the start's own file has its projectors
+        "projectors as drawn": ("student_weights=", "start.teacher=semantic", "start.fit_projectors=false"),
         "from drawn weights": ("student_weights=",),
     }
     for seed in seeds:
