@@ -39,6 +39,7 @@ class SyntheticLoader:
 
     groups = list(GROUPS)
     dataset_names = ["synthetic"]
+    datasets = ()
     waited_s = 0.0
 
     def __init__(self, batch: int, size: int, device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import importlib.util
 import re
 import shlex
 import shutil
@@ -117,7 +118,8 @@ def check_python(arguments: list[str], run: bool, patch: pytest.MonkeyPatch) -> 
         assert all((ROOT / word).exists() for word in rest if not word.startswith("-"))
         return None
     assert module.startswith("bench."), module
-    main = importlib.import_module(module).main
+    package = importlib.util.find_spec(module).submodule_search_locations is not None
+    main = importlib.import_module(f"{module}.__main__" if package else module).main
     parsed = parse_alone(main, rest, patch)
     if module == "bench.step":
         compose_config([f"experiment={parsed.experiment}", *parsed.overrides])

@@ -72,7 +72,7 @@ class StandardizationConfig:
 @dataclass
 class StartConfig:
     """What is computed in closed form before the first step, out of the run's first images. The papers train from drawn
-    weights; on a short schedule a start decides how good the student gets (docs/one_gpu.md)."""
+    weights; on a short schedule a start decides how good the student gets (docs/training_well.md)."""
 
     teacher: str = ""
     """A ViT teacher, wider than the student, that its first weights are made from (`dune_fast.distill.narrowing`);
