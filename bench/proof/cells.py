@@ -26,12 +26,13 @@ from bench.proof.packages import fetch_package
 from bench.proof.scenes import SceneConfig
 from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.engine.devices import device_name
+from dune_fast.engine.overrides import packaged_folder
 from dune_fast.engine.start import START_FILE
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.load import load_encoder
 from dune_fast.student import build_student
 from dune_fast.teachers.ensemble import TeacherEnsemble
-from dune_fast.teachers.files import locked
+from dune_fast.teachers.files import file_sha256, locked
 
 TEACHERS = ("semantic", "saliency", "geometric")
 
@@ -140,7 +141,8 @@ def identity(cell: Cell, settings: Settings, mark: str) -> dict[str, Any]:
     """What a result is a function of, as JSON gives it back."""
     used = {"cell": asdict(cell), "evaluation": asdict(settings.evaluation), "scenes": mark}
     if cell.kind in ("start", "student"):
-        used["training"] = [settings.experiment, *settings.overrides]
+        recipe = packaged_folder() / "experiment" / f"{settings.experiment}.yaml"
+        used["training"] = [settings.experiment, file_sha256(recipe), *settings.overrides]
     return json.loads(json.dumps(used))
 
 

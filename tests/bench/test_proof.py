@@ -244,6 +244,18 @@ def test_a_killed_cell_goes_on_and_a_finished_one_is_not_run_again(places, count
     assert finished(longer, SMOKE, places, mark) and (run / "encoder.safetensors").read_bytes() != first
 
 
+def test_a_result_is_of_the_recipe_as_it_is(monkeypatch, tmp_path):
+    recipe = tmp_path / "experiment" / "proof_smoke.yaml"
+    recipe.parent.mkdir()
+    shutil.copy(proof.packaged_folder() / "experiment" / recipe.name, recipe)
+    cell = next(cell for cell in all_cells(SMOKE) if cell.kind == "student")
+    before = proof.identity(cell, SMOKE, "mark")
+    monkeypatch.setattr(proof, "packaged_folder", lambda: tmp_path)
+    assert proof.identity(cell, SMOKE, "mark") == before
+    recipe.write_text(recipe.read_text() + "# changed")
+    assert proof.identity(cell, SMOKE, "mark") != before
+
+
 def test_a_single_teachers_cell_leaves_the_others_out(places):
     cell = next(cell for cell in all_cells(SMOKE) if cell.row == "student of geometric")
     overrides = training_overrides(cell, SMOKE, places)
