@@ -193,15 +193,19 @@ def train(args: argparse.Namespace, rank: int, started: Started) -> int:
                 "data.datasets.<name>.holdout or val_root for that, or evaluation.held_out=false"
             )
         trainer.run()
-    if rank or trainer.stopped:
+    if rank:
+        return 0
+    from dune_fast.evaluate.live_report import LiveReport
+
+    report = LiveReport(Path(cfg.output_dir))
+    if trainer.stopped:
+        report.write()
         return 0
     if held_out:
         from dune_fast.evaluate.run import evaluate_run
 
         evaluate_run(Path(cfg.output_dir), cfg.evaluation.figures, trainer.device, must_draw=False)
-    from dune_fast.evaluate.live_report import LiveReport
-
-    LiveReport(Path(cfg.output_dir)).write(finished=True)
+    report.write(finished=True)
     write_state(Path(cfg.output_dir), FINISHED, cfg.steps, cfg.steps)
     logger.info("%s", what_next(cfg.output_dir))
     return 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
+import signal
 from html.parser import HTMLParser
 
 import pytest
@@ -206,3 +208,17 @@ def test_a_run_ends_with_a_report_and_no_drawing_fails_it(photos, tmp_path, monk
     else:
         page = Page((run / "report.html").read_text())
         assert "Finished, step 2 of 2" in page.text and page.tags.count("img") == 3  # with pca.png
+
+
+def test_a_run_that_a_signal_stops_leaves_a_report(photos, tmp_path, monkeypatch):
+    step = Trainer.train_step
+
+    def stopping(self, batch):
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", stopping)
+    run = tmp_path / "run"
+    assert train.main([*small_run(photos, run), "logging.tensorboard=false"]) == 0
+    assert "Not finished, step 3 of 6" in Page((run / "report.html").read_text()).text
