@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,12 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["DUNE_FAST_CONFIGS"] = str(ROOT / "bench" / "toy")  # `+teachers@teachers.NAME=conv_patchify`
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # of processes
+
+# a shell starts `pytest &` with Ctrl-C ignored, nohup ignores SIGHUP; runs keep to that, and their tests send both
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 try:  # torchvision is built for CUDA: beside a CPU torch, its import looks for two operators that are not there
     import torchvision  # noqa: F401
