@@ -133,10 +133,13 @@ def _configuration(run: Path, cfg: RunConfig | None) -> str:
     parts = []
     if cfg is not None:
         s, projector = cfg.student, f"{cfg.projector.kind}, {cfg.objective.sharing} data sharing"
+        narrowed = f"{cfg.start.blocks} blocks out of teacher {cfg.start.teacher}" if cfg.start.teacher else ""
+        weights = cfg.student_weights or narrowed or f"initial weights, seed {cfg.train.seed}"
+        fitted = ", projectors fitted" if cfg.start.fit_projectors else ""
         rows = [
             ("student", f"{s.depth} blocks of {s.embed_dim} channels, patches of {s.patch_size} px, "
              f"{s.num_registers} registers, images of {cfg.image_size} px"),
-            ("starts from", cfg.student_weights or f"initial weights, seed {cfg.train.seed}"),
+            ("starts from", weights + fitted),
             ("projectors", projector),
             *((f"teacher {name}", f"{t.family}, {t.weights or t.model}, {t.num_features} channels, "
                f"{' and '.join(t.token_types)} tokens") for name, t in cfg.teachers.items()),

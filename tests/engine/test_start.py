@@ -18,6 +18,7 @@ from dune_fast.engine import checkpoints
 from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.engine.launch import free_port
 from dune_fast.engine.trainer import Trainer
+from dune_fast.evaluate.live_report import LiveReport
 from dune_fast.evaluate.run import evaluate_run
 from dune_fast.teachers.containers import TeacherWeightsError
 
@@ -61,6 +62,8 @@ def test_a_run_starts_from_what_it_keeps_and_resumes_without_computing_it_again(
 
     cosines = evaluate_run(whole, figures=False)
     assert cosines["before"]["two"]["patch"] > cosines["drawn"]["two"]["patch"] + 0.1
+    LiveReport(whole).write(finished=True)
+    assert "1 blocks out of teacher vit, projectors fitted" in (whole / "report.html").read_text()
     found = json.loads((whole / "held_out.json").read_text())["window_knn"]
     assert set(found) == {"drawn", "before", "after", "teacher one", "teacher vit"}
     assert all(0 <= share <= 1 for share in found.values())
