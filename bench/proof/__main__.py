@@ -56,7 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def chosen_settings(args: argparse.Namespace) -> Settings:
     """Sizes by the flags."""
-    settings = SMOKE if args.smoke else Settings()
+    settings = SMOKE if args.smoke else Settings(small=torch.cuda.is_available())
     if not args.study and (args.set or args.steps):
         raise SystemExit("--set and --steps change what is proven: use them with --study")
     if args.study:

@@ -47,6 +47,8 @@ class Settings:
     steps: int = 400
     ablation_steps: int = 120
     seeds: int = 3
+    small: bool = False
+    """Whether a ViT-S/14 is trained, too: on a GPU."""
     scenes: SceneConfig = field(default_factory=SceneConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -84,13 +86,20 @@ def all_cells(settings: Settings) -> list[Cell]:
     seeds = range(settings.seeds)
     cells += [Cell("random", "random", seed) for seed in seeds]
     cells += [Cell("start", "start", seed, steps=2) for seed in seeds]
+    undropped = ("objective.drop_probability=0",)
     for seed in seeds:
-        undropped = ("objective.drop_probability=0",)
         cells.append(Cell("student of all", "student", seed, steps=settings.steps, overrides=undropped))
         cells.append(Cell("student of all, dropping", "student", seed, steps=settings.steps))
         for kept in TEACHERS:
             without = tuple(f"~teachers.{name}" for name in TEACHERS if name != kept)
             cells.append(Cell(f"student of {kept}", "student", seed, steps=settings.steps, overrides=without))
+    if settings.small:
+        small = "student=vit_small14"
+        own_start = ("student_weights=", "start.teacher=semantic", *undropped)
+        for seed in seeds:
+            cells.append(Cell("random ViT-S/14", "random", seed, "small", overrides=(small,)))
+            row = "student of all, ViT-S/14"
+            cells.append(Cell(row, "student", seed, "small", settings.steps, (small, *own_start)))
     ablations: dict[str, tuple[str, ...]] = {
         "TP, full sharing, dropping": (),
         "LP": ("projector=lp",),
@@ -158,7 +167,7 @@ def run_cell(cell: Cell, settings: Settings, places: Places, mark: str) -> dict[
     Raises:
         RuntimeError: the training has failed; its log is in the run's folder.
     """
-    cfg = compose(settings, places)
+    cfg = compose(settings, places, cell.overrides if cell.kind == "random" else ())
     began = time.perf_counter()
     command = ""
     if cell.kind in ("start", "student"):
@@ -253,10 +262,10 @@ def student_features(vit: VisionTransformer, device: torch.device) -> Encoder:
     return features
 
 
-def compose(settings: Settings, places: Places) -> RunConfig:
+def compose(settings: Settings, places: Places, more: Sequence[str] = ()) -> RunConfig:
     """The configuration that a cell's networks are described in."""
     os.environ["DUNE_FAST_SCENES"] = str(places.scenes)
-    return compose_config([f"experiment={settings.experiment}", *settings.overrides])
+    return compose_config([f"experiment={settings.experiment}", *settings.overrides, *more])
 
 
 def stereo_folder() -> Path:

@@ -12,7 +12,11 @@ from bench.proof.cells import TEACHERS, Cell
 COLUMNS = {"knn": "k-NN", "knn_patch": "k-NN, mean patch", "iou": "IoU", "match": "match"}
 MARGINS = {"knn": 0.10, "iou": 0.10, "match": 0.05}
 """What the student of all teachers has to be above an untrained one by."""
-_PARTS = {"main": "Real teachers into one student", "ablation": "The method's parts, on a shorter schedule"}
+_PARTS = {
+    "main": "Real teachers into one student",
+    "small": "A wider student",
+    "ablation": "The method's parts, on a shorter schedule",
+}
 BEGIN, END = "<!-- bench.proof --table -->", "<!-- end -->"
 _INTRODUCTION = """Made by `make proof` (`python -m bench.proof`). Mean and standard deviation over seeds. Classes,
 masks and matches are of cut-outs, photographs and a stereo pair that no student was trained on. A student starts from

@@ -30,6 +30,7 @@ from bench.proof.packages import PACKAGES, PackageError, fetch_package
 from bench.proof.scenes import CLASSES, Sources, make_scenes, packaged_sources, split_sources
 from bench.proof.smoke import drawn_sources, drawn_stereo
 from bench.proof.table import page, rows, verdicts, with_table
+from dune_fast.engine.config import compose_config
 from dune_fast.teachers.files import file_sha256
 
 SCENES = SMOKE.scenes
@@ -205,6 +206,16 @@ def test_readmes_table_is_the_results_that_are_here():
     assert results and with_table(text, cells, results) == text and page(cells, results) == page_text
     with pytest.raises(ValueError, match="lacks the markers"):
         with_table("# README", cells, results)
+
+
+def test_a_gpu_trains_a_wider_student_from_a_start_of_its_own(places):
+    settings = Settings(small=True)
+    student = next(cell for cell in all_cells(settings) if cell.row == "student of all, ViT-S/14")
+    cfg = compose_config(training_overrides(student, settings, places))
+    assert (cfg.student.embed_dim, cfg.start.teacher, cfg.student_weights) == (384, "semantic", "")
+    random = next(cell for cell in all_cells(settings) if cell.row == "random ViT-S/14")
+    assert proof.compose(settings, places, random.overrides).student == cfg.student
+    assert not any(cell.part == "small" for cell in all_cells(Settings()))
 
 
 @pytest.fixture
