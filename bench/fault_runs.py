@@ -86,8 +86,10 @@ class Bench:
 
     work: Path
     draw: random.Random
-    whole: dict[int, Path] = field(default_factory=dict)
-    """Ranks -> folder of the uninterrupted run."""
+    images: str = "shards"
+    """What runs read from now on: "shards", which stay open, or "photos", which a fault can take away."""
+    whole: dict[tuple[str, int], Path] = field(default_factory=dict)
+    """(images, ranks) -> folder of the uninterrupted run."""
 
     def __post_init__(self) -> None:
         photos = self.work / "photos"
@@ -121,7 +123,7 @@ class Bench:
             "+teachers@teachers.two=conv_patchify", "teachers.two.weights=random:2", "teachers.two.num_features=32",
             "teachers.two.patch_size=16", "teachers.two.token_types=[patch]", "student=vit_tiny14", "student.depth=2",
             "student.embed_dim=96", "image_size=56", "data=folder", "data.num_threads=1", f"deepspeed=zero{ranks - 1}",
-            f"data.datasets.images.root='{self.shards}'", "data.read_patience=1",
+            f"data.datasets.images.root='{self.shards.with_name(self.images)}'", "data.read_patience=1",
             "train.global_batch=8", f"train.steps={STEPS}", "train.log_every=1", "train.precision=fp32",
             f"train.checkpoint_every={SAVE_EVERY}", "optimizer.lr_per_256=0.05", "evaluation.held_out=false",
             "logging.tensorboard=false", f"output_dir='{run}'", *more,
@@ -155,10 +157,11 @@ class Bench:
 
     def compare(self, run: Path, ranks: int) -> None:
         """Lost unless weights and records are those of a run that nothing happens to, which is made once."""
-        if ranks not in self.whole:
-            self.finish(self.work / f"whole_{ranks}", ranks)
-            self.whole[ranks] = self.work / f"whole_{ranks}"
-        whole = self.whole[ranks]
+        whole = self.work / f"whole_{self.images}_{ranks}"
+        if (self.images, ranks) not in self.whole:
+            self.finish(whole, ranks)
+            self.whole[self.images, ranks] = whole
+        whole = self.whole[self.images, ranks]
         ours, theirs = (load_file(folder / "student.safetensors") for folder in (run, whole))
         if wrong := [name for name in theirs if not torch.equal(ours[name], theirs[name])]:
             raise Lost(f"{len(wrong)} of {len(theirs)} tensors differ from those of the uninterrupted run")

@@ -49,6 +49,8 @@ class Fault:
     happen: Callable[[Bench, Path], Happened]
     """Brings it about, in a fresh folder; leaves a run that can be started again and says what was seen."""
     ranks: int = 1
+    images: str = "shards"
+    """See `Bench.images`."""
 
 
 def kill(bench: Bench, run: Path, count: int = 1, ranks: int = 1, who: int | None = None) -> Happened:
@@ -293,16 +295,16 @@ def faults(kills: int) -> list[Fault]:
         Fault("SIGTERM for one of two ranks", lambda bench, run: preempt(bench, run, 2), 2),
         Fault("a rank hangs", hang, 2),
         Fault("output that nobody reads", close_output),
-        Fault("frozen storage", lambda bench, run: lose_photos(bench, run, frozen=True)),
-        Fault("SIGTERM at frozen storage", lambda bench, run: lose_photos(bench, run, frozen=True, told=True)),
-        Fault("lost storage", lambda bench, run: lose_photos(bench, run, frozen=False)),
+        Fault("frozen storage", lambda *run: lose_photos(*run, frozen=True), images="photos"),
+        Fault("SIGTERM at frozen storage", lambda *run: lose_photos(*run, frozen=True, told=True), images="photos"),
+        Fault("lost storage", lambda *run: lose_photos(*run, frozen=False), images="photos"),
         Fault("a run's folder for each rank", own_folders, 2),
     ]
 
 
 def undergo(bench: Bench, fault: Fault, run: Path) -> tuple[bool, str]:
     """Lets a fault happen and the run be started again; whether it survived, and what was seen."""
-    seen = ""
+    seen, bench.images = "", fault.images
     try:
         seen = fault.happen(bench, run)
         reached = newest(run)

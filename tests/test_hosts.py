@@ -247,16 +247,6 @@ def test_what_the_agent_finds_out(tmp_path):
     assert not reached and reason.startswith("127.0.0.1: ")
 
 
-def test_code_of_other_content_has_another_digest(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name / "inner").mkdir(parents=True)
-        (tmp_path / name / "inner" / "x.py").write_text("one")
-        (tmp_path / name / "inner" / "x.pyc").write_text(name)
-    digests = [agent.digest([tmp_path / name], (".py",)) for name in ("a", "b")]
-    (tmp_path / "b" / "inner" / "x.py").write_text("two")
-    assert digests[0] == digests[1] != agent.digest([tmp_path / "b"], (".py",))
-
-
 def test_gloo_is_told_the_interface_where_the_hosts_name_leads_to_itself(monkeypatch):
     """Debian gives a host's own name the address 127.0.1.1, under which no other host finds it."""
     named = SimpleNamespace(address="10.0.0.5")

@@ -9,7 +9,6 @@ environment, which may hold keys, stands in a list of processes.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -19,7 +18,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,31 +39,19 @@ def forwarded(environment: dict[str, str]) -> dict[str, str]:
     return {k: v for k, v in environment.items() if k not in left and not k.startswith(OWN_PREFIXES)}
 
 
-def digest(folders: Iterable[Path], patterns: tuple[str, ...]) -> str:
-    """SHA-256 of the names and contents of the files below some folders, links followed."""
-    total = hashlib.sha256()
-    for folder in folders:
-        for root, directories, files in os.walk(folder, followlinks=True):
-            directories[:] = sorted(name for name in directories if name != "__pycache__")
-            for name in sorted(files):
-                path = Path(root, name)
-                if path.suffix in patterns:
-                    total.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
-    return total.hexdigest()
-
-
 def look() -> dict[str, Any]:
     """What must be the same on all hosts ("same"), and what is this host's own."""
     import torch
 
     from dune_fast.engine.overrides import own_folders
+    from dune_fast.engine.provenance import files_hash
 
     same = {"Python": platform.python_version()}
     for package in ("torch", "triton", "deepspeed", "numpy", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             same[package] = importlib.metadata.version(package)
-    same["the code of dune_fast"] = digest([Path(__file__).parents[1]], (".py", ".yaml"))
-    same["the configurations"] = digest(own_folders(), (".yaml",))
+    same["the code of dune_fast"] = files_hash([Path(__file__).parents[1]], (".py", ".yaml"))
+    same["the configurations"] = files_hash(own_folders(), (".yaml",))
     interfaces = psutil.net_if_addrs().values()
     found = (a.address.partition("%")[0] for addresses in interfaces for a in addresses if a.family in _FAMILIES)
     addresses = [address for address in found if not address.startswith(("127.", "::1", "fe80"))]

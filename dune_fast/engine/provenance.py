@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,18 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def files_hash(folders: Iterable[Path], suffixes: Sequence[str]) -> str:
+    """A hash of the names and contents of the files with these suffixes below some folders, links followed."""
+    digest = hashlib.blake2b(digest_size=8)
+    for top in folders:
+        for folder, below, files in os.walk(top, followlinks=True):
+            below.sort()
+            for path in (Path(folder, name) for name in sorted(files)):
+                if path.suffix in suffixes:
+                    digest.update(f"{path.relative_to(top)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

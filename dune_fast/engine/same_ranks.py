@@ -19,7 +19,7 @@ from dune_fast.dali_pipelines.datasets import Dataset
 from dune_fast.dali_pipelines.storage import write_whole
 from dune_fast.engine.config import RunConfig, as_dict, flatten
 from dune_fast.engine.launch import processors, shared_threads
-from dune_fast.engine.provenance import versions
+from dune_fast.engine.provenance import files_hash, versions
 
 _FOLDER_SECONDS = 60.0
 """How long a rank waits for what rank 0 has written: network file systems remember for a while what was not there."""
@@ -34,16 +34,6 @@ def gather(value: Any) -> list[Any]:
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def source_hash(package: Path = Path(__file__).parents[1]) -> str:
-    """A hash of the Python files of a package, folders behind links included."""
-    digest = hashlib.blake2b(digest_size=8)
-    for folder, folders, files in os.walk(package, followlinks=True):
-        folders.sort()
-        for path in (Path(folder, name) for name in sorted(files) if name.endswith(".py")):
-            digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def refuse_differences(mine: Mapping[str, Any], hosts: Sequence[str], cure: str) -> None:
@@ -76,7 +66,7 @@ def meet(cfg: RunConfig) -> list[str]:
     if threads := shared_threads(os.environ, gather(place).count(place)):
         torch.set_num_threads(threads)
     packages = {f"version of {name}": version for name, version in versions().items() if name not in _HARDWARE}
-    code = {"hash of the source files": source_hash(), **packages}
+    code = {"hash of the source files": files_hash([Path(__file__).parents[1]], (".py",)), **packages}
     refuse_differences(code, hosts, "Install the same code and packages on all machines")
     refuse_differences(flatten(as_dict(cfg)), hosts, "Give all ranks the same configuration files and overrides")
     return hosts

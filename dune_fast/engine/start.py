@@ -1,11 +1,13 @@
-"""The student's start in closed form, before its first step: weights out of a teacher, projectors that fit.
+"""What is computed on a run's first images, before the first step trains on them.
 
-Rank 0 computes it on the run's first images, which do not depend on the number of ranks, and shares it. The run's
-folder keeps it as `start.safetensors`, what "before the training" means afterwards.
+PHI-S estimates its rotations and scales. The student's start in closed form is weights out of a teacher, projectors
+that fit. Rank 0 computes it, on images that do not depend on the number of ranks, and shares it. The run's folder keeps
+it as `start.safetensors`, what "before the training" means afterwards.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -50,6 +52,30 @@ class Opened(Protocol):
     teachers: TeacherEnsemble
     statistics: TeacherStatistics
     distill: DistillationStep
+
+
+def look_ahead(run: Opened, student: Student) -> None:
+    """Statistics and start, as far as the configuration asks for them. All ranks call it; see `compute_start`."""
+    if run.cfg.standardization.convention == "phi_s":
+        estimate_statistics(run)
+    if run.cfg.start.wanted:
+        compute_start(run, student)
+
+
+def estimate_statistics(run: Opened) -> None:
+    """PHI-S: looks through the teachers at the run's first batches."""
+    count = run.cfg.standardization.phi_s_batches
+    if run.rank == 0:
+        logger.info("PHI-S: estimating the covariances of the teachers' features from %d batches", count)
+    batches = run.loader.batches(0)
+    features = (  # of the images that each teacher is trained on
+        run.teachers(batch.images, run.distill.routes(batch.images, batch.group_on_host))
+        for batch in itertools.islice(batches, count)
+    )
+    run.statistics.estimate(features, run.distill.all_reduce)
+    batches.close()
+    for buffer in run.statistics.buffers():  # eigenvectors of equal eigenvalues are a library's choice
+        dist.broadcast(buffer, 0)
 
 
 def compute_start(run: Opened, student: Student) -> None:

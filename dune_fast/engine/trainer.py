@@ -7,7 +7,6 @@ parts of a run meet here.
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import logging
 import time
@@ -45,11 +44,11 @@ from dune_fast.engine.run_folder import count_images, how_to_go_on, open_run, re
 from dune_fast.engine.run_state import RUNNING, STOPPED, fail, write_state
 from dune_fast.engine.same_ranks import meet, refuse_other_data, refuse_own_folders
 from dune_fast.engine.schedules import ema_momenta, learning_rates, scaled_learning_rate
-from dune_fast.engine.start import compute_start
+from dune_fast.engine.start import look_ahead
 from dune_fast.engine.trackers import check_packages
 from dune_fast.engine.warm_start import initial_student
 from dune_fast.engine.watchdog import Watchdog
-from dune_fast.student import Student, build_student
+from dune_fast.student import build_student
 from dune_fast.teachers.ensemble import TeacherEnsemble
 from dune_fast.teachers.run_files import Manifest
 
@@ -147,7 +146,7 @@ class Trainer:
             student, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed, self.all_reduce, side
         )
         if resume_step is None:
-            self._look_ahead(student)
+            look_ahead(self, student)
         if cfg.train.compile:
             student.compile_blocks()
         self.engine = self.distill.student = Engine(
@@ -155,13 +154,6 @@ class Trainer:
             useful_zero_stage(cfg.deepspeed.zero_stage, self.world_size), cfg.deepspeed.options,
             cfg.train.accumulation, cfg.deepspeed.gradient_dtype,
         )  # fmt: skip
-
-    def _look_ahead(self, student: Student) -> None:
-        """What is computed on the run's first images, before the first step trains on them."""
-        if self.cfg.standardization.convention == "phi_s":
-            self._estimate_statistics()
-        if self.cfg.start.wanted:
-            compute_start(self, student)
 
     def _build_loop(self, resume_step: int | None) -> None:
         """What goes round the step: schedules, checkpoints, guards; loads the checkpoint."""
@@ -199,21 +191,6 @@ class Trainer:
             saved_by = manifest.world_size, manifest.zero_stage
             logger.info("going on from step %d of %d, saved by %d x ZeRO %d", step, self.cfg.steps, *saved_by)
         return manifest.run
-
-    def _estimate_statistics(self) -> None:
-        """PHI-S: looks through the teachers at the images of the first steps, which are trained on afterwards."""
-        count = self.cfg.standardization.phi_s_batches
-        if self.rank == 0:
-            logger.info("PHI-S: estimating the covariances of the teachers' features from %d batches", count)
-        batches = self.loader.batches(0)
-        features = (  # of the images that each teacher is trained on
-            self.teachers(batch.images, self.distill.routes(batch.images, batch.group_on_host))
-            for batch in itertools.islice(batches, count)
-        )
-        self.statistics.estimate(features, self.distill.all_reduce)
-        batches.close()
-        for buffer in self.statistics.buffers():  # eigenvectors of equal eigenvalues are a library's choice
-            dist.broadcast(buffer, 0)
 
     def run(self) -> TeacherStatistics:
         """Trains to the end and exports, or to a signal and saves; returns the teachers' statistics.

@@ -40,12 +40,12 @@ def sleeper(folder: Path, *command: str) -> Started:
 
 
 def test_equal_runs_have_survived(bench, tmp_path):
-    bench.whole[1] = finished_run(tmp_path / "whole")
+    bench.whole["shards", 1] = finished_run(tmp_path / "whole")
     bench.compare(finished_run(tmp_path / "run"), 1)
 
 
 def test_one_other_bit_of_the_weights_is_lost(bench, tmp_path):
-    bench.whole[1] = finished_run(tmp_path / "whole")
+    bench.whole["shards", 1] = finished_run(tmp_path / "whole")
     run = finished_run(tmp_path / "run")
     tensors = load_file(run / "student.safetensors")
     tensors["a"][3] = torch.nextafter(tensors["a"][3], torch.tensor(9.0))
@@ -56,7 +56,7 @@ def test_one_other_bit_of_the_weights_is_lost(bench, tmp_path):
 
 @pytest.mark.parametrize("change", ["missing", "doubled", "other"])
 def test_records_that_are_missing_doubled_or_other_are_lost(bench, tmp_path, change):
-    bench.whole[1] = finished_run(tmp_path / "whole")
+    bench.whole["shards", 1] = finished_run(tmp_path / "whole")
     run = finished_run(tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     lines = {"missing": lines[:2] + lines[3:], "doubled": lines[:3] + lines[2:], "other": [*lines[:4], lines[3]]}[

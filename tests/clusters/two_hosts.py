@@ -138,12 +138,12 @@ class TwoHosts:
     def start(self, name: str) -> None:
         """Starts a host that is down, and waits until it answers."""
         Path("/run/sshd").mkdir(exist_ok=True)  # sshd insists on it
-        folder = self.folder
+        folder, ssh = self.folder, Path.home() / ".ssh"
         script = (
-            f"hostname {name}; mount --bind {folder}/dotssh /root/.ssh; mount --bind {folder}/hosts /etc/hosts; "
+            f"hostname {name}; mount --bind {folder}/dotssh {ssh}; mount --bind {folder}/hosts /etc/hosts; "
             f"exec $(command -v sshd || echo /usr/sbin/sshd) -D -e -f {folder}/sshd_config"
         )
-        Path("/root/.ssh").mkdir(mode=0o700, exist_ok=True)
+        ssh.mkdir(mode=0o700, exist_ok=True)
         enter = ["nsenter", "-t", str(self.networks[name].pid), "-n"]
         with (folder / f"{name}.log").open("a") as log:
             self.hosts[name] = subprocess.Popen(

@@ -9,7 +9,8 @@ import pytest
 
 from dune_fast.dali_pipelines.listing import PathList
 from dune_fast.engine import same_ranks
-from dune_fast.engine.same_ranks import fingerprint, refuse_differences, refuse_own_folders, source_hash
+from dune_fast.engine.provenance import files_hash
+from dune_fast.engine.same_ranks import fingerprint, refuse_differences, refuse_own_folders
 
 HOSTS = ["node_a", "node_b"]
 
@@ -46,13 +47,13 @@ def test_the_hash_follows_every_source_file_and_links(tmp_path):
     linked.mkdir()
     (package / "folder").symlink_to(linked)
     (linked / "a.py").write_text("x = 1")
-    before = source_hash(package)
+    before = files_hash([package], (".py",))
     (linked / "a.txt").write_text("no source")
-    assert source_hash(package) == before
+    assert files_hash([package], (".py",)) == before
     (linked / "a.py").write_text("x = 2")
-    changed = source_hash(package)
+    changed = files_hash([package], (".py",))
     (linked / "a.py").rename(linked / "b.py")
-    assert len({before, changed, source_hash(package)}) == 3
+    assert len({before, changed, files_hash([package], (".py",))}) == 3
 
 
 def test_other_images_have_another_fingerprint():

@@ -55,7 +55,7 @@ def test_a_run_starts_from_what_it_keeps_and_resumes_without_computing_it_again(
     trainer.run()
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / checkpoints.tag(6))
-    monkeypatch.setattr("dune_fast.engine.trainer.compute_start", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("dune_fast.engine.trainer.look_ahead", lambda *_: pytest.fail("computed again"))
     Trainer(compose_config([*started, f"output_dir={parts}"])).run()
     ours, theirs = (load_file(folder / "student.safetensors") for folder in (parts, whole))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
