@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 
-from dune_fast.cluster.slurm import Job, script, submit
 from dune_fast.console import add_command
 
 
@@ -16,6 +15,7 @@ def slurm(args: argparse.Namespace) -> int:
     The job saves ahead of its time limit and queues itself again until the run is done. After a node was lost, SLURM
     queues it again; `sbatch --nodes=1 SCRIPT` goes on with fewer nodes.
     """
+    from dune_fast.cluster.slurm import Job, script, submit
     from dune_fast.engine.accumulation import micro_batch_size
     from dune_fast.train import run_config
 

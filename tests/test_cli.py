@@ -138,3 +138,9 @@ def test_every_published_name_has_a_teacher_to_be_fetched_by():
     for stem, teacher in {**dict.fromkeys(PUBLISHED), **PUBLISHED_ENCODERS}.items():
         found = load_teacher_config(teacher or stem)
         assert Path(found.weights).name == f"{stem}.pth" and found.url.endswith(f"/{stem}.pth")
+
+
+def test_the_command_starts_without_torch():
+    """Help, completion and mistakes answer at once: torch takes a second to import."""
+    code = "import sys, dune_fast.cli as cli; cli.build_parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

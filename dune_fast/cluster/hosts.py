@@ -125,8 +125,7 @@ def _compare(sessions: list[Session], facts: dict[Host, dict[str, Any]]) -> None
         for name in sorted(expected.keys() | same.keys()):
             ours, theirs = expected.get(name, "none"), same.get(name, "none")
             if ours != theirs:
-                versions = "" if len(ours) == 64 else f": {theirs} and {ours}"
-                faults.append(f"{name} on {session.host.name} is not that of {first.name}{versions}")
+                faults.append(f"{name} on {session.host.name} is not that of {first.name}: {theirs} and {ours}")
     if faults:
         raise HostError("; ".join(faults) + ": install the same on all hosts")
 

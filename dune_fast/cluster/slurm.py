@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dune_fast.cluster.ranks import TRAIN_SCRIPT
+from dune_fast.engine.run_state import STOPPED_STATUS
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,6 @@ scontrol requeue "$SLURM_JOB_ID" && exit 0
 echo "not queued again; \\`sbatch\\` with this script goes on" >&2
 exit {unfinished}
 """
-UNFINISHED = 85
-"""Exit status of a run that has saved and is to be started again, as `dune-fast distill` has it."""
 
 
 def script(job: Job, arguments: Sequence[str], output_dir: str, variables: Mapping[str, str]) -> str:
@@ -89,7 +88,7 @@ def script(job: Job, arguments: Sequence[str], output_dir: str, variables: Mappi
         folder=shlex.quote(str(Path.cwd())),
         variables="".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items()),
         python=shlex.quote(sys.executable), state=shlex.quote(str(Path(output_dir) / "state.json")),
-        command=shlex.join([sys.executable, "-u", str(TRAIN_SCRIPT), *arguments]), unfinished=UNFINISHED,
+        command=shlex.join([sys.executable, "-u", str(TRAIN_SCRIPT), *arguments]), unfinished=STOPPED_STATUS,
     )  # fmt: skip
     return "\n".join(["#!/bin/bash", *job.directives(), body])
 

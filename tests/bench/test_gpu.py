@@ -1,4 +1,7 @@
-"""`python -m bench.gpu`: small commands in the place of its jobs, and the page of a made-up run."""
+"""`python -m bench.gpu`: small commands in the place of its jobs, and the page of a made-up run.
+
+More than 350 lines: runner, targets and page share one made-up GPU.
+"""
 
 from __future__ import annotations
 
