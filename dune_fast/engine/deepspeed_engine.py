@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dune_fast.engine.gradient_average import GradientAverage
 from dune_fast.engine.interruption import PATIENCE
 from dune_fast.engine.launch import place
 from dune_fast.engine.optimizer import OptimizerConfig, build_optimizer, scale_gradients
@@ -90,11 +91,13 @@ def _check_options(options: Mapping[str, Any], zero_stage: int) -> None:
     # Under stages 1 and 2 DeepSpeed (0.19.8) then makes the host wait for the whole device, at the end of the backward
     # pass (`independent_gradient_partition_epilogue`) and in some paths at every bucket (`allreduce_and_copy`): the
     # launches of the update and of the next step come late, which costs more than the transfer that it hides, for one
-    # bucket holds all gradients. Stage 0 does not read it; stage 3, where it is the default, waits once either way.
+    # bucket holds all gradients. Stage 0 overlaps without it (`GradientAverage`); stage 3, where it is the default,
+    # waits once either way.
     if zero_stage in (1, 2) and (options.get("zero_optimization") or {}).get("overlap_comm"):
         raise ValueError(
             f"deepspeed.options has zero_optimization.overlap_comm: under stage {zero_stage} DeepSpeed then makes the "
-            "host wait for the device in every step; take it out, or choose deepspeed.zero_stage=3"
+            "host wait for the device in every step; take it out, or choose deepspeed.zero_stage=0, which overlaps "
+            "without it, or 3"
         )
 
 
@@ -156,8 +159,11 @@ class Engine:
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=build_optimizer(module, optimizer), config=config, dist_init_required=False
         )
-        if zero_stage == 0 and self.world_size == 1:
-            self.engine.enable_backward_allreduce = False  # it would copy all gradients twice, to average one rank's
+        self._average: GradientAverage | None = None
+        if zero_stage == 0:
+            self.engine.enable_backward_allreduce = False  # it would begin after the backward pass, for one rank too
+            if self.world_size > 1:
+                self._average = GradientAverage(list(trained.values()), self.engine.communication_data_type)
         self.device = self.engine.device
         self.state = sharded_state(
             zero_stage, self.engine.optimizer, {id(p): name for name, p in trained.items()}, dist.get_rank()
@@ -177,10 +183,16 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Adds to the gradients, `accumulation` times a step; after the last time they are averaged over ranks."""
+        last = (self._backwards + 1) % self.accumulation == 0
+        if last and self._average:
+            self._average.begin()
         self.engine.backward(loss)
         self._backwards += 1
-        if self._backwards % self.accumulation:
+        if not last:
             self.engine.step()  # updates nothing yet, but counts
+        elif self._average:
+            self.state.gradients()  # names those that are missing
+            self._average.finish()
 
     def step(self, learning_rate: float, loss: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         """Clips the gradients, updates the weights, clears the gradients.
