@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 LARGEST = 25 * 2**20
 """Bytes of a bucket, at most: long enough for the link's full speed."""
@@ -91,7 +91,6 @@ class GradientAverage:
             while self._sent < len(self._buckets) and self._buckets[self._sent].complete:  # in order, on every rank
                 self._buckets[self._sent].send()
                 self._sent += 1
-
 
 
 def _parts(parameters: Sequence[nn.Parameter], itemsize: int) -> list[list[nn.Parameter]]:
