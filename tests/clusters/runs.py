@@ -89,4 +89,7 @@ def lost_steps(run: Path) -> int:
 
 def says(started: Command, words: str, seconds: float = 240.0) -> float:
     """Waits until a command has said something; the seconds that it took."""
-    return wait_until(lambda: words in started.text(), f"{words!r} in\n{started.text()[-2000:]}\n", seconds)
+    try:
+        return wait_until(lambda: words in started.text(), repr(words), seconds)
+    except AssertionError as error:
+        raise AssertionError(f"{error}:\n{started.text()[-2000:]}") from None

@@ -37,7 +37,7 @@ def why_not() -> str:
     """Why there can be no two hosts here; "" if there can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "two hosts on one machine need Linux and root"
-    needed = ("sshd", "ssh", "ssh-keygen", "ip", "unshare", "nsenter", "setpriv")
+    needed = ("sshd", "ssh", "ssh-keygen", "ip", "tc", "unshare", "nsenter", "setpriv")
     if lost := [name for name in needed if shutil.which(name, path=_PATH) is None]:
         return f"{', '.join(lost)} not found: {PACKAGES}"
     for command in (
@@ -200,6 +200,15 @@ class TwoHosts:
     def link(self, name: str, state: str) -> None:
         """Pulls a host's cable ("down"), or plugs it in ("up")."""
         self.inside(name, "ip", "link", "set", "veth0", state)
+
+    def limit_link(self, rate: str) -> None:
+        """Both directions carry `rate` at most, in tc's notation ("1gbit"); "" for no limit."""
+        for name in ADDRESSES:
+            if rate:
+                limit = ["tbf", "rate", rate, "burst", "256kb", "latency", "50ms"]
+                self.inside(name, "tc", "qdisc", "replace", "dev", "veth0", "root", *limit)
+            else:
+                self.inside(name, "tc", "qdisc", "del", "dev", "veth0", "root")
 
     def lose_power(self, name: str) -> None:
         """The host is gone and sends no farewell."""
