@@ -22,13 +22,15 @@ proof: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-# as root on Linux: two hosts made of namespaces, ssh and SLURM on them, what runs survive there; 40 minutes at most.
+# as root on Linux: two hosts made of namespaces, ssh and SLURM on them, S3, MLflow and W&B beside
+# them, what runs survive there; 30 minutes.
 # In a container of Debian it installs what it needs; where systemd would start these services, it says what is missing
 test-clusters: $(STAMP)
 	@test "$$(id -u)" != 0 -o -d /run/systemd/system || command -v slurmctld >/dev/null \
 	  || ! command -v apt-get >/dev/null || { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y \
 	    --no-install-recommends openssh-server pdsh slurm-wlm munge iproute2 util-linux; }
-	OMP_NUM_THREADS=1 timeout -k 60 2400 $(BIN)/python -m pytest -q --clusters tests/clusters
+	test -d .services || $(BIN)/pip install -q --target .services -c constraints.txt 'moto[s3]' flask flask-cors s3fs mlflow wandb
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.services timeout -k 60 3000 $(BIN)/python -m pytest -q --clusters tests/clusters
 
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n $(JOBS) --dist loadfile

@@ -42,9 +42,10 @@ _TRANSIENT = {
 }  # fmt: skip
 _EXPIRED = {
     "ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired", "RequestExpired",
-    "InvalidAccessKeyId",
+    "InvalidAccessKeyId", "400",
 }  # fmt: skip
-"""S3's codes for credentials that were good once; InvalidAccessKeyId is a key that was replaced."""
+"""S3's codes for credentials that were good once; InvalidAccessKeyId is a key that was replaced. To a HEAD request with
+an expired token S3 answers 400 without a code: an image was taken for broken."""
 
 
 def patiently(

@@ -181,11 +181,12 @@ def refuse(code: str) -> None:
     raise PermissionError("Access denied") from Answer(code)
 
 
-def test_expired_credentials_are_renewed_once_for_all_threads(photos, moody, monkeypatch):
-    """Each of them would make a client of its own."""
+@pytest.mark.parametrize("code", ["ExpiredToken", "400"])
+def test_expired_credentials_are_renewed_once_for_all_threads(photos, moody, monkeypatch, code):
+    """Each of them would make a client of its own. 400: to a HEAD request S3 says no more."""
     monkeypatch.setattr(patience, "_FIRST_PAUSE", 0.01)
     paths = [f"moody://{path}" for path in photos.iterdir()]
-    moody.mood = staticmethod(lambda number, call: refuse("ExpiredToken") if number == 1 else None)
+    moody.mood = staticmethod(lambda number, call: refuse(code) if number == 1 else None)
     reader = Reader(10, threads=8)
     assert all(len(read.result()) for read in [reader.start(Location(path)) for path in paths])
     assert moody.made == 2
