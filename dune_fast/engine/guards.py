@@ -60,14 +60,9 @@ class Guard:
     """
 
     def __init__(
-        self,
-        names: Names,
-        max_loss: float,
-        device: torch.device,
-        in_a_row: int = 0,
-        about: Mapping[str, str] | None = None,
+        self, names: Names, max_loss: float, device: torch.device, in_a_row: int, about: Mapping[str, str]
     ) -> None:
-        self.names, self.max_loss, self.about = names, max_loss, dict(about or {})
+        self.names, self.max_loss, self.about = names, max_loss, about
         self.in_a_row = torch.tensor(float(in_a_row), device=device)
         self.total = torch.zeros((), device=device)
         self.worst = torch.zeros((), device=device)

@@ -202,17 +202,17 @@ class Store(dict):
         return self[key]
 
 
-def watched(rank: int, hosts: list[str], stop: Stop | None = None) -> Watchdog:
-    """A watchdog on a store of its own."""
-    dog = Watchdog(rank, hosts[:1], 0.2, "go on", stop)
-    dog.hosts, dog._store = hosts, Store()
+def watched(rank: int, hosts: list[str], stop: Stop | None = None, timeout: float = 0.2) -> Watchdog:
+    """A watchdog on a store of its own, if there are several hosts."""
+    dog = Watchdog(rank, hosts[:1], timeout, "go on", stop or Stop(1, 60.0), ended=[].append)
+    dog.hosts, dog._store = hosts, Store() if len(hosts) > 1 else None
     return dog
 
 
 def test_the_watchdog_of_one_process_warns_and_then_ends_it(exits, caplog):
     """Regression: a run of one process had none."""
-    reasons: list[str] = []
-    dog = Watchdog(0, ["a"], 0.5, "this goes on", ended=reasons.append)
+    dog, reasons = watched(0, ["a"]), []
+    dog._ended = reasons.append
     dog.at("waiting for images")
     with pytest.raises(SystemExit, match="1"):
         dog._watch()
@@ -230,7 +230,7 @@ def test_a_rank_hears_that_another_one_or_the_launcher_has_ended_it(monkeypatch)
     assert hears.asked == "SIGTERM on rank 0"
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as launcher:
         left = Stop(1, 60.0)
-        dog = Watchdog(0, ["a"], 60.0, "", left)
+        dog = watched(0, ["a"], left, 60.0)
         dog._interval, dog._starters = 0.01, [psutil.Process(launcher.pid)]
         with dog:
             time.sleep(0.1)
@@ -261,8 +261,7 @@ def test_a_lost_rank_is_one_sentence(lost):
 
 
 def test_the_watchdog_names_the_rank_that_is_behind():
-    dog = Watchdog(0, ["a"], 60.0, "")
-    dog.hosts = ["a", "b", "c"]
+    dog = watched(0, ["a", "b", "c"], timeout=60.0)
     dog.at("step 7, backward")
     text = dog._describe(["90.0 21 step 7, backward", "90.1 19 waiting for images", "90.2 21 step 7, backward"])
     assert "timed out" in text and "rank 1 on b: waiting for images" in text and "rank 2" not in text
