@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,24 +110,16 @@ def test_hosts_that_cannot_be_used_are_all_named(launch):
     assert "bare2: dune_fast does not start there (sh: 1: cd" in str(caught.value)
 
 
-def ask_of(answers: dict[str, dict]) -> Callable:
-    """Stands for `Session.ask`: host -> what its agent says to each question; an exception is raised."""
+def sessions(answers: dict[str, dict], slots: int = 1) -> list[SimpleNamespace]:
+    """Host -> what its agent says to each question; an exception is raised."""
 
-    def ask(self: SimpleNamespace, do: str, **_: object) -> object:
-        answer = answers[self.host.name][do]
+    def ask(name: str, do: str, **_: object) -> object:
+        answer = answers[name][do]
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    return ask
-
-
-def sessions(answers: dict[str, dict], slots: int = 1) -> list[SimpleNamespace]:
-    ask = ask_of(answers)
-    made = [SimpleNamespace(host=Host(name, slots)) for name in answers]
-    for one in made:
-        one.ask = ask.__get__(one)
-    return made
+    return [SimpleNamespace(host=Host(name, slots), ask=partial(ask, name)) for name in answers]
 
 
 FACTS = {"same": {"torch": "2.13.0", "the code of dune_fast": "a" * 64}, "gpus": 0, "addresses": ["10.0.0.1"]}

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from dune_fast.engine.config import ConfigError, LoggingConfig
+from dune_fast.engine.config_sections import ConfigError, LoggingConfig
 
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,28 +88,17 @@ def test_ahead_of_time_needs_the_compiler(capsys):
 
 
 def test_specialization_is_tritons():
-    class Parameter:
-        def __init__(self, num, name, is_constexpr=False, do_not_specialize=False):
-            self.num, self.name, self.is_constexpr, self.default = num, name, is_constexpr, None
-            self.do_not_specialize = do_not_specialize
-
-    class Kernel:
-        __name__ = "kernel"
-        params = [
-            Parameter(0, "x"),
-            Parameter(1, "none"),
-            Parameter(2, "one"),
-            Parameter(3, "sixteen"),
-            Parameter(4, "count", do_not_specialize=True),
-            Parameter(5, "large"),
-            Parameter(6, "scale"),
-            Parameter(7, "BLOCK", is_constexpr=True),
-            Parameter(8, "misaligned"),
-        ]
-
+    names = ("x", "none", "one", "sixteen", "count", "large", "scale", "BLOCK", "misaligned")
+    params = [
+        SimpleNamespace(
+            num=num, name=name, default=None, is_constexpr=name == "BLOCK", do_not_specialize=name == "count"
+        )
+        for num, name in enumerate(names)
+    ]
+    kernel = SimpleNamespace(__name__="kernel", params=params)
     x = torch.empty(64, dtype=torch.bfloat16, device="meta")
     source = specialize(
-        Recorded(Kernel, (x, None, 1, 48, 16, 2**40 + 1, 1.0), {"BLOCK": 8, "misaligned": x[1:], "num_warps": 4})
+        Recorded(kernel, (x, None, 1, 48, 16, 2**40 + 1, 1.0), {"BLOCK": 8, "misaligned": x[1:], "num_warps": 4})
     )
     assert source.signature == {
         "x": "*bf16", "none": "constexpr", "one": "constexpr", "sixteen": "i32", "count": "i32", "large": "i64",

@@ -11,7 +11,7 @@ import types
 import pytest
 
 from dune_fast.engine import trackers as trackers_module
-from dune_fast.engine.config import ConfigError, LoggingConfig
+from dune_fast.engine.config_sections import ConfigError, LoggingConfig
 from dune_fast.engine.trackers import Service, close_trackers, open_trackers
 from tests.engine.conftest import build, train
 
