@@ -24,8 +24,7 @@ from dune_fast.cluster.hosts import Host, HostError, launch_on_hosts, read_hostf
 from dune_fast.cluster.ranks import host_command, visible_devices
 from dune_fast.cluster.session import Session
 
-SSH = """#!/bin/sh
-while true; do case "$1" in -o) shift 2;; -*) shift;; *) break;; esac; done
+SSH = """while true; do case "$1" in -o) shift 2;; -*) shift;; *) break;; esac; done
 case "$1" in
     gone*) echo "ssh: connect to host $1 port 22: Connection refused" >&2; exit 255;;
     bare*) echo "sh: 1: cd: can't cd to /work" >&2; exit 2;;
@@ -47,12 +46,8 @@ WORDS = ['data.datasets={a: {root: "/x y"}}', "name='it''s'", "$HOME `id`"]
 
 
 @pytest.fixture
-def fake_ssh(tmp_path, monkeypatch) -> None:
-    path = tmp_path / "bin" / "ssh"
-    path.parent.mkdir()
-    path.write_text(SSH)
-    path.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}{os.environ['PATH']}")
+def fake_ssh(program) -> None:
+    program("ssh", SSH)
 
 
 @pytest.fixture
