@@ -2,8 +2,7 @@
 
 It reads a JSON object a line from its input, {"do": NAME, ...}, and answers each by a line MARK + JSON. After "run"
 the lines are names of signals, which it hands to the ranks. Where the input ends, the command or the connection is
-gone: the ranks are asked to save and stop, and are killed later. So nothing stays behind, and nothing of the
-environment, which may hold keys, stands in a list of processes.
+gone: the ranks are asked to save and stop, and are killed later.
 """
 
 from __future__ import annotations

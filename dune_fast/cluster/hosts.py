@@ -1,7 +1,7 @@
 """`dune-fast distill --hostfile`: looks at every host before anything starts, then starts the ranks on all of them.
 
-One ssh connection a host carries everything: the questions, the environment, the ranks' output, the signals (see
-`agent`). Nothing passes through a shell, so that overrides and variables arrive as they are.
+One ssh connection a host carries everything (see `agent`). Nothing passes through a shell: overrides and variables
+arrive as they are, and no list of processes shows variables, which may hold keys.
 """
 
 from __future__ import annotations

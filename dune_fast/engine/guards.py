@@ -1,8 +1,7 @@
 """Watches a run's losses and gradients on the device; the host looks when it logs or saves, and not before.
 
-A step whose loss or gradient is not finite on any rank is skipped on all of them (`Engine.step`): weights, moments and
-the teachers' statistics stay what they were. The third such step in a row stops the run, at the next read; so does a
-finite loss above `max_loss`.
+A step whose loss or gradient is not finite on any rank is skipped on all (`Engine.step`). The third in a row stops the
+run, at the next read; so does a finite loss above `max_loss`.
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@ Three things lie on a device:
   norms, qkv, attention, its projection, both sides of GELU, the MLP's output. Added are the projectors, the features
   and their gradients, and the larger of a teacher's forward pass (12 s a value) and the gradients within one block.
 
-tests/engine/test_memory.py holds the model against what a forward pass on fake tensors keeps. Workspaces,
-fragmentation, NCCL, DALI's decoder and DeepSpeed's copies are not in the model: `SPARE` is for them.
+Workspaces, fragmentation, NCCL, DALI's decoder and DeepSpeed's copies are not in the model: `SPARE` is for them.
 """
 
 from __future__ import annotations

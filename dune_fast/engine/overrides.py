@@ -1,7 +1,7 @@
 """What a user writes for Hydra: text as it stands, files of the user's own, teachers of timm's, and what is wrong.
 
-Hydra's grammar gives `=`, `,`, brackets and numbers a meaning. A field of type str takes any text, so its value is
-quoted wherever Hydra would refuse it or read something else: a path `/data/a=b`, a name `1.10`. Imported before torch.
+A field of type str takes any text, so its value is quoted wherever Hydra's grammar would refuse it or read something
+else: a path `/data/a=b`, a name `1.10`. Imported before torch.
 """
 
 from __future__ import annotations

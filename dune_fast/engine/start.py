@@ -1,8 +1,7 @@
 """What is computed on a run's first images, before the first step trains on them.
 
-PHI-S estimates its rotations and scales. The student's start in closed form is weights out of a teacher, projectors
-that fit. Rank 0 computes it, on images that do not depend on the number of ranks, and shares it. The run's folder keeps
-it as `start.safetensors`, what "before the training" means afterwards.
+PHI-S estimates its rotations and scales; the start in closed form is weights out of a teacher, projectors that fit.
+Rank 0 computes the start, on images that do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from dune_fast.teachers.vit import ViTTeacher
 logger = logging.getLogger(__name__)
 
 START_FILE = "start.safetensors"
+"""In the run's folder: what "before the training" means afterwards."""
 _CHUNK = 64  # images of a forward pass
 
 

@@ -1,8 +1,7 @@
 """Services that show a run's numbers: TensorBoard, Weights & Biases, MLflow. Rank 0 alone has them.
 
-A package that is asked for and not installed is an error before the run starts. A service is connected to while the
-training goes on. One that cannot be reached, fails or hangs is given up with one warning: `metrics.jsonl` has
-everything.
+A service is connected to while the training goes on. One that cannot be reached, fails or hangs is given up with one
+warning: `metrics.jsonl` has everything.
 """
 
 from __future__ import annotations
