@@ -108,8 +108,8 @@ def test_hosts_that_cannot_be_used_are_all_named(launch):
 def sessions(answers: dict[str, dict], slots: int = 1) -> list[SimpleNamespace]:
     """Host -> what its agent says to each question; an exception is raised."""
 
-    def ask(name: str, do: str, **_: object) -> object:
-        answer = answers[name][do]
+    def ask(host: str, do: str, **_: object) -> object:
+        answer = answers[host][do]
         if isinstance(answer, Exception):
             raise answer
         return answer

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.distill.step import PerImage
+from dune_fast.engine.accumulation import all_ranks
 from dune_fast.engine.checkpoints import write_tensors
 
 logger = logging.getLogger(__name__)
@@ -150,10 +151,6 @@ class Guard:
 
 def _all_ranks(tensors: dict[str, Tensor], world_size: int) -> dict[str, Tensor]:
     """Samples of all ranks side by side; norms and step are the same on all."""
-    out = dict(tensors)
-    if world_size > 1:
-        for name in ("positions", "dataset", "group", "losses", "finite"):
-            parts = [torch.empty_like(tensors[name]) for _ in range(world_size)]
-            dist.all_gather(parts, tensors[name].contiguous())
-            out[name] = torch.cat(parts, dim=-1)
-    return {name: x.contiguous() for name, x in out.items()}
+    samples = ("positions", "dataset", "group", "losses", "finite")
+    together = {name: all_ranks(tensors[name], world_size, dim=-1) for name in samples}
+    return {name: x.contiguous() for name, x in (tensors | together).items()}
