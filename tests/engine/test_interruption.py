@@ -189,23 +189,17 @@ def exits(monkeypatch) -> None:
     monkeypatch.setattr(os, "_exit", exited)
 
 
-class Store(dict):
-    """A process group's."""
+class Gone:
+    """The store of a process that has ended."""
 
-    def set(self, key, value):
-        self[key] = value.encode()
-
-    def check(self, keys):
-        return all(key in self for key in keys)
-
-    def get(self, key):
-        return self[key]
+    def set(self, *_):
+        raise dist.DistNetworkError("Broken pipe")
 
 
 def watched(rank: int, hosts: list[str], stop: Stop | None = None, timeout: float = 0.2) -> Watchdog:
     """A watchdog on a store of its own, if there are several hosts."""
     dog = Watchdog(rank, hosts[:1], timeout, "go on", stop or Stop(1, 60.0), ended=[].append)
-    dog.hosts, dog._store = hosts, Store() if len(hosts) > 1 else None
+    dog.hosts, dog._store = hosts, dist.HashStore() if len(hosts) > 1 else None
     return dog
 
 
@@ -246,14 +240,11 @@ def test_a_rank_hears_that_another_one_or_the_launcher_has_ended_it(monkeypatch)
 def test_a_lost_rank_is_one_sentence(lost):
     """Regression: 25 lines of traceback, and no name."""
     dog = watched(1, ["a", "b", "c"])
-    dog._store |= {f"place/{rank}": b"1.0 3 step 1, forward" for rank in range(3)}
-    dog._store["left/0"] = b""  # it has noticed the same
+    for rank in range(3):
+        dog._store.set(f"place/{rank}", "1.0 3 step 1, forward")
+    dog._store.set("left/0", "")  # it has noticed the same
     if lost == 0:
-
-        def gone(*_):
-            raise dist.DistNetworkError("Broken pipe")
-
-        dog._store.set = gone
+        dog._store = Gone()
     error = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:11392")
     with pytest.raises(LostRankError, match=f"connection to rank {lost} on {'abc'[lost]} is lost: .*; go on$"):
         dog.__exit__(RuntimeError, error, None)
@@ -285,11 +276,6 @@ def test_the_collectives_are_more_patient_than_the_watchdog(monkeypatch):
 
 def test_the_watchdog_of_a_run_whose_first_rank_has_ended_says_so(exits, caplog):
     """The store is rank 0's; that nothing has happened for so long is not true then."""
-
-    class Gone:
-        def set(self, *_):
-            raise RuntimeError("Broken pipe")
-
     dog = watched(1, ["a", "b"])
     dog._store = Gone()
     dog.at("step 7, backward")

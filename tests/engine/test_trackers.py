@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-import types
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -35,43 +35,28 @@ def test_a_full_disk_ends_tensorboards_events_and_not_the_run(tmp_path, caplog, 
     assert caplog.text.count("events end here") == 1 and "No space left" in caplog.text
 
 
-class Recorder(types.ModuleType):
-    """A module, and every object below it, that notes what is called."""
-
-    def __init__(self, name: str, calls: list) -> None:
-        super().__init__(name)
-        self._name, self._calls = name, calls
-
-    def __getattr__(self, key):
-        if key.startswith("__"):
-            raise AttributeError(key)
-        return Recorder(f"{self._name}.{key}", self._calls)
-
-    def __call__(self, *args, **kwargs):
-        self._calls.append((self._name, args, kwargs))
-        return Recorder(f"{self._name}()", self._calls)
-
-
 @pytest.fixture
-def services(monkeypatch) -> list:
-    """Fake packages wandb and mlflow; returns the list of calls."""
-    calls: list = []
+def services(monkeypatch) -> MagicMock:
+    """Stands for the packages wandb and mlflow, and notes what is called."""
+    packages = MagicMock()
+    packages.wandb.Settings.__annotations__ = {}
     for name in ("wandb", "mlflow"):
-        monkeypatch.setitem(sys.modules, name, Recorder(name, calls))
-    return calls
+        monkeypatch.setitem(sys.modules, name, getattr(packages, name))
+    return packages
 
 
 def test_wandb_and_mlflow_get_configuration_records_and_end(overrides, tmp_path, services):
     more = ["logging.wandb_project=proj", "logging.mlflow_experiment=exp", "train.steps=4", "train.log_every=2"]
     train(overrides, *more)
-    called = {name: (args, kwargs) for name, args, kwargs in services}
+    calls = services.mock_calls
+    called = {name: (args, kwargs) for name, args, kwargs in calls}
     _, init = called["wandb.init"]
     assert init["project"] == "proj" and init["config"]["train"]["steps"] == 4 and init["resume"] == "allow"
-    logged = [(kwargs["step"], args[0]) for name, args, kwargs in services if name == "wandb.init().log"]
+    logged = [(kwargs["step"], args[0]) for name, args, kwargs in calls if name == "wandb.init().log"]
     assert [step for step, _ in logged] == [1, 2, 4]
     assert all({"loss", "loss/one/cls/total", "kept/two", "images_per_second"} <= record.keys() for _, record in logged)
     assert called["wandb.init().finish"][1] == {"exit_code": 0}
-    sent = [args for name, args, _ in services if name == "mlflow.entities.Metric"]
+    sent = [args for name, args, _ in calls if name == "mlflow.entities.Metric"]
     assert {args[0] for args in sent} >= {"loss", "loss.one.cls.total", "gradient_norm.global"}
     assert not any("/" in args[0] for args in sent) and {args[3] for args in sent} == {1, 2, 4}
     assert called["mlflow.MlflowClient().set_terminated"][0][1] == "FINISHED"
@@ -84,7 +69,7 @@ def test_a_resumed_run_goes_on_in_the_same_runs_of_the_services_and_one_anew_in_
     cfg, kept = LoggingConfig(tensorboard=False, wandb_project="proj", mlflow_experiment="exp"), {}
     ids = {"wandb": "abc", "mlflow": "def"}
     close_trackers(open_trackers(cfg, "run", tmp_path, step, ids, {}, kept.__setitem__), finished=False)
-    called = {name: (args, kwargs) for name, args, kwargs in services}
+    called = {name: (args, kwargs) for name, args, kwargs in services.mock_calls}
     given, end = called["wandb.init"][1]["id"], called["mlflow.MlflowClient().set_terminated"][0]
     assert given == kept["wandb"] and (given == "abc") == bool(step)
     assert ("mlflow.MlflowClient().create_run" in called) == (kept.get("mlflow", "def") != "def") == (not step)
