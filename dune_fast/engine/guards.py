@@ -119,7 +119,9 @@ class Guard:
 
     def _report(self, folder: Path, world_size: int) -> str:
         """Writes the reproducer; returns the sentence that names teachers, datasets and samples."""
-        found = {name: x.cpu() for name, x in _all_ranks(self._evidence, world_size).items()}
+        samples = ("positions", "dataset", "group", "losses", "finite")  # norms and step are the same on all ranks
+        whole = {name: all_ranks(self._evidence[name], world_size, dim=-1) for name in samples}
+        found = {name: x.cpu().contiguous() for name, x in (self._evidence | whole).items()}
         step = int(found["step"][0])
         bad = ~found["finite"]
         if not bad.any():  # all teachers' features are finite
@@ -147,10 +149,3 @@ class Guard:
             f"{step} ({'; '.join(suspects)}). {holds}; the images are a function of train.seed and the step: going on "
             "from the last checkpoint leads there again"
         )
-
-
-def _all_ranks(tensors: dict[str, Tensor], world_size: int) -> dict[str, Tensor]:
-    """Samples of all ranks side by side; norms and step are the same on all."""
-    samples = ("positions", "dataset", "group", "losses", "finite")
-    together = {name: all_ranks(tensors[name], world_size, dim=-1) for name in samples}
-    return {name: x.contiguous() for name, x in (tensors | together).items()}

@@ -47,6 +47,7 @@ def test_every_choice_of_a_group_composes(group):
         ([DEMO, "image_size=100"], "not a multiple of the patch size 14; the nearest are 98 and 112"),
         ([DEMO, "image_size=126"], "'geometric' needs a multiple of 4; the nearest image sizes are 112 and 168"),
         ([DEMO, "objective.sharing=most"], "full, none, generic"),
+        ([DEMO, "objective.route_by_dataset=true"], "route_by_dataset is true, but with objective.sharing=full"),
         ([DEMO, "standardization.convention=phis"], "dune, unic"),
         ([DEMO, "deepspeed.zero_stage=5"], "zero_stage=5; it must be from 0 to 3"),
         ([DEMO, "deepspeed.gradient_dtype=fp16"], "choose fp32 or bf16"),
