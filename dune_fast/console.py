@@ -20,7 +20,6 @@ def add_command(
     """Declares a command and returns its parser, for the options.
 
     Args:
-        commands: where it goes.
         run: takes the parsed arguments, returns the exit status; its docstring is the help text.
         summary: its line in the list of commands.
         more: of `argparse.ArgumentParser`, such as `epilog`.

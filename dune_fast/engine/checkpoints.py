@@ -98,7 +98,6 @@ class Saver:
 
     Args:
         run: folder of the run, shared by all ranks.
-        rank, world_size: of this process.
         keep: newest checkpoints that are kept.
         keep_every: those of every N-th step are kept for good; 0 for none.
         timeout: seconds that rank 0 waits for the other ranks' files.

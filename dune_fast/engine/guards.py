@@ -52,9 +52,7 @@ class Guard:
     """Counts skipped steps and keeps what the first of a row of them looked like.
 
     Args:
-        names: for messages.
         max_loss: a finite loss above it stops the run.
-        device: of the losses.
         in_a_row: steps that were skipped directly before this process started.
         about: further metadata of the reproducer's file.
     """
@@ -96,7 +94,6 @@ class Guard:
 
         Args:
             folder: where rank 0 writes what a skipped step looked like.
-            world_size: number of ranks.
             kept: says for a message which checkpoints there are.
 
         Raises:

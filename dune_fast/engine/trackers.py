@@ -219,8 +219,6 @@ def open_trackers(
     """The services that the configuration asks for; nothing waits for them.
 
     Args:
-        cfg: which.
-        name, folder: of the run.
         first_step: where this process starts; at 0, the run is another one for the services.
         ids: service -> its name for this run, from the run's earlier starts.
         config: the run's resolved configuration, plain dictionaries and lists.

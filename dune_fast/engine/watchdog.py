@@ -48,7 +48,6 @@ class Watchdog:
     tells nobody, so its end asks for the same.
 
     Args:
-        rank: of this process.
         hosts: of every rank.
         timeout: seconds without anything happening after which the process ends.
         go_on: says in messages how the run goes on.
