@@ -117,7 +117,7 @@ def test_the_command_prints_a_script(capsys, monkeypatch):
     [
         (["--nodes", "0", "experiment=demo"], "--nodes is 0"),
         (["experiment=dmeo"], "did you mean demo"),
-        (["--nodes", "3", "--gpus-per-node", "7", "experiment=demo"], "is not a multiple of the 21 processes"),
+        (["--nodes", "3", "--gpus-per-node", "7", "experiment=demo"], "of the 21 processes; choose for example 21"),
         (["experiment=demo", "train.overwrite=true"], "would start anew whenever"),
         (["--submit", "experiment=demo"], "there is no program sbatch here"),
     ],

@@ -69,15 +69,3 @@ def test_a_process_that_a_signal_ended_is_said(overrides, monkeypatch, tmp_path)
     result = cli("distill", "-n", "1", *overrides)
     assert result.returncode != 0 and "a process of the run was ended by SIGKILL: often" in result.stdout
     assert "launch.py" not in result.stdout
-
-
-def test_an_empty_folder_name_is_refused(overrides):
-    """Regression: the run wrote into the current folder, and named it '' at its end."""
-    result = run(sys.executable, "dune_fast/train.py", *overrides, "output_dir=")
-    assert result.returncode == 2 and "output_dir is empty" in result.stdout
-
-
-def test_ranks_must_divide_the_batch(overrides):
-    result = cli("distill", "-n", "2", *overrides, "train.global_batch=7")
-    assert result.returncode != 0
-    assert "train.global_batch=7 is not a multiple of the 2 processes; choose for example 8" in result.stdout

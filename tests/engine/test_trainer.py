@@ -143,6 +143,7 @@ def test_a_broken_image_is_skipped_counted_and_named(overrides, photos, tmp_path
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ("output_dir=", "output_dir is empty"),  # Regression: the run wrote into the current folder
         ("data.datasets.images.root=/nowhere/at/all", "/nowhere/at/all"),
         ("data.datasets.images.root=empty", "no file ends in .jpg"),
         ("teachers.one.weights=/nowhere/weights.safetensors", "no weights file"),
