@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,18 +23,10 @@ CPU = torch.device("cpu")
 WORK = Workload(global_batch=64, world_size=4, device=CPU, flops=10**12, peak_tflops=20.0)
 
 
-class Clock:
-    """Stands for the module `time` in dune_fast.engine.metrics."""
-
-    now = 100.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch) -> Clock:
-    fake = Clock()
+def clock(monkeypatch) -> SimpleNamespace:
+    """Stands for the module `time` in dune_fast.engine.metrics."""
+    fake = SimpleNamespace(now=100.0, perf_counter=lambda: fake.now)
     monkeypatch.setattr(metrics_module, "time", fake)
     return fake
 
