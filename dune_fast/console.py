@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -13,17 +15,16 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
 def add_command(
-    commands: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], int], summary: str, **more: str
+    commands: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], int], summary: str, **more: Any
 ) -> argparse.ArgumentParser:
     """Declares a command and returns its parser, for the options.
 
     Args:
-        commands: where it goes.
         run: takes the parsed arguments, returns the exit status; its docstring is the help text.
         summary: its line in the list of commands.
         more: of `argparse.ArgumentParser`, such as `epilog`.
     """
-    parser = commands.add_parser(name, help=summary, description=run.__doc__, **more)
+    parser = commands.add_parser(name, help=summary, description=inspect.cleandoc(run.__doc__ or ""), **more)
     parser.set_defaults(run_command=run)
     return parser
 

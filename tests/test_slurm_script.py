@@ -12,13 +12,13 @@ import pytest
 from dune_fast import cli
 from dune_fast.cluster.slurm import Job, script
 
-SRUN = """#!/bin/sh
+SRUN = """\
 printf '%s\\n' "$@" > srun.arguments
 env > srun.environment
 cp after.json run/state.json 2>/dev/null
 exit $(cat srun.status)
 """
-SCONTROL = """#!/bin/sh
+SCONTROL = """\
 case "$1 $2" in
     "show hostnames") echo df1; echo df2;;
     "show node") echo "NodeName=$3 Arch=x86_64"; echo "   NodeAddr=10.77.0.1 NodeHostName=nodeA Version=22.05";;
@@ -29,13 +29,10 @@ ARGUMENTS = ["experiment=demo", 'data.datasets={a: {root: "/x y"}}', "name=it's"
 
 
 @pytest.fixture
-def batch(tmp_path, monkeypatch):
+def batch(program, tmp_path, monkeypatch):
     """Runs the script in a folder of its own; what srun and scontrol are to do, and what became of it."""
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        path = tmp_path / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-        path.chmod(0o755)
+    program("srun", SRUN)
+    program("scontrol", SCONTROL)
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path)
 
@@ -46,9 +43,8 @@ def batch(tmp_path, monkeypatch):
         Path("requeue.status").write_text(str(requeue))
         Path("requeued").unlink(missing_ok=True)
         text = script(Job("a b", 2, 8, 8, "1:00:00"), ARGUMENTS, "run", {"DUNE_FAST_CACHE": "/c d"})
-        environment = {k: v for k, v in os.environ.items() if k != "MASTER_ADDR"} | {
-            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "df[1-2]",
-        }  # fmt: skip
+        environment = {k: v for k, v in os.environ.items() if k != "MASTER_ADDR"}
+        environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "df[1-2]"}
         done = subprocess.run(
             ["bash", "-s"], input=text, env=environment | variables, text=True, capture_output=True, timeout=60
         )
@@ -121,7 +117,7 @@ def test_the_command_prints_a_script(capsys, monkeypatch):
     [
         (["--nodes", "0", "experiment=demo"], "--nodes is 0"),
         (["experiment=dmeo"], "did you mean demo"),
-        (["--nodes", "3", "--gpus-per-node", "7", "experiment=demo"], "is not a multiple of the 21 processes"),
+        (["--nodes", "3", "--gpus-per-node", "7", "experiment=demo"], "of the 21 processes; choose for example 21"),
         (["experiment=demo", "train.overwrite=true"], "would start anew whenever"),
         (["--submit", "experiment=demo"], "there is no program sbatch here"),
     ],
@@ -133,13 +129,9 @@ def test_mistakes_are_sentences(arguments, words, capsys, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(("status", "expected"), [(0, 0), (1, 2)])
-def test_a_script_is_submitted(status, expected, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "bin" / "sbatch"
-    path.parent.mkdir()
+def test_a_script_is_submitted(status, expected, program, tmp_path, capsys):
     said = "echo Submitted batch job 7\necho no partition >&2"
-    path.write_text(f"#!/bin/sh\ncat > {tmp_path}/job\n{said}\nexit {status}\n")
-    path.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+    program("sbatch", f"cat > {tmp_path}/job\n{said}\nexit {status}\n")
     assert cli.main(["launch", "slurm", "--submit", "experiment=demo"]) == expected
     said = capsys.readouterr()
     assert "Submitted batch job 7" in said.out if status == 0 else "refuses the script: no partition" in said.err

@@ -2,17 +2,15 @@
 
 It reads a JSON object a line from its input, {"do": NAME, ...}, and answers each by a line MARK + JSON. After "run"
 the lines are names of signals, which it hands to the ranks. Where the input ends, the command or the connection is
-gone: the ranks are asked to save and stop, and are killed later. So nothing stays behind, and nothing of the
-environment, which may hold keys, stands in a list of processes.
+gone: the ranks are asked to save and stop, and are killed later.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
+import itertools
 import json
 import os
-import platform
 import signal
 import socket
 import sys
@@ -44,21 +42,15 @@ def look() -> dict[str, Any]:
     import torch
 
     from dune_fast.engine.overrides import own_folders
-    from dune_fast.engine.provenance import files_hash
+    from dune_fast.engine.provenance import files_hash, packages
 
-    same = {"Python": platform.python_version()}
-    for package in ("torch", "triton", "deepspeed", "numpy", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            same[package] = importlib.metadata.version(package)
+    same = packages()
     same["the code of dune_fast"] = files_hash([Path(__file__).parents[1]], (".py", ".yaml"))
     same["the configurations"] = files_hash(own_folders(), (".yaml",))
-    interfaces = psutil.net_if_addrs().values()
-    found = (a.address.partition("%")[0] for addresses in interfaces for a in addresses if a.family in _FAMILIES)
+    entries = itertools.chain(*psutil.net_if_addrs().values())
+    found = (e.address.partition("%")[0] for e in entries if e.family in (socket.AF_INET, socket.AF_INET6))
     addresses = [address for address in found if not address.startswith(("127.", "::1", "fe80"))]
     return {"same": same, "gpus": torch.cuda.device_count(), "addresses": addresses}
-
-
-_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
 def mark(folder: str, name: str) -> str:
@@ -152,7 +144,7 @@ class Agent:
         environment = {**os.environ, **request["environment"]}
         if not torch.cuda.is_available():
             environment.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found no other
-        if not environment.keys() & {"GLOO_SOCKET_IFNAME"} and (name := interface(*request["meet"])):
+        if "GLOO_SOCKET_IFNAME" not in environment and (name := interface(*request["meet"])):
             environment["GLOO_SOCKET_IFNAME"] = name  # gloo would give the others an address that leads to themselves
         threading.Thread(target=_obey, daemon=True).start()
         return run_launcher(request["command"], environment, sys.stdout.buffer)

@@ -1,7 +1,7 @@
 """`dune-fast distill --hostfile`: looks at every host before anything starts, then starts the ranks on all of them.
 
-One ssh connection a host carries everything: the questions, the environment, the ranks' output, the signals (see
-`agent`). Nothing passes through a shell, so that overrides and variables arrive as they are.
+One ssh connection a host carries everything (see `agent`). Nothing passes through a shell: overrides and variables
+arrive as they are, and no list of processes shows variables, which may hold keys.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _run(sessions: list[Session], address: str, port: int, arguments: list[str],
 
     def pass_on(number: int) -> None:
         for session in sessions:
-            session.send(_name(number))
+            session.send(signal.Signals(number).name)
 
     ended: dict[str, int] = {}
     since, killed = 0.0, False
@@ -199,10 +199,6 @@ def _run(sessions: list[Session], address: str, port: int, arguments: list[str],
                     session.send("SIGKILL")
             time.sleep(0.2)
     return next((status for status in [*ended.values(), *(s.process.wait() for s in sessions)] if status), 0)
-
-
-def _name(number: int) -> str:
-    return signal.Signals(number).name
 
 
 def _ending(host: str, status: int) -> str:

@@ -42,7 +42,6 @@ def host_command(
         world: host -> its devices, a rank each, in the order of ranks.
         node: index of the machine.
         address: of rank 0's host.
-        port: of the rendezvous.
         arguments: of `train.py`; --config-dir reaches the ranks as a variable.
         debug: whether the launcher speaks; otherwise the ranks alone say what is wrong.
     """
@@ -88,7 +87,6 @@ def run_launcher(command: list[str], environment: dict[str, str], output: IO[byt
 
     Args:
         command: `host_command`'s.
-        environment: of the ranks.
         output: takes what the ranks write, by a thread, for as long as it can; None for this process's own streams.
     """
 

@@ -79,7 +79,6 @@ def script(job: Job, arguments: Sequence[str], output_dir: str, variables: Mappi
     """The text of the script, to be run by bash.
 
     Args:
-        job: what SLURM is asked for.
         arguments: of `train.py`.
         output_dir: the run's folder, relative to the current one or absolute.
         variables: set in the script, by name.

@@ -1,4 +1,4 @@
-"""Gradient accumulation: splits a rank's batch into equal parts and merges the outputs of their steps."""
+"""A rank's batch: its parts for gradient accumulation, their outputs merged, the samples of all ranks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dune_fast.dali_pipelines.loader import Batch
@@ -46,6 +47,16 @@ def split(batch: Batch, count: int) -> list[Batch]:
 
 def _taken(rows: Any, part: slice) -> Any:
     return rows[part].contiguous() if isinstance(rows, Tensor) else rows[part]
+
+
+def all_ranks(x: Tensor, world_size: int, dim: int = 0) -> Tensor:
+    """The tensors of all ranks, in their order, one after the other along a dimension. All ranks call it."""
+    if world_size == 1:
+        return x
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(world_size)]
+    dist.all_gather(parts, x)
+    return torch.cat(parts, dim)
 
 
 def part_momentum(momentum: float, count: int) -> float:

@@ -1,9 +1,7 @@
 """What a run keeps: resumable checkpoints while it trains, the student's weights when it has ended.
 
-A step waits for a copy of the state to the host; threads write it to disk. Every rank's thread writes its file, then a
-record of it, into `step_N.part/`. The thread of rank 0 waits for all records, writes the manifest, renames the folder,
-moves the `latest` mark and removes old checkpoints. What a kill cuts short is a `.part` folder, which nobody reads.
-`teachers.run_files` has the format and reads it.
+A step waits for a copy of the state to the host. Every rank's thread writes it, then a record, into `step_N.part/`;
+that of rank 0 waits for all records and makes the folder a checkpoint. `teachers.run_files` reads the format.
 
 More than 300 lines: writing, loading and deleting belong to one format.
 """
@@ -56,7 +54,7 @@ LATEST = "latest"
 STUDENT = "student.safetensors"
 """The weights of a finished run, projectors and statistics too."""
 PART = ".part"
-"""Suffix of a checkpoint's folder until every rank has written its part."""
+"""Suffix of a checkpoint's folder until every rank has written its part; nobody reads one that a kill cuts short."""
 _NO_CHECKPOINT = "there is no checkpoint yet"
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
@@ -100,7 +98,6 @@ class Saver:
 
     Args:
         run: folder of the run, shared by all ranks.
-        rank, world_size: of this process.
         keep: newest checkpoints that are kept.
         keep_every: those of every N-th step are kept for good; 0 for none.
         timeout: seconds that rank 0 waits for the other ranks' files.

@@ -30,9 +30,7 @@ class TeacherConflicts:
     Diagnostic only: a resumed run starts it anew.
 
     Args:
-        teachers: names.
         capacity: steps between two reads, at most; of more, the last ones are kept.
-        device: of the losses.
         world_size: ranks that the losses are averaged over, at a read.
         horizon: in steps, see above.
     """

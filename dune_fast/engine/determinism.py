@@ -4,16 +4,10 @@ By default it gives the same numbers but for rounding. These operations of a ste
 
     attention's backward      cuDNN and FlashAttention add the gradient of q as their blocks finish
     gradients over ranks      NCCL's sums in the switch (NVLS)
-    convolutions' gradients   none is left in our networks: the patch embedding is a matrix product
 
-The project's own kernels use no atomic additions. Under `train.deterministic` torch takes deterministic algorithms and
-refuses operations that have none. It refuses with an error: under `warn_only` torch's attention keeps cuDNN, and the
-backward passes of FlashAttention and of memory-efficient attention stay what they are (sdp_utils.cpp and
-attention_backward.cu in torch's sources). The cost, not yet measured: attention, forward too, by FlashAttention-2
-instead of cuDNN, and its backward in the slower deterministic form, which takes more memory.
-
-`torch.backends.cudnn.benchmark` is left off in every run, as torch has it: it times all algorithms of a convolution at
-every new shape, picks others from run to run, and our networks have no convolution that would gain.
+Our kernels use no atomic additions, what is trained no convolutions. Torch refuses operations without a deterministic
+form by an error; under `warn_only` attention would keep cuDNN and its backward passes (torch's sdp_utils.cpp). The
+cost, not yet measured: FlashAttention-2 instead of cuDNN, with the slower deterministic backward, and more memory.
 """
 
 from __future__ import annotations
@@ -58,7 +52,7 @@ def deterministic_algorithms() -> Iterator[None]:
     added = _complete_environment()
     torch.use_deterministic_algorithms(True)
     filling.fill_uninitialized_memory = False  # on, it fills every torch.empty with NaN, for debugging
-    cudnn.deterministic, cudnn.benchmark = True, False
+    cudnn.deterministic, cudnn.benchmark = True, False  # a benchmark picks other algorithms from run to run
     try:
         yield
     finally:

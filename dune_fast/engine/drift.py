@@ -23,9 +23,7 @@ def check_teachers(teachers: TeacherEnsemble, images: Tensor, run_dir: Path) -> 
     """Measures the drift on rank 0 and writes `drift.json`; all ranks call it. Nothing to do if all are in float32.
 
     Args:
-        teachers: as they train.
         images: of this rank, ImageNet-normalised [B, 3, H, W].
-        run_dir: where rank 0 writes the report.
 
     Raises:
         DriftError: on every rank, if a teacher's precision changes its features too much and is not forced.

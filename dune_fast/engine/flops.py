@@ -6,9 +6,7 @@ of D channels a block with an MLP of ratio r costs
     2 N (4 + 2 r) D^2   linear layers        4 N^2 D   attention's two products
 
 The backward pass of what is trained costs twice its forward pass; the frozen teachers have none. ViTs and projectors
-have formulas, because to count three ViT-L on fake tensors takes a second, which `dune-fast plan` would take for every
-experiment and a run at every start. Formulas and counts are equal (tests/engine/test_flops.py); other networks are
-counted.
+have formulas, because to count three ViT-L on fake tensors takes a second; other networks are counted.
 """
 
 from __future__ import annotations

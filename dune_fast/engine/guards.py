@@ -1,8 +1,7 @@
 """Watches a run's losses and gradients on the device; the host looks when it logs or saves, and not before.
 
-A step whose loss or gradient is not finite on any rank is skipped on all of them (`Engine.step`): weights, moments and
-the teachers' statistics stay what they were. The third such step in a row stops the run, at the next read; so does a
-finite loss above `max_loss`.
+A step whose loss or gradient is not finite on any rank is skipped on all (`Engine.step`). The third in a row stops the
+run, at the next read; so does a finite loss above `max_loss`.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.distill.step import PerImage
+from dune_fast.engine.accumulation import all_ranks
 from dune_fast.engine.checkpoints import write_tensors
 
 logger = logging.getLogger(__name__)
@@ -52,22 +52,15 @@ class Guard:
     """Counts skipped steps and keeps what the first of a row of them looked like.
 
     Args:
-        names: for messages.
         max_loss: a finite loss above it stops the run.
-        device: of the losses.
         in_a_row: steps that were skipped directly before this process started.
         about: further metadata of the reproducer's file.
     """
 
     def __init__(
-        self,
-        names: Names,
-        max_loss: float,
-        device: torch.device,
-        in_a_row: int = 0,
-        about: Mapping[str, str] | None = None,
+        self, names: Names, max_loss: float, device: torch.device, in_a_row: int, about: Mapping[str, str]
     ) -> None:
-        self.names, self.max_loss, self.about = names, max_loss, dict(about or {})
+        self.names, self.max_loss, self.about = names, max_loss, about
         self.in_a_row = torch.tensor(float(in_a_row), device=device)
         self.total = torch.zeros((), device=device)
         self.worst = torch.zeros((), device=device)
@@ -101,7 +94,6 @@ class Guard:
 
         Args:
             folder: where rank 0 writes what a skipped step looked like.
-            world_size: number of ranks.
             kept: says for a message which checkpoints there are.
 
         Raises:
@@ -124,7 +116,9 @@ class Guard:
 
     def _report(self, folder: Path, world_size: int) -> str:
         """Writes the reproducer; returns the sentence that names teachers, datasets and samples."""
-        found = {name: x.cpu() for name, x in _all_ranks(self._evidence, world_size).items()}
+        samples = ("positions", "dataset", "group", "losses", "finite")  # norms and step are the same on all ranks
+        whole = {name: all_ranks(self._evidence[name], world_size, dim=-1) for name in samples}
+        found = {name: x.cpu().contiguous() for name, x in (self._evidence | whole).items()}
         step = int(found["step"][0])
         bad = ~found["finite"]
         if not bad.any():  # all teachers' features are finite
@@ -152,14 +146,3 @@ class Guard:
             f"{step} ({'; '.join(suspects)}). {holds}; the images are a function of train.seed and the step: going on "
             "from the last checkpoint leads there again"
         )
-
-
-def _all_ranks(tensors: dict[str, Tensor], world_size: int) -> dict[str, Tensor]:
-    """Samples of all ranks side by side; norms and step are the same on all."""
-    out = dict(tensors)
-    if world_size > 1:
-        for name in ("positions", "dataset", "group", "losses", "finite"):
-            parts = [torch.empty_like(tensors[name]) for _ in range(world_size)]
-            dist.all_gather(parts, tensors[name].contiguous())
-            out[name] = torch.cat(parts, dim=-1)
-    return {name: x.contiguous() for name, x in out.items()}

@@ -50,7 +50,8 @@ class Stop:
         self.timeout, self.notice = timeout, notice
         self.why = ""
         """Why the run stops: signals and ranks; empty while it goes on."""
-        self._asked, self._asked_at = "", 0.0
+        self.asked, self._asked_at = "", 0.0
+        """The signal that asks this rank to stop, or who passed it on; empty if there was none."""
         self._fault: Exception | None = None
         self._last, self._step, self._warned = time.monotonic(), 0.0, False
         patience = timedelta(seconds=PATIENCE * timeout)
@@ -67,19 +68,14 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @property
-    def asked(self) -> str:
-        """The signal that asks this rank to stop, or who passed it on; empty if there was none."""
-        return self._asked
-
     def ask(self, reason: str) -> None:
         """Asks this rank to stop before its next step."""
-        if not self._asked:
-            self._asked, self._asked_at = reason, time.monotonic()
+        if not self.asked:
+            self.asked, self._asked_at = reason, time.monotonic()
             logger.warning("%s: the run saves and stops", reason)
 
     def _hear(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self._asked and time.monotonic() - self._asked_at > INSIST_SECONDS:
+        if number == signal.SIGINT and self.asked and time.monotonic() - self._asked_at > INSIST_SECONDS:
             raise KeyboardInterrupt
         self.ask(signal.Signals(number).name)
 
@@ -94,7 +90,7 @@ class Stop:
                 f"no batch of images has come for {waited:.0f} s: see that the storage answers, then start the same "
                 "command again. To wait longer, raise train.timeout_minutes"
             )
-        return not self._asked
+        return not self.asked
 
     def take(self, batches: Iterator[T], at: Callable[[str], None]) -> T | None:
         """The next batch, None after the last, and where the run stops (`why` is set then). All ranks call it.
@@ -119,12 +115,12 @@ class Stop:
                 has saved.
         """
         self._step, self._last = time.monotonic() - self._last, time.monotonic()
-        wanted = torch.tensor(float(fault is not None or bool(self._asked)))
+        wanted = torch.tensor(float(fault is not None or bool(self.asked)))
         if self._hosts is not None:
             dist.all_reduce(wanted, op=dist.ReduceOp.MAX, group=self._hosts)
         if not wanted.item():
             return False
-        everyone = [(socket.gethostname(), self._asked, "" if fault is None else _sentence(fault))]
+        everyone = [(socket.gethostname(), self.asked, "" if fault is None else _sentence(fault))]
         if self._hosts is not None:
             mine, everyone = everyone[0], [("", "", "")] * dist.get_world_size(self._hosts)
             dist.all_gather_object(everyone, mine, group=self._hosts)

@@ -162,16 +162,12 @@ def expand_hosts(nodes: str) -> list[str]:
         if not bracket:
             hosts.append(entry)
             continue
+        tails = expand_hosts(after) or [""]
         for part in inside.split(","):
             first, _, last = part.partition("-")
             numbers = range(int(first), int(last or first) + 1)
-            hosts += [f"{before}{number:0{len(first)}}{tail}" for number in numbers for tail in _tails(after)]
+            hosts += [f"{before}{number:0{len(first)}}{tail}" for number in numbers for tail in tails]
     return hosts
-
-
-def _tails(after: str) -> list[str]:
-    """What follows a bracket, which may hold further brackets."""
-    return expand_hosts(after) if after else [""]
 
 
 def slurm_port(environment: Mapping[str, str]) -> int:

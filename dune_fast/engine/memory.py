@@ -10,16 +10,15 @@ Three things lie on a device:
   norms, qkv, attention, its projection, both sides of GELU, the MLP's output. Added are the projectors, the features
   and their gradients, and the larger of a teacher's forward pass (12 s a value) and the gradients within one block.
 
-tests/engine/test_memory.py holds the model against what a forward pass on fake tensors keeps. Workspaces,
-fragmentation, NCCL, DALI's decoder and DeepSpeed's copies are not in the model: `SPARE` is for them.
+Workspaces, fragmentation, NCCL, DALI's decoder and DeepSpeed's copies are not in the model: `SPARE` is for them.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -208,12 +207,7 @@ def device_memory(device: torch.device, ranks: int) -> int:
     """Bytes that a rank may use: all of a GPU's; of a CPU's, its share of what is free (all ranks are on one host)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    else:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and (text := limit.read_text().strip()) != "max":  # a container's
         free = min(free, int(text) - int(used.read_text()))

@@ -124,10 +124,7 @@ class MetricsLog:
     """Writes one record a logging step; shows progress. Only rank 0 has one.
 
     Args:
-        folder: of the run.
         first_step: where this process starts, see `RecordFile`.
-        total_steps: of the run.
-        workload: what a step is.
         trackers: further receivers of the records; closed with the log.
         on_estimate: takes the estimate of the run's length, see `_make_estimate`.
         evaluation_due: see `RecordFile`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,18 +48,13 @@ def open_log(run: Opened, where: dict[str, Any]) -> MetricsLog:
         cfg.logging, cfg.name, run.run_dir, run.step, dict(record.content["trackers"]), as_dict(cfg),
         record.keep_tracker,
     )  # fmt: skip
-
-    def keep(estimate: dict[str, Any]) -> None:
-        record.keep(entry, "estimate", estimate)
-
     flops = run_flops(cfg, {name: teacher.trunk for name, teacher in run.teachers.teachers.items()}).training
     bf16 = run.engine.module.autocast_dtype is torch.bfloat16
     peak = peak_tflops(device_name(run.device)) if bf16 else None
     workload = Workload(cfg.train.global_batch, run.world_size, run.device, flops, peak)
-    return MetricsLog(
-        run.run_dir, run.step, cfg.steps, workload, trackers, keep, run.evaluation_due,
-        cfg.evaluation.every,
-    )  # fmt: skip
+    keep = partial(record.keep, entry, "estimate")
+    due, every = run.evaluation_due, cfg.evaluation.every
+    return MetricsLog(run.run_dir, run.step, cfg.steps, workload, trackers, keep, due, every)
 
 
 def describe(run: Opened) -> None:

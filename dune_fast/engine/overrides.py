@@ -1,7 +1,7 @@
 """What a user writes for Hydra: text as it stands, files of the user's own, teachers of timm's, and what is wrong.
 
-Hydra's grammar gives `=`, `,`, brackets and numbers a meaning. A field of type str takes any text, so its value is
-quoted wherever Hydra would refuse it or read something else: a path `/data/a=b`, a name `1.10`. Imported before torch.
+A field of type str takes any text, so its value is quoted wherever Hydra's grammar would refuse it or read something
+else: a path `/data/a=b`, a name `1.10`. Imported before torch.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def _refuse_doubles(folder: Path, packaged: Path) -> None:
             raise ValueError(f"{path} has the name of a configuration that dune_fast brings, {name}: rename it")
 
 
-def config_names(group: str, folder: Path | None = None) -> dict[str, Path]:
-    """Name -> file of everything in a group, e.g. "experiment": the packaged ones (of `folder`) and the user's."""
-    folders = [*reversed(own_folders()), folder or packaged_folder()]
+def config_names(group: str) -> dict[str, Path]:
+    """Name -> file of everything in a group, e.g. "experiment": the packaged ones and the user's."""
+    folders = [*reversed(own_folders()), packaged_folder()]
     return {path.stem: path for each in folders for path in sorted((each / group).glob("*.yaml"))}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -33,14 +34,18 @@ _PACKAGES = (
 _GIT_SECONDS = 10  # a repository on a slow network disk must not hold up a start
 
 
-def versions() -> dict[str, str]:
-    """Version by name: this project, Python, packages that are installed, CUDA, NVIDIA's driver."""
+def packages() -> dict[str, str]:
+    """Version by name: this project, Python, packages that are installed."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    return found
+
+
+def versions() -> dict[str, str]:
+    """`packages`, and what may differ between machines: CUDA, NVIDIA's driver."""
+    found = packages()
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     if driver := driver_version():
@@ -97,19 +102,20 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     }
 
 
+def gather(value: Any) -> list[Any]:
+    """The values of all ranks, in their order. All ranks call it."""
+    values = [value] * dist.get_world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def world(device: torch.device) -> dict[str, Any]:
     """Ranks, backend, and the devices of every host, in the order of ranks. All ranks call it."""
-    mine = (socket.gethostname(), device_name(device))
-    size = dist.get_world_size()
-    everyone: list[Any] = [None] * size
-    if size > 1:
-        dist.all_gather_object(everyone, mine)
-    else:
-        everyone = [mine]
     hosts: dict[str, list[str]] = {}
-    for host, name in everyone:
+    for host, name in gather((socket.gethostname(), device_name(device))):
         hosts.setdefault(host, []).append(name)
-    return {"ranks": size, "backend": dist.get_backend(), "hosts": hosts}
+    return {"ranks": dist.get_world_size(), "backend": dist.get_backend(), "hosts": hosts}
 
 
 class RunRecord:

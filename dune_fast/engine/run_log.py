@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import sys
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -67,33 +68,28 @@ class _File(logging.FileHandler):
         """Nor fill the terminal with tracebacks."""
 
 
-class RunLog(logging.Handler):
+class RunLog(MemoryHandler):
     """Writes to `log.txt` of the run's folder, once that is open; keeps the records from before."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._early: list[logging.LogRecord] = []
-        self._file: _File | None = None
+        super().__init__(capacity=1)  # hands every record on, if there is a file
 
     def open(self, folder: Path) -> None:
         """Appends to the folder's log from now on."""
-        if self._file is not None:
-            self._file.close()
-        self._file = _File(folder / NAME, delay=True)
-        self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        for record in self._early:
-            self._file.handle(record)
-        self._early.clear()
+        if self.target is not None:
+            self.target.close()
+        file = _File(folder / NAME, delay=True)
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self.setTarget(file)
+        self.flush()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._file is not None:
-            self._file.handle(record)
-        elif len(self._early) < _EARLY:
-            self._early.append(record)
+        if self.target is not None or len(self.buffer) < _EARLY:
+            super().emit(record)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self.target is not None:
+            self.target.close()
         super().close()
 
 

@@ -19,21 +19,12 @@ from dune_fast.dali_pipelines.datasets import Dataset
 from dune_fast.dali_pipelines.storage import write_whole
 from dune_fast.engine.config import RunConfig, as_dict, flatten
 from dune_fast.engine.launch import processors, shared_threads
-from dune_fast.engine.provenance import files_hash, versions
+from dune_fast.engine.provenance import files_hash, gather, packages
 
 _FOLDER_SECONDS = 60.0
 """How long a rank waits for what rank 0 has written: network file systems remember for a while what was not there."""
 _SHOWN = 3  # differences that a message lists
 _NAMES = 4096  # images of a dataset whose names are compared
-_HARDWARE = ("driver", "cuda")  # versions that may differ between machines
-
-
-def gather(value: Any) -> list[Any]:
-    """The values of all ranks, in their order. All ranks call it."""
-    values = [value] * dist.get_world_size()
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
 
 
 def refuse_differences(mine: Mapping[str, Any], hosts: Sequence[str], cure: str) -> None:
@@ -65,8 +56,8 @@ def meet(cfg: RunConfig) -> list[str]:
     hosts, place = gather(socket.gethostname()), processors()
     if threads := shared_threads(os.environ, gather(place).count(place)):
         torch.set_num_threads(threads)
-    packages = {f"version of {name}": version for name, version in versions().items() if name not in _HARDWARE}
-    code = {"hash of the source files": files_hash([Path(__file__).parents[1]], (".py",)), **packages}
+    code = {f"version of {name}": version for name, version in packages().items()}
+    code["hash of the source files"] = files_hash([Path(__file__).parents[1]], (".py",))
     refuse_differences(code, hosts, "Install the same code and packages on all machines")
     refuse_differences(flatten(as_dict(cfg)), hosts, "Give all ranks the same configuration files and overrides")
     return hosts

@@ -1,8 +1,7 @@
 """What is computed on a run's first images, before the first step trains on them.
 
-PHI-S estimates its rotations and scales. The student's start in closed form is weights out of a teacher, projectors
-that fit. Rank 0 computes it, on images that do not depend on the number of ranks, and shares it. The run's folder keeps
-it as `start.safetensors`, what "before the training" means afterwards.
+PHI-S estimates its rotations and scales; the start in closed form is weights out of a teacher, projectors that fit.
+Rank 0 computes the start, on images that do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from dune_fast.distill.narrowing import NarrowingError, check_pair, narrow
 from dune_fast.distill.projector_fit import fit_projectors
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep
+from dune_fast.engine.accumulation import all_ranks
 from dune_fast.engine.checkpoints import write_tensors
 from dune_fast.engine.config import ConfigError, RunConfig
 from dune_fast.engine.warm_start import initial_student
@@ -37,6 +37,7 @@ from dune_fast.teachers.vit import ViTTeacher
 logger = logging.getLogger(__name__)
 
 START_FILE = "start.safetensors"
+"""In the run's folder: what "before the training" means afterwards."""
 _CHUNK = 64  # images of a forward pass
 
 
@@ -160,21 +161,13 @@ def _first_images(run: Opened) -> tuple[Tensor, Tensor]:
     batches = run.loader.batches(0)
     while sum(len(groups) for _, groups in found) < run.cfg.start.images:
         batch = next(batches)
-        parts = [batch.images.float(), batch.group, batch.positions]
-        if run.world_size > 1:
-            parts = [_all_ranks(x, run.world_size) for x in parts]
-        images, groups, positions = parts
+        mine = batch.images.float(), batch.group, batch.positions
+        images, groups, positions = (all_ranks(x, run.world_size) for x in mine)
         order = positions.argsort()
         found.append((images[order].cpu(), groups[order].cpu()))
     batches.close()
     images, groups = (torch.cat(parts)[: run.cfg.start.images] for parts in zip(*found, strict=True))
     return images, groups
-
-
-def _all_ranks(x: Tensor, world_size: int) -> Tensor:
-    parts = [torch.empty_like(x) for _ in range(world_size)]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
 
 
 def _batches(

@@ -1,8 +1,7 @@
 """Services that show a run's numbers: TensorBoard, Weights & Biases, MLflow. Rank 0 alone has them.
 
-A package that is asked for and not installed is an error before the run starts. A service is connected to while the
-training goes on. One that cannot be reached, fails or hangs is given up with one warning: `metrics.jsonl` has
-everything.
+A service is connected to while the training goes on. One that cannot be reached, fails or hangs is given up with one
+warning: `metrics.jsonl` has everything.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from dune_fast.engine.config import ConfigError, LoggingConfig
+from dune_fast.engine.config_sections import ConfigError, LoggingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -220,8 +219,6 @@ def open_trackers(
     """The services that the configuration asks for; nothing waits for them.
 
     Args:
-        cfg: which.
-        name, folder: of the run.
         first_step: where this process starts; at 0, the run is another one for the services.
         ids: service -> its name for this run, from the run's earlier starts.
         config: the run's resolved configuration, plain dictionaries and lists.

@@ -1,8 +1,7 @@
 """A student's initial weights out of an earlier model: a run, a published checkpoint, a plain encoder.
 
-The second stage of a recipe goes on from the first one's weights at a higher resolution. Its position table is the
-first one's, resized bicubically by the convention that the student itself has for other sizes, so that it starts as
-exactly the function that the first student is there.
+At another resolution the position table is resized as the student itself does for other sizes: it starts as exactly
+the function that the first student is there.
 """
 
 from __future__ import annotations

@@ -48,22 +48,15 @@ class Watchdog:
     tells nobody, so its end asks for the same.
 
     Args:
-        rank: of this process.
         hosts: of every rank.
         timeout: seconds without anything happening after which the process ends.
         go_on: says in messages how the run goes on.
-        stop: asked to stop if another rank's is.
+        stop: this rank's; asked to stop if another rank's is.
         ended: called with the reason before the process ends.
     """
 
     def __init__(
-        self,
-        rank: int,
-        hosts: Sequence[str],
-        timeout: float,
-        go_on: str,
-        stop: Stop | None = None,
-        ended: Callable[[str], object] = lambda reason: None,
+        self, rank: int, hosts: Sequence[str], timeout: float, go_on: str, stop: Stop, ended: Callable[[str], object]
     ) -> None:
         self.rank, self.hosts, self.timeout, self._go_on = rank, list(hosts), timeout, go_on
         self._stop, self._ended = stop, ended
@@ -94,7 +87,7 @@ class Watchdog:
         while not self._end.wait(self._interval):
             waited = time.monotonic() - self._since
             try:
-                if self._stop is not None and any(not process.is_running() for process in self._starters):
+                if any(not process.is_running() for process in self._starters):
                     self._stop.ask("the launcher has ended")
                 if self._store is not None:
                     self._talk()
@@ -126,8 +119,6 @@ class Watchdog:
     def _talk(self) -> None:
         """Tells the other ranks where this one is, and whether it has been asked to stop; hears whether they have."""
         self._store.set(f"place/{self.rank}", self._place())
-        if self._stop is None:
-            return
         if self._stop.asked:
             self._store.set(_STOP, f"{self._stop.asked} on rank {self.rank}")
         elif self._store.check([_STOP]):

@@ -47,7 +47,6 @@ class ShardedState(ABC):
     Args:
         optimizer: torch's AdamW, or DeepSpeed's wrapper around it.
         names: id(parameter) -> name, the trained parameters in the module's order.
-        rank: of this process.
     """
 
     replicated = False

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tarfile
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -51,16 +52,12 @@ def files_of(given: Sources) -> set[Path]:
     return {path for paths in given.cutouts.values() for path in paths} | {*given.natural, *given.interior}
 
 
-@pytest.mark.parametrize("split", ["final", "study"])
-def test_no_cutout_and_no_photograph_is_in_both_parts(sources, split):
-    found = split_sources(sources, dataclasses.replace(SCENES, split=split))
-    assert not files_of(found.train) & files_of(found.test)
-    assert all(found.test.cutouts[name] and found.train.cutouts[name] for name in sources.cutouts)
-    assert found.test.natural and found.test.interior
-
-
-def test_the_study_never_sees_what_the_proof_tests_on(sources):
+def test_no_image_is_in_both_parts_and_the_study_never_sees_what_the_proof_tests_on(sources):
     final, study = (split_sources(sources, dataclasses.replace(SCENES, split=s)) for s in ("final", "study"))
+    for found in (final, study):
+        assert not files_of(found.train) & files_of(found.test)
+        assert all(found.test.cutouts[name] and found.train.cutouts[name] for name in sources.cutouts)
+        assert found.test.natural and found.test.interior
     assert files_of(study.train) | files_of(study.test) == files_of(final.train)
 
 
@@ -218,28 +215,17 @@ def test_a_gpu_trains_a_wider_student_from_a_start_of_its_own(places):
     assert not any(cell.part == "small" for cell in all_cells(Settings()))
 
 
-@pytest.fixture
-def counted(monkeypatch) -> list[list[str]]:
-    """Commands that `train` starts; they run."""
-    calls, run = [], subprocess.run
-
-    def counting(call, **options):
-        calls.append(call)
-        return run(call, **options)
-
-    monkeypatch.setattr(proof.subprocess, "run", counting)
-    return calls
-
-
 @pytest.mark.slow
-def test_a_killed_cell_goes_on_and_a_finished_one_is_not_run_again(places, counted, monkeypatch):
+def test_a_killed_cell_goes_on_and_a_finished_one_is_not_run_again(places, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    counted = MagicMock(side_effect=subprocess.run)  # commands that `train` starts; they run
+    monkeypatch.setattr(proof.subprocess, "run", counted)
     cell = next(cell for cell in all_cells(SMOKE) if cell.row == "student of all")
     mark = json.loads((places.scenes / "scenes.json").read_text())["fingerprint"]
     run = places.work / "runs" / cell.name
     assert not finished(cell, SMOKE, places, mark)
     run_cell(cell, SMOKE, places, mark)
-    assert finished(cell, SMOKE, places, mark) and len(counted) == 2  # the start's and its own
+    assert finished(cell, SMOKE, places, mark) and counted.call_count == 2  # the start's and its own
     first = (run / "encoder.safetensors").read_bytes()
     # as a kill between the checkpoint of step 2 and the end leaves it
     (run / "encoder.safetensors").unlink()
@@ -247,7 +233,7 @@ def test_a_killed_cell_goes_on_and_a_finished_one_is_not_run_again(places, count
     for folder in run.rglob("step_*4"):
         shutil.rmtree(folder)
     run_cell(cell, SMOKE, places, mark)
-    assert len(counted) == 3 and (run / "encoder.safetensors").read_bytes() == first
+    assert counted.call_count == 3 and (run / "encoder.safetensors").read_bytes() == first
     assert "step 2" in run.with_suffix(".log").read_text()
     longer = dataclasses.replace(cell, steps=6)
     assert not finished(longer, SMOKE, places, mark)

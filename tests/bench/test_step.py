@@ -17,7 +17,8 @@ from bench.step import Bench, chosen
 from bench.step_meter import counted_waits, matrix_rate, merged_length, time_calls
 from bench.step_variants import VARIANTS, SyntheticLoader, synthetic_config
 from bench.toy.conv_patchify import toy_teacher
-from dune_fast.engine.config import RunConfig, TrainConfig
+from dune_fast.engine.config import RunConfig
+from dune_fast.engine.config_sections import TrainConfig
 from dune_fast.engine.deepspeed_engine import init_distributed
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.kernels.rope2d import grid_positions, rope2d_angles, rope2d_reference

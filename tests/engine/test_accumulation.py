@@ -18,7 +18,7 @@ from dune_fast.engine.accumulation import merge, part_momentum, split
 from dune_fast.engine.config import compose_config, load_config
 from dune_fast.engine.memory import SPARE, fit, image_bytes
 from dune_fast.engine.metrics import read_metrics
-from dune_fast.engine.trainer import Trainer
+from tests.engine.conftest import build, train
 
 
 def batch_of(size: int) -> Batch:
@@ -63,8 +63,7 @@ def test_a_run_in_parts_is_the_whole_but_for_the_statistics(overrides, tmp_path)
     for accumulation in (1, 2):
         out = tmp_path / str(accumulation)
         more = [f"train.accumulation={accumulation}", f"output_dir={out}", "objective.drop_probability=0"]
-        more += ["standardization.convention=phi_s", "standardization.phi_s_batches=2"]
-        Trainer(compose_config([*overrides, *more, "logging.tensorboard=false"])).run()
+        train(overrides, *more, "standardization.convention=phi_s", "standardization.phi_s_batches=2")
         records[accumulation] = read_metrics(out / "metrics.jsonl")
     for whole, parts in zip(records[1], records[2], strict=True):
         for name in ("loss", "loss/one", "gradient_norm/global"):
@@ -74,18 +73,18 @@ def test_a_run_in_parts_is_the_whole_but_for_the_statistics(overrides, tmp_path)
 
 def test_a_batch_that_cannot_be_split_is_explained(overrides):
     with pytest.raises(ValueError, match=r"8 is not a multiple of the 1 processes x train.accumulation=3; .* 9"):
-        Trainer(compose_config([*overrides, "train.accumulation=3"]))
+        build(overrides, "train.accumulation=3")
 
 
 def test_parts_that_are_worked_out_stay_when_the_run_goes_on(overrides, tmp_path, monkeypatch, caplog):
     """Another machine has another memory; what is computed must not depend on it."""
-    common = [*overrides, "train.accumulation=0", "logging.tensorboard=false"]
     caplog.set_level(logging.INFO, "dune_fast")
-    each = image_bytes(compose_config(common), low_precision=False)
-    fixed = fit(compose_config(common), 1, 0, False, 8).needed - each
+    cfg = compose_config([*overrides, "train.accumulation=0"])
+    each = image_bytes(cfg, low_precision=False)
+    fixed = fit(cfg, 1, 0, False, 8).needed - each
     enough_for_five = int((fixed + 5 * each) / (1 - SPARE))
     monkeypatch.setattr(trainer, "smallest_memory", lambda device: enough_for_five)
-    run = Trainer(compose_config(common))
+    run = build(overrides, "train.accumulation=0")
     assert run.cfg.train.accumulation == 2 and run.fit.fits
     assert load_config(tmp_path / "run" / "config.yaml").train.accumulation == 2
     run.run()
@@ -96,10 +95,10 @@ def test_parts_that_are_worked_out_stay_when_the_run_goes_on(overrides, tmp_path
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_0000006")
     for memory, fits in ((2**40, True), (1, False)):
         monkeypatch.setattr(trainer, "smallest_memory", lambda device, memory=memory: memory)
-        resumed = Trainer(compose_config(common))
+        resumed = build(overrides, "train.accumulation=0")
         assert resumed.step == 3 and resumed.cfg.train.accumulation == 2 and resumed.fit.fits == fits
     resumed.run()
     assert "the run may end for want of it" in caplog.text
     assert [record["loss"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == losses
     with pytest.raises(ValueError, match="train.accumulation: 2 -> 1"):
-        Trainer(compose_config([*common, "train.accumulation=1"]))
+        build(overrides, "train.accumulation=1")

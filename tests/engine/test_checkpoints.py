@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from pathlib import Path
 
@@ -12,16 +13,8 @@ from safetensors.torch import load_file
 
 from dune_fast.engine import checkpoints
 from dune_fast.engine.checkpoints import write_tensors
-from dune_fast.engine.config import compose_config
-from dune_fast.engine.trainer import Trainer
 from dune_fast.teachers.run_files import CheckpointError, Manifest, Piece, Reader, find_fault, newest_good
-from tests.engine.conftest import full_disk
-
-
-def train(overrides: list[str], *more: str) -> Trainer:
-    trainer = Trainer(compose_config([*overrides, "logging.tensorboard=false", *more]))
-    trainer.run()
-    return trainer
+from tests.engine.conftest import build, full_disk, same_weights, train
 
 
 def test_the_file_is_what_the_library_reads(tmp_path):
@@ -69,22 +62,16 @@ def test_a_checkpoint_is_small_and_explicit(finished):
 
 
 def damage(folder: Path, how: str) -> None:
-    data = folder / "rank_00000.safetensors"
-    if how == "checksum":
-        content = bytearray(data.read_bytes())
-        content[-100] ^= 1
-        data.write_bytes(content)
-    elif how == "truncated":
-        data.write_bytes(data.read_bytes()[:-1])
-    elif how == "missing":
-        data.unlink()
-    elif how == "no manifest":
-        (folder / "manifest.json").unlink()
+    path = folder / ("rank_00000.safetensors" if how in ("checksum", "truncated", "missing") else "manifest.json")
+    content = path.read_bytes()
+    if how in ("missing", "no manifest"):
+        path.unlink()
+    elif how == "checksum":
+        path.write_bytes(content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])
     elif how == "digit":
-        text = (folder / "manifest.json").read_text()
-        (folder / "manifest.json").write_text(text.replace('"updates": 6', '"updates": 7'))
+        path.write_bytes(content.replace(b'"updates": 6', b'"updates": 7'))
     else:
-        (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:200])
+        path.write_bytes(content[:-1] if how == "truncated" else content[:200])
 
 
 @pytest.mark.parametrize(
@@ -99,30 +86,25 @@ def damage(folder: Path, how: str) -> None:
     ],
 )
 def test_every_damage_is_found_and_named(finished, how, words, caplog):
-    import re
-
     damage(finished / "checkpoints" / "step_0000006", how)
     with caplog.at_level(logging.WARNING):
         assert newest_good(finished) == 3
     assert re.search(f"step_0000006 is broken .*{words}", caplog.text)
 
 
-def test_a_run_goes_on_from_the_one_before_a_broken_one_to_the_same_weights(overrides, finished):
-    expected = load_file(finished / "student.safetensors")
+def test_a_run_goes_on_from_the_one_before_a_broken_one_to_the_same_weights(overrides, finished, trained_run):
     damage(finished / "checkpoints" / "step_0000006", "checksum")
-    trainer = Trainer(compose_config([*overrides, "logging.tensorboard=false"]))
+    trainer = build(overrides)
     assert trainer.step == 3
     trainer.run()
-    assert not find_fault(finished / "checkpoints" / "step_0000006")
-    ours = load_file(finished / "student.safetensors")
-    assert all(torch.equal(ours[key], expected[key]) for key in expected)
+    assert not find_fault(finished / "checkpoints" / "step_0000006") and same_weights(finished, trained_run)
 
 
 def test_a_run_with_broken_checkpoints_alone_is_not_started_anew_unasked(overrides, finished):
     for step in (3, 6):
         damage(finished / "checkpoints" / checkpoints.tag(step), "missing")
     with pytest.raises(CheckpointError, match=r"none of the checkpoints .*step_0000003.*train.overwrite=true"):
-        Trainer(compose_config(overrides))
+        build(overrides)
 
 
 @pytest.mark.parametrize("at", ["write_tensors", "write_whole"])
@@ -142,8 +124,7 @@ def test_what_a_kill_cuts_short_is_not_taken_for_a_checkpoint(overrides, tmp_pat
     folder = tmp_path / "run" / "checkpoints"
     assert calls and (folder / "step_0000006.part").is_dir() and checkpoints.complete_steps(tmp_path / "run") == [3]
     monkeypatch.undo()
-    resumed = Trainer(compose_config([*overrides, "logging.tensorboard=false"]))
-    assert resumed.step == 3 and not (folder / "step_0000006.part").exists()
+    assert build(overrides).step == 3 and not (folder / "step_0000006.part").exists()
 
 
 def test_a_full_disk_is_warned_of_and_the_next_save_tries_again(overrides, tmp_path, monkeypatch, caplog):
@@ -175,7 +156,7 @@ def test_a_step_does_not_wait_for_the_disk(overrides, monkeypatch):
     """The training thread goes on while the disk is busy, and the copy that is written does not change under it."""
     gate, plain = threading.Event(), checkpoints.write_tensors
     monkeypatch.setattr(checkpoints, "write_tensors", lambda *arguments: (gate.wait(30), plain(*arguments))[1])
-    trainer = Trainer(compose_config([*overrides, "logging.conflicts=false"]))
+    trainer = build(overrides, "logging.conflicts=false")
     batches = trainer.loader.batches(0)
     trainer.train_step(next(batches))
     then = {name: p.detach().clone() for name, p in trainer.engine.module.named_parameters()}
@@ -190,29 +171,20 @@ def test_a_step_does_not_wait_for_the_disk(overrides, monkeypatch):
         assert torch.equal(held[f"weight/{name}"], then[name].flatten())
 
 
-def test_the_last_ones_and_every_nth_are_kept(tmp_path):
+def test_the_last_ones_and_every_nth_are_kept_and_what_is_later_than_the_newest_is_not(tmp_path):
+    """What is later is broken: the run went back from 12 to 9, and has saved 10."""
     folder = tmp_path / "checkpoints"
-    for step in range(1, 11):
-        (folder / checkpoints.tag(step)).mkdir(parents=True)
-    (folder / "step_0000007.part").mkdir()
-    (folder / "step_0000011.part").mkdir()
+    for name in (*map(checkpoints.tag, range(1, 13)), "step_0000007.part", "step_0000011.part"):
+        (folder / name).mkdir(parents=True)
     checkpoints.prune(tmp_path, 10, keep=2, keep_every=4)
     assert checkpoints.complete_steps(tmp_path) == [4, 8, 9, 10]
     assert [p.name for p in folder.glob("*.part")] == ["step_0000011.part"]
 
 
-def test_a_broken_checkpoint_does_not_outlive_the_good_one_that_was_saved_after_it(tmp_path):
-    """The run went back from 10 to 5 and has saved 7."""
-    for step in (5, 7, 10):
-        (tmp_path / "checkpoints" / checkpoints.tag(step)).mkdir(parents=True)
-    checkpoints.prune(tmp_path, 7, keep=1, keep_every=5)
-    assert checkpoints.complete_steps(tmp_path) == [5, 7]
-
-
 def test_a_disk_that_is_full_at_the_end_costs_nothing(overrides, finished, monkeypatch):
     """The weights cannot be exported: an error of the system, nothing half written, and the next start does it."""
     (finished / "student.safetensors").unlink()
-    trainer = Trainer(compose_config([*overrides, "logging.tensorboard=false"]))
+    trainer = build(overrides)
     with full_disk(100_000), pytest.raises(OSError, match="File too large"):
         trainer.run()
     assert not list(finished.glob(".*.part")) and not (finished / "student.safetensors").exists()

@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dune_fast.distill.objective import ownership
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep
-from dune_fast.engine.config import RunConfig, compose_config
+from dune_fast.engine.config import RunConfig
 from dune_fast.engine.determinism import NotDeterministicError, deterministic_algorithms, explained
-from dune_fast.engine.trainer import Trainer
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.student import build_student
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.ensemble import TeacherEnsemble
+from tests.engine.conftest import build, same_weights, train
 from tests.engine.fake_tensors import faked
 
 NO_DETERMINISTIC_FORM = {
@@ -104,7 +104,7 @@ def test_no_operation_of_a_step_lacks_a_deterministic_form():
 
 def test_a_run_sets_the_flags_until_it_has_ended(overrides):
     before = state()
-    trainer = Trainer(compose_config([*overrides, "train.steps=2", "train.deterministic=true"]))
+    trainer = build(overrides, "train.steps=2", "train.deterministic=true")
     assert state()[:4] == (True, False, False, True)
     trainer.run()
     assert state() == before
@@ -113,35 +113,21 @@ def test_a_run_sets_the_flags_until_it_has_ended(overrides):
 def test_a_run_that_cannot_begin_restores_the_flags(overrides, monkeypatch):
     before = state()
     with pytest.raises(ValueError, match="not a multiple"):
-        Trainer(compose_config([*overrides, "train.accumulation=3", "train.deterministic=true"]))
+        build(overrides, "train.accumulation=3", "train.deterministic=true")
     assert state() == before
 
 
 @pytest.mark.gpu
 def test_gpu_two_runs_and_one_that_is_killed_give_the_same_bits(overrides, tmp_path):
-    from safetensors.torch import load_file
-
     vit = ["teachers.one.family=dinov2", "teachers.one.num_features=192", "teachers.one.image_size=56"]
-    common = [*overrides, *vit, "train.precision=bf16", "train.deterministic=true", "logging.tensorboard=false"]
+    common = [*overrides, *vit, "train.precision=bf16", "train.deterministic=true"]
 
-    def run(name: str, *more: str) -> Trainer:
-        return Trainer(compose_config([*common, f"output_dir={tmp_path / name}", *more]))
-
-    for name in ("first", "second"):
-        run(name).run()
-    killed = run("killed")
-    train_step = killed.train_step
-
-    def die(batch):
-        if killed.step == 4:
+    def die(trainer, batch):
+        if trainer.step == 4:
             raise KeyboardInterrupt
-        return train_step(batch)
 
-    killed.train_step = die
     with pytest.raises(KeyboardInterrupt):
-        killed.run()
-    run("killed").run()  # from the checkpoint of step 3
-    first, second, third = (load_file(tmp_path / n / "student.safetensors") for n in ("first", "second", "killed"))
-    assert first.keys() == second.keys() == third.keys()
-    for name, x in first.items():
-        assert torch.equal(x, second[name]) and torch.equal(x, third[name]), name
+        train(common, f"output_dir={tmp_path / 'killed'}", before_step=die)
+    for name in ("first", "second", "killed"):  # the last from the checkpoint of step 3
+        train(common, f"output_dir={tmp_path / name}")
+    assert all(same_weights(tmp_path / name, tmp_path / "first") for name in ("second", "killed"))

@@ -10,9 +10,8 @@ from safetensors.torch import save_file
 
 from bench.toy.conv_patchify import conv_patchify
 from dune_fast.cli import main
-from dune_fast.engine.config import compose_config
-from dune_fast.engine.trainer import Trainer
 from dune_fast.teachers.drift import DriftError
+from tests.engine.conftest import train
 
 
 @pytest.fixture
@@ -23,10 +22,6 @@ def coarse(overrides, tmp_path) -> list[str]:
     save_file(state, tmp_path / "far.safetensors")
     weights = [f"teachers.one.weights={tmp_path / 'far.safetensors'}", "teachers.one.precision=bf16"]
     return [*overrides, *weights, "train.steps=2"]
-
-
-def train(overrides: list[str]) -> None:
-    Trainer(compose_config(overrides)).run()
 
 
 def test_a_run_with_a_precision_too_coarse_stops_before_its_first_step(coarse, tmp_path, caplog):
@@ -41,20 +36,20 @@ def test_a_run_with_a_precision_too_coarse_stops_before_its_first_step(coarse, t
 
 
 def test_forced_it_trains_and_is_on_record(coarse, tmp_path):
-    train([*coarse, "teachers.one.force_precision=true"])
+    train(coarse, "teachers.one.force_precision=true")
     report = json.loads((tmp_path / "run" / "drift.json").read_text())
     assert all(entry["forced"] and entry["mean_cosine"] < 0.999 for entry in report)
     assert (tmp_path / "run" / "student.safetensors").exists()
 
 
 def test_it_can_be_left_out(coarse, tmp_path):
-    train([*coarse, "train.drift_images=0"])
+    train(coarse, "train.drift_images=0")
     assert (tmp_path / "run" / "student.safetensors").exists() and not (tmp_path / "run" / "drift.json").exists()
 
 
 def test_a_step_of_one_image_says_that_it_cannot_compare(coarse, caplog):
     with caplog.at_level(logging.WARNING):
-        train([*coarse, "train.global_batch=1"])
+        train(coarse, "train.global_batch=1")
     assert "takes 2 images and a step has 1" in caplog.text
 
 

@@ -12,19 +12,16 @@ import time
 
 import psutil
 import pytest
-import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from dune_fast.dali_pipelines.errors import StorageError
 from dune_fast.dali_pipelines.source import ImageSource
 from dune_fast.engine import checkpoints
 from dune_fast.engine import trainer as trainer_module
-from dune_fast.engine.config import compose_config
 from dune_fast.engine.interruption import OtherRankError, Stop
 from dune_fast.engine.run_state import read_state
-from dune_fast.engine.trainer import Trainer
 from dune_fast.engine.watchdog import LostRankError, Watchdog
+from tests.engine.conftest import build, same_weights, train
 
 
 def test_a_signal_while_the_log_is_opened_stops_before_the_first_step(overrides, tmp_path, monkeypatch, caplog):
@@ -37,7 +34,7 @@ def test_a_signal_while_the_log_is_opened_stops_before_the_first_step(overrides,
 
     monkeypatch.setattr(trainer_module, "open_log", interrupted)
     caplog.set_level(logging.INFO, "dune_fast")
-    trainer = Trainer(compose_config([*overrides, "logging.tensorboard=false", "train.overwrite=true"]))
+    trainer = build(overrides, "train.overwrite=true")
     before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the run does not take the signal"))
     try:
         trainer.run()
@@ -49,28 +46,20 @@ def test_a_signal_while_the_log_is_opened_stops_before_the_first_step(overrides,
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_saves_stops_and_the_run_goes_on_from_there(overrides, trained_run, tmp_path, number):
-    whole, parts = trained_run, tmp_path / "parts"
-    common = [*overrides, "logging.tensorboard=false", "train.checkpoint_every=100"]
-    trainer = Trainer(compose_config([*common, f"output_dir={parts}"]))
-    plain = trainer.train_step
+    run, before = tmp_path / "run", signal.getsignal(number)
 
-    def interrupted(batch):
+    def interrupt(trainer, batch):
         if trainer.step == 3:
             os.kill(os.getpid(), number)
-        return plain(batch)
 
-    trainer.train_step = interrupted
-    before = signal.getsignal(number)
-    trainer.run()
+    trainer = train(overrides, "train.checkpoint_every=100", before_step=interrupt)
     assert trainer.stopped and trainer.step == 4
     assert signal.getsignal(number) is before
-    assert checkpoints.complete_steps(parts) == [4] and not (parts / "student.safetensors").exists()
-    resumed = Trainer(compose_config([*common, f"output_dir={parts}"]))
+    assert checkpoints.complete_steps(run) == [4] and not (run / "student.safetensors").exists()
+    resumed = build(overrides, "train.checkpoint_every=100")
     assert resumed.step == 4
     resumed.run()
-    assert not resumed.stopped
-    ours, theirs = load_file(parts / "student.safetensors"), load_file(whole / "student.safetensors")
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert not resumed.stopped and same_weights(run, trained_run)
 
 
 @pytest.fixture
@@ -91,22 +80,14 @@ def test_frozen_storage_does_not_keep_a_run_from_saving(overrides, tmp_path, sto
         answer.wait(60)
         raise StorageError("it is over")
 
-    timeout = 30.0 if told else 5.0
-    cfg = compose_config(
-        [*overrides, "logging.tensorboard=false", "train.steps=60", "train.checkpoint_every=100",
-         f"train.timeout_minutes={timeout / 60}"]
-    )  # fmt: skip
-    trainer = Trainer(cfg)
-    plain = trainer.train_step
-
-    def train_step(batch):
+    def freeze(trainer, batch):
         if trainer.step == 3:
             storage["now"] = frozen
             if told:
                 threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGTERM]).start()
-        return plain(batch)
 
-    trainer.train_step = train_step
+    timeout = f"train.timeout_minutes={(30 if told else 5) / 60}"
+    trainer = build(overrides, "train.steps=60", "train.checkpoint_every=100", timeout, before_step=freeze)
     try:
         if told:
             trainer.run()
@@ -122,19 +103,15 @@ def test_frozen_storage_does_not_keep_a_run_from_saving(overrides, tmp_path, sto
 
 def test_an_error_of_the_storage_is_raised_once_the_steps_are_saved(overrides, tmp_path, storage, caplog):
     """Regression: the steps since the last checkpoint were lost."""
-    # more steps than are read ahead
-    more = ["logging.tensorboard=false", "train.steps=60", "train.checkpoint_every=100"]
-    trainer = Trainer(compose_config([*overrides, *more]))
-    plain = trainer.train_step
 
     def failing(source, images):
         raise StorageError("the server has gone")
 
-    def train_step(batch):
+    def fail(trainer, batch):
         storage["now"] = failing
-        return plain(batch)
 
-    trainer.train_step = train_step
+    # more steps than are read ahead
+    trainer = build(overrides, "train.steps=60", "train.checkpoint_every=100", before_step=fail)
     with pytest.raises(StorageError, match="the server has gone"):
         trainer.run()
     assert trainer.step > 0 and checkpoints.complete_steps(tmp_path / "run") == [trainer.step]
@@ -202,36 +179,35 @@ def test_signals_that_were_ignored_stay_ignored_and_a_second_ctrl_c_insists(monk
         signal.signal(signal.SIGHUP, before)
 
 
-class Store(dict):
-    """A process group's."""
-
-    def set(self, key, value):
-        self[key] = value.encode()
-
-    def check(self, keys):
-        return all(key in self for key in keys)
-
-    def get(self, key):
-        return self[key]
-
-
-def watched(rank: int, hosts: list[str], stop: Stop | None = None) -> Watchdog:
-    """A watchdog on a store of its own."""
-    dog = Watchdog(rank, hosts[:1], 0.2, "go on", stop)
-    dog.hosts, dog._store = hosts, Store()
-    return dog
-
-
-def test_the_watchdog_of_one_process_warns_and_then_ends_it(monkeypatch, caplog):
-    """Regression: a run of one process had none."""
+@pytest.fixture
+def exits(monkeypatch) -> None:
+    """The end of the process is a SystemExit."""
 
     def exited(code):
         raise SystemExit(code)
 
-    reasons: list[str] = []
-    dog = Watchdog(0, ["a"], 0.5, "this goes on", ended=reasons.append)
-    dog.at("waiting for images")
     monkeypatch.setattr(os, "_exit", exited)
+
+
+class Gone:
+    """The store of a process that has ended."""
+
+    def set(self, *_):
+        raise dist.DistNetworkError("Broken pipe")
+
+
+def watched(rank: int, hosts: list[str], stop: Stop | None = None, timeout: float = 0.2) -> Watchdog:
+    """A watchdog on a store of its own, if there are several hosts."""
+    dog = Watchdog(rank, hosts[:1], timeout, "go on", stop or Stop(1, 60.0), ended=[].append)
+    dog.hosts, dog._store = hosts, dist.HashStore() if len(hosts) > 1 else None
+    return dog
+
+
+def test_the_watchdog_of_one_process_warns_and_then_ends_it(exits, caplog):
+    """Regression: a run of one process had none."""
+    dog, reasons = watched(0, ["a"]), []
+    dog._ended = reasons.append
+    dog.at("waiting for images")
     with pytest.raises(SystemExit, match="1"):
         dog._watch()
     assert "rank 0 on a: nothing has happened for 0 s (waiting for images)" in caplog.text
@@ -248,7 +224,7 @@ def test_a_rank_hears_that_another_one_or_the_launcher_has_ended_it(monkeypatch)
     assert hears.asked == "SIGTERM on rank 0"
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as launcher:
         left = Stop(1, 60.0)
-        dog = Watchdog(0, ["a"], 60.0, "", left)
+        dog = watched(0, ["a"], left, 60.0)
         dog._interval, dog._starters = 0.01, [psutil.Process(launcher.pid)]
         with dog:
             time.sleep(0.1)
@@ -264,14 +240,11 @@ def test_a_rank_hears_that_another_one_or_the_launcher_has_ended_it(monkeypatch)
 def test_a_lost_rank_is_one_sentence(lost):
     """Regression: 25 lines of traceback, and no name."""
     dog = watched(1, ["a", "b", "c"])
-    dog._store |= {f"place/{rank}": b"1.0 3 step 1, forward" for rank in range(3)}
-    dog._store["left/0"] = b""  # it has noticed the same
+    for rank in range(3):
+        dog._store.set(f"place/{rank}", "1.0 3 step 1, forward")
+    dog._store.set("left/0", "")  # it has noticed the same
     if lost == 0:
-
-        def gone(*_):
-            raise dist.DistNetworkError("Broken pipe")
-
-        dog._store.set = gone
+        dog._store = Gone()
     error = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:11392")
     with pytest.raises(LostRankError, match=f"connection to rank {lost} on {'abc'[lost]} is lost: .*; go on$"):
         dog.__exit__(RuntimeError, error, None)
@@ -279,21 +252,14 @@ def test_a_lost_rank_is_one_sentence(lost):
 
 
 def test_the_watchdog_names_the_rank_that_is_behind():
-    dog = Watchdog(0, ["a"], 60.0, "")
-    dog.hosts = ["a", "b", "c"]
+    dog = watched(0, ["a", "b", "c"], timeout=60.0)
     dog.at("step 7, backward")
     text = dog._describe(["90.0 21 step 7, backward", "90.1 19 waiting for images", "90.2 21 step 7, backward"])
     assert "timed out" in text and "rank 1 on b: waiting for images" in text and "rank 2" not in text
     assert "nothing has happened on rank 0 for 60 s" in text
     text = dog._describe(["90.0 21 step 7, backward", "90.2 21 step 7, backward"])
     assert "all ranks are at the same place: step 7, backward" in text
-
-
-def test_the_watchdog_names_a_process_that_stands_still_at_the_place_of_the_others():
-    """Stopped within the phase in which the others wait for it, its count is theirs."""
-    dog = Watchdog(0, ["a"], 60.0, "")
-    dog.hosts = ["a", "b", "c"]
-    dog.at("step 7, backward")
+    # a process that is stopped within the phase in which the others wait for it has their count
     text = dog._describe(["1090.0 21 step 7, backward", "1028.0 21 step 7, backward", "1090.2 22 step 7, update"])
     assert "it waits for rank 1 on b: step 7, backward (silent since)" in text and "rank 2" not in text
 
@@ -308,21 +274,12 @@ def test_the_collectives_are_more_patient_than_the_watchdog(monkeypatch):
     assert seen["timeout"].total_seconds() > 1.1 * slowest_watch
 
 
-def test_the_watchdog_of_a_run_whose_first_rank_has_ended_says_so(monkeypatch, caplog):
+def test_the_watchdog_of_a_run_whose_first_rank_has_ended_says_so(exits, caplog):
     """The store is rank 0's; that nothing has happened for so long is not true then."""
-
-    class Gone:
-        def set(self, *_):
-            raise RuntimeError("Broken pipe")
-
-    def exited(code):
-        raise SystemExit(code)
-
-    dog = Watchdog(1, ["a"], 0.1, "this goes on")
-    dog.hosts, dog._store = ["a", "b"], Gone()
+    dog = watched(1, ["a", "b"])
+    dog._store = Gone()
     dog.at("step 7, backward")
-    monkeypatch.setattr(os, "_exit", exited)
     with pytest.raises(SystemExit, match="1"):
         dog._watch()
     assert "rank 0 has ended or does not answer (Broken pipe)" in caplog.text and "timed out" not in caplog.text
-    assert "rank 1 itself: step 7, backward; this goes on" in caplog.text
+    assert "rank 1 itself: step 7, backward; go on" in caplog.text

@@ -20,7 +20,8 @@ SRUN = {
 
 
 def test_deepspeed_and_torchrun():
-    assert place(TORCHRUN) == Place(5, 8, 1, "node7", 29500)
+    """Inside a SLURM job too."""
+    assert place(TORCHRUN) == place(SRUN | TORCHRUN) == Place(5, 8, 1, "node7", 29500)
     deepspeed = TORCHRUN | {"CROSS_RANK": "1", "CROSS_SIZE": "2"}
     assert place(deepspeed) == Place(5, 8, 1, "node7", 29500, node=1, nodes=("host 0", "host 1"))
     ours = deepspeed | {"DUNE_FAST_HOSTS": "a,b", "DUNE_FAST_JOB": "mine"}
@@ -30,19 +31,12 @@ def test_deepspeed_and_torchrun():
     assert (elastic.serves, elastic.job, elastic.node, len(elastic.nodes)) == (False, "r", 1, 2)
 
 
-def test_torchrun_inside_a_slurm_job():
-    assert place(SRUN | TORCHRUN) == Place(5, 8, 1, "node7", 29500)
-
-
 def test_srun():
     here = place(SRUN | {"SLURM_NODEID": "1"})
     assert here == Place(
         9, 16, 1, "gpu03", slurm_port(SRUN), job="SLURM job 1234567.2", node=1, nodes=("gpu03", "gpu04", "big1")
     )
     assert place(SRUN | {"SLURM_RESTART_COUNT": "3"}).job == "SLURM job 1234567.2, requeue 3"
-
-
-def test_srun_with_a_chosen_address():
     chosen = place(SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000", "SLURM_STEP_NODELIST": "gpu04"})
     assert (chosen.address, chosen.port) == ("10.0.0.1", 4000)
 
@@ -57,14 +51,9 @@ def test_jobs_and_steps_have_ports_of_their_own():
 
 
 @pytest.mark.parametrize("extra", [{}, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "0"}])
-def test_a_batch_script_or_shell_of_an_allocation_is_one_process(extra):
+def test_a_plain_start_a_batch_script_and_a_shell_of_an_allocation_are_one_process(extra):
     environment = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_PROCID": "0", **extra}
-    assert (place(environment).rank, place(environment).world_size) == (0, 1)
-
-
-def test_no_launcher():
-    alone = place({})
-    assert (alone.rank, alone.world_size, alone.local_rank) == (0, 1, 0)
+    assert place(environment) == place({}) == Place(0, 1, 0)
 
 
 def test_half_an_environment_is_explained():
@@ -101,19 +90,20 @@ def test_processes_of_this_machine(environment, processes):
     assert local_processes(environment) == processes
 
 
-@pytest.mark.parametrize(("processes", "threads"), [(1, None), (2, "8"), (5, "3"), (32, "1")])
-def test_ranks_of_a_machine_share_its_cores(monkeypatch, processes, threads):
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "1"}, None),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "5"}, "3"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "32"}, "1"),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_CPUS_PER_TASK": "16"}, "16"),  # a task that is bound
+    ],
+)
+def test_ranks_of_a_machine_share_its_cores(monkeypatch, environment, threads):
     monkeypatch.setattr(launch, "_cores", lambda: 16)
-    environment = TORCHRUN | {"LOCAL_WORLD_SIZE": str(processes)}
+    environment = dict(environment)
     set_openmp(environment)
     assert environment.get("OMP_NUM_THREADS") == threads and environment["OMP_WAIT_POLICY"] == "passive"
-
-
-def test_a_task_of_srun_keeps_the_processors_that_it_is_bound_to(monkeypatch):
-    monkeypatch.setattr(launch, "_cores", lambda: 4)
-    environment = SRUN | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_CPUS_PER_TASK": "4"}
-    set_openmp(environment)
-    assert environment["OMP_NUM_THREADS"] == "4"
 
 
 def test_what_the_user_has_set_stays():

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,15 +12,12 @@ from safetensors.torch import load_file
 import dune_fast
 from dune_fast.engine import checkpoints
 from dune_fast.engine.config import ConfigError, compose_config
-from dune_fast.engine.launch import free_port
 from dune_fast.engine.metrics import read_metrics
-from dune_fast.engine.trainer import Trainer
 from dune_fast.evaluate.run import evaluate_run
 from dune_fast.export.check import ExportError
 from dune_fast.export.run import export
 from dune_fast.kernels.distill_loss import standardize
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.engine.conftest import build, run_ranks, same_weights, train
 
 
 @pytest.fixture
@@ -36,7 +30,7 @@ def statistics_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_first_batches_have_mean_0_and_variance_1(phi_s):
-    trainer = Trainer(compose_config(phi_s))
+    trainer = build(phi_s)
     batches = trainer.loader.batches(0)
     rows: dict[tuple[str, str], list] = {}
     standardizers = trainer.statistics.running()
@@ -55,15 +49,14 @@ def test_the_first_batches_have_mean_0_and_variance_1(phi_s):
 
 def test_a_resumed_run_keeps_its_statistics_and_ends_bit_identical(phi_s, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    Trainer(compose_config([*phi_s, f"output_dir={whole}"])).run()
+    train(phi_s, f"output_dir={whole}")
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / checkpoints.tag(6))
     monkeypatch.setattr("dune_fast.engine.trainer.look_ahead", lambda *_: pytest.fail("a resumed run estimated again"))
-    again = Trainer(compose_config([*phi_s, f"output_dir={parts}"]))
+    again = build(phi_s, f"output_dir={parts}")
     assert again.step == 3
     again.run()
-    ours, theirs = load_file(parts / "student.safetensors"), load_file(whole / "student.safetensors")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert same_weights(parts, whole)
 
     cosines = evaluate_run(whole, figures=False)
     assert cosines["after"]["one"]["patch"] > cosines["before"]["one"]["patch"]
@@ -80,18 +73,8 @@ def test_a_resumed_run_keeps_its_statistics_and_ends_bit_identical(phi_s, tmp_pa
 
 def test_two_ranks_train_as_one(phi_s, tmp_path):
     common = [*phi_s, "objective.drop_probability=0", "evaluation.held_out=false", "train.steps=2"]
-    Trainer(compose_config([*common, f"output_dir={tmp_path / 'alone'}"])).run()
-    port = free_port()
-    processes = []
-    for rank in range(2):
-        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        environment["MASTER_PORT"] = str(port)
-        command = [sys.executable, "dune_fast/train.py", *common, f"output_dir={tmp_path / 'two'}"]
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE))
-    for process in processes:
-        _, complaint = process.communicate(timeout=300)
-        assert process.returncode == 0, complaint
+    train(common, f"output_dir={tmp_path / 'alone'}")
+    run_ranks(2, "dune_fast/train.py", *common, f"output_dir={tmp_path / 'two'}")
     alone, two = statistics_of(tmp_path / "alone"), statistics_of(tmp_path / "two")
     assert "teacher_norms.one.normalizers.cls.rotation" in alone
     for key, value in alone.items():

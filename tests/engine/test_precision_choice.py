@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from dune_fast.engine import devices
-from dune_fast.engine.config import ConfigError, compose_config, load_config
+from dune_fast.engine.config import ConfigError, load_config
 from dune_fast.engine.devices import agreed_precision, autocast_dtype
-from dune_fast.engine.trainer import Trainer
+from tests.engine.conftest import build
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,7 @@ def test_a_rank_without_bf16_gives_all_ranks_float32(monkeypatch, others, agreed
 def test_a_run_goes_on_in_the_precision_that_it_began_with(finished, overrides, monkeypatch):
     """Regression: auto was decided anew at every start, so that a run changed its precision with its machine."""
     monkeypatch.setattr(devices, "MULTIPLIES_BF16", True)  # another machine than the one that it began on, in fp32
-    trainer = Trainer(compose_config([*overrides, "train.precision=auto", f"output_dir={finished}"]))
+    trainer = build(overrides, "train.precision=auto")
     assert trainer.step == 6 and trainer.cfg.train.precision == "fp32"
     assert trainer.engine.module.autocast_dtype is None
     assert load_config(finished / "config.yaml").train.precision == "fp32"
@@ -45,11 +45,11 @@ def test_a_run_goes_on_in_the_precision_that_it_began_with(finished, overrides, 
 
 def test_auto_is_settled_at_the_start(overrides, tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "MULTIPLIES_BF16", True)
-    trainer = Trainer(compose_config([*overrides, "train.precision=auto"]))
+    trainer = build(overrides, "train.precision=auto")
     assert trainer.cfg.train.precision == "bf16" and trainer.engine.module.autocast_dtype is torch.bfloat16
     assert load_config(tmp_path / "run" / "config.yaml").train.precision == "bf16"
 
 
 def test_another_precision_than_the_checkpoints_is_refused(finished, overrides):
     with pytest.raises(ConfigError, match='train.precision: "fp32" -> "bf16"'):
-        Trainer(compose_config([*overrides, "train.precision=bf16", f"output_dir={finished}"]))
+        build(overrides, "train.precision=bf16")

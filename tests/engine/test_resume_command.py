@@ -7,13 +7,11 @@ import os
 import signal
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from dune_fast import train
 from dune_fast.engine import run_log
 from dune_fast.engine.config import ConfigError, compose_config
-from dune_fast.engine.trainer import Trainer
+from tests.engine.conftest import build, same_weights
 
 
 @pytest.fixture
@@ -32,21 +30,17 @@ def handlers():
 def test_a_run_goes_on_from_its_folder_alone(overrides, trained_run, tmp_path, monkeypatch, handlers):
     """The same weights as the run that nothing interrupted; `train.overwrite` of the first start does not count."""
     run = tmp_path / "run"
-    trainer = Trainer(compose_config([*overrides, "logging.tensorboard=false", "train.overwrite=true"]))
-    plain = trainer.train_step
 
-    def interrupted(batch):
+    def interrupt(trainer, batch):
         if trainer.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(batch)
 
-    trainer.train_step = interrupted
+    trainer = build(overrides, "train.overwrite=true", before_step=interrupt)
     trainer.run()
     assert trainer.stopped and trainer.step == 4
     moved = run.rename(tmp_path / "moved, to = here")
     assert train.main(["--run", str(moved), "train.log_every=2", "evaluation.held_out=false"]) == 0
-    ours, theirs = (load_file(folder / "student.safetensors") for folder in (moved, trained_run))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and not run.exists()
+    assert same_weights(moved, trained_run) and not run.exists()
     text = (moved / run_log.NAME).read_text()
     assert "going on from step 4 of 6" in text and "Next: `dune-fast evaluate" in text
 

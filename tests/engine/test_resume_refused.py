@@ -12,32 +12,30 @@ import sys
 import pytest
 
 from dune_fast.engine import checkpoints
-from dune_fast.engine.config import ConfigError, compose_config
+from dune_fast.engine.config import ConfigError, load_config
+from dune_fast.engine.config_identity import changes
 from dune_fast.engine.run_folder import LOCK
-from dune_fast.engine.trainer import Trainer
 from dune_fast.teachers.run_files import CheckpointError, Manifest
+from tests.engine.conftest import build
 
 
 def test_a_changed_configuration_is_named_field_by_field_and_refused(overrides, finished, caplog):
     changed = [
-        *overrides, "optimizer.weight_decay=0.1", "train.seed=3", "+teachers@teachers.three=conv_patchify",
+        "optimizer.weight_decay=0.1", "train.seed=3", "+teachers@teachers.three=conv_patchify",
         "teachers.three.weights=random:1", "train.log_every=2", "deepspeed=zero1", "data.num_threads=2",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="the configuration has changed") as caught:
-        Trainer(compose_config(changed))
+        build(overrides, *changed)
     text = str(caught.value)
     assert "optimizer.weight_decay: 0.03 -> 0.1" in text and "train.seed: 0 -> 3" in text
     assert 'teachers.three.weights: (none) -> "random:1"' in text and "train.allow_config_change=true" in text
     assert not any(free in text for free in ("log_every", "zero_stage", "num_threads"))
     with caplog.at_level(logging.WARNING):
-        trainer = Trainer(compose_config([*overrides, "train.seed=3", "train.allow_config_change=true"]))
+        trainer = build(overrides, "train.seed=3", "train.allow_config_change=true")
     assert trainer.step == 6 and "train.seed: 0 -> 3" in caplog.text
 
 
 def test_a_checkpoint_of_an_older_version_lacks_new_fields(finished):
-    from dune_fast.engine.config import load_config
-    from dune_fast.engine.config_identity import changes
-
     cfg = load_config(finished / "config.yaml")
     manifest = finished / "checkpoints" / "step_0000006" / "manifest.json"
     saved, older, other = (json.loads(manifest.read_text())["config"] for _ in range(3))
@@ -50,8 +48,6 @@ def test_a_checkpoint_of_an_older_version_lacks_new_fields(finished):
 
 
 def test_a_removed_field_is_dropped_where_it_did_nothing(finished):
-    from dune_fast.engine.config import load_config
-
     path = finished / "config.yaml"
     cfg, text = load_config(path), path.read_text()
     path.write_text(text.replace("    precision: auto\n", "    precision: auto\n    cuda_graph: false\n"))
@@ -69,16 +65,15 @@ def test_other_numbers_of_images_are_refused(overrides, finished, caplog):
     more = dataclasses.replace(manifest, run=manifest.run | {"images": {"images": 21}})
     (checkpoint / "manifest.json").write_text(more.to_json())
     with pytest.raises(ConfigError, match="the number of images has changed .*: images: 21 -> 20.*allow_config_change"):
-        Trainer(compose_config(overrides))
+        build(overrides)
     with caplog.at_level(logging.WARNING):
-        trainer = Trainer(compose_config([*overrides, "train.allow_config_change=true"]))
+        trainer = build(overrides, "train.allow_config_change=true")
     assert trainer.step == 6 and "images: 21 -> 20" in caplog.text
 
 
 def test_statistics_of_another_convention_are_refused(overrides, finished):
-    changed = [*overrides, "standardization.convention=phi_s", "train.allow_config_change=true"]
     with pytest.raises(CheckpointError, match="another standardization.convention: take that change back"):
-        Trainer(compose_config(changed))
+        build(overrides, "standardization.convention=phi_s", "train.allow_config_change=true")
 
 
 def test_a_folder_in_use_is_refused(overrides, finished):
@@ -91,11 +86,11 @@ def test_a_folder_in_use_is_refused(overrides, finished):
         try:
             assert other.stdout.readline() == "held\n"
             with pytest.raises(ValueError, match=f"in use by another training .process {other.pid}.: .*another name="):
-                Trainer(compose_config([*overrides, "train.overwrite=true"]))
+                build(overrides, "train.overwrite=true")
             assert checkpoints.complete_steps(finished) == [3, 6]
         finally:
             other.kill()
-    assert Trainer(compose_config(overrides)).step == 6
+    assert build(overrides).step == 6
     try_it = "import fcntl, sys; file = open(sys.argv[1], 'r+'); print(file.read()); "
     try_it += "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)"
     tried = subprocess.run([sys.executable, "-c", try_it, str(finished / LOCK)], capture_output=True, text=True)
@@ -103,8 +98,7 @@ def test_a_folder_in_use_is_refused(overrides, finished):
 
 
 def test_a_checkpoint_of_another_student_is_refused(overrides, finished):
-    narrower = [*overrides, "student.embed_dim=24"]
     with pytest.raises(ValueError, match="student.embed_dim: 48 -> 24"):
-        Trainer(compose_config(narrower))
+        build(overrides, "student.embed_dim=24")
     with pytest.raises(CheckpointError, match=r"another student: .* parameters have other shapes .*\[48\] -> \[24\]"):
-        Trainer(compose_config([*narrower, "train.allow_config_change=true"]))
+        build(overrides, "student.embed_dim=24", "train.allow_config_change=true")

@@ -7,44 +7,38 @@ import io
 import json
 import logging
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 from dune_fast.engine import metrics as metrics_module
-from dune_fast.engine.config import compose_config
 from dune_fast.engine.deepspeed_engine import init_distributed
 from dune_fast.engine.metrics import MetricsLog, Workload, read_metrics
 from dune_fast.engine.provenance import RunRecord, git_state, versions, world
-from dune_fast.engine.trainer import Trainer
-from tests.engine.conftest import full_disk
+from tests.engine.conftest import full_disk, train
 
 CPU = torch.device("cpu")
 WORK = Workload(global_batch=64, world_size=4, device=CPU, flops=10**12, peak_tflops=20.0)
 
 
-class Clock:
-    """Stands for the module `time` in dune_fast.engine.metrics."""
-
-    now = 100.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch) -> Clock:
-    fake = Clock()
+def clock(monkeypatch) -> SimpleNamespace:
+    """Stands for the module `time` in dune_fast.engine.metrics."""
+    fake = SimpleNamespace(now=100.0, perf_counter=lambda: fake.now)
     monkeypatch.setattr(metrics_module, "time", fake)
     return fake
 
 
-def test_rates_of_a_record(tmp_path, clock):
-    log = MetricsLog(tmp_path, 0, 100, WORK)
-    clock.now += 20
-    log.write(10, {"loss": 1.0}, wait_seconds=5.0)
-    log.close()
+def test_rates_of_a_record_and_its_line_without_a_terminal(tmp_path, clock, caplog):
+    with caplog.at_level(logging.INFO):
+        log = MetricsLog(tmp_path, 0, 100, WORK)
+        clock.now += 20
+        log.write(10, {"loss": 1.25}, wait_seconds=5.0)
+        log.close()
+    shown = ("step 10 of 100", "loss 1.2500", "32.0 images/s", "2000 ms", "wait 25 %", "MFU 40.0 %", "GiB", "3m 00s")
+    assert all(part in caplog.text for part in shown)
     (record,) = read_metrics(tmp_path / "metrics.jsonl")
     assert record["images_per_second"] == pytest.approx(32)  # 640 images in 20 s
     assert record["step_seconds"] == pytest.approx(2)
@@ -115,17 +109,6 @@ def test_the_estimate_comes_once_and_leaves_the_first_step_out(tmp_path, clock, 
     assert f"{WORK.global_batch / 3:.1f} images/s" in caplog.text and f"({3 * total / 3600:.3g} hours" in caplog.text
 
 
-def test_a_log_without_a_terminal_writes_lines(tmp_path, clock, caplog):
-    with caplog.at_level(logging.INFO):
-        log = MetricsLog(tmp_path, 0, 100, WORK)
-        clock.now += 20
-        log.write(10, {"loss": 1.25}, 5.0)
-        log.close()
-    shown = ("step 10 of 100", "loss 1.2500", "32.0 images/s", "2000 ms", "wait 25 %", "MFU 40.0 %", "GiB", "3m 00s")
-    for part in shown:
-        assert part in caplog.text
-
-
 def test_a_terminal_gets_a_bar_and_a_line_of_numbers(tmp_path, clock, monkeypatch, caplog):
     """On 80 columns nothing of either is cut off."""
     screen = io.StringIO()
@@ -167,8 +150,8 @@ def test_records_that_a_full_disk_refuses_are_written_when_it_has_room(tmp_path,
 
 
 def test_every_start_of_a_run_is_on_record(overrides, tmp_path):
-    Trainer(compose_config([*overrides, "train.steps=8"])).run()
-    Trainer(compose_config([*overrides, "train.steps=8"])).run()
+    for _ in range(2):
+        train(overrides, "train.steps=8")
     starts = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [0, 8]
     first = starts[0]

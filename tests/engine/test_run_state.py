@@ -35,8 +35,7 @@ def test_a_runs_folder_says_how_it_ended(photos, tmp_path, monkeypatch, ends):
         return step(self, batch)
 
     monkeypatch.setattr(Trainer, "train_step", ending)
-    extra = ["evaluation.held_out=false", "logging.tensorboard=false"]
-    status = train.main([*small_run(photos, tmp_path), *extra])
+    status = train.main([*small_run(photos, tmp_path), "evaluation.held_out=false"])
     found = read_state(tmp_path)
     assert status == (2 if ends == FAILED else 0) and set(states) == {RUNNING}
     assert (found["state"], found["steps"]) == (ends, 6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dune_fast.engine.schedules import cosine, ema_momenta, iterations, learning_rates, scaled_learning_rate
+from dune_fast.engine.schedules import cosine, ema_momenta, iterations, learning_rates
 
 
 def test_learning_rate_has_the_published_shape():
@@ -28,7 +28,3 @@ def test_cosine_of_nothing_is_empty():
 def test_iterations_are_even_and_cover_all_images():
     assert iterations(1000, 100) == 10 and iterations(1001, 100) == 12 and iterations(901, 100) == 10
     assert iterations(100 * 1_281_167, 1024) == 125_114
-
-
-def test_linear_scaling_rule():
-    assert scaled_learning_rate(3e-4, 1024) == 1.2e-3

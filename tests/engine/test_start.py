@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,13 +13,10 @@ from safetensors.torch import load_file
 import dune_fast
 from dune_fast.engine import checkpoints
 from dune_fast.engine.config import ConfigError, compose_config
-from dune_fast.engine.launch import free_port
-from dune_fast.engine.trainer import Trainer
 from dune_fast.evaluate.live_report import LiveReport
 from dune_fast.evaluate.run import evaluate_run
 from dune_fast.teachers.containers import TeacherWeightsError
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.engine.conftest import build, run_ranks, same_weights, train
 
 
 @pytest.fixture
@@ -42,12 +36,12 @@ def start_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_run_starts_from_what_it_keeps_and_resumes_without_computing_it_again(started, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    trainer = Trainer(compose_config([*started, f"output_dir={whole}"]))
+    trainer = build(started, f"output_dir={whole}")
     start = start_of(whole)
     for name, x in trainer.engine.module.state_dict().items():
         assert torch.equal(x, start[name]), name
-    drawn = compose_config([*started, "start.teacher=", "start.fit_projectors=false", f"output_dir={tmp_path / 'no'}"])
-    before = {name: x.clone() for name, x in Trainer(drawn).engine.module.state_dict().items()}
+    drawn = build(started, "start.teacher=", "start.fit_projectors=false", f"output_dir={tmp_path / 'no'}")
+    before = {name: x.clone() for name, x in drawn.engine.module.state_dict().items()}
     changed = {name for name in start if not torch.equal(start[name], before[name])}
     assert {"encoder.patch_embed.proj.weight", "encoder.blocks.0.attn.qkv.weight"} <= changed
     assert {f"projectors.{name}.linear.weight" for name in ("one", "two", "vit")} <= changed
@@ -56,9 +50,8 @@ def test_a_run_starts_from_what_it_keeps_and_resumes_without_computing_it_again(
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / checkpoints.tag(6))
     monkeypatch.setattr("dune_fast.engine.trainer.look_ahead", lambda *_: pytest.fail("computed again"))
-    Trainer(compose_config([*started, f"output_dir={parts}"])).run()
-    ours, theirs = (load_file(folder / "student.safetensors") for folder in (parts, whole))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    train(started, f"output_dir={parts}")
+    assert same_weights(parts, whole)
 
     cosines = evaluate_run(whole, figures=False)
     assert cosines["before"]["two"]["patch"] > cosines["drawn"]["two"]["patch"] + 0.1
@@ -76,33 +69,21 @@ def test_a_run_starts_from_what_it_keeps_and_resumes_without_computing_it_again(
 
 def test_two_ranks_start_as_one(started, tmp_path):
     common = [*started, "evaluation.held_out=false", "train.steps=2"]
-    Trainer(compose_config([*common, f"output_dir={tmp_path / 'alone'}"]))
-    port, processes = free_port(), []
-    for rank in range(2):
-        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        environment["MASTER_PORT"] = str(port)
-        command = [sys.executable, "dune_fast/train.py", *common, f"output_dir={tmp_path / 'two'}", "deepspeed=zero2"]
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE))
-    for process in processes:
-        _, complaint = process.communicate(timeout=300)
-        assert process.returncode == 0, complaint
+    build(common, f"output_dir={tmp_path / 'alone'}")
+    run_ranks(2, "dune_fast/train.py", *common, f"output_dir={tmp_path / 'two'}", "deepspeed=zero2")
     alone, two = start_of(tmp_path / "alone"), start_of(tmp_path / "two")
     for name, x in alone.items():
         torch.testing.assert_close(two[name], x, rtol=1e-3, atol=1e-3, msg=name)
 
 
 def test_a_start_that_cannot_be_is_refused(started):
-    with pytest.raises(ConfigError, match="start.teacher='nobody' is not a teacher of this run; there are: one, two"):
-        compose_config([*started, "start.teacher=nobody"])
-    with pytest.raises(ConfigError, match="exclude each other"):
-        compose_config([*started, "student_weights=elsewhere"])
-    with pytest.raises(ConfigError, match="start.images=1; it must be at least 2"):
-        compose_config([*started, "start.images=1"])
+    for change, words in (
+        ("start.teacher=nobody", "start.teacher='nobody' is not a teacher of this run; there are: one, two"),
+        ("student_weights=elsewhere", "exclude each other"), ("start.images=1", "start.images=1; .* at least 2"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            compose_config([*started, change])
     with pytest.raises(ConfigError, match="start.teacher='two' is of family module, not a ViT of ours"):
-        Trainer(compose_config([*started, "start.teacher=two"]))
-
-
-def test_a_teacher_that_is_too_narrow_is_refused(started):
+        build(started, "start.teacher=two")
     with pytest.raises(ConfigError, match="cannot start from start.teacher='vit'.*which is more"):
-        Trainer(compose_config([*started, "student.embed_dim=256", "student.num_heads=4"]))
+        build(started, "student.embed_dim=256", "student.num_heads=4")

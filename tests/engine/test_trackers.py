@@ -6,14 +6,14 @@ import json
 import sys
 import threading
 import time
-import types
+from unittest.mock import MagicMock
 
 import pytest
 
 from dune_fast.engine import trackers as trackers_module
-from dune_fast.engine.config import ConfigError, LoggingConfig, compose_config
+from dune_fast.engine.config_sections import ConfigError, LoggingConfig
 from dune_fast.engine.trackers import Service, close_trackers, open_trackers
-from dune_fast.engine.trainer import Trainer
+from tests.engine.conftest import build, train
 
 
 def forget(service: str, run_id: str) -> None:
@@ -35,43 +35,28 @@ def test_a_full_disk_ends_tensorboards_events_and_not_the_run(tmp_path, caplog, 
     assert caplog.text.count("events end here") == 1 and "No space left" in caplog.text
 
 
-class Recorder(types.ModuleType):
-    """A module, and every object below it, that notes what is called."""
-
-    def __init__(self, name: str, calls: list) -> None:
-        super().__init__(name)
-        self._name, self._calls = name, calls
-
-    def __getattr__(self, key):
-        if key.startswith("__"):
-            raise AttributeError(key)
-        return Recorder(f"{self._name}.{key}", self._calls)
-
-    def __call__(self, *args, **kwargs):
-        self._calls.append((self._name, args, kwargs))
-        return Recorder(f"{self._name}()", self._calls)
-
-
 @pytest.fixture
-def services(monkeypatch) -> list:
-    """Fake packages wandb and mlflow; returns the list of calls."""
-    calls: list = []
+def services(monkeypatch) -> MagicMock:
+    """Stands for the packages wandb and mlflow, and notes what is called."""
+    packages = MagicMock()
+    packages.wandb.Settings.__annotations__ = {}
     for name in ("wandb", "mlflow"):
-        monkeypatch.setitem(sys.modules, name, Recorder(name, calls))
-    return calls
+        monkeypatch.setitem(sys.modules, name, getattr(packages, name))
+    return packages
 
 
 def test_wandb_and_mlflow_get_configuration_records_and_end(overrides, tmp_path, services):
     more = ["logging.wandb_project=proj", "logging.mlflow_experiment=exp", "train.steps=4", "train.log_every=2"]
-    Trainer(compose_config([*overrides, *more])).run()
-    called = {name: (args, kwargs) for name, args, kwargs in services}
+    train(overrides, *more)
+    calls = services.mock_calls
+    called = {name: (args, kwargs) for name, args, kwargs in calls}
     _, init = called["wandb.init"]
     assert init["project"] == "proj" and init["config"]["train"]["steps"] == 4 and init["resume"] == "allow"
-    logged = [(kwargs["step"], args[0]) for name, args, kwargs in services if name == "wandb.init().log"]
+    logged = [(kwargs["step"], args[0]) for name, args, kwargs in calls if name == "wandb.init().log"]
     assert [step for step, _ in logged] == [1, 2, 4]
     assert all({"loss", "loss/one/cls/total", "kept/two", "images_per_second"} <= record.keys() for _, record in logged)
     assert called["wandb.init().finish"][1] == {"exit_code": 0}
-    sent = [args for name, args, _ in services if name == "mlflow.entities.Metric"]
+    sent = [args for name, args, _ in calls if name == "mlflow.entities.Metric"]
     assert {args[0] for args in sent} >= {"loss", "loss.one.cls.total", "gradient_norm.global"}
     assert not any("/" in args[0] for args in sent) and {args[3] for args in sent} == {1, 2, 4}
     assert called["mlflow.MlflowClient().set_terminated"][0][1] == "FINISHED"
@@ -79,23 +64,17 @@ def test_wandb_and_mlflow_get_configuration_records_and_end(overrides, tmp_path,
     assert set(kept) == {"wandb", "mlflow"} and kept["wandb"] == init["id"]
 
 
-def test_a_resumed_run_goes_on_in_the_same_runs_of_the_services(services, tmp_path):
-    cfg = LoggingConfig(tensorboard=False, wandb_project="proj", mlflow_experiment="exp")
-    ids = {"wandb": "abc", "mlflow": "def"}
-    close_trackers(open_trackers(cfg, "run", tmp_path, 10, ids, {}, forget), finished=False)
-    called = {name: (args, kwargs) for name, args, kwargs in services}
-    assert called["wandb.init"][1]["id"] == "abc" and "mlflow.MlflowClient().create_run" not in called
-    assert called["mlflow.MlflowClient().set_terminated"][0] == ("def", "KILLED")
-    assert called["wandb.init().finish"][1] == {"exit_code": 1}
-
-
-def test_a_run_that_starts_anew_is_another_run_for_the_services(services, tmp_path):
+@pytest.mark.parametrize("step", [10, 0])
+def test_a_resumed_run_goes_on_in_the_same_runs_of_the_services_and_one_anew_in_others(services, tmp_path, step):
     cfg, kept = LoggingConfig(tensorboard=False, wandb_project="proj", mlflow_experiment="exp"), {}
     ids = {"wandb": "abc", "mlflow": "def"}
-    close_trackers(open_trackers(cfg, "run", tmp_path, 0, ids, {}, kept.__setitem__), finished=True)
-    called = {name: (args, kwargs) for name, args, kwargs in services}
-    assert called["wandb.init"][1]["id"] == kept["wandb"] != "abc"
-    assert "mlflow.MlflowClient().create_run" in called and kept["mlflow"] != "def"
+    close_trackers(open_trackers(cfg, "run", tmp_path, step, ids, {}, kept.__setitem__), finished=False)
+    called = {name: (args, kwargs) for name, args, kwargs in services.mock_calls}
+    given, end = called["wandb.init"][1]["id"], called["mlflow.MlflowClient().set_terminated"][0]
+    assert given == kept["wandb"] and (given == "abc") == bool(step)
+    assert ("mlflow.MlflowClient().create_run" in called) == (kept.get("mlflow", "def") != "def") == (not step)
+    assert end[1] == "KILLED" and (end[0] == "def") == bool(step)
+    assert called["wandb.init().finish"][1] == {"exit_code": 1}
 
 
 def test_a_service_that_cannot_be_reached_or_fails_stops_nothing(services, tmp_path, caplog):
@@ -146,7 +125,7 @@ def test_a_server_that_is_down_at_the_start_delays_no_step(overrides, services, 
     sys.modules["mlflow"].MlflowClient = lambda: never.wait()
     sys.modules["wandb"].init = lambda **_: never.wait()
     more = ["logging.wandb_project=proj", "logging.mlflow_experiment=exp", "train.steps=2", "train.log_every=1"]
-    Trainer(compose_config([*overrides, *more])).run()
+    train(overrides, *more)
     assert not never.is_set() and caplog.text.count("gets none of this run's numbers") == 2
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 2
     assert set(json.loads((tmp_path / "run" / "run.json").read_text())["trackers"]) == {"wandb"}
@@ -175,4 +154,4 @@ def test_a_service_whose_package_is_missing_is_an_error_before_anything_is_built
     monkeypatch.setitem(sys.modules, package, None)
     field = {"wandb": "wandb_project", "mlflow": "mlflow_experiment"}[package]
     with pytest.raises(ConfigError, match=f"logging.{field} is set.*pip install {package}"):
-        Trainer(compose_config([*overrides, f"logging.{field}=name"]))
+        build(overrides, f"logging.{field}=name")

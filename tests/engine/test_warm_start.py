@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dune_fast.engine.config import compose_config, load_config
-from dune_fast.engine.trainer import Trainer
+from dune_fast.engine.config import load_config
 from dune_fast.engine.warm_start import WarmStartError, warm_start
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.student import ProjectorConfig, Student, build_student
 from dune_fast.teachers.containers import TeacherWeightsError
+from tests.engine.conftest import build
 
 ENCODER = ViTConfig(image_size=56, embed_dim=48, depth=2, num_heads=3)
 TEACHERS = {"a": (24, ("cls", "patch")), "b": (32, ("patch",))}
@@ -41,13 +41,12 @@ def test_another_resolution_starts_as_the_same_function(tmp_path):
 
 def test_projectors_of_other_teachers_keep_their_initial_weights(tmp_path):
     first = student(1)
-    second = student(2, {"a": (24, ("cls", "patch")), "b": (40, ("patch",)), "c": (8, ("patch",))})
-    initial = student(2, {"a": (24, ("cls", "patch")), "b": (40, ("patch",)), "c": (8, ("patch",))})
+    others = {"a": (24, ("cls", "patch")), "b": (40, ("patch",)), "c": (8, ("patch",))}
+    second, initial = student(2, others), student(2, others)
     save_file(first.state_dict(), tmp_path / "student.safetensors")
     assert warm_start(second, str(tmp_path / "student.safetensors")) == ["a"]
     assert equal(second.encoder, first.encoder) and equal(second.projectors["a"], first.projectors["a"])
-    assert equal(second.projectors["b"], initial.projectors["b"])
-    assert equal(second.projectors["c"], initial.projectors["c"])
+    assert all(equal(second.projectors[name], initial.projectors[name]) for name in "bc")
 
 
 @pytest.mark.parametrize("kind", ["encoder.safetensors", "bare.pth", "published.pth"])
@@ -82,21 +81,16 @@ def test_another_architecture_is_named_and_nothing_changes(changes, words, tmp_p
     assert equal(second, student(2))
 
 
-def dinov2_of_timm(tmp_path, registers: int) -> dict:
-    """timm's small DINOv2 for another image size, as its published file."""
+@pytest.mark.parametrize("registers", [0, 4])
+def test_timms_dinov2_is_a_start(registers, tmp_path, caplog):
+    """Positions are resized, registers that it lacks keep their initial weights; both are said."""
     import timm
 
     name = f"vit_small_patch14_{'reg4_' if registers else ''}dinov2"
     model = timm.create_model(name, num_classes=0, depth=2, embed_dim=48, num_heads=3, img_size=84)
     state = {key: torch.randn_like(value) for key, value in model.state_dict().items()}
     save_file(state, tmp_path / "model.safetensors")
-    return state
-
-
-@pytest.mark.parametrize("registers", [0, 4])
-def test_timms_dinov2_is_a_start(registers, tmp_path, caplog):
-    """Positions are resized, registers that it lacks keep their initial weights; both are said."""
-    state, ours, initial = dinov2_of_timm(tmp_path, registers), student(2), student(2)
+    ours, initial = student(2), student(2)
     with caplog.at_level("INFO"):
         warm_start(ours, str(tmp_path))  # the folder, as timm's hub has it
     encoder = ours.encoder
@@ -111,19 +105,16 @@ def test_timms_dinov2_is_a_start(registers, tmp_path, caplog):
     torch.testing.assert_close(encoder.pos_embed[:, 1:], resized)
     first = torch.zeros(1, 1, 48) if registers else state["pos_embed"][:, :1]
     assert torch.equal(encoder.pos_embed[:, :1], first)
-
-
-def test_registers_that_the_student_lacks_are_refused(tmp_path):
-    dinov2_of_timm(tmp_path, 4)
-    with pytest.raises(WarmStartError, match="register_tokens is not known"):
-        warm_start(student(2, num_registers=0), str(tmp_path))
+    if registers:
+        with pytest.raises(WarmStartError, match="register_tokens is not known"):
+            warm_start(student(2, num_registers=0), str(tmp_path))
 
 
 def test_a_run_that_has_not_ended_and_a_checkpoint_are_a_start(finished):
     """The newest checkpoint has the weights of the finished run; the one before has others."""
     cfg = load_config(finished / "config.yaml")
-    build = lambda: build_student(cfg.student, cfg.projector, cfg.teacher_features, 9)  # noqa: E731
-    end, newest, before = build(), build(), build()
+    drawn = [build_student(cfg.student, cfg.projector, cfg.teacher_features, 9) for _ in range(3)]
+    end, newest, before = drawn
     assert warm_start(end, str(finished)) == ["one", "two"]
     (finished / "student.safetensors").unlink()
     (finished / "encoder.safetensors").unlink()
@@ -153,8 +144,7 @@ def test_a_run_starts_warm_and_goes_on_without_the_source(overrides, tmp_path):
     source = tmp_path / "first.safetensors"
     save_file(first.state_dict(), source)
     more = ["image_size=84", f"student_weights={source}", "train.seed=5", "train.log_every=2"]
-    cfg = compose_config([*overrides, *more])
-    trainer = Trainer(cfg)
+    trainer = build(overrides, *more)
     ours, theirs = trainer.engine.module.state_dict(), first.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs if key != "encoder.pos_embed")
     batches = trainer.loader.batches(0)
@@ -164,7 +154,7 @@ def test_a_run_starts_warm_and_goes_on_without_the_source(overrides, tmp_path):
     trainer.saver.finish(trainer.device)
     trainer.loader.close()
     source.unlink()
-    again = Trainer(cfg)
+    again = build(overrides, *more)
     assert again.step == 2
     assert all(torch.equal(v, ours[k]) for k, v in again.engine.module.state_dict().items())
     again.loader.close()

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,35 +16,15 @@ from safetensors.torch import load_file
 
 from bench.case import Case, relative_error
 from bench.train_case import comparable_weights, load_train_state, train_case_student
-from dune_fast.engine.launch import free_port
-from dune_fast.engine.metrics import CLOCK, read_metrics
-from tests.engine.conftest import small_run
-from tests.engine.zero_worker import PARTS, STAGES, WHOLE, final_weights, trainer
+from tests.engine.conftest import ROOT, run_ranks, same_weights, small_run, timeless
+from tests.engine.zero_worker import PARTS, STAGES, WHOLE, trainer
 
-ROOT = Path(__file__).resolve().parents[2]
 CASE = "train/train_hardest.safetensors"
 
 
 def launch(processes: int, folder: Path, reference: Path, overrides: list[str]) -> None:
-    """Runs zero_worker on so many ranks; the test fails with their output if one fails."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {
-        "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
-    }  # fmt: skip
-    command = [sys.executable, str(ROOT / "tests/engine/zero_worker.py"), str(folder), str(reference), *overrides]
-    logs, ranks = [folder / f"log_{processes}_{rank}.txt" for rank in range(processes)], []
-    for rank, path in enumerate(logs):
-        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with path.open("w") as log:
-            ranks.append(subprocess.Popen(command, cwd=ROOT, env=own, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout=280) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    for code, log in zip(codes, logs, strict=True):
-        assert code == 0, log.read_text()[-4000:]
+    quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    run_ranks(processes, "tests/engine/zero_worker.py", str(folder), str(reference), *overrides, **quiet)
 
 
 def kept_run(photos: Path) -> list[str]:
@@ -54,7 +32,7 @@ def kept_run(photos: Path) -> list[str]:
     without = ("deepspeed=", "output_dir=", "train.checkpoint_every=")  # the worker sets the first two
     return [
         *(text for text in small_run(photos, Path()) if not text.startswith(without)), "objective.drop_probability=0",
-        "train.checkpoint_every=100", "logging.tensorboard=false", "logging.conflicts=false",
+        "train.checkpoint_every=100", "logging.conflicts=false",
     ]  # fmt: skip
 
 
@@ -107,24 +85,17 @@ def test_four_ranks_train_as_the_reference_under_every_stage(four_ranks, referen
     check_trajectories(four_ranks, reference, 4)
 
 
-def losses(run: Path) -> list[dict]:
-    left_out = (*CLOCK, "conflict/")
-    return [{k: v for k, v in r.items() if not k.startswith(left_out)} for r in read_metrics(run / "metrics.jsonl")]
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_run_of_two_ranks_is_bit_identical(two_ranks, stage):
     whole, parts = (two_ranks / f"{name}_{stage}" for name in (WHOLE, PARTS))
-    assert losses(parts) == losses(whole)[3:]
-    ours, theirs = final_weights(parts), final_weights(whole)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert timeless(parts) == timeless(whole)[3:] and same_weights(parts, whole)
 
 
 def same_to_rounding(run: Path, whole: Path) -> None:
-    for ours, theirs in zip(losses(run), losses(whole)[3:], strict=True):
+    for ours, theirs in zip(timeless(run), timeless(whole)[3:], strict=True):
         for key in theirs:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (ours["step"], key)
-    weights, expected = final_weights(run), final_weights(whole)
+    weights, expected = (load_file(folder / "student.safetensors") for folder in (run, whole))
     for key, value in expected.items():
         if not key.endswith("attn.qkv.bias"):  # a key's bias follows rounding, see bench.train_case
             assert relative_error(weights[key], value) < 1e-5, key

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from bench.case import Case
 from bench.train_case import Trajectory
@@ -131,11 +131,6 @@ def main() -> None:
         refused(folder, overrides)
     else:
         other_stage(folder, overrides)
-
-
-def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    """Student and statistics that a finished run has exported."""
-    return load_file(run / "student.safetensors")
 
 
 if __name__ == "__main__":
