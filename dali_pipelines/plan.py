@@ -6,7 +6,7 @@ later, the same steps are simply planned again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +56,7 @@ class TrainPlans:
     Args:
         source: of the training images.
         config: shares of the groups and augmentation.
-        image_size: side of the images in pixels.
+        sizes: step -> side of its images in pixels.
         global_batch: images of a step over all ranks.
         slots: of the global batch that are this rank's, from `order.rank_slots`.
         seed: of order and augmentation.
@@ -66,10 +66,11 @@ class TrainPlans:
     """
 
     def __init__(
-        self, source: ImageSource, config: DataConfig, image_size: int, global_batch: int, slots: slice, seed: int
-    ) -> None:
+        self, source: ImageSource, config: DataConfig, sizes: Callable[[int], int], global_batch: int, slots: slice,
+        seed: int,
+    ) -> None:  # fmt: skip
         self.groups = Groups(source)
-        self._source, self._config, self._image_size = source, config, image_size
+        self._source, self._config, self._side = source, config, sizes
         self._slots, self._seed = slots, seed
         self._sizes = source.sizes()
         # a group's images are those of its datasets, one after the other, `repeat` times each
@@ -87,7 +88,7 @@ class TrainPlans:
             images[i], read[i] = self._replacement(group[i : i + 1], draw[i : i + 1])
         sizes, turned = np.array([size for _, size in read]), self._source.turned(images)
         words = draw_words(self._seed, positions)
-        geometry = train_geometry(words, sizes, turned, self._image_size, self._config)
+        geometry = train_geometry(words, sizes, turned, self._side(step), self._config)
         colour = colour_params(words, self._config) if self._config.colour else None
         return Plan(step, images, positions, group, [data for data, _ in read], geometry, colour)
 

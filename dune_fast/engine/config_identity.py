@@ -92,8 +92,8 @@ def _frozen_class(kind: type) -> type:
 
 def freeze(value: Any) -> None:
     """Makes assignments to a configuration and to its sections raise, in place."""
-    if isinstance(value, dict):
-        for entry in value.values():
+    if isinstance(value, dict | list):
+        for entry in value.values() if isinstance(value, dict) else value:
             freeze(entry)
     elif dataclasses.is_dataclass(value) and "_frozen" not in value.__dict__:
         for f in dataclasses.fields(value):

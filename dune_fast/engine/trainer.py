@@ -44,6 +44,7 @@ from dune_fast.engine.run_folder import count_images, how_to_go_on, open_run, re
 from dune_fast.engine.run_state import RUNNING, STOPPED, fail, write_state
 from dune_fast.engine.same_ranks import meet, refuse_other_data, refuse_own_folders
 from dune_fast.engine.schedules import ema_momenta, learning_rates, scaled_learning_rate
+from dune_fast.engine.stages import stage_at, stages
 from dune_fast.engine.start import look_ahead
 from dune_fast.engine.trackers import check_packages
 from dune_fast.engine.warm_start import initial_student
@@ -121,9 +122,10 @@ class Trainer:
     def _build_step(self, resume_step: int | None) -> None:
         """Data, teachers, student and the walk of a batch through them."""
         cfg = self.cfg
+        self.stages = stages(cfg)
         self.loader = TrainLoader(
             cfg.data, cfg.image_size, cfg.train.global_batch, self.rank, self.world_size, cfg.train.seed, self.device,
-            folder=self.run_dir,
+            folder=self.run_dir, sizes=lambda step: stage_at(self.stages, step).image_size,
         )  # fmt: skip
         refuse_other_data(self.loader.datasets, self.hosts)
         if self.evaluate is not None:
@@ -247,6 +249,8 @@ class Trainer:
                 break
             if self.step == 0 and train.drift_images:
                 check_teachers(self.teachers, batch.images[: train.drift_images], self.run_dir)
+            if self.rank == 0 and (stage := stage_at(self.stages, self.step)).first == self.step > 0:
+                logger.info("step %d to %d at %d px", stage.first + 1, stage.end, stage.image_size)
             metrics = self.train_step(batch)
             if self.step % train.log_every == 0 or self.step in (1, total):
                 values = self._read(metrics)
