@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -277,3 +278,9 @@ def _check_progressive(cfg: RunConfig) -> None:
                 f"image_size={cfg.image_size}, which comes last"
             )
         border, size = end, entry.image_size
+    first = round(cfg.progressive[0].until * cfg.steps) * cfg.train.global_batch if cfg.progressive else math.inf
+    if cfg.start.wanted and cfg.start.images > first:
+        raise ConfigError(
+            f"start.images={cfg.start.images}, but progressive[0] ends after {first} images: the start takes images "
+            "of one size; lower start.images or raise progressive[0].until"
+        )

@@ -21,6 +21,7 @@ from dune_fast.engine.metrics import MetricsLog, Workload
 from dune_fast.engine.provenance import RunRecord
 from dune_fast.engine.stages import Stage
 from dune_fast.engine.trackers import open_trackers
+from dune_fast.engine.warm_start import WarmStart
 from dune_fast.teachers.ensemble import TeacherEnsemble
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Opened(Protocol):
     loader: TrainLoader
     fit: Fit
     stages: Sequence[Stage]
+    warm_start: WarmStart | None
 
 
 def open_log(run: Opened, where: dict[str, Any]) -> MetricsLog:
@@ -47,6 +49,8 @@ def open_log(run: Opened, where: dict[str, Any]) -> MetricsLog:
     cfg = run.cfg
     record = RunRecord(run.run_dir)
     entry = record.start(run.step, cfg.steps, where)
+    if run.warm_start is not None:
+        record.keep(entry, "warm_start", run.warm_start.as_dict())
     trackers = open_trackers(
         cfg.logging, cfg.name, run.run_dir, run.step, dict(record.content["trackers"]), as_dict(cfg),
         record.keep_tracker,

@@ -133,10 +133,11 @@ class Trainer:
         groups = {name: teacher.groups for name, teacher in cfg.teachers.items()}
         own = ownership(groups, self.loader.groups, cfg.objective, self.device)
         self.teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, self.dtype, self.device)
+        self.warm_start = None
         if resume_step is not None:  # the checkpoint's weights follow: the source of a warm start may be gone
             student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
         else:
-            student = initial_student(cfg)
+            student, self.warm_start = initial_student(cfg)
         student.compute_in(self.dtype, cfg.train.student_stream)
         student.encoder.activation_checkpointing = cfg.train.activation_checkpointing
         self.statistics = TeacherStatistics(
@@ -307,7 +308,7 @@ class Trainer:
         metrics, images = merge(outputs)
         self.watchdog.at(f"step {i + 1}, update")
         norms = self.engine.step(float(self.lr[i]), metrics["loss"], self.guard.halted)
-        self.engine.state.average(average_decay(self.cfg.train.ema, i))
+        self.engine.state.average(average_decay(self.cfg.train.ema, i), self.engine.skipped)
         undo_if(self.engine.skipped, live, before)
         self.guard.add(i, metrics["loss"], self.engine.skipped, norms, images, batch)
         if self.conflicts is not None:

@@ -117,10 +117,13 @@ class ShardedState(ABC):
         self._averages = {key: master.clone() for key, master in self._averages.items()}
 
     @torch.no_grad()
-    def average(self, decay: float) -> None:
-        """average = decay * average + (1 - decay) * weights, on the device."""
+    def average(self, decay: float, skipped: Tensor) -> None:
+        """average += (1 - decay) * (weights - average), unless the step was `skipped` (bool scalar on the device)."""
         if self._averages:
-            torch._foreach_lerp_(list(self._averages.values()), self._masters(), 1.0 - decay)
+            averages = list(self._averages.values())
+            change = torch._foreach_sub(self._masters(), averages)
+            torch._foreach_mul_(change, (1.0 - decay) * (~skipped).float())
+            torch._foreach_add_(averages, change)
 
     @torch.no_grad()
     def swap_average(self) -> None:

@@ -31,7 +31,7 @@ def equal(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
 def test_another_resolution_starts_as_the_same_function(tmp_path):
     first, second = student(1), student(2, image_size=84)
     save_file(first.state_dict(), tmp_path / "student.safetensors")
-    assert warm_start(second, str(tmp_path)) == ["a", "b"]
+    assert warm_start(second, str(tmp_path)).projectors == ["a", "b"]
     assert second.encoder.pos_embed.shape == (1, 37, 48)
     images = torch.randn(2, 3, 84, 84)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def test_projectors_of_other_teachers_keep_their_initial_weights(tmp_path):
     others = {"a": (24, ("cls", "patch")), "b": (40, ("patch",)), "c": (8, ("patch",))}
     second, initial = student(2, others), student(2, others)
     save_file(first.state_dict(), tmp_path / "student.safetensors")
-    assert warm_start(second, str(tmp_path / "student.safetensors")) == ["a"]
+    assert warm_start(second, str(tmp_path / "student.safetensors")).projectors == ["a"]
     assert equal(second.encoder, first.encoder) and equal(second.projectors["a"], first.projectors["a"])
     assert all(equal(second.projectors[name], initial.projectors[name]) for name in "bc")
 
@@ -60,7 +60,7 @@ def test_every_container_of_an_encoder(kind, tmp_path):
     else:  # as released: a chunk index before the block index, wrapped
         chunked = {key.replace("blocks.", "blocks.0.", 1): value for key, value in encoder.items()}
         torch.save({"model": {f"module.encoder.{k}": v for k, v in chunked.items()}, "iter": 3}, tmp_path / kind)
-    assert warm_start(second, str(tmp_path / kind)) == []
+    assert warm_start(second, str(tmp_path / kind)).projectors == []
     assert equal(second.encoder, first.encoder)
 
 
@@ -115,7 +115,7 @@ def test_a_run_that_has_not_ended_and_a_checkpoint_are_a_start(finished):
     cfg = load_config(finished / "config.yaml")
     drawn = [build_student(cfg.student, cfg.projector, cfg.teacher_features, 9) for _ in range(3)]
     end, newest, before = drawn
-    assert warm_start(end, str(finished)) == ["one", "two"]
+    assert warm_start(end, str(finished)).projectors == ["one", "two"]
     (finished / "student.safetensors").unlink()
     (finished / "encoder.safetensors").unlink()
     warm_start(newest, str(finished))
