@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -158,3 +159,53 @@ def test_a_run_starts_warm_and_goes_on_without_the_source(overrides, tmp_path):
     assert again.step == 2
     assert all(torch.equal(v, ours[k]) for k, v in again.engine.module.state_dict().items())
     again.loader.close()
+
+
+def test_what_was_taken_and_what_not_is_said(tmp_path, caplog):
+    first = student(1)
+    others = {"a": (24, ("cls", "patch")), "b": (40, ("patch",)), "d": (8, ("patch",))}
+    left = {"encoder.head.weight": torch.zeros(3, 48), "encoder.mask_token": torch.zeros(1, 48), "step": torch.ones(1)}
+    save_file(first.state_dict() | left, tmp_path / "student.safetensors")
+    with caplog.at_level("INFO"):
+        found = warm_start(student(2, others), str(tmp_path))
+    assert found.projectors == ["a"] and found.drawn == ["b", "d"]
+    b = len(first.projectors["b"].state_dict())
+    assert found.not_taken == {"encoder": 2, "projectors.b": b, "step": 1}
+    assert found.tensors == len(first.encoder.state_dict())
+    sentence = f"as drawn: projectors of b, d; not taken of the file: encoder (2), projectors.b ({b}), step (1)"
+    assert sentence in caplog.text and sentence in str(found)
+
+
+def test_timms_plain_vit_is_the_same_function(tmp_path, monkeypatch, caplog):
+    """It has neither LayerScale nor registers; "timm:NAME" is the file of that name in the folder of weights."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    name = "vit_nano_patch14_56"
+    model = VisionTransformer(56, 14, num_classes=5, embed_dim=48, depth=2, num_heads=3).eval()
+    save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
+    monkeypatch.setenv("DUNE_FAST_WEIGHTS", str(tmp_path))
+    ours = student(2, num_registers=0)
+    with caplog.at_level("INFO"):
+        found = warm_start(ours, f"timm:{name}")
+    assert "4 LayerScales set to 1, the source has none" in caplog.text and found.not_taken == {"head": 2}
+    images = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        expected = model.forward_features(images)
+        torch.testing.assert_close(ours.encoder(images)["x_norm_patchtokens"], expected[:, 1:], rtol=1e-4, atol=1e-5)
+
+
+def test_half_of_the_layer_scales_is_a_fault(tmp_path):
+    encoder = student(1).encoder.state_dict()
+    encoder.pop("blocks.1.ls1.gamma")
+    save_file(encoder, tmp_path / "encoder.safetensors")
+    with pytest.raises(WarmStartError, match="blocks.1.ls1.gamma is missing"):
+        warm_start(student(2), str(tmp_path))
+
+
+def test_the_report_is_in_the_record_of_the_run(overrides, tmp_path):
+    save_file(student(1).encoder.state_dict(), tmp_path / "first.safetensors")
+    trainer = build(overrides, f"student_weights={tmp_path / 'first.safetensors'}", "train.steps=2")
+    trainer.run()
+    found = json.loads((trainer.run_dir / "run.json").read_text())["starts"][0]["warm_start"]
+    assert found["source"].endswith("first.safetensors") and found["drawn"] == ["one", "two"]
+    assert found == trainer.warm_start.as_dict()
