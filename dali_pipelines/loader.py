@@ -1,8 +1,4 @@
-"""The walk of a batch: plan -> DALI -> device, decoded ahead by a thread.
-
-`plan` says which images a step holds, with their bytes and their augmentation; `decode` turns that into uint8 squares;
-on the consumer's side the colour augmentation runs on the device.
-"""
+"""The walk of a batch: plan -> DALI -> device, decoded ahead by a thread; colours are augmented by the consumer."""
 
 from __future__ import annotations
 
@@ -33,8 +29,7 @@ from dune_fast.kernels.augment import augment_colour
 
 logger = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 0.2
-"""How often a caller that waits for a batch is asked whether it still wants it."""
+_LOOK_SECONDS = 0.2  # after which a caller that waits for a batch is asked whether it still wants it
 
 __all__ = ["Batch", "ImageLoader", "TrainLoader", "ValLoader", "group_weights"]
 
@@ -64,15 +59,7 @@ class Batch:
 
 
 class ImageLoader:
-    """Decodes plans and brings them to the device.
-
-    Args:
-        plans: what each step holds.
-        source: that the plans read from.
-        config: threads and prefetching.
-        image_size: side of the images in pixels.
-        batch: images of a batch on this rank, at most.
-        device: where the batches are wanted.
+    """Decodes plans and brings them to the device, batches of at most `batch` images.
 
     Raises:
         DataError: images too small to make sense, or no DALI.
@@ -112,15 +99,8 @@ class ImageLoader:
         """Broken images so far, by dataset: of all ranks where the run has a folder, else of this process."""
         return self._source.quarantine.counts()
 
-    @property
-    def broken_paths(self) -> list[str]:
-        """Their files."""
-        return self._source.quarantine.paths()
-
     def batches(self, start_step: int = 0, wanted: Callable[[float], bool] | None = None) -> Iterator[Batch]:
-        """Batches from any step on; those of training never end.
-
-        They are read and decoded ahead while the caller works; `waited_s` says how long it has waited all the same.
+        """Batches from any step on, read and decoded ahead while the caller works; those of training never end.
 
         Args:
             start_step: the first.
@@ -140,7 +120,7 @@ class ImageLoader:
             self._streams.discard(stream)
 
     def close(self) -> None:
-        """Ends the threads, and iterators still in use; a read that fails is not tried again. May be called twice."""
+        """Ends the threads, and iterators still in use; a read that fails is not tried again."""
         atexit.unregister(self._at_exit)
         self._source.stop_waiting()
         for stream in list(self._streams):
@@ -250,16 +230,9 @@ class ValLoader(ImageLoader):
     """The held-out images, each exactly once over all ranks: rank r of w has images r, r + w, r + 2 w, ...
 
     Every `iter` starts from the first. The last batch may be smaller, ranks may differ by one image (and so by one
-    batch), and broken images are left out. Without validation images `num_images` is 0 and there is nothing to iterate
-    over.
+    batch), and broken images are left out. Without validation images `num_images` is 0 and there are no batches.
 
-    Args:
-        config, image_size, device, datasets: see `TrainLoader`.
-        batch: images of a batch, on this rank.
-        rank, world_size: this process's part.
-
-    Raises:
-        DataError: wrong configuration, no training images, or no DALI.
+    `batch` is of this rank; see `TrainLoader` for the other arguments and the errors.
     """
 
     plans: ValPlans

@@ -1,10 +1,8 @@
 """One shard: images read, decoded once, encoded where they must be, and written as a tar file with its records.
 
-Images are decoded as in a run (see `images`): a JPEG that DALI decodes keeps its bytes, everything else becomes a JPEG.
-
-What is written depends on the job alone: no time, no user, no machine is in it, so the same job gives the same bytes.
-A shard appears under its name only when it is whole and on the disk; the record of what it holds comes after it and
-marks it as finished.
+A JPEG that DALI decodes keeps its bytes, everything else becomes a JPEG. The same job gives the same bytes: no time, no
+user, no machine is in them. A shard appears under its name only when it is whole and on the disk; the record of what it
+holds comes after it and marks it as finished.
 """
 
 from __future__ import annotations
@@ -13,7 +11,10 @@ import hashlib
 import io
 import itertools
 import json
+import math
+import multiprocessing
 import os
+import signal
 import tarfile
 import threading
 import zlib
@@ -75,11 +76,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to be written."""
+    """One shard to be written, FOLDER/NAME.tar."""
 
     folder: Path
     name: str
-    """Without ".tar"."""
     dataset: str
     settings: ShardSettings
     items: Sequence[Item]
@@ -132,15 +132,13 @@ def prepare(data: np.ndarray, settings: ShardSettings, turned: bool, by_pillow: 
     Raises:
         BrokenImage: it cannot be decoded.
     """
-    size = plain_jpeg(data.tobytes())
-    fits = size is not None and (not settings.shorter_side or min(size) <= settings.shorter_side)
-    if fits and not turned and not by_pillow:
+    size, longest = plain_jpeg(data.tobytes()), settings.shorter_side or math.inf
+    if size and min(size) <= longest and not turned and not by_pillow:
         return data.tobytes(), size
     result = decode(data)
     if turned:
         result = result.rotate(-90, expand=settings.turned_canvas == "enlarge")
-    if settings.shorter_side:
-        result = shrink(result, settings.shorter_side)
+    result = shrink(result, longest)
     return encode(result), result.size
 
 
@@ -242,13 +240,11 @@ def finished(folder: Path, name: str) -> ShardRecord | None:
     records = records_folder(folder)
     try:
         record = ShardRecord(**json.loads((records / f"{name}.json").read_text()))
-        if (folder / f"{name}.tar").stat().st_size != record.bytes:
-            return None
-        if len(open_index(records / f"{name}.index", 1)) != record.images:
-            return None
+        whole = (folder / f"{name}.tar").stat().st_size == record.bytes
+        whole = whole and len(open_index(records / f"{name}.index", 1)) == record.images
     except (OSError, ValueError, TypeError):  # DataError is a ValueError
         return None
-    return record if all(entry["lasting"] for entry in record.broken) else None
+    return record if whole and all(entry["lasting"] for entry in record.broken) else None
 
 
 def records_folder(folder: Path) -> Path:
@@ -266,17 +262,12 @@ _worker: tuple[Reader, Decoder, Tally] | None = None
 
 def start_worker(patience: float, tally: Tally) -> None:
     """Makes a process ready for `work`."""
-    import multiprocessing
-    import signal
-
     global _worker
     _worker = Reader(patience), Decoder(_BATCH, _SIZE, 1, torch.device("cpu")), tally
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent calls the work off
-    parent = multiprocessing.parent_process()
-    assert parent is not None
 
     def follow() -> None:
-        parent.join()
+        multiprocessing.parent_process().join()
         os._exit(1)  # it was killed: nobody would ever end this process, or read what it writes
 
     threading.Thread(target=follow, name="follow-parent", daemon=True).start()
@@ -284,5 +275,4 @@ def start_worker(patience: float, tally: Tally) -> None:
 
 def work(job: Job) -> ShardRecord:
     """`write_shard` in a worker process."""
-    assert _worker is not None
     return write_shard(job, *_worker)
