@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import logging
 import time
@@ -36,17 +37,16 @@ __all__ = ["Batch", "ImageLoader", "TrainLoader", "ValLoader", "group_weights"]
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's images of one step; B of them."""
+    """One rank's images of one step; B of them; tensors are on the device."""
 
     images: Tensor
-    """float32 [B, 3, S, S], augmented and normalised with ImageNet's mean and standard deviation, on the device."""
+    """float32 [B, 3, S, S], augmented and normalised with ImageNet's mean and standard deviation."""
     positions: Tensor
-    """int64 [B], global positions, on the device: the key of all randomness that belongs to an image. In validation:
-    the index among all validation images."""
+    """int64 [B], global: the key of all randomness of an image. In validation: the index among all its images."""
     group: Tensor
-    """int64 [B], index into the loader's `groups`, on the device."""
+    """int64 [B], index into the loader's `groups`."""
     dataset: Tensor
-    """int64 [B], index into the loader's `dataset_names`, on the device."""
+    """int64 [B], index into the loader's `dataset_names`."""
     paths: list[str]
     """Where each image came from, for messages."""
     step: int
@@ -58,7 +58,7 @@ class Batch:
         return len(self.paths)
 
 
-class ImageLoader:
+class ImageLoader(contextlib.AbstractContextManager):
     """Decodes plans and brings them to the device, batches of at most `batch` images.
 
     Raises:
@@ -127,9 +127,6 @@ class ImageLoader:
             stream.close()
         self._source.close(wait=not self._abandoned)
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -189,7 +186,6 @@ class TrainLoader(ImageLoader):
     """Endless training batches.
 
     Args:
-        config: datasets, shares and augmentation.
         image_size: side of the images in pixels.
         global_batch: images of a step over all ranks.
         rank, world_size: this process's part.
