@@ -90,8 +90,7 @@ def test_tiny_images_are_refused(photos):
         TrainLoader(config(photos), 4, 8, 0, 1, 0, CPU)
 
 
-def test_real_photographs_with_shrunk_copies(real_photos, tmp_path, monkeypatch):
-    monkeypatch.setenv("DUNE_FAST_CACHE", str(tmp_path / "cache"))
+def test_real_photographs_with_shrunk_copies(real_photos, tmp_path, own_cache):
     (tmp_path / "list.txt").write_text("\n".join(map(str, real_photos)))
     data = config(tmp_path / "list.txt")
     data.datasets["d0"].shrink = 256
