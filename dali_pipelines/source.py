@@ -62,22 +62,11 @@ class ImageSource:
         patterns = [dataset.config.rotate for dataset in self.datasets]
         return np.array([is_turned(self._images[d], i, patterns[d]) for d, i in images], dtype=bool)
 
-    def read(self, dataset: int, index: int) -> Encoded:
-        """One image. Safe to call from several threads.
-
-        Raises:
-            BrokenImage: the file is gone, empty, cut off, not what its checksum says, or Pillow cannot decode it.
-            StorageError: the storage does not answer.
-        """
-        (result,) = self.read_all([(dataset, index)])
-        if isinstance(result, BrokenImage):
-            raise result
-        return result
-
     def read_all(self, images: Sequence[Image]) -> list[Encoded | BrokenImage]:
-        """Several at once; why an image is broken stands in its place.
+        """Several images at once; why one is broken stands in its place: gone, empty, cut off, other bytes, no pixels.
 
-        Threads that wait for the storage are others than those that work on the bytes.
+        Threads that wait for the storage are others than those that work on the bytes. StorageError if the storage does
+        not answer. Thread-safe.
         """
         reading = [None if self._shorter_side(d) else self._reader.start(self._images[d].locate(i)) for d, i in images]
         working: list[Future[Encoded | BrokenImage] | BrokenImage] = []
