@@ -33,6 +33,7 @@ from dune_fast.dali_pipelines.pipeline import Decoder, whole_images
 from dune_fast.dali_pipelines.storage import Location, Reader, sync_folder, write_whole
 from dune_fast.dali_pipelines.tar_index import RECORD, open_index, write_index
 
+RECORDS = "records"  # the folder of what marks shards as finished
 _MOST_VANISHED = 10  # files of a shard, or half of them: with more missing, something else is wrong
 _BATCH = 16  # images that DALI decodes at a time
 _SIZE = 64  # pixels; the whole image is decoded, only the resize is cheap
@@ -204,8 +205,8 @@ def write_shard(job: Job, reader: Reader, decoder: Decoder, tally: Tally) -> Sha
         os.replace(partial, final)
         sync_folder(job.folder)
         record = ShardRecord(sink.tell(), len(rows), sink.digest.hexdigest(), broken)
-        write_index(records_folder(job.folder) / f"{job.name}.index", np.array(rows, RECORD), 1)
-        write_json(records_folder(job.folder) / f"{job.name}.json", asdict(record))
+        write_index(job.folder / RECORDS / f"{job.name}.index", np.array(rows, RECORD), 1)
+        write_json(job.folder / RECORDS / f"{job.name}.json", asdict(record))
         return record
     finally:
         partial.unlink(missing_ok=True)
@@ -237,7 +238,7 @@ def _append(archive: tarfile.TarFile, name: str, data: bytes) -> int:
 
 def finished(folder: Path, name: str) -> ShardRecord | None:
     """The record of a shard that is there with the right size; None if it has to be written (again)."""
-    records = records_folder(folder)
+    records = folder / RECORDS
     try:
         record = ShardRecord(**json.loads((records / f"{name}.json").read_text()))
         whole = (folder / f"{name}.tar").stat().st_size == record.bytes
@@ -245,11 +246,6 @@ def finished(folder: Path, name: str) -> ShardRecord | None:
     except (OSError, ValueError, TypeError):  # DataError is a ValueError
         return None
     return record if whole and all(entry["lasting"] for entry in record.broken) else None
-
-
-def records_folder(folder: Path) -> Path:
-    """Where the records of finished shards are."""
-    return folder / "records"
 
 
 def write_json(path: Path, value: object) -> None:

@@ -31,17 +31,7 @@ from dune_fast.dali_pipelines.listing import is_turned
 from dune_fast.dali_pipelines.order import Permutation
 from dune_fast.dali_pipelines.patience import Pending
 from dune_fast.dali_pipelines.pipeline import import_dali
-from dune_fast.dali_pipelines.shard_writer import (
-    Item,
-    Job,
-    ShardRecord,
-    ShardSettings,
-    Tally,
-    finished,
-    prepare,
-    records_folder,
-    write_json,
-)  # fmt: skip
+from dune_fast.dali_pipelines.shard_writer import Item, Job, ShardRecord, ShardSettings, Tally, finished, prepare
 from dune_fast.dali_pipelines.shards import FORMAT, MANIFEST, Manifest, Shard, Split
 from dune_fast.dali_pipelines.storage import Reader, write_whole
 from dune_fast.dali_pipelines.tar_index import open_index, write_index
@@ -92,9 +82,9 @@ def shard_dataset(name: str, data: DataConfig, folder: Path, settings: ShardSett
     import_dali()  # fail here, not in a worker
     dataset = index_dataset(name, data.datasets[name])
     try:
-        records_folder(folder).mkdir(parents=True, exist_ok=True)
+        (folder / shard_writer.RECORDS).mkdir(parents=True, exist_ok=True)
         with locked(folder / ".lock", f"the shards in {folder}"):
-            for partial in [*folder.glob(".*.part"), *records_folder(folder).glob(".*.part")]:
+            for partial in [*folder.glob(".*.part"), *(folder / shard_writer.RECORDS).glob(".*.part")]:
                 partial.unlink()  # of a process that was killed
             sharding = _Sharding(dataset, folder, settings, data.read_patience, workers)
             plans = sharding.plan()
@@ -121,11 +111,11 @@ class _Sharding:
 
     def plan(self) -> list[SplitPlan]:
         """The plan of an earlier call, where there is one, else a new one."""
-        path, settings = records_folder(self.folder) / "plan.json", asdict(self.settings)
+        path, settings = self.folder / shard_writer.RECORDS / "plan.json", asdict(self.settings)
         header = {"format": FORMAT, "dataset": self.dataset.name, "source": self.source, "settings": settings}
         if not path.exists():
             plans = [self._plan_split(split, images) for split, images in self.splits.items()]
-            write_json(path, {**header, "plans": [asdict(plan) for plan in plans]})
+            shard_writer.write_json(path, {**header, "plans": [asdict(plan) for plan in plans]})
             return plans
         try:
             known = json.loads(path.read_text())
@@ -212,7 +202,7 @@ class _Sharding:
 
     def finish(self, plans: Sequence[SplitPlan]) -> Manifest:
         """Joins the records of all shards into indices, the quarantine and the manifest."""
-        splits, broken, records = [], [], records_folder(self.folder)
+        splits, broken, records = [], [], self.folder / shard_writer.RECORDS
         for plan in plans:
             shards, parts, left_out = [], [], []
             for number, name in enumerate(plan.shards()):
