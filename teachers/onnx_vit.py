@@ -1,9 +1,8 @@
 """A ViT whose weights are in an ONNX file: the semantic and the saliency teacher.
 
 The file is the export of a Hugging Face style ViT (`backbone.embeddings`, `backbone.encoder.layer.N`) with a decoder,
-which is ignored. Linear weights have lost their names in the export; they are found as the constant input of the
-`MatMul` node that bears the layer's name. The tensors are renamed to those of `dune_fast.kernels.nn.vit` and kept as
-safetensors in the cache, so that the next start needs neither the `onnx` package nor the conversion.
+which is ignored. Linear weights have lost their names: each is the constant input of the `MatMul` node of its layer.
+The converted tensors are kept in the cache, so the next start needs neither the package onnx nor the conversion.
 """
 
 from __future__ import annotations
@@ -11,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dune_fast.kernels.nn.vit import ViTConfig
@@ -33,10 +33,6 @@ class OnnxViTTeacher(ViTTeacher):
     layer_scale = True
 
     @classmethod
-    def recognizes(cls, keys: Collection[str]) -> bool:
-        return False  # the file is no container of tensors; see `encoder_of`
-
-    @classmethod
     def published_interpolation(cls, registers: int) -> tuple[float, bool]:
         return 0.0, False  # the exported graph resizes the table to the grid's size: cubic, half-pixel, no antialias
 
@@ -48,9 +44,6 @@ class OnnxViTTeacher(ViTTeacher):
 
 def converted_state(path: Path) -> dict[str, Tensor]:
     """The file's encoder under the names of `dune_fast.kernels.nn.vit`, out of the cache if it was converted before."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     cached = cache_dir() / "converted" / f"{path.stem}-{file_sha256(path)[:32]}.safetensors"
     if cached.is_file():
         try:
@@ -64,7 +57,6 @@ def converted_state(path: Path) -> dict[str, Tensor]:
         save_file(state, fresh)
         fresh.replace(cached)
     except (OSError, SafetensorError) as error:
-        # a cache that cannot be written costs the next start a conversion, nothing more
         logger.info("could not keep the converted weights in %s: %s", cached, error)
         with contextlib.suppress(OSError):
             fresh.unlink()

@@ -68,11 +68,9 @@ class _Array:
 class _Ignored:
     """Stands for state that nobody here reads, such as a random number generator."""
 
-    def __init__(self, *_: Any) -> None:
-        pass
+    def __init__(self, *_: Any) -> None: ...
 
-    def __setstate__(self, _: Any) -> None:
-        pass
+    def __setstate__(self, _: Any) -> None: ...
 
 
 class _Dict:

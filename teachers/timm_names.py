@@ -87,14 +87,11 @@ def from_shorthand(name: str, text: str) -> TeacherConfig:
     return timm_config(model, weights, name=name)
 
 
-def timm_matches(state: Mapping[str, Tensor], path: Path, model: str = "") -> list[str]:
+def timm_matches(state: Mapping[str, Tensor], path: Path) -> list[str]:
     """Names of timm's models that a file's state dict fits without a rest, likely ones alone.
 
-    The file's name may say the model, or `config.json` beside it, as on timm's hub. A caller that knows the `model`
-    gets it alone, fitting or not.
+    The file's name may say the model, or `config.json` beside it, as on timm's hub.
     """
-    if model:
-        return [model]
     try:
         timm = import_timm()
     except ValueError:  # without timm there is nothing to say about its models

@@ -74,7 +74,7 @@ def inspect_file(path: Path | str, num_heads: int | None = None, model: str = ""
     name = None if model else recognize(state, path)
     if name is not None:
         _inspect_vit(report, name, content, state, num_heads)
-    if not report.sound and (found := timm_matches(state, path, model)):
+    if not report.sound and (found := [model] if model else timm_matches(state, path)):
         _inspect_timm(report, found, state)
     if report.sound:
         assert report.config is not None

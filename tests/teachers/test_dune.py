@@ -141,12 +141,6 @@ def test_dbot_without_its_norm(norm, tmp_path, images):
         torch.testing.assert_close(ours, {"cls": encoder.norm(cls) if norm else cls, "patch": patches})
 
 
-def test_a_student_of_another_patch_size_learns_from_it(tmp_path, images):
-    torch.save(STATES["unic"], tmp_path / "w.pth")
-    tokens = TeacherEnsemble({"a": teacher(tmp_path / "w.pth", "unic")}, 14)(images)["a"]
-    assert tokens["patch"].shape == (2, 64, 64) and tokens["cls"].shape == (2, 64)
-
-
 @pytest.mark.parametrize("file", ["encoder.safetensors", "student.safetensors"])
 def test_files_of_a_run_say_their_own_architecture(file, tmp_path, images):
     """Three heads of 32 channels: the tensors would say a head of 64."""

@@ -83,26 +83,6 @@ def test_a_tensor_that_has_no_place_is_an_error(name, prefix, tmp_path):
     assert report.unplaced == [name] and not report.sound
 
 
-@pytest.mark.parametrize("family", ["dino", "dinov2", "deit3", "mast3r", "multihmr"])
-def test_no_family_drops_what_it_has_no_place_for(family, tmp_path):
-    rope = {"cls_token": False, "pos_embed": "rope2d"} if family == "mast3r" else {}
-    gain = None if family in ("dino", "mast3r") else 0.1
-    cfg = ViTConfig(image_size=56, embed_dim=64, depth=1, num_heads=1, num_registers=0, layer_scale=gain, **rope)
-    state = {**random_vit_state(cfg, 0), "blocks.0.attn.k_norm.weight": torch.ones(64)}
-    if family == "mast3r":
-        state = {f"enc_{key}"
-                 if key.startswith(("blocks.", "norm.")) else key: value for key, value in state.items()}  # fmt: skip
-    if family == "multihmr":
-        state = {f"backbone.encoder.{key}": value for key, value in state.items()}
-    if family == "deit3":
-        state = {key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for key, v in state.items()}
-    torch.save({"model": state}, tmp_path / "w.pth")
-    cfg = TeacherConfig(family=family, weights=str(tmp_path / "w.pth"), num_features=64)
-    cfg.token_types = ["patch"]
-    with pytest.raises(TeacherWeightsError, match="k_norm.weight is not known"):
-        build_teacher("a", cfg)
-
-
 def test_what_stands_beside_an_encoder_may_be_there(tmp_path):
     beside = ["head.weight", "heads.0.bias", "fc_norm.weight", "mask_token", "decoder_embed.weight",
               "decoder_pos_embed",

@@ -171,6 +171,6 @@ def test_foreign_models_leave_the_random_state_alone():
 
 def test_timm_can_be_imported_beside_a_torch_without_cuda():
     # torchvision is built for CUDA; the tests' own set-up would hide that
-    code = "from teachers.timm_model import create; create('a', 'resnet18', {})"
+    code = "from dune_fast.teachers.timm_model import create; create('a', 'resnet18', {})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
