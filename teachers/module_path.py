@@ -9,7 +9,7 @@ configuration's mean and std, and gives one of
 
 Attributes `patch_size`, `num_features` and `grid_multiple` of the module, where it has them, are checked against the
 configuration. `weights` is a file with the module's state dict, "own" where the factory loads them itself, or
-"random:SEED" where it draws them. The factory is code of the user's and runs; nothing in the weights file does.
+"random:SEED" where it draws them.
 """
 
 from __future__ import annotations

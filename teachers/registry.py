@@ -40,10 +40,7 @@ def families() -> list[str]:
 def build_teacher(name: str, cfg: TeacherConfig, trunks: MutableMapping[str, Trunk] | None = None) -> Teacher:
     """The teacher that `cfg` describes, weights loaded, on the CPU. Trunks are shared by `trunks`, see `Teacher`.
 
-    Raises:
-        UnknownTeacherError: `cfg.family` is not registered.
-        ValueError: the configuration contradicts itself or the weights.
-        TeacherWeightsError: the weights are missing, damaged or of another model.
+    UnknownTeacherError if there is no such family; otherwise raises as `Teacher`.
     """
     check_family(name, cfg.family)
     return family_class(cfg.family)(name, cfg, trunks)

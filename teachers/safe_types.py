@@ -1,9 +1,7 @@
 """What a checkpoint may hold beside tensors, each loaded as plain data: numbers, arrays, paths, dates, dictionaries.
 
-`torch.load(weights_only=True)` asks an allow-list for every type that a file names. The list here maps most names to
-stand-ins of this module, not to the types themselves: a numpy scalar becomes a Python number, a path a pure path that
-touches no disk, a `defaultdict` a `dict`. NumPy's own classes stay out, since a hostile `dtype` can make them read
-memory that is not theirs.
+The allow-list of `torch.load(weights_only=True)` maps most names to stand-ins here, not to the types themselves.
+NumPy's own classes stay out, since a hostile `dtype` can make them read memory that is not theirs.
 """
 
 from __future__ import annotations

@@ -61,8 +61,7 @@ def inspect_file(path: Path | str, num_heads: int | None = None, model: str = ""
         num_heads: attention heads, where neither container nor convention (channels / 64) gives them.
         model: the model of timm that it is of; found by its tensors where no name is given.
 
-    Raises:
-        TeacherWeightsError: missing, damaged or unsafe; a file that is sound but of no known family is reported.
+    TeacherWeightsError if it is missing, damaged or unsafe; one of no known family is reported.
     """
     path = weights_path(str(path))
     content = read_container(path)
@@ -86,9 +85,9 @@ def _inspect_vit(
     report: Report, name: str, content: dict[str, Any], state: dict[str, Tensor], num_heads: int | None
 ) -> None:
     """Fills in what the file is as one of our own ViTs."""
-    report.family, family, path = name, vit_family(name), report.path
+    report.family, family = name, vit_family(name)
     try:
-        report.architecture, converted = family.read_content(content, path, TeacherConfig(num_heads=num_heads))
+        report.architecture, converted = family.read_content(content, report.path, TeacherConfig(num_heads=num_heads))
     except ValueError as error:  # a tensor that says the sizes is missing, or heads that do not divide the channels
         report.problem = str(error)
         return
@@ -105,7 +104,7 @@ def _inspect_vit(
     ]  # fmt: skip
     mean, std = family.statistics
     report.config = TeacherConfig(
-        family=name, weights=str(path), patch_size=report.architecture.patch_size,
+        family=name, weights=str(report.path), patch_size=report.architecture.patch_size,
         num_features=report.architecture.embed_dim, token_types=list(family.token_types), mean=list(mean),
         std=list(std), num_heads=report.architecture.num_heads,
     )  # fmt: skip

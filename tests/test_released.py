@@ -16,27 +16,12 @@ from dune_fast.released import load_released
 from dune_fast.student import ProjectorConfig, build_student
 from dune_fast.teachers.architecture import random_vit_state
 from dune_fast.teachers.containers import read_container
-from dune_fast.teachers.encoder_names import flat_blocks
 from dune_fast.teachers.weights import TeacherWeightsError
 
 
 @pytest.fixture
 def container(reference_dir):
     return read_container(reference_dir / "checkpoint" / "official_ddp.pth")
-
-
-def test_chunk_index_and_mask_token_go():
-    state = {
-        "encoder.blocks.0.11.norm1.weight": 1,
-        "encoder.mask_token": 2,
-        "projectors.a.blocks.0.norm1.weight": 3,
-        "blocks.1.attn.qkv.bias": 4,
-    }
-    assert flat_blocks(state) == {
-        "encoder.blocks.11.norm1.weight": 1,
-        "projectors.a.blocks.0.norm1.weight": 3,
-        "blocks.1.attn.qkv.bias": 4,
-    }
 
 
 def test_compiled_and_unwrapped_names_load_too(container, tmp_path):

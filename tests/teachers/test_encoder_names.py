@@ -120,24 +120,3 @@ def test_load_encoder_and_verify_resize_positions_alike(registers, mask, tmp_pat
     torch.testing.assert_close(encoder(IMAGES)["x_norm_patchtokens"], teacher)
     own = dune_fast.load_encoder(tmp_path / "w.pth", interpolate_offset=0.0, interpolate_antialias=False)
     assert (own.cfg.interpolate_offset, own.cfg.interpolate_antialias) == (0.0, False)
-
-
-@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_giant_patch14_reg4_dinov2"])
-def test_dinov2_under_timms_names_computes_what_timm_computes(name, tmp_path):
-    import timm
-
-    options = {"mlp_ratio": 5.5} if "giant" in name else {}
-    model = timm.create_model(
-        name, num_classes=0, depth=2, embed_dim=64, num_heads=1, img_size=56, dynamic_img_size=True, **options
-    ).eval()
-    state = {key: torch.randn_like(value) * 0.05 for key, value in model.state_dict().items()}
-    model.load_state_dict(state)
-    save_file(state, tmp_path / "model.safetensors")
-    encoder = dune_fast.load_encoder(tmp_path)  # the folder, as timm's hub has it
-    with torch.no_grad():
-        theirs = model.forward_features(IMAGES)
-        cls, registers, patches = encoder.split(encoder.norm(encoder(IMAGES)["x_prenorm"]))
-    ours = torch.cat([cls[:, None], registers, patches], dim=1)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    report = inspect_file(tmp_path)
-    assert report.family == "dinov2" and report.sound and not report.fit.surplus

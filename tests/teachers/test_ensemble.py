@@ -15,11 +15,6 @@ from dune_fast.teachers.ensemble import TeacherEnsemble
 PATCH = 14
 
 
-@pytest.fixture
-def images():
-    return torch.randn(2, 3, 56, 84, generator=torch.Generator().manual_seed(0))
-
-
 def by_hand(teacher, images, size):
     """What the teacher is owed, in as many steps as the text has."""
     if tuple(images.shape[-2:]) != size:
@@ -148,26 +143,28 @@ class Synchronisations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_forward_never_waits_for_the_device(toy_config, images):
+@pytest.fixture
+def low(toy_config):
+    """Two teachers in bfloat16 that see images of different sizes and normalisations."""
     configs = {"a": toy_config(), "b": toy_config(patch_size=16, mean=[0.5] * 3)}
-    ensemble = TeacherEnsemble(configs, PATCH, autocast_dtype=torch.bfloat16)
+    return TeacherEnsemble(configs, PATCH, autocast_dtype=torch.bfloat16)
+
+
+def test_forward_never_waits_for_the_device(low, images):
     with Synchronisations() as mode:
-        ensemble(images)
+        low(images)
     assert mode.seen == []
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_forward_never_waits_for_the_gpu(toy_config, images):
-    configs = {"a": toy_config(), "b": toy_config(patch_size=16, mean=[0.5] * 3)}
-    ensemble = TeacherEnsemble(configs, PATCH, autocast_dtype=torch.bfloat16)
-    expected = ensemble(images)
-    ensemble.cuda()
+def test_forward_never_waits_for_the_gpu(low, images):
+    expected = low(images)
+    low.cuda()
     on_device = images.cuda()
-    ensemble(on_device)  # libraries initialise themselves
+    low(on_device)  # libraries initialise themselves
     torch.cuda.set_sync_debug_mode("error")
     try:
-        outputs = ensemble(on_device)
+        outputs = low(on_device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for name, tokens in outputs.items():

@@ -162,10 +162,12 @@ def test_modules_weights_must_fit(tmp_path):
         build_teacher("a", module_config(weights=str(tmp_path / "w.pth")))
 
 
-def test_foreign_models_leave_the_random_state_alone():
+def test_building_teachers_leaves_the_random_state_alone():
+    """Otherwise the student's initial weights would depend on which teachers a run has."""
     before = torch.get_rng_state()
     build_teacher("a", module_config())
     build_teacher("b", timm_config("resnet18", 32, 512))
+    build_teacher("c", TeacherConfig("dinov2", "random:0", 14, 192, image_size=56))
     assert torch.equal(torch.get_rng_state(), before)
 
 
