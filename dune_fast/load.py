@@ -26,7 +26,7 @@ from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import TeacherWeightsError, container_state, read_container
 from dune_fast.teachers.encoder_names import beside_encoder
 from dune_fast.teachers.local_paths import local_path
-from dune_fast.teachers.recognition import recognize, vit_family
+from dune_fast.teachers.registry import recognize, vit_family
 from dune_fast.teachers.weights import build_loaded, folder_weights
 
 PUBLISHED = (

@@ -1,13 +1,17 @@
-"""Families of teachers by name."""
+"""Families of teachers: by name, and by the tensors of a file."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import MutableMapping
+from collections.abc import Collection, MutableMapping
+from pathlib import Path
 
 from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.containers import TeacherWeightsError
+from dune_fast.teachers.encoder_names import encoder_prefix
 from dune_fast.teachers.protocol import Teacher, Trunk
+from dune_fast.teachers.vit import ViTTeacher
 
 # One line a family: file and class. A file is imported when its family is asked for, so a package that only one
 # teacher needs is not needed by the others.
@@ -26,6 +30,9 @@ _FAMILIES = {
     "onnx_vit": "onnx_vit.OnnxViTTeacher",
     "xfeat": "xfeat.XFeatTeacher",
 }
+
+_RECOGNIZED = ("mast3r", "multihmr", "dune", "deit3", "dbotft", "dinov2", "dino")
+"""ViTs told apart by their names of tensors, the most peculiar first; iBOT's are DINO's, UNIC's DUNE's."""
 
 
 class UnknownTeacherError(ValueError):
@@ -60,3 +67,27 @@ def check_family(name: str, family: str) -> None:
         raise UnknownTeacherError(
             f"teachers.{name}.family is {family!r}, which does not exist; {hint}allowed: {', '.join(families())}"
         )
+
+
+def vit_family(name: str) -> type[ViTTeacher]:
+    """The class of a family of ViTs."""
+    family = family_class(name)
+    assert issubclass(family, ViTTeacher)
+    return family
+
+
+def recognize(keys: Collection[str], path: Path | str = "") -> str | None:
+    """The family that a state dict's names (wrappers stripped) belong to, None if none.
+
+    What stands below a prefix other than those of a family's own release is judged without it.
+    """
+    try:
+        prefix = encoder_prefix(keys, path)
+    except TeacherWeightsError:
+        prefix = ""
+    inner = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+    for names in (keys, inner):
+        for name in _RECOGNIZED:
+            if vit_family(name).recognizes(names):
+                return name
+    return None

@@ -13,7 +13,6 @@ those bytes are read.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -136,7 +135,7 @@ class Reader:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self._open = functools.cache(self._open_file)
+        self._files: dict[str, Any] = {}
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """Elements start .. start + numel of a flattened parameter, or of its moment `kind`; float32 [numel].
@@ -158,11 +157,13 @@ class Reader:
         """The small whole tensors."""
         return load_file(self.folder / STATE_FILE)
 
-    def _open_file(self, file: str) -> Any:
-        try:
-            return safe_open(self.folder / file, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.folder / file} cannot be read: {error}") from None
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(self.folder / file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{self.folder / file} cannot be read: {error}") from None
+        return self._files[file]
 
 
 def folder(run: Path) -> Path:

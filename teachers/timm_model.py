@@ -120,9 +120,8 @@ def has_cls(model: nn.Module) -> bool:
 
 def patch_size(model: nn.Module, configured: int) -> int:
     """Pixels a token stands for, as the model says; the configuration's where it does not."""
-    embed = getattr(model, "patch_embed", None)
     info = getattr(model, "feature_info", None)
     if info and not hasattr(model, "num_prefix_tokens"):  # hierarchical: the last map's stride
         return int(info[-1]["reduction"])
-    size = getattr(embed, "patch_size", None)
+    size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     return int(size[0]) if size is not None else configured

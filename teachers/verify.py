@@ -15,7 +15,7 @@ from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import container_state, read_container, state_entry
 from dune_fast.teachers.encoder_names import beside_encoder
 from dune_fast.teachers.ensemble import TeacherEnsemble
-from dune_fast.teachers.recognition import recognize, vit_family
+from dune_fast.teachers.registry import recognize, vit_family
 from dune_fast.teachers.timm_names import image_size_of, timm_config, timm_fit, timm_matches
 from dune_fast.teachers.weights import Fit, compare, weights_path
 

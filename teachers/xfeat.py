@@ -28,11 +28,6 @@ class ConvUnit(nn.Module):
             nn.ReLU(),
         )
 
-    def fold(self) -> None:
-        """Put the batch norm's running statistics into the convolution: one pass over memory less, in any precision."""
-        self.layer[0] = fuse_conv_bn_eval(self.layer[0], self.layer[1])
-        self.layer[1] = nn.Identity()
-
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
 
@@ -79,8 +74,8 @@ class XFeatTeacher(Teacher):
         path = weights_path(self.config.weights)
         trunk = build_loaded(XFeat, container_state(read_container(path), path), path, unused=_UNUSED)
         for module in trunk.modules():
-            if isinstance(module, ConvUnit):
-                module.fold()
+            if isinstance(module, ConvUnit):  # one pass over memory less
+                module.layer[0], module.layer[1] = fuse_conv_bn_eval(*module.layer[:2]), nn.Identity()
         return trunk
 
     def tokens(self, features: Tensor) -> dict[str, Tensor]:
