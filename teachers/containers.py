@@ -171,7 +171,7 @@ def container_state(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]
     """The state dict of a container, whichever entry holds it, without the names that wrappers add."""
     entry = state_entry(content, path)
     found = content if entry is None else content[entry]
-    state = {key: value for key, value in dict(found).items() if isinstance(key, str) and isinstance(value, Tensor)}
+    state = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
     check_storage(state, path)
     return strip_wrappers(state, path)
 
