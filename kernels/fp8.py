@@ -29,18 +29,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dune_fast.kernels.fp8_kernels import QUANTIZE, layer_norm_kernel, quantize_kernel
 from dune_fast.kernels.gelu import bias_gelu_reference, guard_bias_gelu
 from dune_fast.kernels.launching import VIT_SHAPES, Example, architecture, choose, draw, launch
-from dune_fast.kernels.layer_norm import guard_layer_norm, layer_norm_reference
+from dune_fast.kernels.layer_norm import guard_layer_norm, layer_norm_reference, residual_reference
 from dune_fast.kernels.layer_norm_kernels import forward_options
-from dune_fast.kernels.library import (
-    contiguous,
-    flat_rows,
-    followed,
-    guard,
-    guard_device,
-    register,
-    triton,
-    use_triton,
-)
+from dune_fast.kernels.library import contiguous, flat_rows, followed, guard, guard_device, register, triton, use_triton
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -56,9 +47,6 @@ class FP8Rows(NamedTuple):
     """float32 [..., 1]."""
 
 
-# ---------------------------------------------------------------- reference
-
-
 def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """(values, scale) of `quantize_rows` in plain torch."""
     x = x.float().contiguous()
@@ -69,8 +57,7 @@ def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 def _layer_norm_reference(x, y, gamma, weight, bias, eps):
     out = x.new_empty(0)
     if y is not None:
-        branch = y.float() if gamma is None else y.float() * gamma.float()
-        x = out = (x.float() + branch).to(x.dtype).contiguous()
+        x = out = residual_reference(x, y, gamma).contiguous()
     return out, *quantize_rows_reference(layer_norm_reference(x, weight, bias, eps, torch.float32))
 
 
@@ -82,9 +69,6 @@ def _product_reference(values, weight, scale, weight_scale, bias, out_dtype):
     """`torch._scaled_mm` for a CPU, where torch 2.11 has none with a scale for each row."""
     out = (values.float() @ weight.float().t()) * scale * weight_scale
     return (out if bias is None else out + bias).to(out_dtype)
-
-
-# ---------------------------------------------------------------- implementation
 
 
 def _require_float8(x: Tensor) -> None:
@@ -124,10 +108,6 @@ def _bias_gelu_fused(x, bias):
     return values, scale
 
 
-def _quantize_fused(x):
-    return _bias_gelu_fused(x, None)
-
-
 def _quantize_fake(x, bias=None):
     return x.new_empty(x.shape, dtype=E4M3), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
@@ -137,8 +117,9 @@ def _layer_norm_fake(x, y, gamma, weight, bias, eps):
 
 
 quantize_rows_op = register(
-    "quantize_rows(Tensor x) -> (Tensor, Tensor)", _quantize_fused, quantize_rows_reference, _quantize_fake
-)
+    "quantize_rows(Tensor x) -> (Tensor, Tensor)",
+    lambda x: _bias_gelu_fused(x, None), quantize_rows_reference, _quantize_fake,
+)  # fmt: skip
 layer_norm_fp8_op = register(
     "layer_norm_fp8(Tensor x, Tensor? y, Tensor? gamma, Tensor? weight, Tensor? bias, float eps) "
     "-> (Tensor, Tensor, Tensor)",
@@ -147,8 +128,6 @@ layer_norm_fp8_op = register(
 bias_gelu_fp8_op = register(
     "bias_gelu_fp8(Tensor x, Tensor bias) -> (Tensor, Tensor)", _bias_gelu_fused, _bias_gelu_reference, _quantize_fake
 )
-
-# ---------------------------------------------------------------- public
 
 
 def _guard_frozen(operation: str, *tensors: Tensor | None) -> None:

@@ -117,9 +117,6 @@ def _backward_reference(dh, dout, x, y, gamma, branch_bias, weight, mean, rstd, 
     return dx, dy, sums
 
 
-# ---------------------------------------------------------------- implementation
-
-
 def _residual_forward_fused(x, y, gamma, branch_bias, weight, bias, eps, dtype):
     outputs = _residual_forward_fake(x, y, gamma, branch_bias, weight, bias, eps, dtype)
     launch_forward(x, y, gamma, branch_bias, weight, bias, *outputs, eps)
@@ -214,9 +211,6 @@ def branch_gradients(sums: Tensor, y: Tensor | None, branch_bias: Tensor | None)
     last = list(sums)
     dbias = None if branch_bias is None else last.pop()
     return None if y is None else last.pop(), dbias
-
-
-# ---------------------------------------------------------------- public
 
 
 def guard_layer_norm(operation: str, x: Tensor, y: Tensor | None = None, **parameters: Tensor | None) -> None:

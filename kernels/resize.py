@@ -51,9 +51,6 @@ def resize_normalize_reference(
     return x.to(dtype)
 
 
-# ---------------------------------------------------------------- kernel
-
-
 @jit
 def _cubic(t):
     """Weights of the pixels at -1, 0, 1, 2 for a point t in [0, 1) past pixel 0; Keys' polynomials in factored form."""
@@ -139,8 +136,6 @@ TABLE = {"default": [Launch(MAX_SIDE, {"ROWS": 64, "BLOCK": 128, "num_warps": 2}
 384 on an H100, 189 with four columns and 32 rows. 56 registers let 36 warps share a multiprocessor, and fewer rows are
 read twice. Waiting for a row's loads binds, then instructions. 128 columns divide 384 and 512."""
 
-# ---------------------------------------------------------------- implementation
-
 
 def _fused(images, height, width, scale, shift, dtype):
     out = _fake(images, height, width, scale, shift, dtype)
@@ -167,8 +162,6 @@ resize_op = register(
     "-> Tensor",
     _fused, _reference, _fake,
 )  # fmt: skip
-
-# ---------------------------------------------------------------- public
 
 
 def resize_normalize(

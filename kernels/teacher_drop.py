@@ -94,7 +94,7 @@ def _drop_triton(
 ) -> Tensor:  # fmt: skip
     num_teachers, images = losses.shape
     losses = losses if losses.stride(1) == 1 else losses.contiguous()
-    c = torch.empty(num_teachers, images, dtype=losses.dtype, device=losses.device)
+    c = losses.new_empty(num_teachers, images)
     # one warp: 32 images a program spread over the multiprocessors, where latency is all there is (not measured)
     launch(
         _drop_kernel, (-(-images // 32),),
@@ -105,14 +105,10 @@ def _drop_triton(
     return c
 
 
-def _drop_fake(losses: Tensor, *_: object) -> Tensor:
-    return torch.empty(losses.shape, dtype=losses.dtype, device=losses.device)
-
-
 _drop = register(
     "teacher_drop(Tensor losses, Tensor positions, Tensor? own, Tensor? groups, SymInt step, int seed, "
     "float probability) -> Tensor",
-    _drop_triton, teacher_drop_reference, _drop_fake,
+    _drop_triton, teacher_drop_reference, lambda losses, *_: losses.new_empty(losses.shape),
 )  # fmt: skip
 
 

@@ -136,15 +136,6 @@ def swiglu_hidden_dim(dim: int, mlp_ratio: float) -> int:
     return (int(int(dim * mlp_ratio) * 2 / 3) + 7) // 8 * 8
 
 
-def build_mlp(kind: str, dim: int, mlp_ratio: float) -> MLP | SwiGLU:
-    """A block's MLP of one of `MLP_KINDS`; ValueError for another kind."""
-    if kind not in MLP_KINDS:
-        raise ValueError(f"mlp is {kind!r}; choose one of {', '.join(MLP_KINDS)}")
-    if kind == "swiglu":
-        return SwiGLU(dim, swiglu_hidden_dim(dim, mlp_ratio))
-    return MLP(dim, int(dim * mlp_ratio))
-
-
 def run_branch(branch: SelfAttention | MLP | SwiGLU, x: Tensor | FP8Rows, *args) -> tuple[Tensor, Tensor | None]:
     """A branch's output, and its last bias where that is trained and so left to the residual addition."""
     last = branch.last
@@ -154,7 +145,7 @@ def run_branch(branch: SelfAttention | MLP | SwiGLU, x: Tensor | FP8Rows, *args)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block. x: [B, N, D] -> [B, N, D]."""
+    """One pre-norm transformer block, with one of `MLP_KINDS`. x: [B, N, D] -> [B, N, D]."""
 
     def __init__(
         self, dim: int, num_heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = 1e-4, mlp: str = "gelu"
@@ -164,7 +155,10 @@ class Block(nn.Module):
         self.attn = SelfAttention(dim, num_heads)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = build_mlp(mlp, dim, mlp_ratio)
+        if mlp not in MLP_KINDS:
+            raise ValueError(f"mlp is {mlp!r}; choose one of {', '.join(MLP_KINDS)}")
+        gated = mlp == "swiglu"
+        self.mlp = SwiGLU(dim, swiglu_hidden_dim(dim, mlp_ratio)) if gated else MLP(dim, int(dim * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(
