@@ -99,8 +99,7 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
     Args:
         qkv: [B, N, 3, H, D], fp32, bf16 or fp16; queries, keys and values along dimension 2.
         backend: "auto" takes flash-attn where it is installed and applies (CUDA, half precision), else the fastest of
-            `torch.nn.functional.scaled_dot_product_attention` on the device; a CPU computes half precision in float32,
-            by the plain formula or with padded keys where that is faster. The others force one.
+            torch's on the device (see `_cpu_form` for a CPU's). The others force one.
 
     Raises:
         ValueError: `qkv` is not [B, N, 3, H, D], or the backend is unknown, not installed, or refused by

@@ -7,9 +7,8 @@
 itself (2^-10 of the scale, if it is near zero): 2.6 % of the norm of normal numbers, 3.7 % of that of the product of
 two such matrices.
 
-Minimal bytes moved for each element of a bf16 model: `quantize_rows` 2 + 1; fused into LayerNorm 2 + 1 (with the
-residual x 2 + y 2 + x' 2 + 1), into bias and GELU 2 + 1. Apart, each also writes h in bf16 and reads it back, 4 more.
-Scales are 4 bytes a row.
+Minimal bytes moved for each element of a bf16 model: 2 + 1, with the residual x 2 + y 2 + x' 2 + 1; not fused with
+LayerNorm or GELU 4 more, for h. Scales are 4 bytes a row.
 
 No gradient passes through: this is for teachers. On a GPU it needs NVIDIA's compute capability 8.9 or newer; the CPU's
 products serve tests.
@@ -176,14 +175,10 @@ def bias_gelu_fp8(x: Tensor, bias: Tensor) -> FP8Rows:
 
 
 class FP8Linear(nn.Module):
-    """A frozen linear layer with e4m3 weights, one scale for each of its outputs.
+    """A frozen linear layer with e4m3 weights, one scale for each of its outputs; `linear` itself is not kept.
 
-    Args:
-        linear: whose weights are quantized, once; it is not kept.
-        out_dtype: of the result, bf16 or fp16.
-
-    Raises:
-        ValueError: features that are no multiple of 16, which the matrix product needs, or another type of result.
+    `out_dtype` is the result's, bf16 or fp16. ValueError: another one, or features that are no multiple of 16, which
+    the matrix product needs.
     """
 
     def __init__(self, linear: nn.Linear, out_dtype: torch.dtype = torch.bfloat16) -> None:

@@ -209,14 +209,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     On CUDA it is one kernel of cuBLASLt, whose GELU is the tanh form: within 5e-4 of the exact one, less than what
     rounding to bf16 changes where |u| > 0.25. On a CPU torch applies the exact form to the rounded product. No gradient
-    flows.
-
-    Args:
-        x: [..., D], bf16 or fp16.
-        weight, bias: [F, D] and [F], in x's dtype.
-
-    Raises:
-        ValueError: shapes, types or devices do not fit.
+    flows. x [..., D], weight [F, D] and bias [F] are bf16 or fp16; ValueError if shapes, types or devices do not fit.
     """
     guard_device("linear_gelu", x=x, weight=weight, bias=bias)
     guard(

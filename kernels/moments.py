@@ -137,16 +137,10 @@ _moments = register("moments(Tensor x) -> (Tensor, Tensor)", _moments_triton, mo
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and sum of squared deviations over all dimensions but the last; constants, no gradient flows.
+    """(mean, m2) over all dimensions of x [..., C] but the last, float32 [C] each; no gradient flows.
 
-    Args:
-        x: [..., C], fp32, bf16 or fp16, at least one row; a slice of tokens is read where it lies.
-
-    Returns:
-        (mean, m2), float32 [C] each.
-
-    Raises:
-        ValueError: no row or no channel, or 2^31 rows and more.
+    x is fp32, bf16 or fp16; a slice of tokens is read where it lies. ValueError: no row or no channel, or 2^31 rows and
+    more.
     """
     guard(x.ndim >= 2 and x.numel() > 0, "moments takes [..., C] with at least one row", x=x)
     guard(x.numel() // x.shape[-1] < 2**31, "moments takes fewer than 2^31 rows", x=x)

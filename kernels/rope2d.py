@@ -165,14 +165,10 @@ def _guard(operation: str, qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def rope2d(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the queries and keys of qkv, into a new tensor; the values pass through.
+    """Rotates the queries and keys of qkv [B, N, 3, H, D], into a new tensor; the values pass through.
 
-    Args:
-        qkv: [B, N, 3, H, D], fp32, bf16 or fp16 (others take the plain reference), any strides.
-        cos, sin: float32 [N, 2, D // 4] from `rope2d_angles`.
-
-    Raises:
-        ValueError: shapes, types or devices do not fit.
+    qkv is fp32, bf16 or fp16 (others take the plain reference), with any strides; cos and sin are float32
+    [N, 2, D // 4] from `rope2d_angles`. ValueError if shapes, types or devices do not fit.
     """
     _guard("rope2d", qkv, cos, sin)
     return _Rope2d.apply(qkv, cos, sin) if use_triton(qkv, cos, sin) else rope2d_reference(qkv, cos, sin)

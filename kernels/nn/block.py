@@ -165,15 +165,13 @@ class Block(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, normed: Tensor | FP8Rows | None = None,
         next_norm: LayerNorm | None = None, next_dtype: torch.dtype | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | FP8Rows]:  # fmt: skip
-        """The block's output x, or (x, next_norm(x)) where the norm that reads it is given.
+        """The block's output x [B, N, D], or (x, next_norm(x)) where the next block's norm is given.
 
         Args:
-            x: [B, N, D].
             rope: (cos, sin) of `rope2d_angles`, or None.
             normed: norm1(x), where the block before has made it.
             next_norm: the next block's `norm1`.
-            next_dtype: of next_norm(x): the next block's `input_dtype`, this one's by default. Without `next_norm`, of
-                x: its own by default.
+            next_dtype: of next_norm(x), this block's `input_dtype` by default; without `next_norm` of x, its own.
         """
         dtype = self.input_dtype(x)
         if normed is None:
