@@ -26,7 +26,7 @@ from dune_fast.teachers.assets import asset_path
 from dune_fast.teachers.containers import container_state, read_container
 from dune_fast.teachers.encoder_names import beside_encoder, encoder_prefix
 from dune_fast.teachers.local_paths import local_path
-from dune_fast.teachers.recognition import recognize, vit_family
+from dune_fast.teachers.registry import recognize, vit_family
 from dune_fast.teachers.run_files import CheckpointError, weights_in
 from dune_fast.teachers.timm_names import SHORTHAND
 from dune_fast.teachers.weights import compare
