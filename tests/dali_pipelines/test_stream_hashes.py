@@ -38,7 +38,8 @@ def lines(loader, start: int, steps: int) -> list[tuple[int, str]]:
     for plan in itertools.islice(plan_ahead(loader.plans, 2, start), steps):
         for i, (dataset, index) in enumerate(plan.images):
             path = loader._source._images[dataset].relative(index)
-            geometry = [np.asarray(part[i]).astype(int).tolist() for part in vars(plan.geometry).values()]
+            parts = (part for name, part in vars(plan.geometry).items() if name != "side")  # younger than the hashes
+            geometry = [np.asarray(part[i]).astype(int).tolist() for part in parts]
             colour = []
             if plan.colour is not None:
                 values = (torch.as_tensor(value[i]).double() for value in vars(plan.colour).values())
