@@ -61,7 +61,7 @@ def build(cfg: RunConfig, part: int = 0, parts: int = 1) -> Path:
         )
     folder, datasets = Path(cfg.cache.folder).expanduser(), index_datasets(cfg.data)
     views, size = sum(len(dataset.train) for dataset in datasets) * cfg.data.views, bytes_per_view(cfg)
-    rows = min(views, max(1, cfg.cache.shard_megabytes * 2**20 // size))
+    rows = min(views, max(1, int(cfg.cache.shard_megabytes * 2**20) // size))
     manifest = {
         "version": VERSION, "format": cfg.cache.format, "views": views, "rows": rows, "bytes_per_view": size,
         "fingerprint": fingerprint(cfg, datasets),

@@ -31,7 +31,7 @@ LIMITS: dict[str, Limit] = {
         "image_size", "student.image_size", "student.patch_size", "student.embed_dim", "student.depth",
         "student.num_heads", "projector.num_blocks", "projector.num_heads", "projector.hidden_dim",
         "projector.last_hidden_dim", "standardization.phi_s_batches", "start.blocks",
-        "cache.shard_megabytes", "train.images", "train.global_batch",
+        "train.images", "train.global_batch",
         "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "evaluation.batch",
         "evaluation.knn_images", "evaluation.knn_k", "evaluation.figure_size", "evaluation.figure_images",
     ), _COUNT),
@@ -42,7 +42,7 @@ LIMITS: dict[str, Limit] = {
     ), Limit()),
     **dict.fromkeys((
         "student.mlp_ratio", "projector.mlp_ratio", "standardization.eps", "train.max_loss", "train.timeout_minutes",
-        "train.rendezvous_minutes",
+        "train.rendezvous_minutes", "cache.shard_megabytes",
     ), _POSITIVE),
     **dict.fromkeys((
         "standardization.ema_start", "standardization.ema_end", "objective.drop_probability",

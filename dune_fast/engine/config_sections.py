@@ -65,7 +65,7 @@ class CacheConfig:
     """The cache; empty for none."""
     format: str = "int8"
     """How a build stores features: one of `dune_fast.cache.formats.FORMATS`. A run takes what it finds."""
-    shard_megabytes: int = 256
+    shard_megabytes: float = 256.0
     """Size of a file, about."""
 
     def __post_init__(self) -> None:
