@@ -16,9 +16,9 @@ def build(args: argparse.Namespace) -> int:
     interruption the same command goes on where it was. `--part 1/4` to `--part 4/4` share the work among processes or
     machines.
     """
-    from dune_fast.cache.build import build as build_cache
     from dune_fast.cache.report import lines, summarize
     from dune_fast.cache.store import Store
+    from dune_fast.engine.cache_build import build as build_cache
     from dune_fast.engine.config import ConfigError, compose_config
 
     number, _, count = args.part.partition("/")

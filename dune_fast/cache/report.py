@@ -25,7 +25,7 @@ def summarize(store: Store) -> dict[str, Any]:
     return {
         "format": store.manifest["format"], "images": store.manifest["views"] // views, "views": views,
         "missing": store.manifest["views"] - present, "bytes_per_view": size, "bytes_per_image": size * views,
-        "gib": disk / 2**30, "cosine": {name: value / present for name, value in sorted(cosines.items())},
+        "gib": disk / 2**30, "cosine": {name: value / max(present, 1) for name, value in sorted(cosines.items())},
         "build_seconds": seconds, "break_even_epochs": views,
     }  # fmt: skip
 
@@ -37,6 +37,6 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{found['images']:,} images x {found['views']} views in {found['format']}: {found['bytes_per_image']:,} bytes "
         f"an image, {found['gib']:.3f} GiB; {found['missing']} views missing (broken images)",
         f"cosine of stored with live tokens: {cosines}",
-        f"built in {found['build_seconds']:,.0f} s; the teachers' work is saved from epoch "
-        f"{found['break_even_epochs'] + 1} on",
+        f"built in {found['build_seconds']:,.0f} s of all its processes; each view costs the teachers one pass, so a "
+        f"run saves their work from epoch {found['break_even_epochs'] + 1} on",
     ]

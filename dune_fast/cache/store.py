@@ -22,12 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dune_fast.cache.formats import decode
-from dune_fast.engine.config import ConfigError
 
 MANIFEST = "cache.json"
 CHECKSUMS = "checksums"
 VERSION = 1
 _OPEN = 128  # shards that are mapped at once
+
+class CacheError(ValueError):
+    """A cache cannot be used; the message says why and what to do."""
+
 
 Features = dict[str, dict[str, Tensor]]
 
@@ -39,7 +42,7 @@ def shard_path(folder: Path, index: int) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a file whole or not at all."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.part")
+    fresh = path.with_name(f"{path.name}.part")
     fresh.write_text(json.dumps(value, indent=1))
     fresh.replace(path)
 
@@ -61,11 +64,18 @@ def write_shard(path: Path, tensors: dict[str, Tensor], present: Tensor, about: 
         about: metadata.
     """
     sums = [checksum(tensors, row) if there else -1 for row, there in enumerate(present.tolist())]
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.part")
+    fresh = path.with_name(f"{path.name}.part")  # what a kill leaves is overwritten
     save_file({**tensors, CHECKSUMS: torch.tensor(sums, dtype=torch.int64)}, fresh, metadata=about)
+    fresh.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
     with fresh.open("rb") as handle:
         os.fsync(handle.fileno())
     fresh.replace(path)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 class Store:
@@ -76,7 +86,7 @@ class Store:
         tokens: (teacher, token type) that are wanted, in the order of the run.
 
     Raises:
-        ConfigError: there is none in the folder, it is not complete, or of another version.
+        CacheError: there is none in the folder, it is not complete, or of another version.
     """
 
     def __init__(self, folder: str, tokens: Sequence[tuple[str, str]] = ()) -> None:
@@ -84,16 +94,16 @@ class Store:
         try:
             self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text())
         except (OSError, ValueError) as error:
-            raise ConfigError(
+            raise CacheError(
                 f"cache.folder={folder} holds no cache ({error}); `dune-fast cache build` makes one"
             ) from error
-        if self.manifest["version"] != VERSION:
-            raise ConfigError(f"the cache {folder} has format {self.manifest['version']}, this version reads {VERSION}")
+        if (found := self.manifest.get("version")) != VERSION:
+            raise CacheError(f"the cache {folder} has format {found}, this version of dune-fast reads {VERSION}")
         self.rows: int = self.manifest["rows"]
         self.shards = -(-self.manifest["views"] // self.rows)
         missing = [s for s in range(self.shards) if not shard_path(self.folder, s).exists()]
         if missing:
-            raise ConfigError(
+            raise CacheError(
                 f"the cache {folder} is not complete: {len(missing)} of {self.shards} shards are missing; the command "
                 "that builds it goes on where it stopped"
             )
@@ -105,26 +115,26 @@ class Store:
             shard = safe_open(path, "pt")
             return shard, {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{path} is damaged ({error}); delete it and build the cache again") from error
+            raise CacheError(f"{path} is damaged ({error}); delete it and build the cache again") from error
 
     def row(self, view: int) -> dict[str, Tensor]:
         """What is stored of one view: name -> [1, ...].
 
         Raises:
-            ConfigError: the row is damaged, or the image could not be decoded when the cache was built.
+            CacheError: the row is damaged, or the image could not be decoded when the cache was built.
         """
         index, row = divmod(view, self.rows)
         _, slices = self._open(index)
         tensors = {name: values[row : row + 1] for name, values in slices.items()}
         expected = int(tensors.pop(CHECKSUMS))
         if expected == -1:
-            raise ConfigError(
-                f"the cache {self.folder} has no features of view {view}: its image was broken when the cache was "
-                "built. Delete the shard and build the cache again, or repair the images"
+            raise CacheError(
+                f"{shard_path(self.folder, index)} has no features of view {view}: its image was broken when the cache "
+                "was built. Delete this file and build the cache again"
             )
         if checksum(tensors, 0) != expected:
             path = shard_path(self.folder, index)
-            raise ConfigError(f"{path} is damaged (view {view}); delete it and build the cache again")
+            raise CacheError(f"{path} is damaged (view {view}); delete it and build the cache again")
         return tensors
 
     def read(self, views: np.ndarray) -> Stored:

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dune_fast.cache.fingerprint import open_cache
 from dune_fast.cache.teachers import LateTeachers
 from dune_fast.dali_pipelines.datasets import Dataset
 from dune_fast.dali_pipelines.loader import Batch, TrainLoader
@@ -29,6 +28,7 @@ from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep
 from dune_fast.engine import checkpoints
 from dune_fast.engine.accumulation import merge, micro_batch_size, part_momentum, split
+from dune_fast.engine.cache_fingerprint import open_cache
 from dune_fast.engine.config import RunConfig, as_dict
 from dune_fast.engine.config_identity import config_hash, freeze
 from dune_fast.engine.conflicts import TeacherConflicts
@@ -128,7 +128,7 @@ class Trainer:
             folder=self.run_dir,
         )  # fmt: skip
         if cfg.cache.folder:
-            self.loader.read_views = open_cache(cfg, self.loader.datasets).read
+            self.loader.read_views = open_cache(cfg, self.loader.datasets, self.device).read
         refuse_other_data(self.loader.datasets, self.hosts)
         if self.evaluate is not None:
             self.evaluate.check(self.loader.datasets)

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from dune_fast import cli
-from dune_fast.cache.build import build as build_cache
-from dune_fast.cache.build import bytes_per_view
 from dune_fast.cache.formats import FORMATS, decode, encode
-from dune_fast.cache.store import Store, shard_path
+from dune_fast.cache.store import CacheError, Store, shard_path
 from dune_fast.dali_pipelines.datasets import index_datasets
 from dune_fast.dali_pipelines.plan import TrainPlans
 from dune_fast.dali_pipelines.source import ImageSource
-from dune_fast.engine.config import ConfigError, RunConfig, compose_config
+from dune_fast.engine.cache_build import build as build_cache
+from dune_fast.engine.cache_build import bytes_per_view
+from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.engine.metrics import read_metrics
 from tests.engine.conftest import photos, small_run, train
 
@@ -124,8 +124,8 @@ def test_a_build_goes_on_and_is_shared_out(photos, cache, tmp_path):
     cfg.cache.shard_megabytes = (7 * bytes_per_view(cfg) + 1) / 2**20
     for index in (1, 2, 5):
         shard_path(copy, index).unlink()
-    (copy / "shard-000001.safetensors.1.part").write_bytes(b"killed here")
-    with pytest.raises(ConfigError, match="3 of 6 shards are missing; the command that builds it goes on"):
+    (copy / "shard-000001.safetensors.part").write_bytes(b"killed here")
+    with pytest.raises(CacheError, match="3 of 6 shards are missing; the command that builds it goes on"):
         Store(str(copy))
     kept = shard_path(copy, 0).stat().st_mtime_ns
     build_cache(cfg, 0, 2)
@@ -145,12 +145,12 @@ def test_damage_is_noticed(cache, tmp_path):
     data[-10] ^= 1
     path.write_bytes(data)
     store = Store(str(copy))
-    with pytest.raises(ConfigError, match=r"shard-000000.safetensors is damaged \(view \d+\); delete it and build"):
+    with pytest.raises(CacheError, match=r"shard-000000.safetensors is damaged \(view \d+\); delete it and build"):
         store.read(np.arange(7))
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ConfigError, match="is damaged .*; delete it and build the cache again"):
+    with pytest.raises(CacheError, match="is damaged .*; delete it and build the cache again"):
         Store(str(copy)).read(np.arange(7))
-    with pytest.raises(ConfigError, match="holds no cache .*`dune-fast cache build` makes one"):
+    with pytest.raises(CacheError, match="holds no cache .*`dune-fast cache build` makes one"):
         Store(str(tmp_path))
 
 
@@ -166,9 +166,9 @@ def test_damage_is_noticed(cache, tmp_path):
 )  # fmt: skip
 def test_another_runs_cache_is_refused_by_name(photos, cache, tmp_path, change, named):
     overrides = [*small_run(photos, tmp_path / "run"), *VIEWS, f"cache.folder={cache}", change]
-    with pytest.raises(ConfigError, match=f"was made from something else: {named}"):
+    with pytest.raises(CacheError, match=f"was made from something else: {named}"):
         train(overrides)
-    with pytest.raises(ConfigError, match="was made from something else"):
+    with pytest.raises(CacheError, match="was made from something else"):
         build_cache(compose_config(overrides))
 
 
@@ -180,7 +180,7 @@ def test_broken_images_are_passed_over(photos, tmp_path):
     trainer = train(small_run(folder, tmp_path / "run"), *VIEWS, f"cache.folder={tmp_path / 'cache'}")
     assert trainer.step == 6 and trainer.loader.broken == {"images": 1}
     store = Store(str(tmp_path / "cache"))
-    with pytest.raises(ConfigError, match="its image was broken when the cache was built"):
+    with pytest.raises(CacheError, match="its image was broken when the cache was built"):
         store.read(np.arange(40))
 
 
@@ -205,7 +205,7 @@ def test_the_commands(photos, tmp_path, capsys):
     overrides = [*small_run(photos, tmp_path / "run"), "data.views=2", f"cache.folder={cache}"]
     assert cli.main(["cache", "build", *overrides]) == 0
     said = capsys.readouterr().out
-    assert "20 images x 2 views in int8" in said and "saved from epoch 3 on" in said
+    assert "20 images x 2 views in int8" in said and "saves their work from epoch 3 on" in said
     assert cli.main(["cache", "report", str(cache), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["missing"] == 0 and min(found["cosine"].values()) > 0.999

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dune_fast.cache.fingerprint import fingerprint, refuse_other
 from dune_fast.cache.formats import decode, encode
 from dune_fast.cache.store import MANIFEST, VERSION, Features, shard_path, write_json, write_shard
 from dune_fast.dali_pipelines.datasets import index_datasets
 from dune_fast.dali_pipelines.loader import Batch, ViewLoader
+from dune_fast.engine.cache_fingerprint import fingerprint, refuse_other
 from dune_fast.engine.config import ConfigError, RunConfig
 from dune_fast.engine.devices import autocast_dtype
 from dune_fast.teachers.ensemble import TeacherEnsemble
@@ -60,13 +60,15 @@ def build(cfg: RunConfig, part: int = 0, parts: int = 1) -> Path:
             "fixed views of every image, e.g. cache.folder=cache data.views=2"
         )
     folder, datasets = Path(cfg.cache.folder).expanduser(), index_datasets(cfg.data)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     views, size = sum(len(dataset.train) for dataset in datasets) * cfg.data.views, bytes_per_view(cfg)
     rows = min(views, max(1, int(cfg.cache.shard_megabytes * 2**20) // size))
     manifest = {
         "version": VERSION, "format": cfg.cache.format, "views": views, "rows": rows, "bytes_per_view": size,
-        "fingerprint": fingerprint(cfg, datasets),
+        "fingerprint": fingerprint(cfg, datasets, device),
     }  # fmt: skip
-    _open(folder, json.loads(json.dumps(manifest)))
+    manifest = json.loads(json.dumps(manifest))
+    _refuse_other(folder, manifest)
     shards = range(part, -(-views // rows), parts)
     todo = [index for index in shards if not shard_path(folder, index).exists()]
     needed, free = len(todo) * rows * size, shutil.disk_usage(folder).free
@@ -79,25 +81,28 @@ def build(cfg: RunConfig, part: int = 0, parts: int = 1) -> Path:
             f"cache.folder={folder} has {free / 2**30:.1f} GiB free, the cache needs {needed / 2**30:.1f}: choose "
             "another folder, fewer data.views, or cache.format=int8"
         )
+    if not (folder / MANIFEST).exists():
+        write_json(folder / MANIFEST, manifest)
     if todo:
-        _fill(cfg, folder, datasets, todo, views, rows)
+        _fill(cfg, folder, datasets, todo, manifest, device)
     return folder
 
 
-def _open(folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, or compares it with the one that is there."""
+def _refuse_other(folder: Path, manifest: dict[str, Any]) -> None:
+    """Makes the folder, or compares the manifest that is there."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MANIFEST
     if not path.exists():
-        write_json(path, manifest)
         return
     there = json.loads(path.read_text())
     plain = [{k: v for k, v in values.items() if k != "fingerprint"} for values in (there, manifest)]
     refuse_other(str(folder), plain[0] | there["fingerprint"], plain[1] | manifest["fingerprint"])
 
 
-def _fill(cfg: RunConfig, folder: Path, datasets: list, todo: list[int], views: int, rows: int) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _fill(
+    cfg: RunConfig, folder: Path, datasets: list, todo: list[int], manifest: dict[str, Any], device: torch.device
+) -> None:
+    views, rows = manifest["views"], manifest["rows"]
     dtype = autocast_dtype(cfg.train.precision, device)
     teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype, device)
     batches = [
