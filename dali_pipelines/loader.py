@@ -211,6 +211,7 @@ class TrainLoader(ImageLoader):
         device: where the batches are wanted.
         datasets: from `index_datasets(config)`, to index them once for several loaders.
         folder: of the run, for the record of broken images (`quarantine`); None keeps it in memory.
+        sizes: step -> side of its images, up to `image_size`; None for `image_size` at every step.
 
     Raises:
         DataError: wrong configuration, no images, a batch that the ranks cannot share, or no DALI.
@@ -229,6 +230,7 @@ class TrainLoader(ImageLoader):
         device: torch.device,
         datasets: Sequence[Dataset] | None = None,
         folder: Path | None = None,
+        sizes: Callable[[int], int] | None = None,
     ) -> None:
         datasets = index_datasets(config) if datasets is None else datasets
         for dataset in datasets:
@@ -236,7 +238,7 @@ class TrainLoader(ImageLoader):
                 logger.info("dataset %s: %s", dataset.name, contents)
         slots = rank_slots(global_batch, rank, world_size)
         source = ImageSource(datasets, "train", config, folder, rank)
-        plans = TrainPlans(source, config, image_size, global_batch, slots, seed)
+        plans = TrainPlans(source, config, sizes or (lambda step: image_size), global_batch, slots, seed)
         super().__init__(plans, source, config, image_size, global_batch // world_size, device)
 
 

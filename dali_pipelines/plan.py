@@ -5,7 +5,7 @@ A plan is a pure function of (seed, global batch size, step), and of which image
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,17 +118,20 @@ class ViewPlans:
 
 
 class TrainPlans:
-    """Plans of training, without end; `slots` of the global batch are this rank's. Arguments: see `loader.TrainLoader`.
+    """Plans of training, without end; `slots` of the global batch are this rank's. `sizes`: step -> side of its images.
+
+    Other arguments: see `loader.TrainLoader`.
 
     Raises:
         DataError: weights that do not fit the groups, or a batch below 1.
     """
 
     def __init__(
-        self, source: ImageSource, config: DataConfig, image_size: int, global_batch: int, slots: slice, seed: int
-    ) -> None:
+        self, source: ImageSource, config: DataConfig, sizes: Callable[[int], int], global_batch: int, slots: slice,
+        seed: int,
+    ) -> None:  # fmt: skip
         self.groups = Groups(source)
-        self._source, self._config, self._image_size = source, config, image_size
+        self._source, self._config, self._side = source, config, sizes
         self._slots, self._seed = slots, seed
         self.views = Views(source, config.views, seed) if config.views else None
         self._sizes = source.sizes()
@@ -152,7 +155,7 @@ class TrainPlans:
             views = self.views.number(images, draw // self.order.group_sizes[group])
             at = self.views.words(views)
             of = words if self._config.fresh_colour else at
-        geometry = train_geometry(at, sizes, turned, self._image_size, self._config)
+        geometry = train_geometry(at, sizes, turned, self._side(step), self._config)
         colour = colour_of(of, self._config)
         return Plan(step, images, positions, group, [data for data, _ in read], geometry, colour, views)
 

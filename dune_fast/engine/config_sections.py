@@ -74,6 +74,16 @@ class CacheConfig:
 
 
 @dataclass
+class ProgressiveConfig:
+    """A first part of the run at smaller images; see `dune_fast.engine.stages`."""
+
+    until: float = 0.0
+    """Share of the run's steps at which it ends, above that of the entry before and below 1."""
+    image_size: int = 0
+    """Side of its images in pixels, above that of the entry before and below the run's `image_size`."""
+
+
+@dataclass
 class TrainConfig:
     """Length, batch and bookkeeping of the training."""
 
@@ -131,6 +141,10 @@ class TrainConfig:
     drift_images: int = 8
     """Images of the first step on which teachers in less than float32 are compared with float32, as `dune-fast teachers
     drift` does; 0 leaves it out."""
+    ema: float = 0.0
+    """Departs from the papers: decay of a running average of the student's weights, e.g. 0.999, which is what is
+    evaluated and exported; the weights themselves go to `student_raw.safetensors`. In the first steps it is (1 + step)
+    / (10 + step). The training does not notice, so a run may begin and end with it at any step. 0 for none."""
     max_loss: float = 100.0
     """A loss above this (standardized features start near 1) stops the run. A step with a loss or gradient that is
     not finite is skipped; three of them in a row stop the run."""
