@@ -229,7 +229,8 @@ def validate(cfg: RunConfig) -> None:
                 )
     if cfg.cache.folder and cfg.progressive:
         raise ConfigError(
-            f"cache.folder={cfg.cache.folder!r} with progressive: a cache holds features of one image size; leave one out"
+            f"cache.folder={cfg.cache.folder!r} with progressive: a cache holds features of one image size; leave one "
+            "of them out"
         )
     if cfg.cache.folder and not cfg.data.views:
         raise ConfigError(
