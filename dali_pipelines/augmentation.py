@@ -2,7 +2,8 @@
 
 The distributions are torchvision's: RandomResizedCrop (ten attempts at an area and a log-uniform ratio, then a centre
 crop), a horizontal flip, ColorJitter in a random order, grayscale, Gaussian blur and solarize, each with its
-probability. Every image has 36 random words, Philox counters (position, block) in the stream AUGMENT:
+probability. Every image has 36 random words, Philox counters (position, block) in the stream AUGMENT, or (number of the
+view, block) in the stream VIEW:
 
     word  0 ... 19   area and ratio of the ten crop attempts
     word 20, 21      top and left of the crop            word 22      flip
@@ -58,10 +59,10 @@ class Geometry:
         return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
-def draw_words(seed: int, positions: np.ndarray) -> torch.Tensor:
-    """The 36 random words of each image: int64 [B, 36] in [0, 2^32). positions: int64 [B], global."""
+def draw_words(seed: int, positions: np.ndarray, stream: int = philox.AUGMENT) -> torch.Tensor:
+    """The 36 random words of each image: int64 [B, 36] in [0, 2^32). positions: int64 [B], global, or of views."""
     position = torch.from_numpy(np.asarray(positions, np.int64))
-    return philox.words(seed, philox.AUGMENT, position[:, None], torch.arange(_BLOCKS)).flatten(1)
+    return philox.words(seed, stream, position[:, None], torch.arange(_BLOCKS)).flatten(1)
 
 
 def resized_crops(words: torch.Tensor, sizes: np.ndarray, scale: list[float], ratio: list[float]) -> np.ndarray:

@@ -19,6 +19,7 @@ from dune_fast.distill.objective import ObjectiveConfig
 from dune_fast.distill.phi_s import HadamardError, hadamard_base
 from dune_fast.engine.config_limits import find_fault
 from dune_fast.engine.config_sections import (
+    CacheConfig,
     ConfigError,
     DeepSpeedConfig,
     EvaluationConfig,
@@ -69,6 +70,7 @@ class RunConfig:
     architecture; positions are resized to `image_size`. Empty for initial weights by `train.seed`."""
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     start: StartConfig = field(default_factory=StartConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -201,6 +203,7 @@ def validate(cfg: RunConfig) -> None:
             f"no teacher is configured: choose an experiment, e.g. experiment=demo (there are: {experiments})"
         )
     places = {"output_dir": cfg.output_dir, "student_weights": cfg.student_weights}
+    places["cache.folder"] = cfg.cache.folder
     places |= {f"teachers.{name}.weights": teacher.weights for name, teacher in cfg.teachers.items()}
     if fault := next(filter(None, (address_fault(place, what) for what, place in places.items())), ""):
         raise ConfigError(fault)
@@ -224,6 +227,16 @@ def validate(cfg: RunConfig) -> None:
                     f"multiple of {teacher.grid_multiple}; the nearest image sizes are "
                     f"{nearest_multiples(size, patch * teacher.grid_multiple)}"
                 )
+    if cfg.cache.folder and cfg.progressive:
+        raise ConfigError(
+            f"cache.folder={cfg.cache.folder!r} with progressive: a cache holds features of one image size; leave one "
+            "of them out"
+        )
+    if cfg.cache.folder and not cfg.data.views:
+        raise ConfigError(
+            f"cache.folder={cfg.cache.folder!r} with data.views=0: a cache holds fixed views; give data.views the "
+            "number that it was built with"
+        )
     if cfg.start.teacher:
         if cfg.start.teacher not in cfg.teachers:
             known = ", ".join(sorted(cfg.teachers))

@@ -42,7 +42,7 @@ LIMITS: dict[str, Limit] = {
     ), Limit()),
     **dict.fromkeys((
         "student.mlp_ratio", "projector.mlp_ratio", "standardization.eps", "train.max_loss", "train.timeout_minutes",
-        "train.rendezvous_minutes",
+        "train.rendezvous_minutes", "cache.shard_megabytes",
     ), _POSITIVE),
     **dict.fromkeys((
         "standardization.ema_start", "standardization.ema_end", "objective.drop_probability",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from dune_fast.cache.formats import FORMATS
 from dune_fast.distill.standardization import CONVENTIONS
 
 
@@ -53,6 +54,23 @@ class StartConfig:
     def wanted(self) -> bool:
         """Whether anything is computed."""
         return bool(self.teacher) or self.fit_projectors
+
+
+@dataclass
+class CacheConfig:
+    """Teachers' features from a folder instead of from the teachers (`dune-fast cache build`). Departs from the papers,
+    which show every image in a new crop: it needs `data.views`."""
+
+    folder: str = ""
+    """The cache; empty for none."""
+    format: str = "int8"
+    """How a build stores features: one of `dune_fast.cache.formats.FORMATS`. A run takes what it finds."""
+    shard_megabytes: float = 256.0
+    """Size of a file, about."""
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ConfigError(f"cache.format={self.format!r}; choose one of {', '.join(FORMATS)}")
 
 
 @dataclass

@@ -203,6 +203,8 @@ def _flops_at_one_size(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = 
         if deepest is not None:
             deepest = round(deepest * share_of_images(cfg, [first, *others]))
         teachers |= {first: deepest, **dict.fromkeys(others, 0)}
+    if cfg.cache.folder:
+        teachers = dict.fromkeys(cfg.teachers, 0)
     projectors = 0
     for name, t in cfg.teachers.items():
         count = projector_flops(cfg.projector, cfg.student, t.num_features, t.token_types, grid)

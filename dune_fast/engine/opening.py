@@ -55,7 +55,8 @@ def open_log(run: Opened, where: dict[str, Any]) -> MetricsLog:
         cfg.logging, cfg.name, run.run_dir, run.step, dict(record.content["trackers"]), as_dict(cfg),
         record.keep_tracker,
     )  # fmt: skip
-    parts = stage_flops(cfg, {name: teacher.trunk for name, teacher in run.teachers.teachers.items()})
+    trunks = None if cfg.cache.folder else {name: teacher.trunk for name, teacher in run.teachers.teachers.items()}
+    parts = stage_flops(cfg, trunks)
     flops = mean_flops(parts).training
     bf16 = run.engine.module.autocast_dtype is torch.bfloat16
     peak = peak_tflops(device_name(run.device)) if bf16 else None

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dune_fast.cache.teachers import LateTeachers
 from dune_fast.dali_pipelines.datasets import Dataset
 from dune_fast.dali_pipelines.loader import Batch, TrainLoader
 from dune_fast.distill.objective import ownership
@@ -27,6 +28,7 @@ from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep
 from dune_fast.engine import checkpoints
 from dune_fast.engine.accumulation import merge, micro_batch_size, part_momentum, split
+from dune_fast.engine.cache_fingerprint import open_cache
 from dune_fast.engine.config import RunConfig, as_dict
 from dune_fast.engine.config_identity import config_hash, freeze
 from dune_fast.engine.conflicts import TeacherConflicts
@@ -127,12 +129,15 @@ class Trainer:
             cfg.data, cfg.image_size, cfg.train.global_batch, self.rank, self.world_size, cfg.train.seed, self.device,
             folder=self.run_dir, sizes=lambda step: stage_at(self.stages, step).image_size,
         )  # fmt: skip
+        if cfg.cache.folder:
+            self.loader.read_views = open_cache(cfg, self.loader.datasets, self.device).read
         refuse_other_data(self.loader.datasets, self.hosts)
         if self.evaluate is not None:
             self.evaluate.check(self.loader.datasets)
         groups = {name: teacher.groups for name, teacher in cfg.teachers.items()}
         own = ownership(groups, self.loader.groups, cfg.objective, self.device)
-        self.teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, self.dtype, self.device)
+        build = functools.partial(TeacherEnsemble, cfg.teachers, cfg.student.patch_size, self.dtype, self.device)
+        self.teachers = LateTeachers(build) if cfg.cache.folder else build()
         self.warm_start = None
         if resume_step is not None:  # the checkpoint's weights follow: the source of a warm start may be gone
             student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
@@ -150,6 +155,8 @@ class Trainer:
         )
         if resume_step is None:
             look_ahead(self, student)
+            if cfg.cache.folder:
+                self.teachers.release()
         if cfg.train.compile:
             student.compile_blocks()
         self.engine = self.distill.student = Engine(
@@ -253,7 +260,7 @@ class Trainer:
             if batch is None:
                 self.stopped = True
                 break
-            if self.step == 0 and train.drift_images:
+            if self.step == 0 and train.drift_images and not self.cfg.cache.folder:
                 check_teachers(self.teachers, batch.images[: train.drift_images], self.run_dir)
             if self.rank == 0 and (stage := stage_at(self.stages, self.step)).first == self.step > 0:
                 logger.info("step %d to %d at %d px", stage.first + 1, stage.end, stage.image_size)
@@ -302,7 +309,8 @@ class Trainer:
         momentum = part_momentum(float(self.momenta[i]), len(parts))
         for part in parts:
             self.watchdog.at(f"step {i + 1}, forward")
-            outputs.append(self.distill(part.images, part.group, part.positions, i, momentum, part.group_on_host))
+            inputs = part.images, part.group, part.positions, i, momentum, part.group_on_host, part.features
+            outputs.append(self.distill(*inputs))
             self.watchdog.at(f"step {i + 1}, backward")
             self.engine.backward(outputs[-1].loss)
         metrics, images = merge(outputs)
