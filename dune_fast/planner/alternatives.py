@@ -19,7 +19,7 @@ from dune_fast.planner.numbers import ESTIMATED, Number
 
 _PROOF = "docs/training_well.md: a ViT-Ti/14 at 112 px, three seeds"
 QUALITY = {
-    "live, whole": "the paper's schedule if the recipe is the paper's; no recipe has been run in full (docs/one_gpu.md)",
+    "live, whole": "the recipe's own; no recipe has been run in full (docs/one_gpu.md)",
     "live": "weaker than the whole recipe; by how much is not known, no number is published for a shorter schedule. "
     f"From 120 to 400 steps IoU rose from 0.573 to 0.587, matching from 0.487 to 0.518 ({_PROOF})",
     "FP8 teachers": "not known. Two ViT-S/14 teachers differ by 1 - cosine of 4.8e-3 to 1.5e-2 from float32 "

@@ -10,7 +10,7 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.engine.flops import TRAINED, run_flops
 from dune_fast.engine.memory import Fit, fit
 from dune_fast.planner.gpus import EFFICIENCY, FP8_TEACHER, GPU, LINK_SHARE, PCIE_GB_S
-from dune_fast.planner.numbers import COUNTED, ESTIMATED, GIVEN, Number
+from dune_fast.planner.numbers import COUNTED, ESTIMATED, Number
 from dune_fast.planner.scale import exposed_seconds, sent_bytes
 
 IMAGE_KB = 110.0
@@ -41,6 +41,11 @@ class Machine:
     table: GPU | None = None
     """Its line in the table of GPUs."""
 
+    @property
+    def how(self) -> str:
+        """How what follows from the rate is known."""
+        return ESTIMATED if self.tflops.how == ESTIMATED else f"{ESTIMATED} from the {self.tflops.how} rate"
+
 
 def of_table(name: str, gpu: GPU, gpus: int) -> Machine:
     """GPUs of the table, at the assumed share of their rate."""
@@ -53,7 +58,7 @@ def image_flops(cfg: RunConfig) -> tuple[float, float]:
     flops = run_flops(cfg)
     if flops.all_teachers is None:
         unknown = ", ".join(name for name, count in flops.teachers.items() if count is None)
-        raise ValueError(f"the arithmetic of {unknown} is not known without its weights, so there are no hours to plan")
+        raise ValueError(f"the arithmetic of {unknown} is not known without weights: there are no hours to plan")
     again = 1 if cfg.train.activation_checkpointing else 0  # the encoder's forward pass
     trained = (TRAINED + again) * flops.student + TRAINED * flops.projectors
     factors = {name: FP8_TEACHER if t.precision == "fp8" else 1.0 for name, t in cfg.teachers.items()}
@@ -97,7 +102,7 @@ def too_small(cfg: RunConfig, experiment: str, machine: Machine) -> ValueError:
     """For a machine on which nothing fits."""
     return ValueError(
         f"{experiment} does not fit {machine.gpus} x {machine.name} with {machine.memory / 2**30:.0f} GiB: no number "
-        "of parts, activation checkpointing or ZeRO stage is enough; take more GPUs, a smaller student or image_size, or "
+        "of parts, activation checkpointing or ZeRO stage is enough; take more GPUs, a smaller student or image_size or "
         "teachers in precision=fp8"
     )
 
@@ -151,18 +156,19 @@ def longest(
         raise ValueError(
             f"{hours:g} hours are not enough for 2 steps of {experiment}, one of which takes about {seconds:.0f} s"
         )
-    how, images, taken = machine.tflops.how, steps * batch, steps * seconds / 3600
+    how, images, taken = machine.how, steps * batch, steps * seconds / 3600
     rate, kb = batch / seconds, IMAGE_KB if image_kb is None else image_kb
+    length_how = COUNTED if steps == cfg.steps else how
     numbers = {
-        "images": Number(images, "images", how),
-        "steps": Number(steps, f"steps of {batch:,}", how),
-        "share of the recipe": Number(100 * steps / cfg.steps, "%", how),
+        "images": Number(images, "images", length_how),
+        "steps": Number(steps, f"steps of {batch:,}", length_how),
+        "share of the recipe": Number(100 * steps / cfg.steps, "%", length_how),
         "micro-batch": Number(lies.images // lies.parts, "images a GPU", ESTIMATED),
         "accumulation": Number(lies.parts, "parts", ESTIMATED),
         "memory": Number(lies.needed / 2**30, f"of {lies.available / 2**30:.0f} GiB a GPU", ESTIMATED),
-        "statistics": Number(batch // lies.parts, f"images of {batch:,}, over which teachers are standardized", COUNTED),
+        "statistics": Number(batch // lies.parts, "images at a time standardize the teachers", ESTIMATED),
         "speed": Number(rate, "images/s", how),
-        "storage": Number(rate * kb / 1e3, "MB/s", how if image_kb is not None and how != GIVEN else ESTIMATED),
+        "storage": Number(rate * kb / 1e3, "MB/s", how if image_kb is not None else ESTIMATED),
         "decoding": Number(rate * DECODE_MS / 1e3, "CPU cores", ESTIMATED),
         "hours": Number(taken, "h", how),
     }
@@ -172,13 +178,3 @@ def longest(
     own = [*overrides, *([length] if steps < cfg.steps else []), f"train.accumulation={lies.parts}", *remedies]
     command = f"dune-fast distill -n {machine.gpus} experiment={experiment} {' '.join(own)}"
     return Schedule(experiment, machine, steps, images, steps == cfg.steps, command, numbers, lies)
-
-
-def recipe_numbers(cfg: RunConfig) -> dict[str, Number]:
-    """The recipe's own length and the arithmetic of an image, exactly."""
-    trained, frozen = image_flops(cfg)
-    return {
-        "steps": Number(cfg.steps, f"steps of {cfg.train.global_batch:,}", COUNTED),
-        "student and projectors": Number(trained / 1e12, "TFLOP an image", COUNTED),
-        "teachers": Number(frozen / 1e12, "TFLOP an image", COUNTED),
-    }

@@ -1,4 +1,7 @@
-"""Some steps of a recipe on this machine's device, on random images with teachers of random weights."""
+"""Some steps of a recipe on this machine's device, on random images.
+
+ViT teachers have random weights, so that no file is needed; others have their own.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,27 @@ from dune_fast.distill.step import DistillationStep
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.deepspeed_engine import Engine, init_distributed
 from dune_fast.engine.devices import autocast_dtype, device_name
-from dune_fast.engine.flops import run_flops
+from dune_fast.engine.flops import run_flops, teachers_by_trunk
 from dune_fast.engine.memory import device_memory, fit
 from dune_fast.planner.budget import Machine
 from dune_fast.planner.gpus import gpu_of_device
 from dune_fast.planner.numbers import MEASURED, Number
 from dune_fast.student import build_student
+from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.ensemble import TeacherEnsemble
+from dune_fast.teachers.registry import family_class
+from dune_fast.teachers.vit import ViTTeacher
+
+
+def _random_teachers(cfg: RunConfig) -> dict[str, TeacherConfig]:
+    """ViT teachers without weights files, others as they are; what reads one trunk still does."""
+    seeds = {name: seed for seed, group in enumerate(teachers_by_trunk(cfg.teachers), 1) for name in group}
+    grid, found = cfg.image_size // cfg.student.patch_size, dict(cfg.teachers)
+    for name, teacher in cfg.teachers.items():
+        if issubclass(family_class(teacher.family), ViTTeacher):
+            side = teacher.image_size or grid * teacher.patch_size  # the size of its position table
+            found[name] = dataclasses.replace(teacher, weights=f"random:{seeds[name]}", image_size=side)
+    return found
 
 
 @dataclass(frozen=True)
@@ -59,8 +76,7 @@ def calibrate(cfg: RunConfig, steps: int, gpus: int = 1) -> Calibration:
     if not lies.fits:
         raise ValueError(f"one image of this recipe does not fit {device_name(device)}: {lies}")
     size = lies.images // lies.parts
-    named = enumerate(cfg.teachers.items(), 1)
-    teachers = {name: dataclasses.replace(teacher, weights=f"random:{i}") for i, (name, teacher) in named}
+    teachers = _random_teachers(cfg)
     groups = list(cfg.data.groups) or ["generic"]
     own = ownership({name: t.groups for name, t in teachers.items()}, groups, cfg.objective, device)
     student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)

@@ -53,8 +53,8 @@ def exposed_seconds(cfg: RunConfig, sent: float, link: float, backward: float) -
     if cfg.deepspeed.zero_stage:
         return seconds
     size = 2 if cfg.deepspeed.gradient_dtype == "bf16" else 4
-    bucket = min(LARGEST, sum(trained_parameters(cfg)) * size / FEWEST)
-    last = seconds * bucket / (sum(trained_parameters(cfg)) * size)
+    gradients = sum(trained_parameters(cfg)) * size
+    last = seconds * min(LARGEST / gradients, 1 / FEWEST)
     return max(last, seconds - backward)
 
 
