@@ -9,11 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from omegaconf import OmegaConf
+
 from dune_fast.distill.narrowing import NarrowingError, check_pair
 from dune_fast.engine.config import ConfigError, RunConfig, compose_config
 from dune_fast.engine.flops import published_network
-from dune_fast.engine.overrides import config_names
-from dune_fast.kernels.nn.vit import VisionTransformer
+from dune_fast.engine.overrides import own_folders, packaged_folder
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.planner.budget import Machine, Schedule, image_flops, longest, mildest, step_seconds
 from dune_fast.planner.numbers import ESTIMATED, Number
 
@@ -70,7 +72,7 @@ def alternatives(
 
     def add(name: str, about: str, more: list[str], quality: str | None = None) -> None:
         own = [*overrides, *more]
-        changed = _composed(experiment, own)
+        changed = _composed(experiment, own) if more else cfg
         assert changed is not None, own
         text = QUALITY[quality or name]
         try:
@@ -89,7 +91,7 @@ def alternatives(
         found.append(Alternative("FP8 teachers", "teachers' products in float8", QUALITY["FP8 teachers"], why=why))
     elif eight:
         add("FP8 teachers", "teachers' products in float8, at 0.69 of their time in bf16", eight)
-    if smaller := _smaller_student(cfg, experiment, overrides):
+    if smaller := _smaller_student(cfg):
         add("smaller student", f"student={smaller}", [f"student={smaller}"])
     if not cfg.student_weights and not cfg.start.teacher and (teacher := _start_teacher(cfg)):
         more = [f"start.teacher={teacher}", "start.fit_projectors=true"]
@@ -105,15 +107,15 @@ def _vits(cfg: RunConfig) -> list[str]:
     return [name for name in names if isinstance(published_network(name, cfg.teachers[name]), VisionTransformer)]
 
 
-def _smaller_student(cfg: RunConfig, experiment: str, overrides: Sequence[str]) -> str | None:
+def _smaller_student(cfg: RunConfig) -> str | None:
     """The largest student of `configs/student` that is smaller, of the same patch size."""
     sizes = {}
-    for name in config_names("student"):
-        other = _composed(experiment, [*overrides, f"student={name}"])
-        if other and other.student.patch_size == cfg.student.patch_size:
-            size = other.student.embed_dim**2 * other.student.depth
-            if size < cfg.student.embed_dim**2 * cfg.student.depth:
-                sizes[name] = size
+    for folder in (packaged_folder(), *own_folders()):
+        for path in (folder / "student").glob("*.yaml"):
+            other = OmegaConf.merge(OmegaConf.structured(ViTConfig), OmegaConf.load(path))
+            size = other.embed_dim**2 * other.depth
+            if other.patch_size == cfg.student.patch_size and size < cfg.student.embed_dim**2 * cfg.student.depth:
+                sizes[path.stem] = size
     return max(sizes, key=sizes.__getitem__) if sizes else None
 
 

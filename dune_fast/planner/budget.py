@@ -102,8 +102,8 @@ def too_small(cfg: RunConfig, experiment: str, machine: Machine) -> ValueError:
     """For a machine on which nothing fits."""
     return ValueError(
         f"{experiment} does not fit {machine.gpus} x {machine.name} with {machine.memory / 2**30:.0f} GiB: no number "
-        "of parts, activation checkpointing or ZeRO stage is enough; take more GPUs, a smaller student or image_size or "
-        "teachers in precision=fp8"
+        "of parts, activation checkpointing or ZeRO stage is enough; take more GPUs, a smaller student or image_size, "
+        "or teachers in precision=fp8"
     )
 
 
