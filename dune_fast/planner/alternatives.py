@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from dune_fast.distill.narrowing import NarrowingError, check_pair
 from dune_fast.engine.config import ConfigError, RunConfig, compose_config
 from dune_fast.engine.flops import published_network
-from dune_fast.engine.overrides import own_folders, packaged_folder
+from dune_fast.engine.overrides import config_names
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.planner.budget import Machine, Schedule, image_flops, longest, mildest, step_seconds
 from dune_fast.planner.numbers import ESTIMATED, Number
@@ -110,12 +110,11 @@ def _vits(cfg: RunConfig) -> list[str]:
 def _smaller_student(cfg: RunConfig) -> str | None:
     """The largest student of `configs/student` that is smaller, of the same patch size."""
     sizes = {}
-    for folder in (packaged_folder(), *own_folders()):
-        for path in (folder / "student").glob("*.yaml"):
-            other = OmegaConf.merge(OmegaConf.structured(ViTConfig), OmegaConf.load(path))
-            size = other.embed_dim**2 * other.depth
-            if other.patch_size == cfg.student.patch_size and size < cfg.student.embed_dim**2 * cfg.student.depth:
-                sizes[path.stem] = size
+    for name, path in config_names("student").items():
+        other = OmegaConf.merge(OmegaConf.structured(ViTConfig), OmegaConf.load(path))
+        size = other.embed_dim**2 * other.depth
+        if other.patch_size == cfg.student.patch_size and size < cfg.student.embed_dim**2 * cfg.student.depth:
+            sizes[name] = size
     return max(sizes, key=sizes.__getitem__) if sizes else None
 
 
