@@ -9,11 +9,9 @@ import pytest
 from dune_fast import cli
 from dune_fast.engine.config import compose_config
 from dune_fast.engine.flops import run_flops
+from dune_fast.planner.budget import longest
 from dune_fast.planner.calibrate import calibrate
 from dune_fast.planner.numbers import Number
-from tests.engine.conftest import photos, small_run
-
-__all__ = ["photos"]  # a fixture
 
 HOW = ("counted", "measured", "given", "estimated")
 
@@ -64,15 +62,23 @@ def test_many_machines(capsys):
     assert rows[0]["gpus"] == 16 and rows[0]["how"] == "estimated"
 
 
-def test_a_calibration_takes_the_place_of_the_assumption(photos, tmp_path):
-    """A small run on this machine's processor: the rate is measured, what follows from it says so."""
-    cfg = compose_config(small_run(photos, tmp_path))
+SMALL = [
+    "+teachers@teachers.one=dinov2_vits14", "student=vit_tiny14", "student.depth=2", "image_size=56",
+    "train.global_batch=4", "train.steps=100", "train.precision=fp32",
+]  # fmt: skip
+
+
+def test_a_calibration_takes_the_place_of_the_assumption():
+    """On this machine's processor: the rate is measured, what follows from it says so. No weights file is needed."""
+    cfg = compose_config(SMALL)
     found = calibrate(cfg, 2)
-    assert found.micro_batch == 8 and found.steps == 2 and found.seconds > 0
-    assert found.tflops == pytest.approx(run_flops(cfg).training * 8 / found.seconds / 1e12)
+    assert found.micro_batch == 4 and found.steps == 2 and found.seconds > 0
+    assert found.tflops == pytest.approx(run_flops(cfg).training * 4 / found.seconds / 1e12)
     machine = found.machine(2)
     assert machine.tflops.how == "measured" and machine.how == "estimated from the measured rate"
-    assert machine.table is None and machine.name == "cpu"
+    assert machine.name == found.device and machine.gpus == 2
+    plan = longest(cfg, "small", [], found.machine(1), 1e3)
+    assert plan.numbers["speed"].value == pytest.approx(4 / found.seconds)
 
 
 @pytest.mark.parametrize(
