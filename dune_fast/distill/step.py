@@ -78,6 +78,7 @@ class DistillationStep:
         step: int,
         momentum: float,
         groups_on_host: np.ndarray | None = None,
+        features: Features | None = None,
     ) -> StepOutput:
         """One forward pass.
 
@@ -88,10 +89,17 @@ class DistillationStep:
             step: of the run.
             momentum: of the teachers' running statistics.
             groups_on_host: `groups` where the host can look at them; needed with `objective.route_by_dataset`.
+            features: of all images, from a cache: the teachers do not run.
         """
         routes = self.routes(images, groups_on_host)
         patches = SharedPatches()
-        if self.side is None:
+        if features is not None:
+            projections = self.student(images, routes, patches)
+            if routes is not None:
+                features = {
+                    name: {kind: routes[name].take(x) for kind, x in kinds.items()} for name, kinds in features.items()
+                }
+        elif self.side is None:
             projections = self.student(images, routes, patches)  # teacher -> token type -> [B, C] or [B, N, C]
             features = self.teachers(images, routes, patches)
         else:

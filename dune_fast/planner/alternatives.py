@@ -33,7 +33,7 @@ QUALITY = {
     "cached": "not known: the papers show every image in a new crop",
 }
 """What is known of the quality of each alternative, and from where."""
-_NO_CACHE = "no command: the recipe does not say how many images it has"
+_NO_CACHE = "`dune-fast cache build` makes it, with data.views = the views on disk / the number of your images"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _composed(experiment: str, overrides: Sequence[str]) -> RunConfig | None:
 
 
 def alternatives(
-    cfg: RunConfig, experiment: str, overrides: Sequence[str], machine: Machine, hours: float, disk: float | None,
+    cfg: RunConfig, experiment: str, overrides: Sequence[str], machine: Machine, hours: float | None, disk: float | None,
     image_kb: float | None,
 ) -> list[Alternative]:  # fmt: skip
     """The recipe as it is, then what else the hours buy.
@@ -96,8 +96,9 @@ def alternatives(
     if not cfg.student_weights and not cfg.start.teacher and (teacher := _start_teacher(cfg)):
         more = [f"start.teacher={teacher}", "start.fit_projectors=true"]
         add("start", "first weights out of a teacher in closed form, as many steps", more)
-    found.append(_progressive(cfg, experiment, overrides, machine, hours, image_kb))
-    found.append(_cached(cfg, machine, hours, disk))
+    if not cfg.progressive and not cfg.cache.folder:
+        found.append(_progressive(cfg, experiment, overrides, machine, hours, image_kb))
+        found.append(_cached(cfg, machine, hours, disk))
     return found
 
 
@@ -132,7 +133,7 @@ def _start_teacher(cfg: RunConfig) -> str | None:
 
 
 def _progressive(
-    cfg: RunConfig, experiment: str, overrides: Sequence[str], machine: Machine, hours: float, image_kb: float | None
+    cfg: RunConfig, experiment: str, overrides: Sequence[str], machine: Machine, hours: float | None, image_kb: float | None
 ) -> Alternative:
     """Two thirds of the side for the first half of the steps."""
     unit = math.lcm(*(t.grid_multiple for t in cfg.teachers.values())) * cfg.student.patch_size
@@ -163,7 +164,7 @@ def view_bytes(cfg: RunConfig) -> int:
     return sum(sizes[token] * t.num_features for t in cfg.teachers.values() for token in t.token_types)
 
 
-def _cached(cfg: RunConfig, machine: Machine, hours: float, disk: float | None) -> Alternative:
+def _cached(cfg: RunConfig, machine: Machine, hours: float | None, disk: float | None) -> Alternative:
     """Teachers once over as many views as the disk holds, then the student alone."""
     about, text = "teachers once over fixed views, their features from disk", QUALITY["cached"]
     size = view_bytes(cfg)
@@ -177,7 +178,9 @@ def _cached(cfg: RunConfig, machine: Machine, hours: float, disk: float | None) 
     _, frozen = image_flops(changed)
     rate = machine.gpus * machine.tflops.value * 1e12
     trained = step_seconds(changed, machine, teachers=False)
-    batch, seconds = changed.train.global_batch, hours * 3600
+    batch = changed.train.global_batch
+    whole = changed.steps * (trained + batch * frozen / rate)
+    seconds = whole if hours is None else hours * 3600
     views = min(int(disk // size), int(seconds / (frozen / rate + trained / batch)))
     building = views * frozen / rate
     steps = min(changed.steps, int((seconds - building) / trained))

@@ -75,6 +75,8 @@ def test_alternatives_change_the_parts_that_they_name(dune, all_plans):
     assert composed(eight.command).teachers["mast3r_vitlarge_16"].precision == "fp8"
     assert composed(small.command).student.embed_dim == 384 and small.schedule.images > live.schedule.images
     assert composed(found["start"].command).start.teacher == "dino2reg_vitlarge_14"
+    (first,) = composed(found["progressive"].command).progressive
+    assert (first.until, first.image_size) == (0.5, 224)
     for alternative in found.values():
         assert alternative.quality in QUALITY.values()
         if alternative.command:
@@ -96,6 +98,8 @@ def test_a_cache_pays_its_building_and_stays_on_its_disk(dune, all_plans):
 def test_a_gpu_without_fp8_is_not_offered_it(dune):
     found = {a.name: a for a in alternatives(dune, "dune_336", [], two("a100"), 72.0, None, None)}
     eight, cached = found["FP8 teachers"], found["cached"]
+    whole = alternatives(dune, "dune_336", [], two("a100"), None, 2e12, None)[-1]
+    assert whole.numbers["share of the recipe"].value == 100  # without a limit of hours
     assert "--disk" in cached.why and not cached.command
     assert "no FP8" in eight.why and not eight.command and not eight.numbers
 
