@@ -59,8 +59,8 @@ def _composed(experiment: str, overrides: Sequence[str]) -> RunConfig | None:
 
 
 def alternatives(
-    cfg: RunConfig, experiment: str, overrides: Sequence[str], machine: Machine, hours: float | None, disk: float | None,
-    image_kb: float | None,
+    cfg: RunConfig, experiment: str, overrides: Sequence[str], machine: Machine, hours: float | None,
+    disk: float | None, image_kb: float | None,
 ) -> list[Alternative]:  # fmt: skip
     """The recipe as it is, then what else the hours buy.
 
@@ -133,8 +133,9 @@ def _start_teacher(cfg: RunConfig) -> str | None:
 
 
 def _progressive(
-    cfg: RunConfig, experiment: str, overrides: Sequence[str], machine: Machine, hours: float | None, image_kb: float | None
-) -> Alternative:
+    cfg: RunConfig, experiment: str, overrides: Sequence[str], machine: Machine, hours: float | None,
+    image_kb: float | None,
+) -> Alternative:  # fmt: skip
     """Two thirds of the side for the first half of the steps."""
     unit = math.lcm(*(t.grid_multiple for t in cfg.teachers.values())) * cfg.student.patch_size
     side = max(unit, round(cfg.image_size * 2 / 3 / unit) * unit)
