@@ -13,7 +13,16 @@ from collections.abc import Iterator
 
 import argcomplete
 
-from dune_fast import __version__, cache_cli, data_cli, evaluate_cli, launch_cli, launcher, teachers_cli
+from dune_fast import (
+    __version__,
+    cache_cli,
+    data_cli,
+    evaluate_cli,
+    launch_cli,
+    launcher,
+    plan_cli,
+    teachers_cli,
+)
 from dune_fast.console import add_command, console, in_colour
 from dune_fast.engine.overrides import config_names
 from dune_fast.export import TARGETS
@@ -107,26 +116,6 @@ def doctor(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def plan(args: argparse.Namespace) -> int:
-    """Says what runs will take: steps, arithmetic, memory, disk and, with --tflops, hours."""
-    from dune_fast.engine.config import compose_config
-    from dune_fast.plan import describe
-
-    if args.tflops is not None and args.tflops <= 0:
-        raise ValueError(f"--tflops is {args.tflops:g}; give what one device reaches, e.g. 400")
-    if min(args.gpus) < 1:
-        raise ValueError(f"--gpus is {' '.join(map(str, args.gpus))}; give numbers of devices, e.g. 1 8")
-    given = [argument.removeprefix("experiment=") for argument in args.overrides]
-    experiments = [name for name in given if "=" not in name]
-    overrides = [name for name in given if "=" in name]
-    if not experiments:
-        raise ValueError("name an experiment, e.g. `dune-fast plan dune_336 dune_448`")
-    for name in experiments:
-        cfg = compose_config([f"experiment={name}", *overrides])
-        sys.stdout.write("\n".join(describe(cfg, name, args.gpus, args.tflops)) + "\n")
-    return 0
-
-
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
     parser = argparse.ArgumentParser(prog="dune-fast", description="Multi-teacher distillation of vision encoders.")
@@ -168,11 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add_command(commands, "doctor", doctor, "check the machine and an experiment")
     sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="e.g. experiment=dune_336 (none: the machine)")
 
-    sub = add_command(commands, "plan", plan, "say what runs will take")
-    help_text = "experiments and overrides, e.g. dune_336 train.global_batch=256"
-    sub.add_argument("overrides", nargs="+", metavar="EXPERIMENT", help=help_text)
-    sub.add_argument("--gpus", type=int, nargs="+", default=[1, 8], metavar="N", help="devices to plan for (1 8)")
-    sub.add_argument("--tflops", type=float, default=None, metavar="X", help="plan with X TFLOP/s a device, too")
+    plan_cli.add_parser(commands)
 
     for sub in all_commands(commands):
         _add_common_options(sub, argparse.SUPPRESS, argparse.SUPPRESS)

@@ -29,6 +29,10 @@ _PEAK_TFLOPS = (
     (r"L40S", 362.0),
     (r"L40\b", 181.0),
     (r"L4\b", 121.0),
+    (r"RTX 5090 Laptop|RTX 4090 Laptop|RTX 4090 D", None),  # other chips of that name
+    (r"RTX 5090\b", 209.5),
+    (r"RTX 4090\b", 165.2),
+    (r"RTX 3090\b(?! Ti)", 71.0),
 )
 
 

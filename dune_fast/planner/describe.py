@@ -5,7 +5,6 @@ Everything follows from the configuration. Hours need a rate, TFLOP/s of one dev
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 from dune_fast.engine.config import RunConfig
@@ -13,6 +12,7 @@ from dune_fast.engine.flops import run_flops, stage_flops
 from dune_fast.engine.memory import SPARE, disk_bytes, fit, memory_bytes, teacher_parameters, trained_parameters
 from dune_fast.engine.metrics import duration
 from dune_fast.engine.schedules import scaled_learning_rate
+from dune_fast.planner.budget import mildest
 
 _GPU_GIB = (16, 24, 40, 80)
 """Memory of GPUs that there are, for which parts are worked out."""
@@ -56,7 +56,7 @@ def describe(cfg: RunConfig, experiment: str, gpus: Sequence[int], tflops: float
         lines += _memory(cfg, experiment, count)
     lines.append(f"  disk: {disk_bytes(cfg) / 2**30:.2f} GiB at most")
     if tflops is None or flops.training is None:
-        lines.append("  hours: give --tflops X, what one device reaches; `python -m bench.step` measures it")
+        lines.append("  hours: give --tflops X, what one device reaches, or --gpu NAME; `--calibrate` measures it")
         return lines
     seconds = flops.training * images / (tflops * 1e12)
     times = "; ".join(f"{n} GPU{'s' if n > 1 else ''}: {duration(seconds / n)}" for n in gpus)
@@ -69,30 +69,12 @@ def describe(cfg: RunConfig, experiment: str, gpus: Sequence[int], tflops: float
     return lines
 
 
-_REMEDIES = (
-    (),
-    ("train.activation_checkpointing=true",),
-    ("deepspeed=zero2",),
-    ("train.activation_checkpointing=true", "deepspeed=zero2"),
-    ("train.activation_checkpointing=true", "deepspeed=zero3"),
-)
-"""What is tried for a device that is too small, beside more parts (train.accumulation=0): the mildest first."""
-
-
 def remedy(cfg: RunConfig, experiment: str, count: int, available: int) -> str:
     """The command of the mildest change with which a run fits `count` devices of `available` bytes, or a sentence."""
-    for overrides in _REMEDIES:
-        changed = copy.deepcopy(cfg)
-        changed.train.accumulation = 0
-        for override in overrides:
-            if override.startswith("deepspeed="):
-                changed.deepspeed.zero_stage = int(override[-1])
-            else:
-                changed.train.activation_checkpointing = True
-        found = fit(changed, count, available)
-        if found.fits:
-            more = " ".join(["train.accumulation=0", *overrides])
-            return f"{found}, by `dune-fast distill -n {count} experiment={experiment} {more}`"
+    if found := mildest(cfg, count, available):
+        _, lies, overrides = found
+        more = " ".join(["train.accumulation=0", *overrides])
+        return f"{lies}, by `dune-fast distill -n {count} experiment={experiment} {more}`"
     return (
         "no number of parts, activation checkpointing or ZeRO stage makes it fit: take more devices, a smaller student "
         "or image_size, or teachers in precision=fp8"

@@ -6,7 +6,7 @@ import pytest
 
 from dune_fast import cli
 from dune_fast.engine.config import compose_config
-from dune_fast.plan import describe
+from dune_fast.planner.describe import describe
 
 
 def test_length_arithmetic_and_memory_of_dune():
