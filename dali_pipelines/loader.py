@@ -58,6 +58,8 @@ class Batch:
     """Which step of training it belongs to; in validation the number of the batch."""
     group_on_host: np.ndarray | None = None
     """`group` where the host can look at it without waiting for the device."""
+    positions_on_host: np.ndarray | None = None
+    """The same of `positions`."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -197,7 +199,7 @@ class ImageLoader:
             images = torch.where(table[3].bool()[:, None, None, None], images.rot90(-1, (1, 2)), images)
         images = augment_colour(images, None if plan.colour is None else plan.colour.to(self.device))
         paths = [self._source.path(*image) for image in plan.images]
-        return Batch(images, table[0], table[1], table[2], paths, plan.step, plan.group)
+        return Batch(images, table[0], table[1], table[2], paths, plan.step, plan.group, plan.positions)
 
 
 def _close(loader: weakref.ref[ImageLoader]) -> None:

@@ -33,6 +33,8 @@ AUGMENT = 2
 """Augmentation: a = global position of the image, b = block of four words."""
 ORDER = 3
 """Order of the samples: a = pass over the group, b = group."""
+PATCHES = 4
+"""Subset of the patches that a step's loss is taken on: a = patch, b = step."""
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

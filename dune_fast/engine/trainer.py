@@ -292,7 +292,8 @@ class Trainer:
         momentum = part_momentum(float(self.momenta[i]), len(parts))
         for part in parts:
             self.watchdog.at(f"step {i + 1}, forward")
-            outputs.append(self.distill(part.images, part.group, part.positions, i, momentum, part.group_on_host))
+            on_host = part.group_on_host, part.positions_on_host
+            outputs.append(self.distill(part.images, part.group, part.positions, i, momentum, *on_host))
             self.watchdog.at(f"step {i + 1}, backward")
             self.engine.backward(outputs[-1].loss)
         metrics, images = merge(outputs)
