@@ -20,7 +20,7 @@ PATIENCE = 30.0
 LISTING = 3600.0
 """Seconds that a listing may take: S3 names 1,000 files an answer."""
 _PIECE = 8 << 20  # bytes of a large file that are read at a time, each with a patience of its own
-# One try of the client library. All tries together end before our patience does, so that the log hears of them.
+# One try of the client library; all of its tries end before our patience does, so that the log hears of them.
 _S3 = {
     "connect_timeout": 5,
     "read_timeout": 10,  # between two packets
@@ -30,12 +30,12 @@ _S3 = {
 
 
 def is_url(path: str) -> bool:
-    """Whether a path is an address for fsspec ("s3://bucket/folder", "file:///folder") instead of a local path."""
+    """Whether it is an address for fsspec ("s3://bucket/folder", "file:///folder") instead of a local path."""
     return "://" in path
 
 
 class _Clients:
-    """fsspec's file system of each scheme and host, made once and again when its credentials have expired."""
+    """fsspec's file system of each scheme and host, made once, and again when its credentials have expired."""
 
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
@@ -78,22 +78,16 @@ def _new_file_system(scheme: str) -> Any:
     return fs
 
 
-def _scheme(url: str) -> str:
-    protocol, _, rest = url.partition("://")
-    return f"{protocol}://{rest.partition('/')[0]}"
-
-
-def ask_once(url: str, question: Callable[[Any, str], Any], what: str = "") -> Any:
+def ask_once(url: str, question: Callable[[Any, str], Any]) -> Any:
     """`question(file system, the path that it calls the address by)`, once and without a deadline.
-
-    `what` is asked for, for messages, where it is not the address.
 
     Raises:
         TimeoutError: the credentials have expired; the next call uses new ones.
         StorageError: the storage refuses the credentials, or there are none.
         DataError: an unknown scheme, or one whose package (s3fs, gcsfs, ...) is not installed.
     """
-    scheme = _scheme(url)
+    protocol, _, rest = url.partition("://")
+    scheme = f"{protocol}://{rest.partition('/')[0]}"
     fs = _CLIENTS.get(scheme)
     try:
         return question(fs, fs._strip_protocol(url))
@@ -103,22 +97,18 @@ def ask_once(url: str, question: Callable[[Any, str], Any], what: str = "") -> A
             raise TimeoutError(errno.ETIMEDOUT, f"the credentials have expired ({reason_of(error)})") from error
         if is_refusal(error):
             raise StorageError(
-                f"{what or url} may not be read ({reason_of(error)}): give credentials that may read it, where the "
-                "storage's own tools look for them, then start the same command again"
+                f"{url} may not be read ({reason_of(error)}): give credentials that may read it, where the storage's "
+                "own tools look for them, then start the same command again"
             ) from error
         if getattr(error, "errno", None) == errno.EIO:  # a server's answer that s3fs does not know, and no bad sector
             raise OSError(errno.EREMOTEIO, reason_of(error)) from error
         raise
 
 
-def ask(url: str, question: Callable[[Any, str], Any], longest: float | None = None, what: str = "") -> Any:
+def ask(url: str, question: Callable[[Any, str], Any], longest: float | None = None) -> Any:
     """`ask_once` with a deadline, again while the storage fails.
 
-    Args:
-        url: an address.
-        question: takes fsspec's file system and the path that it calls the address by.
-        longest: seconds for a question that takes many answers, see `patience.patiently`.
-        what: is asked for, for messages, where it is not the address.
+    `longest`: seconds for a question that takes many answers, see `patience.patiently`.
 
     Raises:
         StorageError: no answer, or none that these credentials may have.
@@ -126,11 +116,11 @@ def ask(url: str, question: Callable[[Any, str], Any], longest: float | None = N
         FileNotFoundError: nothing is there.
     """
     try:
-        return answered(lambda: ask_once(url, question, what), what or url, PATIENCE, longest)
+        return answered(lambda: ask_once(url, question), url, PATIENCE, longest)
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise StorageError(f"{what or url} cannot be read: {reason_of(error)}") from error
+        raise StorageError(f"{url} cannot be read: {reason_of(error)}") from error
 
 
 def list_address(url: str, question: Callable[[Any, str], Any]) -> Any:
@@ -139,12 +129,6 @@ def list_address(url: str, question: Callable[[Any, str], Any]) -> Any:
         return ask(url, question, LISTING)
     except FileNotFoundError as error:
         raise DataError(f"{url} is not there ({reason_of(error)}): correct the address") from error
-
-
-def read_whole(url: str) -> bytes:
-    """All bytes of a file; raises as `ask`."""
-    with open_address(url) as stream:
-        return stream.read()
 
 
 def open_address(url: str) -> BinaryIO:
@@ -169,9 +153,6 @@ class _Remote(io.RawIOBase):
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         return self._at
 
-    def tell(self) -> int:
-        return self._at
-
     def readinto(self, buffer: Any) -> int:
         start, end = self._at, min(self._at + min(len(buffer), _PIECE), self._size)
         if end <= start:
@@ -181,8 +162,5 @@ class _Remote(io.RawIOBase):
         self._at += len(data)
         return len(data)
 
-    def readall(self) -> bytes:
-        parts = bytearray()
-        while piece := self.read(_PIECE):
-            parts += piece
-        return bytes(parts)
+    def readall(self) -> bytes:  # the base class's would ask for 8 KiB at a time
+        return b"".join(iter(lambda: self.read(_PIECE), b""))

@@ -100,7 +100,6 @@ def train_geometry(
         sizes: int64 [B, 2], width and height of each image as it is stored.
         turn: bool [B], which images are to be turned clockwise by 90 degrees first.
         image_size: side of the result in pixels.
-        config: the distributions.
     """
     sizes = np.asarray(sizes, np.int64)
     shown = np.where(turn[:, None], sizes[:, ::-1], sizes)

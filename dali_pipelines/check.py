@@ -1,7 +1,4 @@
-"""What is there of each dataset, how much is missing, and whether it can be decoded: `dune-fast data check`.
-
-A dataset that is absent or broken never hides the state of the others: whatever is wrong becomes part of its report.
-"""
+"""What is there of a dataset, how much is missing, and whether it can be decoded: `dune-fast data check`."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from dune_fast.teachers.progress import Progress
 OK, WARN, FAIL = "ok", "warn", "fail"
 TOLERATED = 0.01
 """Share of the expected images that may be missing without being a failure: lists differ by a few broken files."""
-_BATCH = 16
+_BATCH = 16  # images that DALI decodes at a time
 _SIZE = 64  # pixels; the whole image is decoded, only the resize is cheap
 
 
@@ -36,9 +33,7 @@ class Report:
     status: str = OK
     """"ok", "warn" (usable, but not as expected) or "fail"."""
     train: int = 0
-    """Training images found."""
     val: int = 0
-    """Validation images found."""
     sampled: int = 0
     """Images that were read and decoded."""
     broken: list[tuple[str, str]] = field(default_factory=list)
@@ -57,17 +52,14 @@ class Report:
 
 
 def check_dataset(name: str, config: DataConfig, sample: int | None = 64, full: bool = False, seed: int = 0) -> Report:
-    """Counts a dataset's images, compares with what is expected, decodes some, and says what is wrong.
+    """Counts the images of `config.datasets[name]`, compares with what is expected, decodes some, says what is wrong.
 
     Args:
-        name: a key of `config.datasets`.
-        config: the images' configuration.
         sample: images of each split to decode, drawn by `seed`; None decodes all.
         full: of shards, read every byte and compare with the manifest's checksums.
-        seed: of the sample, which is the same whenever the dataset is.
 
     Raises:
-        DataError: a negative sample; all that is wrong with the dataset is in the report instead.
+        DataError: a negative sample. Whatever is wrong with the dataset is in the report instead.
     """
     if sample is not None and sample < 0:
         raise DataError(f"a sample of {sample} images cannot be drawn: give 0 or more")
@@ -92,13 +84,12 @@ def check_dataset(name: str, config: DataConfig, sample: int | None = 64, full: 
 
 
 def _with_access(problem: str, config: DatasetConfig) -> str:
-    parts = [problem]
     if config.layout:
-        parts.append(f"wanted: {config.layout}")
+        problem += f"; wanted: {config.layout}"
     if config.homepage:
-        licence = f" (licence: {config.licence})" if config.licence else ""
-        parts.append(f"ask for access at {config.homepage}{licence}")
-    return "; ".join(parts)
+        problem += f"; ask for access at {config.homepage}"
+        problem += f" (licence: {config.licence})" if config.licence else ""
+    return problem
 
 
 def _compare(report: Report, config: DatasetConfig) -> None:
@@ -133,29 +124,27 @@ def _check_shards(report: Report, folder: str, full: bool) -> None:
 
 def _decode_sample(report: Report, dataset: Dataset, config: DataConfig, sample: int | None, seed: int) -> None:
     """Reads and decodes images of both splits as training would, without stopping at broken ones."""
-    chosen = {
-        split: np.sort(Permutation(len(images), seed)(np.arange(min(len(images), sample or len(images)))))
-        for split in ("train", "val")
-        if len(images := getattr(dataset, split)) and sample != 0
-    }
-    total, sizes = sum(map(len, chosen.values())), []
+    chosen = {}
+    for split, images in (("train", dataset.train), ("val", dataset.val)):
+        count = len(images) if sample is None else min(len(images), sample)
+        if count:
+            chosen[split] = np.sort(Permutation(len(images), seed)(np.arange(count))).tolist()
+    report.sampled, sizes = sum(map(len, chosen.values())), []
     decoder = Decoder(_BATCH, _SIZE, config.num_threads, torch.device("cpu"))
-    with Progress(f"decoding {dataset.name}", total) as progress, closing(decoder):
+    with Progress(f"decoding {dataset.name}", report.sampled) as progress, closing(decoder):
         for split, indices in chosen.items():
             with closing(ImageSource([dataset], split, config)) as source:
                 for start in range(0, len(indices), _BATCH):
-                    images = [(0, index) for index in indices[start : start + _BATCH].tolist()]
-                    num_bytes = _decode(report, source, decoder, images, sizes)
-                    progress.advance(len(images), num_bytes)
-    report.sampled = total
+                    batch = [(0, index) for index in indices[start : start + _BATCH]]
+                    progress.advance(len(batch), _decode(report, source, decoder, batch, sizes))
     if sizes:
         report.smallest = int(np.min(sizes))
         width, height = np.median(sizes, axis=0)
         report.median = int(width), int(height)
     if report.broken:
-        share = len(report.broken) / total
+        share = len(report.broken) / report.sampled
         status = FAIL if share > config.max_broken_share and len(report.broken) > 1 else WARN
-        report.note(status, f"{len(report.broken)} of {total} sampled images are broken ({share:.1%})")
+        report.note(status, f"{len(report.broken)} of {report.sampled} sampled images are broken ({share:.1%})")
 
 
 def _decode(report: Report, source: ImageSource, decoder: Decoder, images: list[Image], sizes: list) -> int:

@@ -1,7 +1,6 @@
 """Which images there are, and which of them are for validation: files in a folder or a list, or shards.
 
-Any of them is accepted for any dataset; nothing but names is looked at here. Images that turn out broken are the
-loader's business.
+Nothing but names is looked at here; images that turn out broken are the loader's business.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from dune_fast.dali_pipelines.tar_index import ShardImages
 __all__ = ["DataConfig", "DataError", "Dataset", "DatasetConfig", "Images", "index_dataset", "index_datasets"]
 
 Images = PathList | ShardImages
-"""The images of a split: a sequence of names, with `relative`, `locate`, `size` and `select`."""
+"""The images of a split: a sequence of names, with `relative`, `source_path`, `locate` and `select`."""
 
 
 @dataclass
@@ -82,8 +81,7 @@ class DatasetConfig:
 class DataConfig:
     """The images of a run. Defaults are DUNE's; UNIC used a crop_scale of [0.08, 1.0].
 
-    Raises:
-        DataError: values that make no sense; which datasets exist is checked when they are indexed.
+    DataError for values that make no sense; which datasets exist is checked when they are indexed.
     """
 
     datasets: dict[str, DatasetConfig] = field(default_factory=dict)
@@ -167,19 +165,17 @@ class Dataset:
 
     def contents(self) -> str:
         """ "3,412 images; 17 other files left out: .txt 12, .mp4 5"; empty if nothing was left out."""
-        places = {id(images.left_out): images.left_out for images in (self.train, self.val)}  # a holdout shares one
-        left_out = sum((Counter(counts) for counts in places.values()), Counter())
-        if not left_out:
-            return ""
-        return f"{len(self.train) + len(self.val):,} images; {name_left_out(left_out)}"
+        left_out = Counter(self.train.left_out)
+        if self.val.left_out is not self.train.left_out:  # a holdout shares one
+            left_out.update(self.val.left_out)
+        return f"{len(self.train) + len(self.val):,} images; {name_left_out(left_out)}" if left_out else ""
 
 
 def index_dataset(name: str, config: DatasetConfig) -> Dataset:
     """Finds the images of a dataset.
 
     Raises:
-        DataError: no root, a folder or list that does not exist, no image found, or a holdout that leaves nothing to
-            train on.
+        DataError: no root, nothing there, no image found, or a holdout that leaves nothing to train on.
         AssetError (also a ValueError): an asset that is unknown or cannot be fetched.
     """
     if config.repeat < 1 or config.holdout < 0 or config.shrink < 0:

@@ -1,7 +1,7 @@
-"""Plans into pixels, step after step, and what happens when DALI gives up.
+"""Plans into pixels, step after step.
 
-When an image has killed the DALI pipeline, Pillow decodes it from then on, or it is set aside as broken. Plans are
-pure, so decoding then starts again at the first step that was not delivered.
+Pillow decodes an image that has killed the DALI pipeline, or it is set aside as broken. Plans are pure, so decoding
+then starts again at the first step that was not delivered.
 """
 
 from __future__ import annotations
@@ -44,17 +44,15 @@ def decode_steps(
     while True:
         in_flight: deque[Plan] = deque()
         try:
-            for plan, images, event in _until_failure(plan_ahead(plans, read_ahead, start), new_decoder, in_flight):
-                yield plan, images, event
-                start = plan.step + 1
+            for decoded in _until_failure(plan_ahead(plans, read_ahead, start), new_decoder, in_flight):
+                yield decoded
+                start = decoded[0].step + 1
             return
         except DecodeError as error:
             _set_aside(in_flight, source, new_decoder(1), str(error))
 
 
-def _until_failure(
-    plans: Iterator[Plan], new_decoder: Callable[..., Decoder], in_flight: deque[Plan]
-) -> Iterator[Decoded]:
+def _until_failure(plans: Iterator[Plan], new_decoder: Callable[..., Decoder], in_flight: deque) -> Iterator[Decoded]:
     """Leaves the plans that DALI was at in `in_flight` when it raises DecodeError."""
     with closing(plans):
         in_flight.extend(itertools.islice(plans, _IN_FLIGHT))

@@ -12,12 +12,7 @@ class StorageError(DataError):
 
 
 class BrokenImage(Exception):
-    """An image that cannot be used; the text says why.
-
-    Args:
-        reason: why.
-        lasting: whether it will be broken tomorrow as well. A file that cannot be read may be back by then.
-    """
+    """An image that cannot be used, and why. `lasting`: it will be broken tomorrow as well; a lost file may be back."""
 
     def __init__(self, reason: str, lasting: bool = True) -> None:
         super().__init__(reason)

@@ -1,7 +1,6 @@
 """Tar shards that other WebDataset tools have written: finding them, and an index made from their headers.
 
-The index is kept in the cache folder and made again when a tar file changes. Members' names are only looked at, never
-used as paths; nothing is extracted.
+Members' names are only looked at, never used as paths; nothing is extracted.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from typing import BinaryIO
 
@@ -58,24 +57,25 @@ def find_shards(given: str) -> list[str] | None:
     if is_url(given):
         return _glob_url(f"{given.rstrip('/')}/*.tar") or None
     folder = os.path.abspath(os.path.expanduser(given))
-    tars = []
-    if os.path.isdir(folder):
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.name.lower().endswith(SUFFIXES) or entry.is_dir():
-                    return None
-                if entry.name.endswith(".tar"):
-                    tars.append(entry.path)
+    if not os.path.isdir(folder):
+        return None
+    with os.scandir(folder) as entries:
+        tars = []
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.name.lower().endswith(SUFFIXES) or entry.is_dir():
+                return None  # an early end: a folder may hold millions of images
+            if entry.name.endswith(".tar"):
+                tars.append(entry.path)
     return sorted(tars) or None
 
 
 def open_foreign_shards(shards: Sequence[str], pattern: str) -> ShardImages:
-    """The images of tar files (see `scan_tar`), whose headers are read once.
+    """The images of tar files (see `scan_tar`), whose headers are read once; one process reads, the others wait.
 
-    The index is used for as long as no file's size and time of change (or what stands for it in an object store)
-    differ. Several processes may call this at once: one reads, the others wait.
+    The index is kept in the cache folder, for as long as no file's size and time of change (or what stands for it in an
+    object store) differ.
 
     Raises:
         DataError: a file is missing, no tar file, or damaged; or there is no image in any of them.
@@ -98,17 +98,14 @@ def open_foreign_shards(shards: Sequence[str], pattern: str) -> ShardImages:
 
 def _scan(shards: Sequence[str], pattern: str) -> np.ndarray:
     logger.info("reading the headers of %d tar files, once", len(shards))
-    work = functools.partial(scan_tar, pattern=pattern)
     parts: list[np.ndarray] = []
-    workers = min(len(shards), os.cpu_count() or 1)
-    pool: Executor
-    if len(shards) < _PARALLEL_FROM:
-        pool = ThreadPoolExecutor(workers)
-    else:
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    kind = ThreadPoolExecutor
+    if len(shards) >= _PARALLEL_FROM:
+        kind = functools.partial(ProcessPoolExecutor, mp_context=get_context("spawn"))
+    pool = kind(min(len(shards), os.cpu_count() or 1))
     with pool, Progress("reading tar headers", len(shards), "shards") as progress:
         try:
-            for number, records in enumerate(pool.map(work, shards)):
+            for number, records in enumerate(pool.map(functools.partial(scan_tar, pattern=pattern), shards)):
                 records["shard"] = number
                 parts.append(records)
                 progress.advance(1)
@@ -119,7 +116,7 @@ def _scan(shards: Sequence[str], pattern: str) -> np.ndarray:
 
 
 def scan_tar(path: str, pattern: str) -> np.ndarray:
-    """Records of the images in one tar file, shard number 0, in the order of the file. Nothing is extracted.
+    """Records of the images in one tar file, shard number 0, in the order of the file.
 
     A sample is a run of members with one key (the name up to the first dot after the last slash, as in WebDataset). Of
     a sample's members one is the image: "key.jpg", else jpeg, png, webp and so on. Names with further dots, such as
@@ -129,8 +126,8 @@ def scan_tar(path: str, pattern: str) -> np.ndarray:
     With a `pattern`, the images are instead all members whose name matches one of its globs, separated by "|".
 
     Raises:
-        DataError: it cannot be opened, is no tar file, a compressed one, or a damaged or truncated one; or its samples
-            have several images each, such as "key.rgb.png" and "key.depth.png", and the pattern is empty.
+        DataError: no tar file, or one that is compressed, damaged or cut off; or its samples have several images each,
+            such as "key.rgb.png" and "key.depth.png", and the pattern is empty.
         StorageError: the storage does not answer.
     """
     try:
@@ -148,9 +145,8 @@ def scan_tar(path: str, pattern: str) -> np.ndarray:
 def _members(path: str) -> Iterator[tarfile.TarInfo]:
     """The regular files below 4 GiB in a tar file."""
     with open_binary(path) as stream:
-        size = stream.seek(0, os.SEEK_END)
+        size, found = stream.seek(0, os.SEEK_END), 0
         stream.seek(0)
-        found = 0
         try:
             with tarfile.open(fileobj=stream, mode="r:") as archive:
                 while (member := archive.next()) is not None:
@@ -172,8 +168,7 @@ def _members(path: str) -> Iterator[tarfile.TarInfo]:
 
 def _images(members: list[tarfile.TarInfo]) -> list[tarfile.TarInfo]:
     """One image of each sample."""
-    split = [(_split_name(member.name), member) for member in members]
-    images = [(*parts, member) for parts, member in split if parts is not None]
+    images = [(*parts, member) for member in members if (parts := _split_name(member.name)) is not None]
     chosen: list[tarfile.TarInfo] = []
     together: Counter[tuple[str, ...]] = Counter()  # the words of samples that have several
     for _, run in itertools.groupby(images, key=lambda image: image[0]):
@@ -188,8 +183,8 @@ def _images(members: list[tarfile.TarInfo]) -> list[tarfile.TarInfo]:
         elif len(words) > 1:
             together[tuple(sorted(words))] += 1
         chosen += sorted((member for _, member in best.values()), key=lambda member: member.offset)
-    if together and together.most_common(1)[0][1] > 1:
-        words = together.most_common(1)[0][0]
+    words, count = max(together.items(), key=lambda item: item[1], default=((), 0))
+    if count > 1:
         named = " and ".join(f"KEY.{word}.*" for word in words)
         raise DataError(
             f"its samples have several images each, {named}: say which are meant by `pattern`, for instance "
@@ -201,10 +196,9 @@ def _images(members: list[tarfile.TarInfo]) -> list[tarfile.TarInfo]:
 def _check_end(stream: BinaryIO, offset: int, path: str, images: int) -> None:
     """tarfile ends without a word at a header that it does not understand; the real end is a block of zeros."""
     stream.seek(offset)
-    block = stream.read(tarfile.BLOCKSIZE)
-    if not block or (len(block) == tarfile.BLOCKSIZE and block.count(0) == tarfile.BLOCKSIZE):
-        return
-    raise DataError(f"{path} is damaged or truncated after {images} images, at byte {offset}: no tar header is there")
+    if stream.read(tarfile.BLOCKSIZE) not in (b"", tarfile.NUL * tarfile.BLOCKSIZE):
+        problem = f"damaged or truncated after {images} images, at byte {offset}: no tar header is there"
+        raise DataError(f"{path} is {problem}")
 
 
 def _split_name(name: str) -> tuple[str, str, int] | None:
@@ -212,8 +206,7 @@ def _split_name(name: str) -> tuple[str, str, int] | None:
     folder, _, base = name.rpartition("/")
     stem, _, rest = base.partition(".")
     inner, _, extension = rest.rpartition(".")
-    extension = extension.lower()
-    if not stem or extension not in _EXTENSIONS:
+    if not stem or (extension := extension.lower()) not in _EXTENSIONS:
         return None
     return f"{folder}/{stem}", inner, _EXTENSIONS.index(extension)
 

@@ -1,13 +1,12 @@
 """Encoded images: which of them DALI gets as they are, all others through Pillow, and images made anew.
 
-What a file is, is decided by its content. DALI decodes plain JPEGs: baseline or progressive, 8 bits, segment after
-segment. There it is fast, and equal to Pillow. In other formats it has crashed the process (grey animated PNG, damaged
-JPEG 2000, truncated TIFF), given wrong pixels (TIFF, BMP, animated PNG) or refused what is valid (WebP, BMP). So Pillow
-decodes everything else, and every JPEG that DALI refuses, to 8-bit RGB. DALI gets it as a PPM: the pixels themselves
-behind a header of one line.
+The content of a file decides. DALI decodes plain JPEGs: baseline or progressive, 8 bits, segment after segment. There
+it is fast, and equal to Pillow. In other formats it has crashed the process (grey animated PNG, damaged JPEG 2000,
+truncated TIFF), given wrong pixels (TIFF, BMP, animated PNG) or refused what is valid (WebP, BMP). So Pillow decodes
+everything else, and every JPEG that DALI refuses, to 8-bit RGB, and DALI gets the pixels as a PPM.
 
-Pillow decodes in the process of the run: OSS-Fuzz tests its decoders all the time, and none has crashed under
-tests/dali_pipelines/fuzz_images.py. A process of its own would copy every image twice more.
+Pillow decodes in the process of the run: none of its decoders has crashed under tests/dali_pipelines/fuzz_images.py,
+and a process of its own would copy every image twice more.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ _LONGEST_SIDE = 65_500  # of a JPEG that libjpeg writes
 def plain_jpeg(data: bytes) -> tuple[int, int] | None:
     """(width, height) of a JPEG that DALI decodes, as it is stored (no EXIF orientation); None for all other files.
 
-    Raises:
-        BrokenImage: it has no end. For DALI that may depend on the crop.
+    BrokenImage if it has no end: whether DALI decodes it then depends on the crop.
     """
     if not data.startswith(b"\xff\xd8"):
         return None
@@ -75,14 +73,9 @@ def _plain_frame_size(frame: bytes, has_adobe: bool) -> tuple[int, int] | None:
 
 
 def for_dali(data: np.ndarray, by_pillow: bool = False) -> tuple[np.ndarray, tuple[int, int]]:
-    """What DALI gets for an image, and its size.
+    """What DALI gets for an encoded image of any format, uint8 [length], and its (width, height).
 
-    Args:
-        data: an encoded image of any format, uint8 [length].
-        by_pillow: also decode a plain JPEG here.
-
-    Returns:
-        The same bytes if it is a plain JPEG, else a PPM, uint8 [length]; and (width, height).
+    That is the same bytes if it is a plain JPEG, unless Pillow is to decode it, else a PPM, uint8 [length].
 
     Raises:
         BrokenImage: Pillow cannot decode it, or the JPEG has no end.
@@ -100,11 +93,7 @@ def is_from_pillow(encoded: np.ndarray) -> bool:
 
 
 def decode(data: np.ndarray) -> Image.Image:
-    """An encoded image, uint8 [length], as 8-bit RGB, by Pillow.
-
-    Raises:
-        BrokenImage: no known format, or Pillow cannot decode it.
-    """
+    """An encoded image, uint8 [length], as 8-bit RGB, by Pillow. BrokenImage if Pillow cannot decode it."""
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             image.load()
@@ -125,8 +114,7 @@ def _formats() -> list[str]:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any image as 8-bit RGB, as Pillow's `convert("RGB")`: transparency is ignored. 16 bits lose the lower 8.
 
-    Raises:
-        ValueError: floating-point or 32-bit pixels that are not in [0, 255], or all in [0, 1]: Pillow would clip them.
+    ValueError for float or 32-bit pixels that are not in [0, 255], or all in [0, 1]: Pillow would clip them.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")

@@ -1,7 +1,4 @@
-"""Images that are files of their own: a folder, globs, a text list or an address becomes one sorted list of paths.
-
-More than 300 lines: every kind of place has its own way of being listed, and all of them give the same list.
-"""
+"""Images that are files of their own: a folder, globs, a text list or an address becomes one sorted list of paths."""
 
 from __future__ import annotations
 
@@ -32,10 +29,10 @@ SPLITS = {
 }
 """Folders of a Hugging Face imagefolder, the preferred one first."""
 _BYTE_ORDER_MARKS = {
-    codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
+    codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
-"""What Windows puts before a text; UTF-32's before UTF-16's, with which it begins."""
+"""What Windows puts before a text; UTF-32's before UTF-16's, with which it begins. The encodings take it away."""
 
 
 class PathList(Sequence[str]):
@@ -79,10 +76,6 @@ class PathList(Sequence[str]):
         """Where the bytes of an image are."""
         return Location(self[index])
 
-    def size(self, index: int) -> tuple[int, int]:
-        """(width, height); (0, 0): only the file itself knows."""
-        return 0, 0
-
     def select(self, indices: Iterable[int]) -> PathList:
         """Only these images, in this order."""
         return PathList((self.relative(i) for i in indices), self.root, self.left_out)
@@ -91,13 +84,8 @@ class PathList(Sequence[str]):
 def list_images(name: str, given: str, pattern: str, key: str) -> PathList:
     """The images of a folder, of globs, of a text file or below an address, sorted.
 
-    Args:
-        name: of the dataset, for messages.
-        given, pattern: what `DatasetConfig.root` and `pattern` describe, shards apart.
-        key: "root" or "val_root", for messages.
-
-    Raises:
-        DataError: nothing is there; the message names the setting to correct.
+    `given` and `pattern` are what `DatasetConfig.root` and `pattern` describe, shards apart. DataError if nothing is
+    there: its message names the dataset and the setting, `key`.
     """
     where = f"data.datasets.{name}.{key}"
     left_out: Counter[str] = Counter()
@@ -135,12 +123,8 @@ def name_left_out(by_suffix: Mapping[str, int]) -> str:
 def imagefolder_splits(name: str, folder: str) -> tuple[str, str]:
     """The folders of training and validation images of a Hugging Face imagefolder; the second is "" without one.
 
-    Its layout: `train/`, and `validation/` or `test/` (or the other names that the `datasets` library knows, see
-    SPLITS), there or in `data/`; files of metadata and labels are not looked at. A `test/` beside a `validation/` is
-    not used.
-
-    Raises:
-        DataError: no folder of training images.
+    Its layout: one folder of each kind of SPLITS, there or in `data/`; a `test/` beside a `validation/` is not used.
+    DataError if there is no folder of training images.
     """
     top = folder.rstrip("/") if is_url(folder) else os.path.abspath(os.path.expanduser(folder))
     for parent in (top, f"{top}/data"):
@@ -216,7 +200,7 @@ def _matching(top: str, below: str, globs: list[str]) -> Iterator[str]:
 
     Globs are one a folder; `below` is the path from the top that was matched so far.
     """
-    first, rest = globs[0], globs[1:]
+    first, *rest = globs
     if not glob.has_magic(first):
         path = os.path.join(below, first)
         if not rest and os.path.isfile(os.path.join(top, path)):
@@ -270,10 +254,10 @@ def _list_url(url: str, pattern: str, left_out: Counter[str]) -> list[str]:
     def paths_below(fs: Any, top: str) -> set[str]:
         """Of all files, or of those that match, without the address's own path."""
         top = top.rstrip("/")
-        if not pattern:
-            found = set(fs.find(top)) or set(fs.ls(top))  # which says that nothing is there, where `find` finds none
+        if pattern:
+            found = (path for part in pattern.split("|") for path in fs.glob(f"{top}/{part.strip()}"))
         else:
-            found = {path for part in pattern.split("|") for path in fs.glob(f"{top}/{part.strip()}")}
+            found = fs.find(top) or fs.ls(top)  # which says that nothing is there, where `find` finds none
         return {path[len(top) :].lstrip("/") for path in found}
 
     relative = list_address(url, paths_below)
@@ -289,8 +273,8 @@ def _list_url(url: str, pattern: str, left_out: Counter[str]) -> list[str]:
 def _read_text(file: str) -> str:
     """A text in UTF-8, or in what its byte order mark says. Bytes that are none of it stand for themselves."""
     data = Path(file).read_bytes()
-    mark, encoding = next((it for it in _BYTE_ORDER_MARKS.items() if data.startswith(it[0])), (b"", "utf-8"))
-    return data[len(mark) :].decode(encoding, "surrogateescape" if encoding == "utf-8" else "replace")
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
+    return data.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "replace")
 
 
 def _read_list(name: str, file: str) -> PathList:

@@ -1,12 +1,9 @@
-"""The walk of a batch: plan -> DALI -> device, decoded ahead by a thread.
-
-`plan` says which images a step holds, with their bytes and their augmentation; `decode` turns that into uint8 squares;
-on the consumer's side the colour augmentation runs on the device.
-"""
+"""The walk of a batch: plan -> DALI -> device, decoded ahead by a thread; colours are augmented by the consumer."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import logging
 import time
@@ -33,25 +30,23 @@ from dune_fast.kernels.augment import augment_colour
 
 logger = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 0.2
-"""How often a caller that waits for a batch is asked whether it still wants it."""
+_LOOK_SECONDS = 0.2  # after which a caller that waits for a batch is asked whether it still wants it
 
 __all__ = ["Batch", "ImageLoader", "TrainLoader", "ValLoader", "group_weights"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's images of one step; B of them."""
+    """One rank's images of one step; B of them; tensors are on the device."""
 
     images: Tensor
-    """float32 [B, 3, S, S], augmented and normalised with ImageNet's mean and standard deviation, on the device."""
+    """float32 [B, 3, S, S], augmented and normalised with ImageNet's mean and standard deviation."""
     positions: Tensor
-    """int64 [B], global positions, on the device: the key of all randomness that belongs to an image. In validation:
-    the index among all validation images."""
+    """int64 [B], global: the key of all randomness of an image. In validation: the index among all its images."""
     group: Tensor
-    """int64 [B], index into the loader's `groups`, on the device."""
+    """int64 [B], index into the loader's `groups`."""
     dataset: Tensor
-    """int64 [B], index into the loader's `dataset_names`, on the device."""
+    """int64 [B], index into the loader's `dataset_names`."""
     paths: list[str]
     """Where each image came from, for messages."""
     step: int
@@ -65,16 +60,8 @@ class Batch:
         return len(self.paths)
 
 
-class ImageLoader:
-    """Decodes plans and brings them to the device.
-
-    Args:
-        plans: what each step holds.
-        source: that the plans read from.
-        config: threads and prefetching.
-        image_size: side of the images in pixels.
-        batch: images of a batch on this rank, at most.
-        device: where the batches are wanted.
+class ImageLoader(contextlib.AbstractContextManager):
+    """Decodes plans and brings them to the device, batches of at most `batch` images.
 
     Raises:
         DataError: images too small to make sense, or no DALI.
@@ -114,15 +101,8 @@ class ImageLoader:
         """Broken images so far, by dataset: of all ranks where the run has a folder, else of this process."""
         return self._source.quarantine.counts()
 
-    @property
-    def broken_paths(self) -> list[str]:
-        """Their files."""
-        return self._source.quarantine.paths()
-
     def batches(self, start_step: int = 0, wanted: Callable[[float], bool] | None = None) -> Iterator[Batch]:
-        """Batches from any step on; those of training never end.
-
-        They are read and decoded ahead while the caller works; `waited_s` says how long it has waited all the same.
+        """Batches from any step on, read and decoded ahead while the caller works; those of training never end.
 
         Args:
             start_step: the first.
@@ -142,15 +122,12 @@ class ImageLoader:
             self._streams.discard(stream)
 
     def close(self) -> None:
-        """Ends the threads, and iterators still in use; a read that fails is not tried again. May be called twice."""
+        """Ends the threads, and iterators still in use; a read that fails is not tried again."""
         atexit.unregister(self._at_exit)
         self._source.stop_waiting()
         for stream in list(self._streams):
             stream.close()
         self._source.close(wait=not self._abandoned)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -211,7 +188,6 @@ class TrainLoader(ImageLoader):
     """Endless training batches.
 
     Args:
-        config: datasets, shares and augmentation.
         image_size: side of the images in pixels.
         global_batch: images of a step over all ranks.
         rank, world_size: this process's part.
@@ -252,16 +228,9 @@ class ValLoader(ImageLoader):
     """The held-out images, each exactly once over all ranks: rank r of w has images r, r + w, r + 2 w, ...
 
     Every `iter` starts from the first. The last batch may be smaller, ranks may differ by one image (and so by one
-    batch), and broken images are left out. Without validation images `num_images` is 0 and there is nothing to iterate
-    over.
+    batch), and broken images are left out. Without validation images `num_images` is 0 and there are no batches.
 
-    Args:
-        config, image_size, device, datasets: see `TrainLoader`.
-        batch: images of a batch, on this rank.
-        rank, world_size: this process's part.
-
-    Raises:
-        DataError: wrong configuration, no training images, or no DALI.
+    `batch` is of this rank; see `TrainLoader` for the other arguments and the errors.
     """
 
     plans: ValPlans

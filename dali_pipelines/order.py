@@ -146,7 +146,7 @@ class SampleOrder:
         group_sizes: images in each group (repeats counted), all at least 1.
         weights: one for each group, in any unit.
         seed: of the permutations.
-        batch: global batch size, over all ranks.
+        batch: images over all ranks.
 
     Raises:
         DataError: negative weights, or a batch below 1.
@@ -194,11 +194,7 @@ class SampleOrder:
 
 
 def rank_slots(batch: int, rank: int, world_size: int) -> slice:
-    """The slots of a global batch that a rank takes: a contiguous block, ranks in order.
-
-    Raises:
-        DataError: a batch that the ranks cannot share evenly.
-    """
+    """The slots of a global batch that a rank takes: a contiguous block. DataError if ranks cannot share it evenly."""
     if batch % world_size:
         raise DataError(
             f"a global batch of {batch} images cannot be shared by {world_size} processes; "

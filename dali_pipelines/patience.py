@@ -1,14 +1,13 @@
 """Calls to a storage that may fail for a while, or never answer.
 
-What a failed read means is decided here, once. A file that is empty, is shorter than it should be or has other bytes
-than its checksum says makes a broken image. A handle that went stale, a lost connection, a server that does not answer,
-a machine without memory say nothing about the image: the read is tried again for a while, and then the run stops with a
-sentence (`StorageError`), to go on from its checkpoint. Some failures can be either: a file that is not there (deleted,
-or its disk is not mounted), an input/output error (a bad sector, or a network folder that gave up; tried again as
-well). They make a broken image, but only for as long as the process lives.
+What a failed read means is decided here, once. Wrong bytes (none, too few, another checksum) make a broken image. A
+stale handle, a lost connection, a silent server or a machine without memory says nothing about the image: the read is
+tried again for a while, and then the run stops (`StorageError`), to go on from its checkpoint. A missing file (deleted,
+or its disk is not mounted) and an input/output error (a bad sector, or a network folder that gave up; tried again as
+well) can be either. They make a broken image, but only for as long as the process lives.
 
-A call that hangs raises nothing. So calls run in daemon threads, and whoever waits for one gives it up after the same
-time: all tries of a call, and the tries that a client library makes on its own, have one deadline.
+A call that hangs raises nothing. So calls run in daemon threads, and whoever waits for one gives it up: all tries of a
+call, and those that a client library makes on its own, have one deadline.
 """
 
 from __future__ import annotations
@@ -32,13 +31,12 @@ _LOOK = 0.2  # seconds after which a waiting caller looks whether it still shoul
 _GRACE = 0.5  # seconds longer than its deadline that a call may take to say itself why it failed
 _SAY = 30.0  # seconds after which a long call is named in the log, again and again
 _TRANSIENT = {
-    getattr(errno, name)
+    getattr(errno, name, None)
     for name in (
         "ESTALE", "EIO", "EAGAIN", "EINTR", "EBUSY", "ETIMEDOUT", "ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "EPIPE",
         "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET", "ENOTCONN", "EREMOTEIO", "ESHUTDOWN",
         "EMFILE", "ENFILE", "ENOMEM", "EKEYEXPIRED",
     )
-    if hasattr(errno, name)
 }  # fmt: skip
 _EXPIRED = {
     "ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired", "RequestExpired",
@@ -58,7 +56,6 @@ def patiently(
     """The result of `read()`, tried again while the storage fails.
 
     Args:
-        read: what to do.
         what: is read, for messages.
         patience: seconds after which it is given up, all tries together.
         stop: once it is set, nothing is tried again.
@@ -67,8 +64,7 @@ def patiently(
 
     Raises:
         StorageError: it still failed then, or it failed and is not wanted any more.
-        OSError: input/output errors (EIO) that outlived the patience, and all errors that waiting does not mend, such
-            as file-not-found.
+        OSError: EIO that outlived the patience, and all errors that waiting does not mend, such as file-not-found.
     """
     began, pause = time.monotonic(), _FIRST_PAUSE
     give_up = began + patience
@@ -86,16 +82,19 @@ def patiently(
             if now + pause > give_up:
                 if getattr(error, "errno", None) == errno.EIO:
                     raise
-                raise given_up(what, reason_of(error), now - began) from error
+                raise _given_up(what, reason_of(error), now - began) from error
             logger.warning("%s: %s; trying again", what, reason_of(error))
             # ranks should not all come back at once
             if stop.wait(pause * random.uniform(0.7, 1.3)):
-                raise StorageError(f"{what} was not read: it is not wanted any more") from error
+                raise _unwanted(what) from error
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def given_up(what: str, reason: str, seconds: float) -> StorageError:
-    """The error for a storage that has failed for some time."""
+def _unwanted(what: str) -> StorageError:
+    return StorageError(f"{what} was not read: it is not wanted any more")
+
+
+def _given_up(what: str, reason: str, seconds: float) -> StorageError:
     return StorageError(
         f"{what} cannot be read: {reason}, for {seconds:.0f} s. No image was given up for it: see that the storage "
         "answers, then start the same command again (a run waits for data.read_patience seconds)"
@@ -128,22 +127,18 @@ def has_expired(error: BaseException) -> bool:
 
 
 def _may_pass(error: Exception) -> bool:
-    if isinstance(error, (BrokenImage, ValueError, TypeError, NotImplementedError, ImportError, AttributeError)):
-        return False
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _TRANSIENT
-    if is_refusal(error):
-        return False
-    # fsspec's file systems raise their clients' own errors; what is left of OSError is mostly such
-    return not isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
+    # what is left of OSError is mostly the errors of clients, which fsspec's file systems pass on
+    never = BrokenImage, ValueError, TypeError, NotImplementedError, ImportError, AttributeError
+    never += FileNotFoundError, IsADirectoryError, NotADirectoryError
+    return not isinstance(error, never) and not is_refusal(error)
 
 
 class Threads:
-    """Daemon threads for calls that may hang: they hold up neither their callers nor the end of the process.
+    """Daemon threads for calls that may hang, at most `count`, started as they are needed.
 
-    Args:
-        count: threads at most; they are started as they are needed.
-        name: of the threads.
+    They hold up neither their callers nor the end of the process.
     """
 
     def __init__(self, count: int, name: str) -> None:
@@ -158,13 +153,9 @@ class Threads:
     def submit(
         self, call: Callable[[], Any], what: str, seconds: float, stop: threading.Event | None = None
     ) -> Pending:
-        """Has a call done, one after the other.
+        """Has a call done, after those before it. It ends itself within `seconds` unless it hangs.
 
-        Args:
-            call: what to do; it ends itself within `seconds` unless it hangs.
-            what: is read, for messages.
-            seconds: after which nobody waits any more.
-            stop: once it is set, nobody waits any more.
+        After that, or once `stop` is set, nobody waits for it any more. `what` is read, for messages.
         """
         pending = Pending(self, call, what, seconds, stop or threading.Event())
         with self._lock:
@@ -210,7 +201,7 @@ class Pending:
     def run(self) -> None:
         """Makes the call, unless nobody wants it."""
         if self._stop.is_set():
-            self._future.set_exception(StorageError(f"{self._what} was not read: it is not wanted any more"))
+            self._future.set_exception(_unwanted(self._what))
             return
         self._began = self._threads.last_news = time.monotonic()
         try:
@@ -235,20 +226,16 @@ class Pending:
             since = self._began or self._threads.last_news
             waited = time.monotonic() - since
             if self._stop.is_set():
-                raise StorageError(f"{self._what} was not read: it is not wanted any more")
+                raise _unwanted(self._what)
             if waited > self._seconds + _GRACE:
-                raise given_up(self._what, "no answer", waited)
+                raise _given_up(self._what, "no answer", waited)
             if waited > say_at:
                 logger.warning("%s: no answer yet after %.0f s", self._what, waited)
                 say_at += _SAY
 
 
 def answered(read: Callable[[], Any], what: str, patience: float, longest: float | None = None) -> Any:
-    """`patiently`, and given up as well where `read()` hangs: in a thread of its own; for a few calls, not for images.
-
-    Raises:
-        StorageError: see `patiently`; or no answer within the patience (or `longest`).
-    """
+    """`patiently`, in a thread of its own: where `read()` hangs, StorageError too. For a few calls, not for images."""
     seconds = patience if longest is None else longest
     threads = Threads(1, "ask-storage")
     try:

@@ -1,8 +1,8 @@
 """Lists of images in pickles, without running them: a pickle is a program that may import and call anything.
 
-Some datasets (UBody) publish the list of their images only as the keys of a pickle full of annotations; the code
-published with DUNE reads pickled lists, and pairs of a folder and a list. Whatever a pickle would import is replaced by
-a class that does nothing but remember its keys or elements.
+UBody publishes the list of its images only as the keys of a pickle full of annotations; the code published with DUNE
+reads pickled lists, and pairs of a folder and a list. Whatever a pickle would import is replaced by a class that does
+nothing but remember its keys or elements.
 """
 
 from __future__ import annotations

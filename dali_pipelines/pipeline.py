@@ -1,8 +1,7 @@
 """The DALI pipeline: encoded bytes -> decode a window -> resize (bicubic, antialias) -> cut a square -> flip.
 
-One definition for a CPU and a GPU, one for training and validation: what differs comes as arguments of each sample
-(`Geometry`). It gets what `images.for_dali` gives: plain JPEGs and PPMs. Decoding follows Pillow: EXIF orientation is
-not applied, and chroma is upsampled smoothly. DALI's random operators are not used at all.
+One definition for a CPU and a GPU, for training and validation: what differs comes with each image (`Geometry`).
+Decoding follows Pillow: EXIF orientation is not applied, and chroma is upsampled smoothly.
 
 A DALI pipeline is dead after its first error, and DALI does not reliably say which image caused it. `Decoder` then
 drops what is in flight and starts anew; `Decoder.refused` finds the culprits by halving batches.
@@ -11,6 +10,7 @@ drops what is in flight and starts anew; `Decoder.refused` finds the culprits by
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -45,12 +45,7 @@ def import_dali():
 def build_pipeline(batch_size: int, image_size: int, num_threads: int, device: torch.device, depth: int):
     """A built DALI pipeline: inputs encoded, start, shape, size, anchor, flip; output uint8 [B, S, S, 3].
 
-    Args:
-        batch_size: largest batch it will be given.
-        image_size: S, side of the result in pixels.
-        num_threads: CPU threads of the pipeline.
-        device: "cpu" decodes and resizes on the CPU; "cuda" decodes with nvJPEG and resizes there.
-        depth: batches in flight; that many have to be fed before the first is run.
+    See `Decoder` for the arguments. "cpu" decodes and resizes on the CPU, "cuda" decodes with nvJPEG and resizes there.
     """
     dali = import_dali()
     fn, types = dali.fn, dali.types
@@ -85,7 +80,7 @@ class Decoder:
 
     Args:
         batch_size: largest batch.
-        image_size: side of the result in pixels.
+        image_size: S, side of the result in pixels.
         num_threads: CPU threads.
         device: where the result is wanted, "cpu" or "cuda".
         depth: batches in flight.
@@ -94,8 +89,8 @@ class Decoder:
     def __init__(
         self, batch_size: int, image_size: int, num_threads: int, device: torch.device, depth: int = 1
     ) -> None:
-        self.batch_size, self.image_size, self.num_threads, self.device = batch_size, image_size, num_threads, device
-        self._depth = depth
+        self.batch_size, self.image_size, self.device, self._depth = batch_size, image_size, device, depth
+        self._build = functools.partial(build_pipeline, batch_size, image_size, num_threads, device, depth)
         # a stream of its own: training's stream waits for nothing but the batch it is about to use
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.close()
@@ -106,11 +101,7 @@ class Decoder:
         self._fed, self._sizes = 0, deque()
 
     def submit(self, encoded: list[np.ndarray], geometry: Geometry) -> None:
-        """Starts on a batch.
-
-        Args:
-            encoded: the bytes of each file, uint8 [length].
-            geometry: what to do to them.
+        """Starts on a batch; encoded: what `images.for_dali` gives, uint8 [length] each.
 
         Raises:
             DecodeError: a batch before has failed.
@@ -124,9 +115,7 @@ class Decoder:
             "flip": geometry.flip.astype(np.int32),
         }
         if self._pipeline is None:
-            self._pipeline = build_pipeline(
-                self.batch_size, self.image_size, self.num_threads, self.device, self._depth
-            )
+            self._pipeline = self._build()
         with self._failing():
             self._pipeline.feed_input("encoded", encoded)
             for name, values in inputs.items():
@@ -137,10 +126,7 @@ class Decoder:
                 self._pipeline.schedule_run()
 
     def receive(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """The oldest batch, waiting for it.
-
-        Returns:
-            uint8 [B, S, S, 3] on the device, and the event after which it may be read (None on a CPU).
+        """Waits for the oldest batch: uint8 [B, S, S, 3], and the event after which it may be read (None on a CPU).
 
         Raises:
             DecodeError: an image of this batch, or of another one in flight, could not be decoded.
@@ -164,12 +150,9 @@ class Decoder:
                 return images, self._stream.record_event()
 
     def refused(self, encoded: list[np.ndarray], geometry: Geometry, failure: str = "") -> dict[int, str]:
-        """Which images DALI cannot decode, with the reason; nothing else may be in flight.
+        """Which of any number of images DALI cannot decode, with the reason; nothing else may be in flight.
 
-        Args:
-            encoded: the bytes of each file, uint8 [length]; any number of them.
-            geometry: what to do to them.
-            failure: why decoding them has failed before, if it has.
+        `encoded` and `geometry` as in `submit`; `failure` is why decoding them has failed before, if it has.
 
         Raises:
             DataError: the images are not to blame: a good one fails as well (out of memory, no driver), or decoding

@@ -1,7 +1,6 @@
 """Which images a step holds and what is done to them: step -> `Plan`, for training and for validation.
 
-A plan is a pure function of (seed, global batch size, step), and of which images are broken. So whatever goes wrong
-later, the same steps are simply planned again.
+A plan is a pure function of (seed, global batch size, step), and of which images are broken.
 """
 
 from __future__ import annotations
@@ -51,15 +50,7 @@ class Groups:
 
 
 class TrainPlans:
-    """Plans of training, without end.
-
-    Args:
-        source: of the training images.
-        config: shares of the groups and augmentation.
-        image_size: side of the images in pixels.
-        global_batch: images of a step over all ranks.
-        slots: of the global batch that are this rank's, from `order.rank_slots`.
-        seed: of order and augmentation.
+    """Plans of training, without end; `slots` of the global batch are this rank's. Arguments: see `loader.TrainLoader`.
 
     Raises:
         DataError: weights that do not fit the groups, or a batch below 1.
@@ -92,11 +83,10 @@ class TrainPlans:
         return Plan(step, images, positions, group, [data for data, _ in read], geometry, colour)
 
     def choose(self, step: int) -> tuple[np.ndarray, np.ndarray, list[Image]]:
-        """What this rank's part of a step consists of, before any file is read; B images.
+        """What this rank's part of a step consists of, before any file is read and any broken image replaced.
 
         Returns:
-            The group and the draw (`SampleOrder.step`) of each, int64 [B], and the images themselves. Those that turn
-            out broken are replaced later.
+            The group and the draw (`SampleOrder.step`) of each image, int64 [B], and the B images themselves.
         """
         group, draw = (values[self._slots] for values in self.order.step(step))
         return group, draw, self._resolve(group, self.order.image(group, draw))
@@ -122,14 +112,7 @@ class TrainPlans:
 
 
 class ValPlans:
-    """Plans of one pass over the validation images: rank r of w has images r, r + w, r + 2 w, ...; without broken ones.
-
-    Args:
-        source: of the validation images.
-        image_size: side of the images in pixels.
-        batch: images of a batch, on this rank.
-        rank, world_size: this process's part.
-    """
+    """Plans of one pass over the validation images, without broken ones. Arguments: see `loader.ValLoader`."""
 
     def __init__(self, source: ImageSource, image_size: int, batch: int, rank: int, world_size: int) -> None:
         self.groups = Groups(source)
@@ -156,11 +139,7 @@ class ValPlans:
 
 
 def group_weights(config: DataConfig, groups: Sequence[str]) -> list[float]:
-    """The weight of each group, equal ones where none are given.
-
-    Raises:
-        DataError: weights are given, but not for exactly the groups there are.
-    """
+    """The weight of each group, equal ones where none are given. DataError if they are those of other groups."""
     if not config.group_weights:
         return [1.0] * len(groups)
     if set(config.group_weights) != set(groups):

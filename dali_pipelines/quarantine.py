@@ -1,10 +1,9 @@
-"""The record of broken images: in memory, in a file beside the run, and when there are too many of them.
+"""The record of broken images: in memory, in files beside the run, and when there are too many of them.
 
-Which image takes the place of a broken one is a function of the order alone (`order.SampleOrder.image` with a `skip`)
-and of which files are broken, not of when they were found or by which rank. So a run that goes on, on any number of
-ranks, sees what it would have seen without the interruption, and reading the record back only spares it finding out
-again. The exception are files that could not be read at all: they are on record, and all ranks of the run that learn of
-them leave them out, but the next one tries them again.
+What takes the place of a broken image is a function of the order and of which files are broken, not of when they were
+found or by which rank. So a run that goes on, on any number of ranks, sees what it would have seen without the
+interruption; the record only spares it finding out again. Files that could not be read at all are the exception: all
+ranks of this run that learn of them leave them out, the next run tries them again.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,22 +24,15 @@ logger = logging.getLogger(__name__)
 class Quarantine:
     """Which images are broken. Counts them per dataset and stops the run when they are too many; one per process.
 
-    With a folder, every process appends to a file of its own there, `quarantine.rank{R}.jsonl`, and knows what all of
-    them have written: at the start, and again whenever it finds an image itself, so the limit is one for all ranks.
-    Safe to use from several threads.
-
-    Args:
-        names, images: of each dataset.
-        config: the limits.
-        folder: of the run; None keeps the record in memory.
-        rank: of this process.
+    With the run's folder, every process appends to a file of its own there, `quarantine.rank{R}.jsonl`, and reads those
+    of all, at the start and whenever it finds an image itself, so the limit is one for all ranks. Thread-safe.
     """
 
     def __init__(
         self, names: Sequence[str], images: Sequence[Images], config: DataConfig, folder: Path | None, rank: int
     ) -> None:
         self._names, self._images, self._config = names, images, config
-        self._broken: dict[tuple[int, int], str] = {}
+        self._broken: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
         self._folder = folder
         self._file = None if folder is None else folder / f"quarantine.rank{rank}.jsonl"
@@ -61,7 +54,8 @@ class Quarantine:
         with self._lock:
             if (dataset, index) in self._broken:
                 return
-            path = self._broken[dataset, index] = self._images[dataset][index]
+            path = self._images[dataset][index]
+            self._broken.add((dataset, index))
             name, size = self._names[dataset], len(self._images[dataset])
             if self._file is not None:
                 entry = {"dataset": name, "index": index, "path": path, "reason": reason, "lasting": lasting}
@@ -85,17 +79,9 @@ class Quarantine:
             self._read_back()
             return self._count()
 
-    def paths(self) -> list[str]:
-        """Their files, in the order in which this process has learnt of them."""
-        with self._lock:
-            self._read_back()
-            return list(self._broken.values())
-
     def _count(self) -> dict[str, int]:
-        totals = dict.fromkeys(self._names, 0)
-        for dataset, _ in self._broken:
-            totals[self._names[dataset]] += 1
-        return totals
+        found = Counter(dataset for dataset, _ in self._broken)
+        return {name: found[i] for i, name in enumerate(self._names)}
 
     def _read_back(self, at_start: bool = False) -> None:
         """Takes over what is new in the files of all ranks; entries of other data, and torn lines, are left out.
@@ -116,4 +102,4 @@ class Quarantine:
                 except (ValueError, KeyError, TypeError, IndexError):
                     continue  # a line cut short by a kill, a dataset or an image that is no longer there
                 if same:
-                    self._broken.setdefault((dataset, index), entry["path"])
+                    self._broken.add((dataset, index))

@@ -1,10 +1,8 @@
 """One shard: images read, decoded once, encoded where they must be, and written as a tar file with its records.
 
-Images are decoded as in a run (see `images`): a JPEG that DALI decodes keeps its bytes, everything else becomes a JPEG.
-
-What is written depends on the job alone: no time, no user, no machine is in it, so the same job gives the same bytes.
-A shard appears under its name only when it is whole and on the disk; the record of what it holds comes after it and
-marks it as finished.
+A JPEG that DALI decodes keeps its bytes, everything else becomes a JPEG. The same job gives the same bytes: no time, no
+user, no machine is in them. A shard appears under its name only when it is whole and on the disk; the record of what it
+holds comes after it and marks it as finished.
 """
 
 from __future__ import annotations
@@ -13,7 +11,10 @@ import hashlib
 import io
 import itertools
 import json
+import math
+import multiprocessing
 import os
+import signal
 import tarfile
 import threading
 import zlib
@@ -32,6 +33,7 @@ from dune_fast.dali_pipelines.pipeline import Decoder, whole_images
 from dune_fast.dali_pipelines.storage import Location, Reader, sync_folder, write_whole
 from dune_fast.dali_pipelines.tar_index import RECORD, open_index, write_index
 
+RECORDS = "records"  # the folder of what marks shards as finished
 _MOST_VANISHED = 10  # files of a shard, or half of them: with more missing, something else is wrong
 _BATCH = 16  # images that DALI decodes at a time
 _SIZE = 64  # pixels; the whole image is decoded, only the resize is cheap
@@ -75,11 +77,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to be written."""
+    """One shard to be written, FOLDER/NAME.tar."""
 
     folder: Path
     name: str
-    """Without ".tar"."""
     dataset: str
     settings: ShardSettings
     items: Sequence[Item]
@@ -132,15 +133,13 @@ def prepare(data: np.ndarray, settings: ShardSettings, turned: bool, by_pillow: 
     Raises:
         BrokenImage: it cannot be decoded.
     """
-    size = plain_jpeg(data.tobytes())
-    fits = size is not None and (not settings.shorter_side or min(size) <= settings.shorter_side)
-    if fits and not turned and not by_pillow:
+    size, longest = plain_jpeg(data.tobytes()), settings.shorter_side or math.inf
+    if size and min(size) <= longest and not turned and not by_pillow:
         return data.tobytes(), size
     result = decode(data)
     if turned:
         result = result.rotate(-90, expand=settings.turned_canvas == "enlarge")
-    if settings.shorter_side:
-        result = shrink(result, settings.shorter_side)
+    result = shrink(result, longest)
     return encode(result), result.size
 
 
@@ -206,8 +205,8 @@ def write_shard(job: Job, reader: Reader, decoder: Decoder, tally: Tally) -> Sha
         os.replace(partial, final)
         sync_folder(job.folder)
         record = ShardRecord(sink.tell(), len(rows), sink.digest.hexdigest(), broken)
-        write_index(records_folder(job.folder) / f"{job.name}.index", np.array(rows, RECORD), 1)
-        write_json(records_folder(job.folder) / f"{job.name}.json", asdict(record))
+        write_index(job.folder / RECORDS / f"{job.name}.index", np.array(rows, RECORD), 1)
+        write_json(job.folder / RECORDS / f"{job.name}.json", asdict(record))
         return record
     finally:
         partial.unlink(missing_ok=True)
@@ -239,21 +238,14 @@ def _append(archive: tarfile.TarFile, name: str, data: bytes) -> int:
 
 def finished(folder: Path, name: str) -> ShardRecord | None:
     """The record of a shard that is there with the right size; None if it has to be written (again)."""
-    records = records_folder(folder)
+    records = folder / RECORDS
     try:
         record = ShardRecord(**json.loads((records / f"{name}.json").read_text()))
-        if (folder / f"{name}.tar").stat().st_size != record.bytes:
-            return None
-        if len(open_index(records / f"{name}.index", 1)) != record.images:
-            return None
+        whole = (folder / f"{name}.tar").stat().st_size == record.bytes
+        whole = whole and len(open_index(records / f"{name}.index", 1)) == record.images
     except (OSError, ValueError, TypeError):  # DataError is a ValueError
         return None
-    return record if all(entry["lasting"] for entry in record.broken) else None
-
-
-def records_folder(folder: Path) -> Path:
-    """Where the records of finished shards are."""
-    return folder / "records"
+    return record if whole and all(entry["lasting"] for entry in record.broken) else None
 
 
 def write_json(path: Path, value: object) -> None:
@@ -266,17 +258,12 @@ _worker: tuple[Reader, Decoder, Tally] | None = None
 
 def start_worker(patience: float, tally: Tally) -> None:
     """Makes a process ready for `work`."""
-    import multiprocessing
-    import signal
-
     global _worker
     _worker = Reader(patience), Decoder(_BATCH, _SIZE, 1, torch.device("cpu")), tally
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent calls the work off
-    parent = multiprocessing.parent_process()
-    assert parent is not None
 
     def follow() -> None:
-        parent.join()
+        multiprocessing.parent_process().join()
         os._exit(1)  # it was killed: nobody would ever end this process, or read what it writes
 
     threading.Thread(target=follow, name="follow-parent", daemon=True).start()
@@ -284,5 +271,4 @@ def start_worker(patience: float, tally: Tally) -> None:
 
 def work(job: Job) -> ShardRecord:
     """`write_shard` in a worker process."""
-    assert _worker is not None
     return write_shard(job, *_worker)

@@ -1,9 +1,8 @@
 """Datasets into shards, in parallel and again after any interruption with the same result.
 
 A keyed permutation says which image comes at which place of a split, and how many images a shard holds is fixed before
-the first is written: every shard is a job of its own, and it does not matter which process does it, or when. Finished
-shards are known by their records (`shard_writer.finished`); the manifest comes last, so a folder without one is
-unfinished.
+the first is written: it does not matter which process writes a shard, or when. Finished shards are known by their
+records (`shard_writer.finished`); the manifest comes last, so a folder without one is unfinished.
 """
 
 from __future__ import annotations
@@ -32,17 +31,7 @@ from dune_fast.dali_pipelines.listing import is_turned
 from dune_fast.dali_pipelines.order import Permutation
 from dune_fast.dali_pipelines.patience import Pending
 from dune_fast.dali_pipelines.pipeline import import_dali
-from dune_fast.dali_pipelines.shard_writer import (
-    Item,
-    Job,
-    ShardRecord,
-    ShardSettings,
-    Tally,
-    finished,
-    prepare,
-    records_folder,
-    write_json,
-)  # fmt: skip
+from dune_fast.dali_pipelines.shard_writer import Item, Job, ShardRecord, ShardSettings, Tally, finished, prepare
 from dune_fast.dali_pipelines.shards import FORMAT, MANIFEST, Manifest, Shard, Split
 from dune_fast.dali_pipelines.storage import Reader, write_whole
 from dune_fast.dali_pipelines.tar_index import open_index, write_index
@@ -70,28 +59,19 @@ class SplitPlan:
     image_bytes: float
     """Of an image in a shard, as estimated."""
 
-    def names(self) -> list[str]:
-        """Of the shards, without ".tar"."""
-        return [f"{self.split}-{number:06d}" for number in range(math.ceil(self.images / self.per_shard))]
-
-    def places(self, name: str) -> range:
-        """Of a shard's images in the shuffled order."""
-        first = int(name.rpartition("-")[2]) * self.per_shard
-        return range(first, min(first + self.per_shard, self.images))
+    def shards(self) -> dict[str, range]:
+        """name of each shard, without ".tar" -> places of its images in the shuffled order."""
+        starts = range(0, self.images, self.per_shard)
+        return {f"{self.split}-{i:06d}": range(self.images)[at : at + self.per_shard] for i, at in enumerate(starts)}
 
 
 def shard_dataset(name: str, data: DataConfig, folder: Path, settings: ShardSettings, workers: int) -> Manifest:
-    """Writes the shards of one dataset, or those that are still missing.
+    """Writes the shards of the dataset `data.datasets[name]`, whatever root it has, and returns their manifest.
 
     Args:
-        name: of the dataset in `data`.
-        data: for its configuration (whatever root it has, shards included) and the patience with the storage.
         folder: of the dataset's shards; made where it is missing.
         settings: of the shards. With those of an earlier call, and the same images, that call is continued.
         workers: processes.
-
-    Returns:
-        The manifest that was written.
 
     Raises:
         DataError: no images, a folder with shards of other images or settings, no room, only broken images, a failure
@@ -102,9 +82,9 @@ def shard_dataset(name: str, data: DataConfig, folder: Path, settings: ShardSett
     import_dali()  # fail here, not in a worker
     dataset = index_dataset(name, data.datasets[name])
     try:
-        records_folder(folder).mkdir(parents=True, exist_ok=True)
+        (folder / shard_writer.RECORDS).mkdir(parents=True, exist_ok=True)
         with locked(folder / ".lock", f"the shards in {folder}"):
-            for partial in [*folder.glob(".*.part"), *records_folder(folder).glob(".*.part")]:
+            for partial in [*folder.glob(".*.part"), *(folder / shard_writer.RECORDS).glob(".*.part")]:
                 partial.unlink()  # of a process that was killed
             sharding = _Sharding(dataset, folder, settings, data.read_patience, workers)
             plans = sharding.plan()
@@ -131,12 +111,11 @@ class _Sharding:
 
     def plan(self) -> list[SplitPlan]:
         """The plan of an earlier call, where there is one, else a new one."""
-        path = records_folder(self.folder) / "plan.json"
-        header = {"format": FORMAT, "dataset": self.dataset.name, "source": self.source}
-        header["settings"] = asdict(self.settings)
+        path, settings = self.folder / shard_writer.RECORDS / "plan.json", asdict(self.settings)
+        header = {"format": FORMAT, "dataset": self.dataset.name, "source": self.source, "settings": settings}
         if not path.exists():
             plans = [self._plan_split(split, images) for split, images in self.splits.items()]
-            write_json(path, {**header, "plans": [asdict(plan) for plan in plans]})
+            shard_writer.write_json(path, {**header, "plans": [asdict(plan) for plan in plans]})
             return plans
         try:
             known = json.loads(path.read_text())
@@ -184,14 +163,14 @@ class _Sharding:
 
     def write_missing(self, plans: Sequence[SplitPlan]) -> None:
         """Writes the shards that are not finished."""
-        everything = [(plan, name) for plan in plans for name in plan.names()]
-        missing = [(plan, name) for plan, name in everything if finished(self.folder, name) is None]
+        everything = [(plan, *shard) for plan in plans for shard in plan.shards().items()]
+        missing = [shard for shard in everything if finished(self.folder, shard[1]) is None]
         there, title = len(everything) - len(missing), self.dataset.name
         if there:
             logger.info("%s: %d of %d shards are there already", title, there, len(everything))
         if not missing:
             return
-        needed = sum(plan.image_bytes * len(plan.places(name)) for plan, name in missing)
+        needed = sum(plan.image_bytes * len(places) for plan, _, places in missing)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise DataError(
@@ -199,14 +178,13 @@ class _Sharding:
                 f"{needed / 1e9:.2f} GB: make room, or choose another folder or a smaller --shorter-side"
             )
         jobs = (  # made when their turn comes: each names thousands of files
-            Job(self.folder, name, title, self.settings, self._items(self.splits[plan.split], plan.places(name)))
-            for plan, name in missing
+            Job(self.folder, name, title, self.settings, self._items(self.splits[plan.split], places))
+            for plan, name, places in missing
         )
-        total, todo = sum(plan.images for plan in plans), sum(len(plan.places(name)) for plan, name in missing)
+        total, todo = sum(plan.images for plan in plans), sum(len(places) for *_, places in missing)
         context, workers = get_context("spawn"), min(self.workers, len(missing))
         tally = Tally(context)
-        start = shard_writer.start_worker
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start, initargs=(self.patience, tally))
+        pool = ProcessPoolExecutor(workers, context, shard_writer.start_worker, (self.patience, tally))
         with pool, Progress(f"sharding {title}", total, done=total - todo) as progress:
             try:
                 _run(pool, jobs, workers + 1, tally, progress)
@@ -224,10 +202,10 @@ class _Sharding:
 
     def finish(self, plans: Sequence[SplitPlan]) -> Manifest:
         """Joins the records of all shards into indices, the quarantine and the manifest."""
-        splits, broken, records = [], [], records_folder(self.folder)
+        splits, broken, records = [], [], self.folder / shard_writer.RECORDS
         for plan in plans:
             shards, parts, left_out = [], [], []
-            for number, name in enumerate(plan.names()):
+            for number, name in enumerate(plan.shards()):
                 record = ShardRecord(**json.loads((records / f"{name}.json").read_text()))
                 shards.append(Shard(f"{name}.tar", record.bytes, record.images, record.sha256))
                 part = np.array(open_index(records / f"{name}.index", 1))

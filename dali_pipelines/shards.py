@@ -1,6 +1,4 @@
-"""Images in tar shards (WebDataset) with an index and a manifest, as `dune-fast data shard` writes them.
-
-A folder that `dune-fast data shard` has filled holds one dataset:
+"""Images in tar shards (WebDataset) with an index and a manifest. A folder of `dune-fast data shard` holds one dataset:
 
     manifest.json                     what there is: `Manifest`
     train.index, val.index            where every image is: `tar_index`
@@ -8,8 +6,7 @@ A folder that `dune-fast data shard` has filled holds one dataset:
     quarantine.jsonl                  images of the source that are broken, one JSON object a line
     records/                          what the shards hold one by one; only needed to go on with the sharding
 
-The folder may be an address that fsspec knows ("s3://bucket/in19k"). Shards of other tools have no manifest:
-`foreign_shards`.
+The folder may be an address that fsspec knows. Shards of other tools have no manifest: `foreign_shards`.
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dune_fast.dali_pipelines.addresses import PATIENCE, ask, is_url, list_address, read_whole
+from dune_fast.dali_pipelines.addresses import PATIENCE, ask, is_url, list_address
 from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.dali_pipelines.patience import patiently
 from dune_fast.dali_pipelines.storage import cached, open_binary, write_whole
@@ -39,10 +36,9 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file."""
+    """One tar file in the folder of the manifest."""
 
     name: str
-    """Below the folder of the manifest."""
     bytes: int
     images: int
     sha256: str
@@ -69,7 +65,6 @@ class Manifest:
     """What a folder of shards holds."""
 
     format: int
-    """Version of the layout, see FORMAT."""
     dataset: str
     source: str
     """Fingerprint of the source: a hash over the number and the names of its images, split by split."""
@@ -84,11 +79,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, text: str, where: str) -> Manifest:
-        """From JSON that was read at `where`.
-
-        Raises:
-            DataError: no manifest of this version, or one that names files outside its folder.
-        """
+        """From JSON, read at `where`. DataError if it has another version, or names files outside its folder."""
         try:
             values = json.loads(text)
             if values["format"] != FORMAT:
@@ -119,13 +110,12 @@ def read_manifest(folder: str) -> Manifest:
 
 def is_manifest_folder(given: str) -> bool:
     """Whether a folder or an address holds shards of our own."""
-    path = f"{given.rstrip('/')}/{MANIFEST}"
-    if is_url(path):
-        try:
-            return ask(path, lambda fs, inner: fs.info(inner), what=given)["type"] == "file"
-        except FileNotFoundError:
-            return False
-    return os.path.isfile(path)
+    if not is_url(given):
+        return os.path.isfile(os.path.join(given, MANIFEST))
+    try:
+        return ask(given, lambda fs, folder: fs.info(f"{folder.rstrip('/')}/{MANIFEST}"))["type"] == "file"
+    except FileNotFoundError:
+        return False
 
 
 def open_manifest_folder(folder: str) -> dict[str, ShardImages]:
@@ -166,9 +156,10 @@ def _sizes(folder: str) -> dict[str, int]:
 
 
 def _read_file(path: str) -> bytes:
-    if is_url(path):
-        return read_whole(path)
-    return patiently(lambda: Path(path).read_bytes(), path, PATIENCE)
+    if not is_url(path):
+        return patiently(lambda: Path(path).read_bytes(), path, PATIENCE)
+    with open_binary(path) as stream:
+        return stream.read()
 
 
 def _open_index(path: str, sha256: str, num_shards: int) -> np.ndarray:

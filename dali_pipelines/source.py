@@ -2,8 +2,7 @@
 
 Two CPU cores decode and resize 54 photographs of 1920 x 2880 pixels a second, and 250 of their copies with a shorter
 side of 512 pixels (`DatasetConfig.shrink`). The pixels change a little: on the demo's photographs a crop of three
-quarters of each side differs by 0.4 levels on average at 112 pixels and by 0.7 at 224. Where decoding is no bottleneck
-(a GPU, small images) leave `shrink` at 0.
+quarters of each side differs by 0.4 levels on average at 112 pixels and by 0.7 at 224.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from dune_fast.dali_pipelines.datasets import DataConfig, Dataset
 from dune_fast.dali_pipelines.errors import BrokenImage
 from dune_fast.dali_pipelines.images import decode, encode, for_dali, is_from_pillow, plain_jpeg, shrink
 from dune_fast.dali_pipelines.listing import is_turned
-from dune_fast.dali_pipelines.patience import Pending
 from dune_fast.dali_pipelines.quarantine import Quarantine
 from dune_fast.dali_pipelines.storage import Location, Reader, write_whole
 from dune_fast.teachers.files import cache_dir
@@ -36,14 +34,9 @@ Encoded = tuple[np.ndarray, tuple[int, int]]
 
 
 class ImageSource:
-    """Reads the images of one split of all datasets, with threads of its own.
+    """Reads the images of one split ("train" or "val") of all datasets, with threads of its own.
 
-    Args:
-        datasets: from `index_datasets`.
-        split: "train" or "val".
-        config: threads, limits on broken images, and how long to wait for the storage.
-        folder: of the run, for the record of broken images; None keeps it in memory.
-        rank: of this process.
+    `folder`, of the run, and `rank` are for the record of broken images; without a folder it is kept in memory.
     """
 
     def __init__(
@@ -69,27 +62,18 @@ class ImageSource:
         patterns = [dataset.config.rotate for dataset in self.datasets]
         return np.array([is_turned(self._images[d], i, patterns[d]) for d, i in images], dtype=bool)
 
-    def read(self, dataset: int, index: int) -> Encoded:
-        """One image. Safe to call from several threads.
-
-        Raises:
-            BrokenImage: the file is gone, empty, cut off, not what its checksum says, or Pillow cannot decode it.
-            StorageError: the storage does not answer.
-        """
-        image = dataset, index
-        return self._prepare(image, None if self._shrinks(image) else self._start(image).result())
-
     def read_all(self, images: Sequence[Image]) -> list[Encoded | BrokenImage]:
-        """Several at once; why an image is broken stands in its place.
+        """Several images at once; why one is broken stands in its place: gone, empty, cut off, other bytes, no pixels.
 
-        Threads that wait for the storage are others than those that work on the bytes.
+        Threads that wait for the storage are others than those that work on the bytes. StorageError if the storage does
+        not answer. Thread-safe.
         """
-        reading = [None if self._shrinks(image) else self._start(image) for image in images]
+        reading = [None if self._shorter_side(d) else self._reader.start(self._images[d].locate(i)) for d, i in images]
         working: list[Future[Encoded | BrokenImage] | BrokenImage] = []
         for image, read in zip(images, reading, strict=True):
             try:
                 data = None if read is None else read.result()
-                working.append(self._pool.submit(self._attempt, image, data))
+                working.append(self._pool.submit(self._prepare, image, data))
             except BrokenImage as error:
                 working.append(error)
         return [work.result() if isinstance(work, Future) else work for work in working]
@@ -112,11 +96,8 @@ class ImageSource:
         if is_from_pillow(encoded):
             return BrokenImage(f"DALI cannot take over its pixels: {reason}")
         self._by_pillow.add(image)
-        try:
-            self.read(*image)
-        except BrokenImage as error:
-            return error
-        return None
+        (result,) = self.read_all([image])
+        return result if isinstance(result, BrokenImage) else None
 
     def stop_waiting(self) -> None:
         """From now on, a read that fails is not tried again."""
@@ -127,24 +108,18 @@ class ImageSource:
         self._pool.shutdown(wait=wait, cancel_futures=True)
         self._reader.close()
 
-    def _shrinks(self, image: Image) -> bool:
-        """Whether a smaller copy is read, or made, in place of the image."""
-        return bool(self.datasets[image[0]].config.shrink)
+    def _shorter_side(self, dataset: int) -> int:
+        """Of the smaller copies that are read, or made, in place of the images; 0 where there are none."""
+        return self.datasets[dataset].config.shrink
 
-    def _start(self, image: Image) -> Pending:
-        return self._reader.start(self._images[image[0]].locate(image[1]))
-
-    def _prepare(self, image: Image, data: np.ndarray | None) -> Encoded:
-        """An image from its bytes, uint8 [length]; None for one of which there is a smaller copy."""
+    def _prepare(self, image: Image, data: np.ndarray | None) -> Encoded | BrokenImage:
+        """An image from its bytes, uint8 [length]; from its smaller copy where they are None."""
         dataset, index = image
-        if data is None:
-            shorter_side = self.datasets[dataset].config.shrink
-            data = shrunk_bytes(self._images[dataset][index], shorter_side, cache_dir() / "shrunk", self._reader)
-        return for_dali(data, image in self._by_pillow)
-
-    def _attempt(self, image: Image, data: np.ndarray | None) -> Encoded | BrokenImage:
         try:
-            return self._prepare(image, data)
+            if data is None:
+                path, cache = self._images[dataset][index], cache_dir() / "shrunk"
+                data = shrunk_bytes(path, self._shorter_side(dataset), cache, self._reader)
+            return for_dali(data, image in self._by_pillow)
         except BrokenImage as error:
             return error
 
@@ -153,11 +128,8 @@ def shrunk_bytes(path: str, shorter_side: int, cache: Path, reader: Reader) -> n
     """The encoded bytes, uint8 [length], of an image with at most `shorter_side` pixels on its shorter side.
 
     Images that are not larger are returned as they are in the file. A copy's name is made of the original's path, size
-    and time of change: an image that changes is shrunk again, and several processes may work at once.
-
-    Raises:
-        BrokenImage: there is no such file, see `Reader.read` and `images.decode`.
-        StorageError: see `Reader.read`.
+    and time of change: an image that changes is shrunk again, and several processes may work at once. Raises what
+    `Reader.read` and `images.decode` raise.
     """
     try:
         status = reader.patiently(lambda: os.stat(path), path)

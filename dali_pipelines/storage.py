@@ -1,8 +1,4 @@
-"""Reading whole files and pieces of files, on a local disk, a network folder or any address that fsspec knows.
-
-Local paths are read here, addresses through `addresses`; what a failed read means, and how long it may take, is decided
-in `patience`.
-"""
+"""Reading whole files and pieces of files: local paths here, addresses through `addresses`, both with `patience`."""
 
 from __future__ import annotations
 
@@ -25,8 +21,6 @@ from dune_fast.dali_pipelines.errors import BrokenImage, DataError, StorageError
 from dune_fast.dali_pipelines.patience import Pending, Threads, patiently
 from dune_fast.teachers.files import cache_dir, locked
 
-_READ_THREADS = 16  # of a reader that was not told
-
 
 def sync_folder(folder: Path) -> None:
     """Makes the folder's entries durable."""
@@ -40,8 +34,7 @@ def sync_folder(folder: Path) -> None:
 def write_whole(path: Path, *parts: bytes | np.ndarray) -> None:
     """Writes a file so that readers see all of it or what was there before, also after a power cut.
 
-    Several threads, processes and machines may write the same file at once; an interrupted one leaves ".NAME.*.part".
-    Arrays are to be contiguous.
+    Several machines may write the same file at once; a killed one leaves ".NAME.*.part". Arrays are to be contiguous.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
@@ -82,10 +75,7 @@ def open_binary(path: str) -> BinaryIO:
 def cached(name: str, title: str) -> Iterator[Path]:
     """A file of the cache folder, with a lock on it: whoever finds that it does not exist makes it.
 
-    `title` says what it is, in the log line of those who wait.
-
-    Raises:
-        DataError: the cache folder cannot be written.
+    `title` stands in the log line of those who wait. DataError if the cache folder cannot be written.
     """
     path = cache_dir() / name
     try:
@@ -118,7 +108,7 @@ class Reader:
         threads: reads that `start` makes at once; they wait for the storage, so they may be many more than cores.
     """
 
-    def __init__(self, patience: float, open_files: int = 128, threads: int = _READ_THREADS) -> None:
+    def __init__(self, patience: float, open_files: int = 128, threads: int = 16) -> None:
         self._patience, self._stop = patience, threading.Event()
         self._open = functools.lru_cache(open_files)(_OpenFile)
         self._threads = Threads(threads, "read-images")
@@ -156,7 +146,7 @@ class Reader:
         return np.frombuffer(data, np.uint8)
 
     def patiently(self, read: Callable[[], Any], what: str) -> Any:
-        """See `patience.patiently`; with the reader's patience, until `stop_waiting`."""
+        """`patience.patiently` with the reader's patience, until `stop_waiting`."""
         return patiently(read, what, self._patience, self._stop)
 
     def stop_waiting(self) -> None:

@@ -1,8 +1,7 @@
 """Images in tar shards, found by a binary index.
 
 An index file is a header of 64 bytes and one record of 24 bytes an image, little-endian, mapped into memory: ranks of a
-machine share its pages. 20.7 million images take 0.5 GB on disk. The dataset is the same for all records of a file, so
-its name stands in the manifest beside it (`shards`).
+machine share its pages. 20.7 million images take 0.5 GB on disk.
 
     header: magic (8 bytes), version (u32), number of shards (u32), number of images (u64), CRC-32 of the records (u32)
     record: offset (u64), length (u32), shard (u32), CRC-32 of the image (u32), width (u16), height (u16)
@@ -75,8 +74,8 @@ class ShardImages(Sequence[str]):
 
     Args:
         shards: paths or addresses of the tar files.
-        records: usually mapped into memory.
-        root: what names leave out at the front of a path.
+        records: of dtype RECORD, usually mapped into memory.
+        root: the folder that all shards lie in, if there is one.
         rows: the records that belong to it, all of them by default.
         described: whether a JSON follows each image, as in shards of our own.
     """
@@ -110,17 +109,10 @@ class ShardImages(Sequence[str]):
         crc = int(record["crc"]) or None
         return Location(self.shards[record["shard"]], int(record["offset"]), int(record["length"]), crc)
 
-    def size(self, index: int) -> tuple[int, int]:
-        """(width, height); (0, 0) where the index does not know."""
-        record = self._record(index)
-        return int(record["width"]), int(record["height"])
-
     def source_path(self, index: int, reader: Reader) -> str:
         """What an image was called below its root before it came into the shard, or its member's name in foreign ones.
 
-        Raises:
-            BrokenImage, StorageError: see `Reader.read`.
-            DataError: no such thing stands there: the index is another tar file's.
+        Raises what `Reader.read` raises, and DataError if no such thing stands there: the index is another tar file's.
         """
         place = self.locate(index)
         # the headers of a tar are before the bytes that they tell of

@@ -39,12 +39,8 @@ def shard(args: argparse.Namespace) -> int:
     data, names = _chosen(args)
     rows = table("dataset", "split", "images", "broken", "shards", "MB")
     for name in names:
-        settings = ShardSettings(
-            megabytes=args.megabytes,
-            shorter_side=args.shorter_side or data.datasets[name].shrink,
-            seed=args.seed,
-            turned_canvas=args.turned_canvas,
-        )
+        shorter_side = args.shorter_side or data.datasets[name].shrink
+        settings = ShardSettings(args.megabytes, shorter_side, args.seed, args.turned_canvas)
         manifest = shard_dataset(name, data, args.out / name, settings, args.workers)
         for split in manifest.splits:
             size = sum(entry.bytes for entry in split.shards) / 1e6
@@ -112,43 +108,34 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """The command `data` and its own commands."""
     parser = commands.add_parser("data", help="shard and check datasets", description=__doc__)
     own = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    default, only = "(default: %(default)s)", "these datasets (default: all configured)"
+    hydra = "Hydra overrides that name the datasets, e.g. data=dune, data=in1k"
 
     example = "example: dune-fast data shard data=folder data.datasets.images.root=/path/to/images --out shards"
     sub = add_command(own, "shard", shard, "turn datasets into tar shards with an index", epilog=example)
-    hydra = "Hydra overrides that name the datasets, e.g. data=dune, data=in1k"
     sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=hydra)
     sub.add_argument("--out", type=local, required=True, metavar="FOLDER", help="gets a folder for each dataset")
-    sub.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these datasets (default: all configured)")
-    sub.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core, %(default)s here)"
+    sub.add_argument("--only", nargs="+", default=[], metavar="NAME", help=only)
+    workers = "processes (default: one a core, %(default)s here)"
+    sub.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=workers)
+    sub.add_argument("--megabytes", type=int, default=500, help=f"size of a shard, about {default}")
+    side = "shrink larger images to this shorter side (default: the dataset's `shrink`, else keep the size)"
+    sub.add_argument("--shorter-side", type=int, default=0, metavar="PIXELS", help=side)
+    sub.add_argument("--seed", type=int, default=0, help=f"of the order inside the shards {default}")
+    canvas = (
+        "images stored turned (BEDLAM's close-ups) are turned upright: the canvas turns as well (default), or "
+        "stays as it is, as in the code published with DUNE, which cuts off what lies outside and leaves black bars"
     )
-    sub.add_argument("--megabytes", type=int, default=500, help="size of a shard, about (default: %(default)s)")
-    sub.add_argument(
-        "--shorter-side",
-        type=int,
-        default=0,
-        metavar="PIXELS",
-        help="shrink larger images to this shorter side (default: the dataset's `shrink`, else keep the size)",
-    )
-    sub.add_argument("--seed", type=int, default=0, help="of the order inside the shards (default: %(default)s)")
-    sub.add_argument(
-        "--turned-canvas",
-        choices=("enlarge", "keep"),
-        default="enlarge",
-        help="images stored turned (BEDLAM's close-ups) are turned upright: the canvas turns as well (default), or "
-        "stays as it is, as in the code published with DUNE, which cuts off what lies outside and leaves black bars",
-    )
+    sub.add_argument("--turned-canvas", choices=("enlarge", "keep"), default="enlarge", help=canvas)
 
     example = "example: DUNE_FAST_DATA=/path/to/data dune-fast data check data=dune"
     sub = add_command(own, "check", check, "count, compare with what is expected, decode a sample", epilog=example)
     sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=hydra)
-    sub.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these datasets (default: all configured)")
-    sub.add_argument(
-        "--sample", type=int, default=64, metavar="N", help="images of each split to decode (default: %(default)s)"
-    )
+    sub.add_argument("--only", nargs="+", default=[], metavar="NAME", help=only)
+    sub.add_argument("--sample", type=int, default=64, metavar="N", help=f"images of each split to decode {default}")
     sub.add_argument("--decode-all", action="store_true", help="decode every image")
     sub.add_argument("--full", action="store_true", help="of shards, compare every byte with the checksums")
-    sub.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help=f"of the sample {default}")
 
     example = "example: dune-fast data list-keys ubody_intra_train.pkl --prefix ubody/videos --out ubody_train.txt"
     summary = "make a list of images from a pickled one (UBody, DUNE's lists)"

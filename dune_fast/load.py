@@ -26,7 +26,7 @@ from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import TeacherWeightsError, container_state, read_container
 from dune_fast.teachers.encoder_names import beside_encoder
 from dune_fast.teachers.local_paths import local_path
-from dune_fast.teachers.recognition import recognize, vit_family
+from dune_fast.teachers.registry import recognize, vit_family
 from dune_fast.teachers.weights import build_loaded, folder_weights
 
 PUBLISHED = (
@@ -140,12 +140,7 @@ def load_encoder(
 
 
 def _in_folder(path: Path, *names: str) -> Path:
-    """The file or checkpoint that a folder stands for.
-
-    Raises:
-        ModelNotFoundError: there is none.
-        AddressError: an address of an object store.
-    """
+    """The file or checkpoint that a folder stands for; ModelNotFoundError if there is none."""
     try:
         return folder_weights(path, *names)
     except TeacherWeightsError as error:
@@ -173,17 +168,10 @@ def load_model(path_or_name: str | os.PathLike, device: torch.device | str = "cp
     return DistilledModel(student, statistics).eval().requires_grad_(False).to(device)
 
 
-def weights_folder() -> Path:
-    """Where published files are looked for: $DUNE_FAST_WEIGHTS, or `weights` in the working directory."""
-    return local_path(os.environ.get("DUNE_FAST_WEIGHTS") or "weights", "the variable DUNE_FAST_WEIGHTS")
-
-
 def locate(path_or_name: str | os.PathLike) -> Path:
     """The file or the run's folder that a path or a published name stands for.
 
-    Raises:
-        ModelNotFoundError: there is none.
-        AddressError: an address of an object store.
+    ModelNotFoundError if there is none, AddressError for an address of an object store.
     """
     path = local_path(path_or_name, "the model")
     if path.is_dir() or (path.is_file() and path.suffix in (".safetensors", *_ARCHIVES)):
@@ -191,12 +179,12 @@ def locate(path_or_name: str | os.PathLike) -> Path:
     if path.is_file():
         raise ModelNotFoundError(f"{path} is neither a .safetensors nor a .pth file, nor the folder of a run")
     name = str(path_or_name)
-    folder = weights_folder()
+    folder = local_path(os.environ.get("DUNE_FAST_WEIGHTS") or "weights", "the variable DUNE_FAST_WEIGHTS")
     published = (*PUBLISHED, *PUBLISHED_ENCODERS)
     if name in published:
-        for suffix in _ARCHIVES:
-            if (folder / f"{name}{suffix}").is_file():
-                return folder / f"{name}{suffix}"
+        for file in (folder / f"{name}{suffix}" for suffix in _ARCHIVES):
+            if file.is_file():
+                return file
         raise ModelNotFoundError(
             f"the weights of {name} are not here: `dune-fast teachers fetch {PUBLISHED_ENCODERS.get(name, name)}` gets "
             f"them from their publishers; or put it at {folder / name}.pth yourself (set DUNE_FAST_WEIGHTS for another "

@@ -81,10 +81,7 @@ def released_projector(
 ) -> dict[str, Tensor]:
     """One teacher's projector by our names, its options worked in; empty if there is none of that name.
 
-    Args:
-        state: the whole checkpoint's, wrappers stripped.
-        content: the container, for its options; whatever it does not say is read off the tensors.
-        path: the source, for messages.
+    `state` is the whole checkpoint's, wrappers stripped; `content` is the container, for its options.
     """
     options = projector_options(content, path)
     tensors = filled(below(state, f"projectors.{name}."), options, ())

@@ -27,11 +27,9 @@ _SDP = {
     "math": [SDPBackend.MATH],
 }
 # torch prefers its FlashAttention-2, which leaves Hopper's warp-group products unused; cuDNN's kernels use them. The
-# others follow for what cuDNN does not take (float32, odd head sizes). Not yet measured here.
-# cuDNN makes a plan at every new (images, tokens, heads, head size, forward or training), which costs the host some
-# time, and torch keeps it. A run has few: for each network one number of images a step, two with
-# `objective.route_by_dataset` (tests/distill/test_routing.py), those of the drift check, and an evaluation's whole and
-# last batches. Each is made where it is first met: nothing is warmed up or padded for them.
+# others follow for what cuDNN does not take (float32, odd head sizes). Not yet measured here. cuDNN makes a plan for
+# every new shape, which costs the host time once; a run has few shapes (tests/distill/test_routing.py), so nothing is
+# warmed up or padded for them.
 _HOPPER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # looked up once, here: torch.compile, which traces `attention`, cannot look into the import system
@@ -51,9 +49,8 @@ def _cpu_form(qkv: Tensor) -> str:
     them. Forward + backward in bf16, in float32 and by the formula, [16, 69] / [4, 257] / [2, 577] tokens: one core of
     a Xeon with AMX, 6, 12 and 12 heads of 64: 22 / 32 / 69 ms, 11 / 31 / 73 ms, 4 / 17 / 31 ms; one of an EPYC with
     AVX2, 3 heads: 34 / 92 / 207 ms, 13 / 22 / 46 ms, 16 / 29 / 61 ms. Forward alone the Xeon is fastest in torch's
-    kernel: 1.9 / 5.0 / 9.2 ms, 2.6 / 9.6 / 22 ms, 1.7 / 5.9 / 12 ms. That kernel is slow for some numbers of keys; with
-    keys padded to a multiple of 32, 16 heads, [4, 261] tokens take 8.0 instead of 11.6 ms, [8, 69] 2.5 instead of 2.8.
-    From 512 keys on, or with one key over, the mask costs more than it saves ([2, 581]: 14.1 and 13.8 ms).
+    kernel, which is slow for some numbers of keys: padded to a multiple of 32, [4, 261] tokens take 8.0 instead of
+    11.6 ms. From 512 keys on, or with one key over, the mask costs more than it saves.
     """
     if qkv.device.type != "cpu" or qkv.dtype not in (torch.float16, torch.bfloat16) or use_triton(qkv):
         return "sdpa"  # the last: operations are counted as on a GPU
@@ -91,11 +88,9 @@ def resolve_backend(backend: str, qkv: Tensor) -> str:
     if backend == "cudnn" and torch.are_deterministic_algorithms_enabled():
         raise ValueError("attention backend 'cudnn' is not deterministic; choose auto, flash or flash_attn")
     half = qkv.dtype in (torch.float16, torch.bfloat16)
-    if backend != "auto":
-        return backend
-    if qkv.is_cuda and half and qkv.shape[-1] <= 256 and FLASH_ATTN_INSTALLED:
+    if backend == "auto" and qkv.is_cuda and half and qkv.shape[-1] <= 256 and FLASH_ATTN_INSTALLED:
         return "flash_attn"
-    return "auto"  # scaled_dot_product_attention's own order, or _HOPPER
+    return backend  # "auto": scaled_dot_product_attention's own order, or _HOPPER
 
 
 def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
@@ -104,8 +99,7 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
     Args:
         qkv: [B, N, 3, H, D], fp32, bf16 or fp16; queries, keys and values along dimension 2.
         backend: "auto" takes flash-attn where it is installed and applies (CUDA, half precision), else the fastest of
-            `torch.nn.functional.scaled_dot_product_attention` on the device; a CPU computes half precision in float32,
-            by the plain formula or with padded keys where that is faster. The others force one.
+            torch's on the device (see `_cpu_form` for a CPU's). The others force one.
 
     Raises:
         ValueError: `qkv` is not [B, N, 3, H, D], or the backend is unknown, not installed, or refused by

@@ -56,8 +56,7 @@ def augment_colour(images: Tensor, params: ColourParams | None, dtype: torch.dty
         [B, 3, H, W], contiguous. A gradient flows if float images ask for one, through the plain reference.
 
     Raises:
-        ValueError: another type or shape of images, other shapes of parameters or another device, or images too small
-            to blur.
+        ValueError: types, shapes or devices do not fit, or images are too small to blur.
     """
     decoded = images.dtype == torch.uint8
     if images.ndim != 4 or images.shape[3 if decoded else 1] != 3 or not (decoded or images.is_floating_point()):
@@ -124,10 +123,8 @@ _augment_colour = register(
 def jitter(x: Tensor, params: ColourParams) -> Tensor:
     """The four jitter operations in each image's own order; x float [B, 3, H, W] in [0, 1].
 
-    Every image has one hue rotation and three blends, so instead of computing all four operations at each of four
-    places, the three blends run in the image's order, once before and once after the one rotation, with factor 1 (the
-    exact identity) in the half that an image does not need: six blends and one HSV conversion instead of sixteen
-    operations, four of them conversions.
+    The three blends run in the image's order, once before and once after the one hue rotation, with factor 1 (the exact
+    identity) in the half that an image does not need: six blends and one HSV conversion instead of sixteen operations.
     """
     place = torch.arange(4, device=x.device)
     hue_place = torch.where(params.order == HUE, place, 0).sum(1, keepdim=True)  # [B, 1]

@@ -1,8 +1,7 @@
 """`augment_colour` on a CPU: image by image and in place, so that an image and its scratch stay in the cache.
 
-Formula, parameters and reference are in kernels/augment.py. The reference stays beside it: it is differentiable, it
-compiles whole (the benchmark's baseline on a GPU), and it computes everything for every image, so that nothing is read
-from the device. A CPU can read the parameters, so here only what an image needs is done to it.
+Formula, parameters and reference are in kernels/augment.py. The reference computes everything for every image, so that
+nothing is read from the device. A CPU can read the parameters, so here only what an image needs is done to it.
 
 There are no masks: torch's comparisons and `where` are many times slower on a CPU than min, max and sign. There is one
 thread: dozens of short operations an image, each with a barrier, lose more to the decoding threads beside them than a

@@ -9,9 +9,8 @@ Bytes a pixel, uint8 to fp32 (bf16 in brackets), at the paper's probabilities: t
 the second reads 3 and writes 12 [6], the third reads and writes 12 [6] for 20 %: 22.2 [13.8]. The minimum is 15 [9], if
 the mean were known before the image is read and neighbours cost nothing.
 
-The intermediate is float32, or float16 where the output is bf16, whose own rounding is 8 times coarser. Without it the
-blur would compute the colours of neighbours again, 8 more hue rotations a pixel. It is as large as the output, because
-the host does not know how many images are blurred; only their part is touched.
+The intermediate is float32, or float16 where the output is bf16, whose own rounding is 8 times coarser. It is as large
+as the output, because the host does not know how many images are blurred; only their part is touched.
 
 Branches on an image's parameters are free: a program works on one image. Literals below are the constants of
 kernels/colour_params.py and kernels/imagenet.py; a kernel sees no globals.
@@ -226,8 +225,6 @@ BLUR = {"default": [Launch(1 << 30, {"ROWS": 32, "BLOCK": 128, "num_warps": 4})]
 """Not yet measured: one column a thread, 48 registers. 40 warps share a multiprocessor: predicted 0.63 of the time of
 two columns a thread with 28 warps, because every row waits for its loads. 8 of 40 rows are read twice, once from the L2
 cache."""
-
-# ---------------------------------------------------------------- implementation
 
 
 def augment_colour_triton(images: Tensor, params: list[Tensor], dtype: torch.dtype) -> Tensor:

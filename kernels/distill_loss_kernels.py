@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dune_fast.kernels.launching import Launch, choose, launch, processors
-from dune_fast.kernels.library import as_rows, contiguous, jit, row_offsets, tl
+from dune_fast.kernels.library import as_rows, contiguous, jit, load_rows, tl
 
 EPS = 1e-8
 SMALLEST_BETA = 2.0**-60
@@ -39,13 +39,6 @@ def _standardizer(mean, inv_std, channel, CHANNELS: tl.constexpr, STANDARDIZE: t
     return shift, scale
 
 
-@jit
-def _load_tokens(x, token, channel, valid, PERIOD: tl.constexpr, outer_stride, inner_stride):
-    """float32 [R, C], 0 where there is none."""
-    at = row_offsets(token, PERIOD, outer_stride, inner_stride)[:, None] + channel[None, :]
-    return tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
-
-
 @jit(do_not_specialize=["tokens"])
 def _token_kernel(
     student, teacher, mean, inv_std, sums, tokens, s_outer, s_inner, t_outer, t_inner, beta,
@@ -58,8 +51,8 @@ def _token_kernel(
     for first in tl.range(tl.program_id(0) * BLOCK_R, tokens, tl.num_programs(0) * BLOCK_R, num_stages=STAGES):
         token = first + tl.arange(0, BLOCK_R)
         valid = (token < tokens)[:, None] & (channel < CHANNELS)[None, :]
-        s = _load_tokens(student, token, channel, valid, S_PERIOD, s_outer, s_inner)
-        t = _load_tokens(teacher, token, channel, valid, T_PERIOD, t_outer, t_inner)
+        s = load_rows(student, token, channel, valid, S_PERIOD, s_outer, s_inner)
+        t = load_rows(teacher, token, channel, valid, T_PERIOD, t_outer, t_inner)
         y = (t - shift[None, :]) * scale[None, :]
         size = tl.abs(s - y)
         bounded = tl.minimum(size, beta, propagate_nan=tl.PropagateNan.ALL)
@@ -119,8 +112,8 @@ def _gradient_kernel(
         token = first + tl.arange(0, BLOCK_R)
         inside = token < tokens
         valid = inside[:, None] & (channel < CHANNELS)[None, :]
-        s = _load_tokens(student, token, channel, valid, S_PERIOD, s_outer, s_inner)
-        t = _load_tokens(teacher, token, channel, valid, T_PERIOD, t_outer, t_inner)
+        s = load_rows(student, token, channel, valid, S_PERIOD, s_outer, s_inner)
+        t = load_rows(teacher, token, channel, valid, T_PERIOD, t_outer, t_inner)
 
         g = tl.load(upstream + token // PATCHES, mask=inside, other=0.0).to(tl.float32) / PATCHES
         of_s = cosine_weight * g * tl.load(saved + token * 2, mask=inside, other=0.0)
@@ -192,7 +185,7 @@ def backward_triton(
 ) -> Tensor:  # fmt: skip
     """Gradient of the student, of its shape and dtype, contiguous; upstream [B] is that of total."""
     operands, tokens, programs, options = _prepare(student, teacher, mean, inv_std)
-    gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    gradient = student.new_empty(student.shape)
     launch(
         _gradient_kernel, (programs,), *operands, saved, upstream.contiguous(), gradient, tokens,
         cosine_weight=cosine_weight, smooth_l1_weight=smooth_l1_weight, inverse_beta=1.0 / max(beta, SMALLEST_BETA),

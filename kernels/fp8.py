@@ -7,9 +7,8 @@
 itself (2^-10 of the scale, if it is near zero): 2.6 % of the norm of normal numbers, 3.7 % of that of the product of
 two such matrices.
 
-Minimal bytes moved for each element of a bf16 model: `quantize_rows` 2 + 1; fused into LayerNorm 2 + 1 (with the
-residual x 2 + y 2 + x' 2 + 1), into bias and GELU 2 + 1. Apart, each also writes h in bf16 and reads it back, 4 more.
-Scales are 4 bytes a row.
+Minimal bytes moved for each element of a bf16 model: 2 + 1, with the residual x 2 + y 2 + x' 2 + 1; not fused with
+LayerNorm or GELU 4 more, for h. Scales are 4 bytes a row.
 
 No gradient passes through: this is for teachers. On a GPU it needs NVIDIA's compute capability 8.9 or newer; the CPU's
 products serve tests.
@@ -29,18 +28,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dune_fast.kernels.fp8_kernels import QUANTIZE, layer_norm_kernel, quantize_kernel
 from dune_fast.kernels.gelu import bias_gelu_reference, guard_bias_gelu
 from dune_fast.kernels.launching import VIT_SHAPES, Example, architecture, choose, draw, launch
-from dune_fast.kernels.layer_norm import guard_layer_norm, layer_norm_reference
+from dune_fast.kernels.layer_norm import guard_layer_norm, layer_norm_reference, residual_reference
 from dune_fast.kernels.layer_norm_kernels import forward_options
-from dune_fast.kernels.library import (
-    contiguous,
-    flat_rows,
-    followed,
-    guard,
-    guard_device,
-    register,
-    triton,
-    use_triton,
-)
+from dune_fast.kernels.library import contiguous, flat_rows, followed, guard, guard_device, register, triton, use_triton
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -56,9 +46,6 @@ class FP8Rows(NamedTuple):
     """float32 [..., 1]."""
 
 
-# ---------------------------------------------------------------- reference
-
-
 def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """(values, scale) of `quantize_rows` in plain torch."""
     x = x.float().contiguous()
@@ -69,8 +56,7 @@ def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 def _layer_norm_reference(x, y, gamma, weight, bias, eps):
     out = x.new_empty(0)
     if y is not None:
-        branch = y.float() if gamma is None else y.float() * gamma.float()
-        x = out = (x.float() + branch).to(x.dtype).contiguous()
+        x = out = residual_reference(x, y, gamma).contiguous()
     return out, *quantize_rows_reference(layer_norm_reference(x, weight, bias, eps, torch.float32))
 
 
@@ -82,9 +68,6 @@ def _product_reference(values, weight, scale, weight_scale, bias, out_dtype):
     """`torch._scaled_mm` for a CPU, where torch 2.11 has none with a scale for each row."""
     out = (values.float() @ weight.float().t()) * scale * weight_scale
     return (out if bias is None else out + bias).to(out_dtype)
-
-
-# ---------------------------------------------------------------- implementation
 
 
 def _require_float8(x: Tensor) -> None:
@@ -124,10 +107,6 @@ def _bias_gelu_fused(x, bias):
     return values, scale
 
 
-def _quantize_fused(x):
-    return _bias_gelu_fused(x, None)
-
-
 def _quantize_fake(x, bias=None):
     return x.new_empty(x.shape, dtype=E4M3), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
@@ -137,8 +116,9 @@ def _layer_norm_fake(x, y, gamma, weight, bias, eps):
 
 
 quantize_rows_op = register(
-    "quantize_rows(Tensor x) -> (Tensor, Tensor)", _quantize_fused, quantize_rows_reference, _quantize_fake
-)
+    "quantize_rows(Tensor x) -> (Tensor, Tensor)",
+    lambda x: _bias_gelu_fused(x, None), quantize_rows_reference, _quantize_fake,
+)  # fmt: skip
 layer_norm_fp8_op = register(
     "layer_norm_fp8(Tensor x, Tensor? y, Tensor? gamma, Tensor? weight, Tensor? bias, float eps) "
     "-> (Tensor, Tensor, Tensor)",
@@ -147,8 +127,6 @@ layer_norm_fp8_op = register(
 bias_gelu_fp8_op = register(
     "bias_gelu_fp8(Tensor x, Tensor bias) -> (Tensor, Tensor)", _bias_gelu_fused, _bias_gelu_reference, _quantize_fake
 )
-
-# ---------------------------------------------------------------- public
 
 
 def _guard_frozen(operation: str, *tensors: Tensor | None) -> None:
@@ -197,14 +175,10 @@ def bias_gelu_fp8(x: Tensor, bias: Tensor) -> FP8Rows:
 
 
 class FP8Linear(nn.Module):
-    """A frozen linear layer with e4m3 weights, one scale for each of its outputs.
+    """A frozen linear layer with e4m3 weights, one scale for each of its outputs; `linear` itself is not kept.
 
-    Args:
-        linear: whose weights are quantized, once; it is not kept.
-        out_dtype: of the result, bf16 or fp16.
-
-    Raises:
-        ValueError: features that are no multiple of 16, which the matrix product needs, or another type of result.
+    `out_dtype` is the result's, bf16 or fp16. ValueError: another one, or features that are no multiple of 16, which
+    the matrix product needs.
     """
 
     def __init__(self, linear: nn.Linear, out_dtype: torch.dtype = torch.bfloat16) -> None:

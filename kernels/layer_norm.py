@@ -15,9 +15,8 @@ the backward reads that.
 
 Minimal bytes moved for each element, fp32 stream and bf16 branch [all bf16]: forward x 4 + y 2 + x' 4 + h 2 = 12 [8],
 where multiply, add, norm and cast apart move 32; backward dh 2 + dx' 4 + x' 4 + y 2 + dx 4 + dy 2 = 18 [12]. Kept for
-the backward: x' (an output, held anyway), mean and rstd (8 bytes a row), and y if gamma is trained. y cannot be made
-again: (x' - x) / gamma would lose its digits at gamma = 1e-4. Sums over rows are float32 partials, added in a fixed
-order without atomics, so every run gives the same bits.
+the backward: x' (an output, held anyway), mean and rstd (8 bytes a row), and y if gamma is trained: (x' - x) / gamma
+would lose its digits. Sums over rows are float32 partials, added in a fixed order, so every run gives the same bits.
 
 Shapes: x, y, x', h [..., C]; gamma, b, weight, bias [C]; mean, rstd float32 [rows].
 """
@@ -117,9 +116,6 @@ def _backward_reference(dh, dout, x, y, gamma, branch_bias, weight, mean, rstd, 
     return dx, dy, sums
 
 
-# ---------------------------------------------------------------- implementation
-
-
 def _residual_forward_fused(x, y, gamma, branch_bias, weight, bias, eps, dtype):
     outputs = _residual_forward_fake(x, y, gamma, branch_bias, weight, bias, eps, dtype)
     launch_forward(x, y, gamma, branch_bias, weight, bias, *outputs, eps)
@@ -216,9 +212,6 @@ def branch_gradients(sums: Tensor, y: Tensor | None, branch_bias: Tensor | None)
     return None if y is None else last.pop(), dbias
 
 
-# ---------------------------------------------------------------- public
-
-
 def guard_layer_norm(operation: str, x: Tensor, y: Tensor | None = None, **parameters: Tensor | None) -> None:
     """The checks that every form of the operation shares; ValueError."""
     guard_device(operation, x=x, y=y, **parameters)
@@ -255,15 +248,10 @@ def residual_layer_norm(
     x: Tensor, y: Tensor, gamma: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
     out_dtype: torch.dtype | None = None, branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x' = x + gamma * (y + branch_bias) and LN(x') in one pass. Other arguments and errors: see `layer_norm`.
+    """(x', LN(x')) of x' = x + gamma * (y + branch_bias) in one pass, in x's dtype and `out_dtype`, both [..., C].
 
-    Args:
-        x, y: the residual stream and the branch's output, [..., C], each fp32, bf16 or fp16.
-        gamma: LayerScale [C], or None for 1.
-        branch_bias: [C], of the linear layer whose product y is, or None for 0.
-
-    Returns:
-        (x' in x's dtype, LN(x') in `out_dtype`), both [..., C].
+    x is the residual stream, y a branch's output, [..., C], each fp32, bf16 or fp16. LayerScale's gamma [C] may be None
+    for 1, branch_bias [C], of the linear layer whose product y is, for 0. The rest and errors: see `layer_norm`.
     """
     parameters = {"gamma": gamma, "branch_bias": branch_bias, "weight": weight, "bias": bias}
     guard_layer_norm("residual_layer_norm", x, y, **parameters)

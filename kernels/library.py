@@ -26,7 +26,6 @@ try:
 except ImportError:  # macOS, Windows: the references serve every call
     triton = tl = None
 
-NAMESPACE = "dune_fast"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the Triton kernels read; any other type takes the reference."""
 INTERPRETER = triton is not None and triton.knobs.runtime.interpret
@@ -53,7 +52,7 @@ def register(schema: str, fused: Callable, reference: Callable, fake: Callable) 
         fake: shapes, dtypes and strides of the outputs.
     """
     name, brace, rest = schema.partition("(")
-    qualified = f"{NAMESPACE}::{name}"
+    qualified = f"dune_fast::{name}"
 
     def on_cuda(device_arg: Tensor, *args: Any) -> Any:
         if triton is None:
@@ -65,7 +64,7 @@ def register(schema: str, fused: Callable, reference: Callable, fake: Callable) 
     torch.library.impl(qualified, "CUDA", on_cuda)
     torch.library.impl(qualified, "CPU", lambda *args: (fused if _interpreted else reference)(*args))
     torch.library.register_fake(qualified, lambda *args: (fused if is_recording() else fake)(*args))
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    return getattr(torch.ops.dune_fast, name).default
 
 
 def use_triton(*tensors: Tensor | None) -> bool:
@@ -83,14 +82,10 @@ def use_triton(*tensors: Tensor | None) -> bool:
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
     """For tests: inside, CPU tensors go through the Triton kernels in the interpreter, which is exact and slow."""
-    global _interpreted
     if not INTERPRETER:
         raise ValueError("interpreted() needs TRITON_INTERPRET=1 in the environment before triton is imported")
-    before, _interpreted = _interpreted, True
-    try:
+    with traced():
         yield
-    finally:
-        _interpreted = before
 
 
 @contextlib.contextmanager
@@ -159,11 +154,14 @@ class Rows(NamedTuple):
 
 
 @jit
-def row_offsets(row, PERIOD: tl.constexpr, outer_stride, inner_stride):
-    """Where rows of `Rows` begin, in elements, 64 bits."""
+def load_rows(x, row, channel, valid, PERIOD: tl.constexpr, outer_stride, inner_stride):
+    """Rows and channels of `Rows`, float32 [R, C], 0 where not valid."""
     if PERIOD == 0:
-        return row.to(tl.int64) * inner_stride
-    return (row // PERIOD).to(tl.int64) * outer_stride + (row % PERIOD).to(tl.int64) * inner_stride
+        start = row.to(tl.int64) * inner_stride
+    else:
+        start = (row // PERIOD).to(tl.int64) * outer_stride + (row % PERIOD).to(tl.int64) * inner_stride
+    at = start[:, None] + channel[None, :]
+    return tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
 
 
 def as_rows(x: Tensor) -> Rows:

@@ -4,19 +4,16 @@
 
 x is read once. The first kernel takes the moments of splits of the rows, the second merges them.
 
-Each split subtracts a shift from its rows before it squares them: the mean of its first tile. The numbers squared are
-then as small as the spread, so a channel whose mean is far from zero keeps its variance. Where that mean lies within
-the spread of its tile, the shift is 0, and nothing is rounded. Outliers in the first tile make a bad shift, but do
-little harm: r rows that are off by e add r e^2 to m2 themselves, so what cancels in sum d^2 - (sum d)^2 / n is at most
-n / r times m2.
+Each split subtracts the mean of its first tile from its rows before it squares them, so that a channel whose mean is
+far from zero keeps its variance; where that mean lies within the spread of its tile, nothing, so that nothing is
+rounded. Outliers in the first tile do little harm: r rows that are off by e add r e^2 to m2 themselves, so what cancels
+in sum d^2 - (sum d)^2 / n is at most n / r times m2.
 
 Sums within a split are float32. Their totals and the merge (Chan, Golub and LeVeque, 1979) are float64, because a mean
 near zero is the small rest of large sums. Splits are merged in the order of their index, without atomics, so every run
 gives the same bits.
 
 Minimal bytes moved: read x once, R * C elements. Shapes: x [..., C] -> mean, m2 float32 [C].
-Each teacher is a launch of its own. One launch for all would lose aligned 16-byte loads, as pointers, types and widths
-differ; it would save (by estimate) a twentieth of the time that one teacher's patch tokens take.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dune_fast.kernels.launching import VIT_CHANNELS, Example, Launch, choose, draw, launch, processors
-from dune_fast.kernels.library import as_rows, guard, jit, register, row_offsets, tl, use_triton, widen
+from dune_fast.kernels.library import as_rows, guard, jit, load_rows, register, tl, use_triton, widen
 
 
 def moments_reference(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,14 +32,6 @@ def moments_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = widen(x.reshape(-1, x.shape[-1]))
     mean = rows.mean(0)
     return mean, (rows - mean).square_().sum(0)
-
-
-@jit
-def _load_tile(x, rows, columns, end, channels, PERIOD: tl.constexpr, outer_stride, inner_stride):
-    """float32 [R, C] of x, and where it exists."""
-    valid = (rows < end)[:, None] & (columns < channels)[None, :]
-    at = row_offsets(rows, PERIOD, outer_stride, inner_stride)[:, None] + columns[None, :]
-    return tl.load(x + at, mask=valid, other=0.0).to(tl.float32), valid
 
 
 @jit(do_not_specialize=["count"])
@@ -57,7 +46,8 @@ def _split_kernel(
     end = tl.minimum(first + split_rows, count)
     rows = first + tl.arange(0, BLOCK_R)
 
-    value, valid = _load_tile(x, rows, columns, end, CHANNELS, PERIOD, outer_stride, inner_stride)
+    valid = (rows < end)[:, None] & (columns < CHANNELS)[None, :]
+    value = load_rows(x, rows, columns, valid, PERIOD, outer_stride, inner_stride)
     tile = tl.minimum(end - first, BLOCK_R).to(tl.float32)
     shift = tl.sum(value, 0) * (1.0 / tile)
     # within the spread: squares about zero lose one bit, but a shift would round every x - shift
@@ -66,7 +56,8 @@ def _split_kernel(
     square = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     # reads the first tile once more, from a cache; tiles ahead are on their way to shared memory, not to registers
     for offset in tl.range(0, split_rows, BLOCK_R, num_stages=STAGES):
-        value, valid = _load_tile(x, rows + offset, columns, end, CHANNELS, PERIOD, outer_stride, inner_stride)
+        valid = (rows + offset < end)[:, None] & (columns < CHANNELS)[None, :]
+        value = load_rows(x, rows + offset, columns, valid, PERIOD, outer_stride, inner_stride)
         d = tl.where(valid, value - shift[None, :], 0.0)
         total += d
         square += d * d
@@ -146,16 +137,10 @@ _moments = register("moments(Tensor x) -> (Tensor, Tensor)", _moments_triton, mo
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and sum of squared deviations over all dimensions but the last; constants, no gradient flows.
+    """(mean, m2) over all dimensions of x [..., C] but the last, float32 [C] each; no gradient flows.
 
-    Args:
-        x: [..., C], fp32, bf16 or fp16, at least one row; a slice of tokens is read where it lies.
-
-    Returns:
-        (mean, m2), float32 [C] each.
-
-    Raises:
-        ValueError: no row or no channel, or 2^31 rows and more.
+    x is fp32, bf16 or fp16; a slice of tokens is read where it lies. ValueError: no row or no channel, or 2^31 rows and
+    more.
     """
     guard(x.ndim >= 2 and x.numel() > 0, "moments takes [..., C] with at least one row", x=x)
     guard(x.numel() // x.shape[-1] < 2**31, "moments takes fewer than 2^31 rows", x=x)

@@ -76,7 +76,7 @@ def words(seed: int, stream: int, a: Tensor | int, b: Tensor | int = 0) -> Tenso
     """
     device = next((x.device for x in (a, b) if isinstance(x, Tensor)), None)
     # full, not tensor: a Python number becomes a fill on the device, never a copy that the host waits for
-    a = a.long() if isinstance(a, Tensor) else torch.full((), _as_int64(a), dtype=torch.int64, device=device)
+    a = a.long() if isinstance(a, Tensor) else torch.full((), as_int64(a), dtype=torch.int64, device=device)
     b = b.long() if isinstance(b, Tensor) else torch.full((), b & _MASK, dtype=torch.int64, device=device)
     a, b = torch.broadcast_tensors(a, b)
     return philox4x32(seed, torch.stack([a & _MASK, (a >> 32) & _MASK, b & _MASK, torch.full_like(a, stream)], dim=-1))
@@ -92,7 +92,6 @@ def uniform4(seed: int, stream: int, a: Tensor | int, b: Tensor | int = 0) -> Te
     return to_uniform(words(seed, stream, a, b))
 
 
-def _as_int64(value: int) -> int:
-    """The signed 64-bit integer with the bits of value."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >= 1 << 63 else value
+def as_int64(value: int) -> int:
+    """The signed 64-bit integer with the low 64 bits of value."""
+    return (value + 2**63) % 2**64 - 2**63

@@ -34,21 +34,11 @@ from dune_fast.kernels.layer_norm import (
 from dune_fast.kernels.layer_norm_kernels import launch_backward, launch_forward
 from dune_fast.kernels.library import flat_rows, register, use_triton
 
-# ---------------------------------------------------------------- implementation
-
 
 def _forward_fused(x, y, gamma, branch_bias, dtype):
-    out = _forward_fake(x, y, gamma, branch_bias, dtype)
+    out = x.new_empty(x.shape, dtype=dtype)
     launch_forward(x, y, gamma, branch_bias, None, None, out, None, None, None, 0.0)
     return out
-
-
-def _forward_reference(x, y, gamma, branch_bias, dtype):
-    return residual_reference(x, y, gamma, branch_bias, dtype).contiguous()
-
-
-def _forward_fake(x, y, gamma, branch_bias, dtype):
-    return x.new_empty(x.shape, dtype=dtype)
 
 
 def _backward_fused(dout, y, gamma, branch_bias, dx_dtype, dy_dtype):
@@ -78,7 +68,8 @@ def _backward_fake(dout, y, gamma, branch_bias, dx_dtype, dy_dtype):
 
 residual_op = register(
     "residual(Tensor x, Tensor y, Tensor? gamma, Tensor? branch_bias, ScalarType dtype) -> Tensor",
-    _forward_fused, _forward_reference, _forward_fake,
+    _forward_fused, lambda *args: residual_reference(*args).contiguous(),
+    lambda x, y, gamma, branch_bias, dtype: x.new_empty(x.shape, dtype=dtype),
 )  # fmt: skip
 residual_backward_op = register(
     "residual_backward(Tensor dout, Tensor? y, Tensor? gamma, Tensor? branch_bias, ScalarType? dx_dtype, "
@@ -107,9 +98,6 @@ class _Residual(torch.autograd.Function):
         found = branch_gradients(sums, y, branch_bias)
         parameters = (None if g is None else g.to(t) for g, t in zip(found, parameter_dtypes, strict=True))
         return dout if dx_dtype is None else dx, dout if dy_dtype is None else dy, *parameters, None
-
-
-# ---------------------------------------------------------------- public
 
 
 def residual(

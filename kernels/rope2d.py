@@ -9,8 +9,7 @@ The backward is the inverse rotation, sin replaced by -sin; it keeps nothing but
 
 Minimal bytes moved, bf16: q and k read and written once, 8 * B * N * H * D (the tables, 4 * N * D bytes, stay in the
 cache for all images). `rope2d_` moves just that, in place. `rope2d`, for training, also copies v: 12 * B * N * H * D.
-In place would be worse there: a linear layer's output is a view, and when a view is written to, autograd clones the
-gradient and copies it into that of the base, which moves more than v.
+In place, autograd would clone the gradient of the written view and copy it into that of its base, which moves more.
 
 Shapes: x [..., N, H, D] with positions [..., N, 2] = (y, x); qkv [B, N, 3, H, D]; cos, sin float32 [N, 2, D/4].
 """
@@ -24,19 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dune_fast.kernels.launching import VIT_CHANNELS, Example, Launch, choose, draw, launch
-from dune_fast.kernels.library import (
-    followed,
-    guard,
-    guard_device,
-    jit,
-    register,
-    tl,
-    triton,
-    use_triton,
-    widen,
-)
-
-# ---------------------------------------------------------------- tables and reference
+from dune_fast.kernels.library import followed, guard, guard_device, jit, register, tl, triton, use_triton, widen
 
 
 def grid_positions(height: int, width: int, device: torch.device | None = None) -> Tensor:
@@ -73,9 +60,6 @@ def rope2d_reference(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`rope2d` in plain torch."""
     qk = rotate(qkv[:, :, :2].flatten(2, 3), cos, sin)  # q's and k's heads side by side
     return torch.cat([qk.unflatten(2, (2, -1)), qkv[:, :, 2:]], dim=2)
-
-
-# ---------------------------------------------------------------- kernel
 
 
 @jit
@@ -118,17 +102,9 @@ def _rotate_kernel(
         tl.store(to + QUARTER, tl.load(at + QUARTER * stride_d, mask=values), mask=values)
 
 
-TABLE = {
-    "default": [
-        Launch(256, {"num_warps": 1}),
-        Launch(512, {"num_warps": 2}),
-        Launch(4096, {"num_warps": 4}),
-    ]
-}
+TABLE = {"default": [Launch(256, {"num_warps": 1}), Launch(512, {"num_warps": 2}), Launch(4096, {"num_warps": 4})]}
 """By heads * head_dim. Not yet measured: 8 to 16 elements a thread. At D = 64 u and v of a head are whole 32-byte
 sectors."""
-
-# ---------------------------------------------------------------- implementation
 
 
 def _launch(qkv: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None, inverse: bool) -> None:
@@ -141,7 +117,7 @@ def _launch(qkv: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None, inverse: 
 
 
 def _fused(qkv, cos, sin, inverse):
-    out = _fake(qkv, cos, sin, inverse)
+    out = qkv.new_empty(qkv.shape)
     _launch(qkv, cos, sin, out, inverse)
     return out
 
@@ -150,20 +126,16 @@ def _fused_(qkv, cos, sin):
     _launch(qkv[:, :, :2], cos, sin, None, False)  # v stays as it is
 
 
-def _reference(qkv, cos, sin, inverse):
-    return rope2d_reference(qkv, cos, -sin if inverse else sin)
-
-
 def _reference_(qkv, cos, sin):
     for qk in qkv[:, :, :2].unbind(0):  # an image's float32 copies fit a CPU's cache; those of all are fresh pages
         qk.copy_(rotate(qk.flatten(1, 2), cos, sin).unflatten(1, (2, -1)))
 
 
-def _fake(qkv, cos, sin, inverse):
-    return qkv.new_empty(qkv.shape)
-
-
-rope2d_op = register("rope2d(Tensor qkv, Tensor cos, Tensor sin, bool inverse) -> Tensor", _fused, _reference, _fake)
+rope2d_op = register(
+    "rope2d(Tensor qkv, Tensor cos, Tensor sin, bool inverse) -> Tensor",
+    _fused, lambda qkv, cos, sin, inverse: rope2d_reference(qkv, cos, -sin if inverse else sin),
+    lambda qkv, *_: qkv.new_empty(qkv.shape),
+)  # fmt: skip
 rope2d_inplace_op = register(
     "rope2d_(Tensor(a!) qkv, Tensor cos, Tensor sin) -> ()", _fused_, _reference_, lambda qkv, cos, sin: None
 )
@@ -181,9 +153,6 @@ class _Rope2d(torch.autograd.Function):
         return rope2d_op(dout, *ctx.saved_tensors, True), None, None
 
 
-# ---------------------------------------------------------------- public
-
-
 def _guard(operation: str, qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
     guard_device(operation, qkv=qkv, cos=cos, sin=sin)
     guard(
@@ -196,14 +165,10 @@ def _guard(operation: str, qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def rope2d(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the queries and keys of qkv, into a new tensor; the values pass through.
+    """Rotates the queries and keys of qkv [B, N, 3, H, D], into a new tensor; the values pass through.
 
-    Args:
-        qkv: [B, N, 3, H, D], fp32, bf16 or fp16 (others take the plain reference), any strides.
-        cos, sin: float32 [N, 2, D // 4] from `rope2d_angles`.
-
-    Raises:
-        ValueError: shapes, types or devices do not fit.
+    qkv is fp32, bf16 or fp16 (others take the plain reference), with any strides; cos and sin are float32
+    [N, 2, D // 4] from `rope2d_angles`. ValueError if shapes, types or devices do not fit.
     """
     _guard("rope2d", qkv, cos, sin)
     return _Rope2d.apply(qkv, cos, sin) if use_triton(qkv, cos, sin) else rope2d_reference(qkv, cos, sin)

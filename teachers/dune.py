@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dune_fast.teachers.containers import TeacherWeightsError
 from dune_fast.teachers.encoder_names import ANCHOR
-from dune_fast.teachers.registry import register
 from dune_fast.teachers.vit import ViTTeacher
 
 ARCHITECTURES = {
@@ -33,6 +32,11 @@ ENCODER_OPTIONS = {
     "qkv_bias": True, "ln_affine": True,
 }  # fmt: skip
 """Options of the published encoder with what its loader takes where `enc_args` has none."""
+PROJECTOR_OPTIONS = {
+    "num_blocks": 1, "num_heads": 12, "mlp_ratio": 4.0, "layerscale_init": 1e-4, "qkv_bias": True, "ln_affine": True,
+    "scale": 1.0,
+}  # fmt: skip
+"""Likewise, of the transformer projector. Its loader gives the projectors the encoder's heads, whatever they say."""
 
 
 def container_options(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,6 +48,11 @@ def container_options(content: Mapping[str, Any]) -> dict[str, Any]:
 def encoder_options(content: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
     """`enc_args` of a published container; empty if it has none. TeacherWeightsError for an option not known here."""
     return _options(content, "enc_args", ENCODER_OPTIONS, path)
+
+
+def projector_options(content: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
+    """`proj_args`, likewise."""
+    return _options(content, "proj_args", PROJECTOR_OPTIONS, path)
 
 
 def _options(content: Mapping[str, Any], entry: str, known: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
@@ -58,31 +67,11 @@ def _options(content: Mapping[str, Any], entry: str, known: Mapping[str, Any], p
     return dict(options)
 
 
-PROJECTOR_OPTIONS = {
-    "num_blocks": 1, "num_heads": 12, "mlp_ratio": 4.0, "layerscale_init": 1e-4, "qkv_bias": True, "ln_affine": True,
-    "scale": 1.0,
-}  # fmt: skip
-"""Options of the published transformer projector, likewise. Whatever they say, its loader gives the projectors as many
-heads as the encoder has."""
-
-
-def projector_options(content: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
-    """`proj_args` of a published container; empty if it has none. TeacherWeightsError for an option not known here."""
-    return _options(content, "proj_args", PROJECTOR_OPTIONS, path)
-
-
 def filled(state: Mapping[str, Tensor], options: Mapping[str, Any], norms: tuple[str, ...]) -> dict[str, Tensor]:
-    """With what a network without it computes: zero biases for `qkv_bias=False`, gain 1 and bias 0 for
-    `ln_affine=False`.
-
-    Args:
-        state: blocks below any prefix.
-        options: `enc_args` or `proj_args`.
-        norms: names of norms outside of blocks.
-    """
+    """A state dict of blocks with what one left out computes: zero biases for `qkv_bias=False`, gain 1 and bias 0 for
+    `ln_affine=False`, of the blocks' norms and of those named in `norms`."""
     state = dict(state)
-    products = [key for key in state if key.endswith(".attn.qkv.weight")]
-    for key in products:
+    for key in [key for key in state if key.endswith(".attn.qkv.weight")]:
         block, weight = key.removesuffix("attn.qkv.weight"), state[key]
         if not options.get("qkv_bias", True):
             state.setdefault(f"{block}attn.qkv.bias", torch.zeros(len(weight), dtype=weight.dtype))
@@ -93,7 +82,6 @@ def filled(state: Mapping[str, Tensor], options: Mapping[str, Any], norms: tuple
     return state
 
 
-@register("dune")
 class DUNETeacher(ViTTeacher):
     """cls and patch tokens of a distilled encoder.
 
@@ -117,6 +105,5 @@ class DUNETeacher(ViTTeacher):
         return filled(state, encoder_options(content, path), ("norm",))
 
 
-@register("unic")
 class UNICTeacher(DUNETeacher):
     """As DUNE's; see the note on UNIC's container at the top of the file."""

@@ -66,10 +66,9 @@ def flat_blocks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def encoder_state(state: Mapping[str, Tensor], path: Path | str) -> dict[str, Tensor]:
     """The tensors of the one encoder in a state dict, under the names of `dune_fast.kernels.nn.vit`.
 
-    It may stand alone, or among other parts below any prefix, wrapped or not. TeacherWeightsError if there is no
-    encoder, or several of equal standing.
+    It may stand alone, or among other parts below any prefix. TeacherWeightsError if there is no encoder, or several of
+    equal standing.
     """
-    state = strip_wrappers(state, path)
     inner = strip_wrappers(below(state, encoder_prefix(state, path)), path)
     return from_timm(flat_blocks(inner))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -27,11 +27,11 @@ class TeacherEnsemble(nn.Module):
 
     An image goes to a teacher of patch size p resized by p / q (q: the student's patch size), so that all grids agree:
     bicubic, corners aligned, no antialias. Then it is normalised as the teacher wants it. Inputs and trunks that
-    teachers have in common are computed once. Nothing here waits for the device. With `scale` below 1 a teacher's grid
-    is coarser: its images are resized with antialias, its patch tokens bilinearly, cell by cell, to the student's grid.
+    teachers have in common are computed once, in a teacher's own precision (`teachers.precision`) whatever autocast is
+    around the call. Nothing here waits for the device.
 
-    A teacher computes in its own precision (`teachers.precision`), whatever autocast is around the call. The host holds
-    one file's weights at a time in float32, the device none that run in less.
+    With `scale` below 1 a teacher's grid is coarser: its images are resized with antialias, its patch tokens
+    bilinearly, cell by cell, to the student's grid.
 
     Args:
         student_patch_size: q, in pixels.
@@ -52,7 +52,7 @@ class TeacherEnsemble(nn.Module):
         super().__init__()
         if not configs:
             raise ValueError("there is no teacher; name at least one under `teachers`")
-        device = torch.device("cpu") if device is None else device
+        device = device or torch.device("cpu")
         self.student_patch_size = student_patch_size
         configs = {name: resolve_precision(name, cfg, autocast_dtype, device) for name, cfg in configs.items()}
         self.teachers: dict[str, Teacher] = _build(configs, device)
@@ -116,8 +116,7 @@ class TeacherEnsemble(nn.Module):
                 inputs[key] = self._input(images if chosen is None else chosen.take(images), size, cfg)
             with autocast(cfg.precision, images.device):
                 try:
-                    # what other networks do not see, the student above all, is not kept for them
-                    features = self._features(readers, inputs[key], patches if inputs[key] is images else None)
+                    features = _features(readers[0], inputs[key], patches if inputs[key] is images else None)
                 except (AssertionError, RuntimeError) as error:
                     self._explain(readers[0], inputs[key], error)
                     raise
@@ -127,14 +126,6 @@ class TeacherEnsemble(nn.Module):
                 own = read if chosen is None else _share(read, routes[name], chosen)
                 outputs[name] = own if grid == (rows, columns) else _on_grid(own, grid, (rows, columns))
         return outputs
-
-    @staticmethod
-    def _features(readers: Sequence[Teacher], images: Tensor, patches: SharedPatches | None) -> Any:
-        """What the trunk of these teachers makes of its input."""
-        trunk = readers[0].trunk
-        # a compiled network reads nothing that it was not compiled with
-        shares = patches is not None and isinstance(trunk, ViTTrunk) and not readers[0].config.compile
-        return trunk(images, patches) if shares else trunk(images)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of the student's patches; ValueError if the image's size does not suit every teacher."""
@@ -211,6 +202,12 @@ def _build(configs: Mapping[str, TeacherConfig], device: torch.device) -> dict[s
                 teacher.trunk.compile(dynamic=False)
         teachers |= {teacher.name: teacher for teacher in built}
     return {name: teachers[name] for name in configs}
+
+
+def _features(teacher: Teacher, images: Tensor, patches: SharedPatches | None) -> Any:
+    """What a teacher's trunk makes of its input; a compiled one takes nothing that it was not compiled with."""
+    shares = patches is not None and isinstance(teacher.trunk, ViTTrunk) and not teacher.config.compile
+    return teacher.trunk(images, patches) if shares else teacher.trunk(images)
 
 
 def _share(tokens: Mapping[str, Tensor], route: Route, whole: Route) -> dict[str, Tensor]:

@@ -163,19 +163,15 @@ def _remote_size(url: str) -> int:
 
 def _complete(url: str, part: Path, size: int, title: str) -> None:
     """Brings `part` to `size` bytes, reconnecting while there is progress."""
+    from dune_fast.teachers.progress import Progress  # imports rich, which only a download needs
+
     if _size(part) > size:
         part.unlink()
     failures, best = 0, _size(part)
-    from dune_fast.teachers.progress import Progress  # imports rich, which only a download needs
-
-    with Progress(title, size >> 20, "MiB", done=_size(part) >> 20) as progress:
-
-        def report(have: int) -> None:
-            progress.advance(have / 2**20 - progress.done)
-
+    with Progress(title, size >> 20, "MiB", done=best >> 20) as progress:
         while _size(part) < size:
             try:
-                _transfer(url, part, size, report)
+                _transfer(url, part, size, lambda have: progress.advance(have / 2**20 - progress.done))
                 reason = "the connection ended early"
             except urllib.error.HTTPError as error:
                 reason = _reason(error)

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from dune_fast.teachers.containers import TeacherWeightsError
-from dune_fast.teachers.registry import register
 from dune_fast.teachers.vit import ViTTeacher
 
 _HALF = (0.5, 0.5, 0.5)
@@ -22,7 +21,6 @@ _NAMES = {"enc_blocks.": "blocks.", "enc_norm.": "norm.", "patch_embed.": "patch
 _ROPE = "RoPE100"
 
 
-@register("mast3r")
 class MASt3RTeacher(ViTTeacher):
     """Patch tokens after the encoder's norm."""
 

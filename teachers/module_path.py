@@ -9,7 +9,7 @@ configuration's mean and std, and gives one of
 
 Attributes `patch_size`, `num_features` and `grid_multiple` of the module, where it has them, are checked against the
 configuration. `weights` is a file with the module's state dict, "own" where the factory loads them itself, or
-"random:SEED" where it draws them. The factory is code of the user's and runs; nothing in the weights file does.
+"random:SEED" where it draws them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from dune_fast.teachers.protocol import Teacher, Trunk, map_tokens
-from dune_fast.teachers.registry import register
 from dune_fast.teachers.weights import build_foreign, random_seed, weights_path
 
 OWN = "own"
@@ -52,7 +51,6 @@ class ModuleTrunk(Trunk):
         )
 
 
-@register("module")
 class ModuleTeacher(Teacher):
     """Reads what the module gives; see the top of the file."""
 

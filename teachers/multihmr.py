@@ -12,13 +12,11 @@ from pathlib import Path
 from torch import Tensor
 
 from dune_fast.teachers.containers import below
-from dune_fast.teachers.registry import register
 from dune_fast.teachers.vit import ViTTeacher
 
 _PREFIX = "backbone.encoder."
 
 
-@register("multihmr")
 class MultiHMRTeacher(ViTTeacher):
     """Tokens after the encoder's final norm. DUNE distils the patches."""
 

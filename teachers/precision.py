@@ -33,8 +33,7 @@ def resolve_precision(
 ) -> TeacherConfig:
     """The configuration with "auto" decided: bf16 where the run's `autocast_dtype` is torch.bfloat16, fp32 for None.
 
-    Raises:
-        ValueError: what the configuration asks for is not to be had with this family or on this device.
+    ValueError for what is not to be had with this family or on this device.
     """
     check_family(name, cfg.family)
     check_config(name, cfg)
@@ -86,14 +85,9 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def prepare(name: str, cfg: TeacherConfig, trunk: Trunk, device: torch.device) -> None:
     """Gives a trunk, all of whose readers are built, its precision and attention, and moves it to the device.
 
-    Weights are cast where they are and moved then: the device never holds a teacher in float32 that runs in less.
-
-    Args:
-        name, cfg: of a teacher that reads the trunk, its precision resolved.
-        trunk: with float32 weights, on the CPU.
-
-    Raises:
-        ValueError: a network that fp8 or the attention backend does not take.
+    `cfg` is that of a teacher that reads the trunk, its precision resolved. Weights come in float32 on the CPU and are
+    cast there: the device never holds a teacher in float32 that runs in less. ValueError for a network that fp8 or the
+    attention backend does not take.
     """
     if isinstance(trunk, ViTTrunk):
         trunk.drop_unread()

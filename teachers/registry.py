@@ -1,63 +1,53 @@
-"""Families of teachers by name."""
+"""Families of teachers: by name, and by the tensors of a file."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, MutableMapping
+from collections.abc import Collection, MutableMapping
+from pathlib import Path
 
 from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.containers import TeacherWeightsError
+from dune_fast.teachers.encoder_names import encoder_prefix
 from dune_fast.teachers.protocol import Teacher, Trunk
+from dune_fast.teachers.vit import ViTTeacher
 
-# One line a family. A module is imported when its family is asked for, so a package that only one teacher needs is
-# not needed by the others.
-_MODULES = {
-    "dinov2": "dune_fast.teachers.dinov2",
-    "mast3r": "dune_fast.teachers.mast3r",
-    "multihmr": "dune_fast.teachers.multihmr",
-    "dino": "dune_fast.teachers.unic",
-    "ibot": "dune_fast.teachers.unic",
-    "deit3": "dune_fast.teachers.unic",
-    "dbotft": "dune_fast.teachers.unic",
-    "dune": "dune_fast.teachers.dune",
-    "unic": "dune_fast.teachers.dune",
-    "timm": "dune_fast.teachers.timm_model",
-    "module": "dune_fast.teachers.module_path",
-    "onnx_vit": "dune_fast.teachers.onnx_vit",
-    "xfeat": "dune_fast.teachers.xfeat",
+# One line a family: file and class. A file is imported when its family is asked for, so a package that only one
+# teacher needs is not needed by the others.
+_FAMILIES = {
+    "dinov2": "dinov2.DINOv2Teacher",
+    "mast3r": "mast3r.MASt3RTeacher",
+    "multihmr": "multihmr.MultiHMRTeacher",
+    "dino": "unic.DINOTeacher",
+    "ibot": "unic.IBOTTeacher",
+    "deit3": "unic.DeiT3Teacher",
+    "dbotft": "unic.DBOTFineTunedTeacher",
+    "dune": "dune.DUNETeacher",
+    "unic": "dune.UNICTeacher",
+    "timm": "timm_model.TimmTeacher",
+    "module": "module_path.ModuleTeacher",
+    "onnx_vit": "onnx_vit.OnnxViTTeacher",
+    "xfeat": "xfeat.XFeatTeacher",
 }
 
-_FAMILIES: dict[str, type[Teacher]] = {}
+_RECOGNIZED = ("mast3r", "multihmr", "dune", "deit3", "dbotft", "dinov2", "dino")
+"""ViTs told apart by their names of tensors, the most peculiar first; iBOT's are DINO's, UNIC's DUNE's."""
 
 
 class UnknownTeacherError(ValueError):
     """A configuration names a family that does not exist."""
 
 
-def register(family: str) -> Callable[[type[Teacher]], type[Teacher]]:
-    """Class decorator: `family` in a teacher's configuration means this class."""
-
-    def add(teacher: type[Teacher]) -> type[Teacher]:
-        if (other := _FAMILIES.get(family)) not in (None, teacher):
-            raise ValueError(f"the teacher family {family!r} is taken by {other.__module__}.{other.__qualname__}")
-        _FAMILIES[family] = teacher
-        return teacher
-
-    return add
-
-
 def families() -> list[str]:
     """Names that a configuration may use."""
-    return sorted({*_MODULES, *_FAMILIES})
+    return sorted(_FAMILIES)
 
 
 def build_teacher(name: str, cfg: TeacherConfig, trunks: MutableMapping[str, Trunk] | None = None) -> Teacher:
     """The teacher that `cfg` describes, weights loaded, on the CPU. Trunks are shared by `trunks`, see `Teacher`.
 
-    Raises:
-        UnknownTeacherError: `cfg.family` is not registered.
-        ValueError: the configuration contradicts itself or the weights.
-        TeacherWeightsError: the weights are missing, damaged or of another model.
+    UnknownTeacherError if there is no such family; otherwise raises as `Teacher`.
     """
     check_family(name, cfg.family)
     return family_class(cfg.family)(name, cfg, trunks)
@@ -65,9 +55,8 @@ def build_teacher(name: str, cfg: TeacherConfig, trunks: MutableMapping[str, Tru
 
 def family_class(family: str) -> type[Teacher]:
     """The class of a family that exists, its module imported."""
-    if family not in _FAMILIES:
-        importlib.import_module(_MODULES[family])
-    return _FAMILIES[family]
+    file, _, name = _FAMILIES[family].partition(".")
+    return getattr(importlib.import_module(f"dune_fast.teachers.{file}"), name)
 
 
 def check_family(name: str, family: str) -> None:
@@ -78,3 +67,27 @@ def check_family(name: str, family: str) -> None:
         raise UnknownTeacherError(
             f"teachers.{name}.family is {family!r}, which does not exist; {hint}allowed: {', '.join(families())}"
         )
+
+
+def vit_family(name: str) -> type[ViTTeacher]:
+    """The class of a family of ViTs."""
+    family = family_class(name)
+    assert issubclass(family, ViTTeacher)
+    return family
+
+
+def recognize(keys: Collection[str], path: Path | str = "") -> str | None:
+    """The family that a state dict's names (wrappers stripped) belong to, None if none.
+
+    What stands below a prefix other than those of a family's own release is judged without it.
+    """
+    try:
+        prefix = encoder_prefix(keys, path)
+    except TeacherWeightsError:
+        prefix = ""
+    inner = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+    for names in (keys, inner):
+        for name in _RECOGNIZED:
+            if vit_family(name).recognizes(names):
+                return name
+    return None

@@ -96,10 +96,10 @@ class Manifest:
             values["pieces"] = {name: [Piece(**p) for p in pieces] for name, pieces in values["pieces"].items()}
             values["files"] = {name: FileInfo(**info) for name, info in values["files"].items()}
             return cls(**values)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing") from None
         except CheckpointError:
             raise
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged ({str(error) or repr(error)})") from None
 
@@ -110,15 +110,13 @@ def _checksum(values: dict[str, Any]) -> str:
 
 def _file_fault(path: Path, info: FileInfo) -> str:
     try:
-        size = path.stat().st_size
-        if size != info.bytes:
+        if (size := path.stat().st_size) != info.bytes:
             return f"{path.name} has {size} bytes instead of {info.bytes}"
-        digest = file_sha256(path)
+        return "" if file_sha256(path) == info.sha256 else f"the checksum of {path.name} does not match"
     except FileNotFoundError:
         return f"{path.name} is missing"
     except OSError as error:
         return f"{path.name} cannot be read ({error})"
-    return "" if digest == info.sha256 else f"the checksum of {path.name} does not match"
 
 
 def find_fault(folder: Path) -> str:
@@ -210,16 +208,10 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def weights_in(path: Path, *names: str) -> Path | None:
-    """Where the weights below a folder are: a finished run's first file of `names`, or the folder of a checkpoint.
+    """Where the weights of a run's or a checkpoint's folder are: a finished run's first file of `names`, or the folder
+    of a checkpoint; None if there are none.
 
-    Args:
-        path: a run's folder or a checkpoint's.
-
-    Returns:
-        None if there are none.
-
-    Raises:
-        CheckpointError: the run has not ended and all of its checkpoints are broken.
+    CheckpointError if the run has not ended and all of its checkpoints are broken.
     """
     if is_checkpoint(path):
         return path
@@ -244,9 +236,8 @@ def checkpoint_state(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
     state = {
         name: reader.read("weight", name, 0, math.prod(shape)).view(shape) for name, shape in manifest.shapes.items()
     }
-    kept = {"student/": "", "statistics/": "teacher_norms."}
     for key, value in reader.state().items():
-        for prefix, ours in kept.items():
-            if key.startswith(prefix):
-                state[ours + key.removeprefix(prefix)] = value
+        kind, _, name = key.partition("/")
+        if kind in ("student", "statistics"):
+            state[name if kind == "student" else f"teacher_norms.{name}"] = value
     return manifest, state

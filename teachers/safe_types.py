@@ -1,9 +1,7 @@
 """What a checkpoint may hold beside tensors, each loaded as plain data: numbers, arrays, paths, dates, dictionaries.
 
-`torch.load(weights_only=True)` asks an allow-list for every type that a file names. The list here maps most names to
-stand-ins of this module, not to the types themselves: a numpy scalar becomes a Python number, a path a pure path that
-touches no disk, a `defaultdict` a `dict`. NumPy's own classes stay out, since a hostile `dtype` can make them read
-memory that is not theirs.
+The allow-list of `torch.load(weights_only=True)` maps most names to stand-ins here, not to the types themselves.
+NumPy's own classes stay out, since a hostile `dtype` can make them read memory that is not theirs.
 """
 
 from __future__ import annotations
@@ -68,11 +66,9 @@ class _Array:
 class _Ignored:
     """Stands for state that nobody here reads, such as a random number generator."""
 
-    def __init__(self, *_: Any) -> None:
-        pass
+    def __init__(self, *_: Any) -> None: ...
 
-    def __setstate__(self, _: Any) -> None:
-        pass
+    def __setstate__(self, _: Any) -> None: ...
 
 
 class _Dict:
@@ -117,28 +113,26 @@ def _allowed() -> list[Callable | tuple[Callable, str]]:
         f"{__name__}._Array": _Array,
         f"{__name__}._Ignored": _Ignored,
     }
-    for module in ("numpy.core", "numpy._core"):  # the first is numpy 1's
-        pairs[f"{module}.multiarray._reconstruct"] = _Array
-        pairs[f"{module}.multiarray.scalar"] = _scalar
-    for name in ("__randomstate_ctor", "__generator_ctor", "__bit_generator_ctor"):
-        pairs[f"numpy.random._pickle.{name}"] = _Ignored
-    for name in ("SeedSequence", "__pyx_unpickle_SeedSequence"):
-        pairs[f"numpy.random.bit_generator.{name}"] = _Ignored
-    pairs |= {f"numpy.random._{low}.{name}": _Ignored for low, name in (("mt19937", "MT19937"), ("pcg64", "PCG64"))}
-    posix, windows = (lambda *parts: PurePosixPath(*parts)), (lambda *parts: PureWindowsPath(*parts))
-    for module in ("pathlib", "pathlib._local"):  # the second is Python 3.13's
-        pairs |= {f"{module}.{name}": posix for name in ("Path", "PurePath", "PosixPath", "PurePosixPath")}
-        pairs |= {f"{module}.{name}": windows for name in ("WindowsPath", "PureWindowsPath")}
-    for name in ("list", "dict", "tuple", "int", "float", "bool", "str"):
-        pairs[f"builtins.{name}"] = _Name
-    for name in ("date", "time", "datetime", "timedelta", "timezone"):
-        pairs[f"datetime.{name}"] = getattr(datetime, name)
-    for module in ("pytorch_lightning.utilities", "lightning.pytorch.utilities"):
-        pairs[f"{module}.parsing.AttributeDict"] = _Dict
-    for module in ("lightning_fabric.utilities", "lightning.fabric.utilities"):
-        pairs[f"{module}.data.AttributeDict"] = _Dict
-    dtypes = [np.dtype(code) for code in "?bhilqBHILQefdgFDGSUMmO"]
-    pairs |= {f"numpy.dtypes.{type(dtype).__name__}": _Dtype for dtype in dtypes}
+    multiarray = ("numpy.core.multiarray", "numpy._core.multiarray")  # the first is numpy 1's
+    pathlib = ("pathlib", "pathlib._local")  # the second is Python 3.13's
+    lightning = ("pytorch_lightning.utilities", "lightning.pytorch.utilities")
+    fabric = ("lightning_fabric.utilities", "lightning.fabric.utilities")
+    table: list[tuple[Callable, tuple[str, ...], tuple[str, ...]]] = [  # stand-in, modules, names in each of them
+        (_Array, multiarray, ("_reconstruct",)),
+        (_scalar, multiarray, ("scalar",)),
+        (_Ignored, ("numpy.random._pickle",), ("__randomstate_ctor", "__generator_ctor", "__bit_generator_ctor")),
+        (_Ignored, ("numpy.random.bit_generator",), ("SeedSequence", "__pyx_unpickle_SeedSequence")),
+        (_Ignored, ("numpy.random._mt19937",), ("MT19937",)),
+        (_Ignored, ("numpy.random._pcg64",), ("PCG64",)),
+        (lambda *parts: PurePosixPath(*parts), pathlib, ("Path", "PurePath", "PosixPath", "PurePosixPath")),
+        (lambda *parts: PureWindowsPath(*parts), pathlib, ("WindowsPath", "PureWindowsPath")),
+        (_Name, ("builtins",), ("list", "dict", "tuple", "int", "float", "bool", "str")),
+        (_Dict, lightning, ("parsing.AttributeDict",)),
+        (_Dict, fabric, ("data.AttributeDict",)),
+    ]
+    pairs |= {f"{module}.{name}": made for made, modules, names in table for module in modules for name in names}
+    pairs |= {f"datetime.{n}": getattr(datetime, n) for n in ("date", "time", "datetime", "timedelta", "timezone")}
+    pairs |= {f"numpy.dtypes.{type(np.dtype(code)).__name__}": _Dtype for code in "?bhilqBHILQefdgFDGSUMmO"}
     return [(stand_in, name) for name, stand_in in pairs.items()]
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from dune_fast.teachers.protocol import Teacher, Trunk, map_tokens
-from dune_fast.teachers.registry import register
 from dune_fast.teachers.torchvision_operators import declare
 from dune_fast.teachers.weights import build_foreign, random_seed, weights_path
 
@@ -44,7 +43,6 @@ class TimmTrunk(Trunk):
         return {"cls": features[:, 0], **tokens} if self.has_cls else tokens
 
 
-@register("timm")
 class TimmTeacher(Teacher):
     """`model` is the name in timm, `model_args` go to its factory; `mean` and `std` are the model's own."""
 
@@ -122,9 +120,8 @@ def has_cls(model: nn.Module) -> bool:
 
 def patch_size(model: nn.Module, configured: int) -> int:
     """Pixels a token stands for, as the model says; the configuration's where it does not."""
-    embed = getattr(model, "patch_embed", None)
     info = getattr(model, "feature_info", None)
     if info and not hasattr(model, "num_prefix_tokens"):  # hierarchical: the last map's stride
         return int(info[-1]["reduction"])
-    size = getattr(embed, "patch_size", None)
+    size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     return int(size[0]) if size is not None else configured

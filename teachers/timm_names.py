@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +43,10 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def meta_model(model: str, options: Mapping[str, Any] | None = None, name: str = "NAME") -> nn.Module:
+def meta_model(model: str, image_size: int | None = None, name: str = "NAME") -> nn.Module:
     """timm's model without classifier and memory; ValueError if there is no such model."""
     with torch.device("meta"), _NoInit():
-        return create(name, model, dict(options or {}))
+        return create(name, model, {} if image_size is None else {"img_size": image_size})
 
 
 def timm_config(model: str, weights: str = "", image_size: int | None = None, name: str = "NAME") -> TeacherConfig:
@@ -59,10 +58,9 @@ def timm_config(model: str, weights: str = "", image_size: int | None = None, na
         image_size: side of the images that the weights were made for; None for the model's own.
         name: what the run calls the teacher, for messages.
 
-    Raises:
-        ValueError: timm is not installed or does not know the model.
+    ValueError if timm is not installed or does not know the model.
     """
-    built = meta_model(model, {} if image_size is None else {"img_size": image_size}, name)
+    built = meta_model(model, image_size, name)
     stated = built.pretrained_cfg
     folder = os.environ.get("DUNE_FAST_WEIGHTS") or "weights"
     return TeacherConfig(
@@ -87,14 +85,11 @@ def from_shorthand(name: str, text: str) -> TeacherConfig:
     return timm_config(model, weights, name=name)
 
 
-def timm_matches(state: Mapping[str, Tensor], path: Path, model: str = "") -> list[str]:
+def timm_matches(state: Mapping[str, Tensor], path: Path) -> list[str]:
     """Names of timm's models that a file's state dict fits without a rest, likely ones alone.
 
-    The file's name may say the model, or `config.json` beside it, as on timm's hub. A caller that knows the `model`
-    gets it alone, fitting or not.
+    The file's name may say the model, or `config.json` beside it, as on timm's hub.
     """
-    if model:
-        return [model]
     try:
         timm = import_timm()
     except ValueError:  # without timm there is nothing to say about its models
@@ -112,8 +107,7 @@ def timm_matches(state: Mapping[str, Tensor], path: Path, model: str = "") -> li
 
 def timm_fit(cfg: TeacherConfig, state: Mapping[str, Tensor]) -> Fit:
     """How a state dict compares with the model of timm that `cfg` names."""
-    options = {} if cfg.image_size is None else {"img_size": cfg.image_size}
-    return compare(meta_model(cfg.model, options).state_dict(), state, CLASSIFIERS)
+    return compare(meta_model(cfg.model, cfg.image_size).state_dict(), state, CLASSIFIERS)
 
 
 def image_size_of(state: Mapping[str, Tensor], model: str) -> int | None:
@@ -131,8 +125,7 @@ def image_size_of(state: Mapping[str, Tensor], model: str) -> int | None:
 
 def _fits(name: str, state: Mapping[str, Tensor]) -> bool:
     try:
-        size = image_size_of(state, name)
-        wanted = meta_model(name, {} if size is None else {"img_size": size}).state_dict()
+        wanted = meta_model(name, image_size_of(state, name)).state_dict()
     except (ValueError, RuntimeError, AssertionError):  # a model that does not take the size, or more packages
         return False
     surplus = [key for key in state if key not in wanted and not key.startswith(CLASSIFIERS)]

@@ -1,8 +1,7 @@
 """Lets torchvision be imported beside a CPU build of torch: `python -m teachers.torchvision_operators`.
 
-torchvision from PyPI is built for CUDA. Beside a torch without CUDA its compiled operators do not load: its import ends
-with "operator torchvision::nms does not exist", and timm's with it. Declaring the two operators that it looks for is
-enough; neither is used here. `make` runs this file, which copies itself into an environment where torchvision fails.
+torchvision from PyPI is built for CUDA: beside a torch without it, its import ends with "operator torchvision::nms does
+not exist". Two declared operators are enough; `make` runs this file, which copies itself where torchvision fails.
 """
 
 from __future__ import annotations
@@ -57,9 +56,9 @@ def hook() -> None:
     sys.meta_path.insert(0, _Finder)
 
 
-def is_broken(python: str = sys.executable) -> bool:
+def is_broken() -> bool:
     """Whether torchvision is there and fails for want of its operators, in a process of its own."""
-    done = subprocess.run([python, "-c", "import torchvision"], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True, check=False)
     return done.returncode != 0 and "torchvision::nms does not exist" in done.stderr
 
 

@@ -15,11 +15,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dune_fast.teachers.registry import register
 from dune_fast.teachers.vit import ViTTeacher
 
 
-@register("dino")
 class DINOTeacher(ViTTeacher):
     """cls and patch tokens after the final norm."""
 
@@ -29,12 +27,10 @@ class DINOTeacher(ViTTeacher):
         return "blocks.0.attn.qkv.weight" in keys and "norm.weight" in keys and not any(gain in keys for gain in gains)
 
 
-@register("ibot")
 class IBOTTeacher(DINOTeacher):
     """As DINO; the release's container has the entry `state_dict`."""
 
 
-@register("deit3")
 class DeiT3Teacher(ViTTeacher):
     """cls and patch tokens after the final norm; the classifier is ignored."""
 
@@ -54,7 +50,6 @@ class DeiT3Teacher(ViTTeacher):
         return {key.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma"): v for key, v in state.items()}
 
 
-@register("dbotft")
 class DBOTFineTunedTeacher(ViTTeacher):
     """cls = fc_norm(mean of the patches); patches un-normalised."""
 

@@ -15,7 +15,7 @@ from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import container_state, read_container, state_entry
 from dune_fast.teachers.encoder_names import beside_encoder
 from dune_fast.teachers.ensemble import TeacherEnsemble
-from dune_fast.teachers.recognition import recognize, vit_family
+from dune_fast.teachers.registry import recognize, vit_family
 from dune_fast.teachers.timm_names import image_size_of, timm_config, timm_fit, timm_matches
 from dune_fast.teachers.weights import Fit, compare, weights_path
 
@@ -61,8 +61,7 @@ def inspect_file(path: Path | str, num_heads: int | None = None, model: str = ""
         num_heads: attention heads, where neither container nor convention (channels / 64) gives them.
         model: the model of timm that it is of; found by its tensors where no name is given.
 
-    Raises:
-        TeacherWeightsError: missing, damaged or unsafe; a file that is sound but of no known family is reported.
+    TeacherWeightsError if it is missing, damaged or unsafe; one of no known family is reported.
     """
     path = weights_path(str(path))
     content = read_container(path)
@@ -74,7 +73,7 @@ def inspect_file(path: Path | str, num_heads: int | None = None, model: str = ""
     name = None if model else recognize(state, path)
     if name is not None:
         _inspect_vit(report, name, content, state, num_heads)
-    if not report.sound and (found := timm_matches(state, path, model)):
+    if not report.sound and (found := [model] if model else timm_matches(state, path)):
         _inspect_timm(report, found, state)
     if report.sound:
         assert report.config is not None
@@ -86,9 +85,9 @@ def _inspect_vit(
     report: Report, name: str, content: dict[str, Any], state: dict[str, Tensor], num_heads: int | None
 ) -> None:
     """Fills in what the file is as one of our own ViTs."""
-    report.family, family, path = name, vit_family(name), report.path
+    report.family, family = name, vit_family(name)
     try:
-        report.architecture, converted = family.read_content(content, path, TeacherConfig(num_heads=num_heads))
+        report.architecture, converted = family.read_content(content, report.path, TeacherConfig(num_heads=num_heads))
     except ValueError as error:  # a tensor that says the sizes is missing, or heads that do not divide the channels
         report.problem = str(error)
         return
@@ -105,7 +104,7 @@ def _inspect_vit(
     ]  # fmt: skip
     mean, std = family.statistics
     report.config = TeacherConfig(
-        family=name, weights=str(path), patch_size=report.architecture.patch_size,
+        family=name, weights=str(report.path), patch_size=report.architecture.patch_size,
         num_features=report.architecture.embed_dim, token_types=list(family.token_types), mean=list(mean),
         std=list(std), num_heads=report.architecture.num_heads,
     )  # fmt: skip

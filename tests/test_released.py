@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 import numpy as np
 import pytest
@@ -17,27 +16,12 @@ from dune_fast.released import load_released
 from dune_fast.student import ProjectorConfig, build_student
 from dune_fast.teachers.architecture import random_vit_state
 from dune_fast.teachers.containers import read_container
-from dune_fast.teachers.encoder_names import flat_blocks
 from dune_fast.teachers.weights import TeacherWeightsError
 
 
 @pytest.fixture
 def container(reference_dir):
     return read_container(reference_dir / "checkpoint" / "official_ddp.pth")
-
-
-def test_chunk_index_and_mask_token_go():
-    state = {
-        "encoder.blocks.0.11.norm1.weight": 1,
-        "encoder.mask_token": 2,
-        "projectors.a.blocks.0.norm1.weight": 3,
-        "blocks.1.attn.qkv.bias": 4,
-    }
-    assert flat_blocks(state) == {
-        "encoder.blocks.11.norm1.weight": 1,
-        "projectors.a.blocks.0.norm1.weight": 3,
-        "blocks.1.attn.qkv.bias": 4,
-    }
 
 
 def test_compiled_and_unwrapped_names_load_too(container, tmp_path):
@@ -59,19 +43,6 @@ def test_another_kind_of_checkpoint_is_named(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.pth")
     with pytest.raises(TeacherWeightsError, match="not a DUNE checkpoint"):
         load_released(tmp_path / "other.pth")
-
-
-class Payload:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
-
-
-def test_a_pickle_that_runs_a_command_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model": {}, "args": argparse.Namespace(x=Payload())}, "hostile.pth")
-    with pytest.raises(TeacherWeightsError, match=r"asks for the type \S*system"):
-        load_released(tmp_path / "hostile.pth")
-    assert not (tmp_path / "executed").exists()
 
 
 def block(x, state, name, heads):
@@ -181,14 +152,6 @@ def test_options_and_tensors_that_are_not_known_are_refused(change, words, tmp_p
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(TeacherWeightsError, match=words):
         load_released(tmp_path / "w.pth")
-
-
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04" + bytes(50)])
-def test_damaged_files_are_named(content, tmp_path):
-    path = tmp_path / "damaged.pth"
-    path.write_bytes(content)
-    with pytest.raises(TeacherWeightsError, match="damaged.pth"):
-        load_released(path)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -20,7 +20,7 @@ from dune_fast.student import Student, build_student
 from dune_fast.teachers.containers import container_state, read_container
 from dune_fast.teachers.encoder_names import beside_encoder
 from dune_fast.teachers.local_paths import local_path
-from dune_fast.teachers.recognition import recognize, vit_family
+from dune_fast.teachers.registry import recognize, vit_family
 from dune_fast.teachers.run_files import CheckpointError, weights_in
 from dune_fast.teachers.weights import compare
 

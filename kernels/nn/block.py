@@ -137,15 +137,6 @@ def swiglu_hidden_dim(dim: int, mlp_ratio: float) -> int:
     return (int(int(dim * mlp_ratio) * 2 / 3) + 7) // 8 * 8
 
 
-def build_mlp(kind: str, dim: int, mlp_ratio: float) -> MLP | SwiGLU:
-    """A block's MLP of one of `MLP_KINDS`; ValueError for another kind."""
-    if kind not in MLP_KINDS:
-        raise ValueError(f"mlp is {kind!r}; choose one of {', '.join(MLP_KINDS)}")
-    if kind == "swiglu":
-        return SwiGLU(dim, swiglu_hidden_dim(dim, mlp_ratio))
-    return MLP(dim, int(dim * mlp_ratio))
-
-
 def run_branch(branch: SelfAttention | MLP | SwiGLU, x: Tensor | FP8Rows, *args) -> tuple[Tensor, Tensor | None]:
     """A branch's output, and its last bias where that is trained and so left to the residual addition."""
     last = branch.last
@@ -155,7 +146,7 @@ def run_branch(branch: SelfAttention | MLP | SwiGLU, x: Tensor | FP8Rows, *args)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block. x: [B, N, D] -> [B, N, D]."""
+    """One pre-norm transformer block, with one of `MLP_KINDS`. x: [B, N, D] -> [B, N, D]."""
 
     def __init__(
         self, dim: int, num_heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = 1e-4, mlp: str = "gelu"
@@ -165,7 +156,10 @@ class Block(nn.Module):
         self.attn = SelfAttention(dim, num_heads)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = build_mlp(mlp, dim, mlp_ratio)
+        if mlp not in MLP_KINDS:
+            raise ValueError(f"mlp is {mlp!r}; choose one of {', '.join(MLP_KINDS)}")
+        gated = mlp == "swiglu"
+        self.mlp = SwiGLU(dim, swiglu_hidden_dim(dim, mlp_ratio)) if gated else MLP(dim, int(dim * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(
@@ -173,15 +167,13 @@ class Block(nn.Module):
         next_norm: LayerNorm | None = None, next_dtype: torch.dtype | None = None,
         kept: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | FP8Rows]:  # fmt: skip
-        """The block's output x, or (x, next_norm(x)) where the norm that reads it is given.
+        """The block's output x [B, N, D], or (x, next_norm(x)) where the next block's norm is given.
 
         Args:
-            x: [B, N, D].
             rope: (cos, sin) of `rope2d_angles`, or None.
             normed: norm1(x), where the block before has made it.
             next_norm: the next block's `norm1`.
-            next_dtype: of next_norm(x): the next block's `input_dtype`, this one's by default. Without `next_norm`, of
-                x: its own by default.
+            next_dtype: of next_norm(x), this block's `input_dtype` by default; without `next_norm` of x, its own.
             kept: int64 [n], the tokens that go on after attention; all by default.
         """
         dtype = self.input_dtype(x)

@@ -73,13 +73,10 @@ class DINOv2Interface:
 
         Args:
             images: [B, 3, H, W].
-            n: how many of the last blocks, or indices from 0; negative ones count from the end, -1 is the last.
+            n: how many of the last blocks, or indices from 0; negative ones count from the end. ValueError for none.
             reshape: give maps [B, D, H/p, W/p] instead of tokens.
             return_class_token: give pairs (patches, cls).
             norm: whether the final norm is applied to each.
-
-        Raises:
-            ValueError: a block that there is not, or none.
         """
         depth = len(self.blocks)
         asked = range(depth - n, depth) if isinstance(n, int) else [int(i) for i in n]

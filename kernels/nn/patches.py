@@ -20,16 +20,10 @@ _ALIGNMENT = 16
 
 
 def unfold(images: Tensor, patch_size: int, dtype: torch.dtype) -> Tensor:
-    """The pixels of every patch, in one pass over the images.
+    """The pixels of every patch, in one pass over images [B, 3, H, W] of any strides: [B, H/p * W/p, K].
 
-    Args:
-        images: [B, 3, H, W], any strides; H and W are multiples of `patch_size`.
-        patch_size: p, in pixels.
-        dtype: of the result.
-
-    Returns:
-        [B, H/p * W/p, K]: patches row-major, in each the pixels in the order of a convolution's kernel [3, p, p], then
-        zeros.
+    H and W are multiples of p, the patch size in pixels. Patches are row-major, in each the pixels in the order of a
+    convolution's kernel [3, p, p], then zeros.
     """
     batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size

@@ -42,13 +42,9 @@ class Preprocessing:
     def __call__(self, image: Image | np.ndarray | Tensor) -> Tensor:
         """One image as [3, S, S], or a batch of tensors as [B, 3, S, S], float32.
 
-        Args:
-            image: PIL of any mode (turned upright by its EXIF orientation), a uint8 array [H, W, 3], or a tensor
-                [3, H, W] or [B, 3, H, W], uint8 or floating point in [0, 1]. PIL images are resized by PIL, tensors by
-                torch, as in torchvision's v2 transforms.
-
-        Raises:
-            ValueError: anything else.
+        Takes PIL of any mode (turned upright by its EXIF orientation), a uint8 array [H, W, 3], or a tensor [3, H, W]
+        or [B, 3, H, W], uint8 or floating point in [0, 1]; ValueError for anything else. PIL images are resized by PIL,
+        tensors by torch, as in torchvision's v2 transforms.
         """
         if isinstance(image, Tensor):
             pixels = self._cut(self._resized(image))

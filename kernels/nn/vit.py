@@ -87,16 +87,10 @@ def nearest_multiples(size: int, step: int) -> str:
 def resize_positions(
     table: Tensor, height: int, width: int, prefix: int = 1, offset: float = 0.1, antialias: bool = False
 ) -> Tensor:
-    """A position table for another grid, bicubic; the table itself where it is for this one.
+    """A position table [1, prefix + M * M, D] for another grid, [1, prefix + height * width, D], bicubic.
 
-    Args:
-        table: [1, prefix + M * M, D].
-        height, width: rows and columns of the grid.
-        prefix: leading entries that stand for no patch.
-        offset, antialias: see `ViTConfig.interpolate_offset` and `interpolate_antialias`.
-
-    Returns:
-        [1, prefix + height * width, D].
+    The table itself where it is for this grid. `prefix` entries stand for no patch; `offset` and `antialias` are
+    `ViTConfig.interpolate_offset` and `interpolate_antialias`.
     """
     count = table.shape[1] - prefix
     if count == height * width and height == width:
@@ -214,15 +208,12 @@ class VisionTransformer(DINOv2Interface, nn.Module):
     def block_outputs(
         self, images: Tensor, blocks: Sequence[int], patches: SharedPatches | None = None
     ) -> dict[int, Tensor]:
-        """Un-normalised tokens after chosen blocks.
+        """Un-normalised tokens [B, P + N, D] after chosen blocks, by index; ValueError for a block that there is not.
 
         Args:
             images: [B, 3, H, W].
             blocks: indices from 0; -1 is the embedding before the first block. No block beyond the largest is run.
             patches: shared with the other networks of a step, see `PatchEmbed`.
-
-        Returns:
-            block index -> [B, P + N, D].
         """
         unknown = [i for i in blocks if not -1 <= i < len(self.blocks)]
         if unknown or not blocks:
@@ -249,16 +240,11 @@ class VisionTransformer(DINOv2Interface, nn.Module):
         return cls, tokens[:, at : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
 
     def forward(self, images: Tensor, apply_norm: bool = True) -> dict[str, Tensor]:
-        """Features as DINOv2 names them.
+        """Features of images [B, 3, H, W], normalised as `transform` does, by DINOv2's names.
 
-        Args:
-            images: [B, 3, H, W], normalised as `transform` does.
-            apply_norm: False gives the tokens before the final norm under the same names, as DUNE's projectors read
-                them.
-
-        Returns:
-            `x_norm_clstoken` [B, D] (where there is a cls token), `x_norm_regtokens` [B, R, D], `x_norm_patchtokens`
-            [B, N, D], `x_prenorm` [B, P + N, D].
+        `x_norm_clstoken` [B, D] (where there is a cls token), `x_norm_regtokens` [B, R, D], `x_norm_patchtokens`
+        [B, N, D], `x_prenorm` [B, P + N, D]. Without `apply_norm` the same names hold the tokens before the final norm,
+        as DUNE's projectors read them.
         """
         tokens = self.forward_tokens(images)
         cls, registers, patches = self.split(self.norm(tokens) if apply_norm else tokens)

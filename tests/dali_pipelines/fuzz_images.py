@@ -19,7 +19,12 @@ import sys
 import warnings
 
 import numpy as np
+import torch
 from PIL import Image
+
+from dune_fast.dali_pipelines.errors import BrokenImage
+from dune_fast.dali_pipelines.images import for_dali
+from dune_fast.dali_pipelines.pipeline import Decoder, whole_images
 
 BATCH = 250  # files of a process
 KINDS: list[tuple[str, str, str, dict]] = [
@@ -104,22 +109,8 @@ def damaged(seed: int, number: int) -> tuple[str, bytes]:
     return KINDS[kind][0], bytes(data)
 
 
-def pixels(decoder, encoded: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """By DALI, all of an image as a square."""
-    from dune_fast.dali_pipelines.pipeline import whole_images
-
-    decoder.submit([encoded], whole_images([size], decoder.image_size))
-    return decoder.receive()[0][0].numpy().astype(int)
-
-
 def decode_batch(seed: int, first: int, count: int) -> dict:
     """What became of some files; runs in a process of its own."""
-    import torch
-
-    from dune_fast.dali_pipelines.errors import BrokenImage
-    from dune_fast.dali_pipelines.images import for_dali
-    from dune_fast.dali_pipelines.pipeline import Decoder, whole_images
-
     warnings.simplefilter("ignore")
     counts: collections.Counter[str] = collections.Counter()
     worst, refused = 0, []
@@ -127,8 +118,8 @@ def decode_batch(seed: int, first: int, count: int) -> dict:
     taken = []
     for number in range(first, first + count):
         kind, data = damaged(seed, number)
-        counts["files"] += 1
         raw = np.frombuffer(data, np.uint8)
+        counts["files"] += 1
         try:
             encoded, size = for_dali(raw)
         except BrokenImage:
@@ -156,9 +147,11 @@ def decode_batch(seed: int, first: int, count: int) -> dict:
                 counts["JPEG refused by DALI alone"] += 1
                 refused.append((number, kind, "DALI", failed[i]))
                 continue
-            ours, theirs = (pixels(decoder, x, size) for x in (encoded, ppm))
-            worst = max(worst, int(np.abs(ours - theirs).max()))
-            counts["JPEGs that differ from Pillow by more than 2 levels"] += bool(np.abs(ours - theirs).max() > 2)
+            decoder.submit([encoded, ppm], whole_images([size] * 2, decoder.image_size))
+            ours, theirs = decoder.receive()[0].int()
+            difference = int((ours - theirs).abs().max())
+            worst = max(worst, difference)
+            counts["JPEGs that differ from Pillow by more than 2 levels"] += difference > 2
     return {"counts": counts, "worst": worst, "refused": refused}
 
 

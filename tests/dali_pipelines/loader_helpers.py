@@ -4,10 +4,11 @@ import errno
 import os
 
 import torch
+from image_helpers import encode
 from PIL import Image
 
 from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig
-from dune_fast.dali_pipelines.loader import TrainLoader
+from dune_fast.dali_pipelines.loader import Batch, TrainLoader
 
 CPU = torch.device("cpu")
 
@@ -25,30 +26,38 @@ def take(data: DataConfig, steps: int, start: int = 0, batch: int = 8, rank: int
 
 
 def damage(path, how: str) -> None:
-    """Ways in which files are broken; the last one passes a look at the header and kills DALI's pipeline."""
-    data = path.read_bytes()
-    if how == "vanished":
-        path.unlink()
-    elif how == "a folder":
-        path.unlink()
-        path.mkdir()
-    elif how == "forbidden":
+    """Ways in which JPEGs are broken; the last one passes a look at the header and kills DALI's pipeline."""
+    data, png = path.read_bytes(), encode(Image.open(path), "PNG")
+    half, tables = data[: len(data) // 2], data.index(b"\xff\xc4") + 5
+    contents = {
+        "empty": b"",
+        "text": b"<html>404 Not Found</html>",
+        "truncated": half,
+        "truncated with a thumbnail": half[:2] + b"\xff\xfe\x00\x06..\xff\xd9" + half[2:],  # with its own end marker
+        "half a PNG": png[: len(png) // 2],
+        "wrong tables": data[:tables] + b"\xff" * 16 + data[tables + 16 :],
+    }
+    if how == "forbidden":
         path.chmod(0)
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "text":
-        path.write_bytes(b"<html>404 Not Found</html>")
-    elif how == "truncated":
-        path.write_bytes(data[: len(data) // 2])
-    elif how == "truncated with a thumbnail":  # which has an end marker of its own
-        path.write_bytes(data[:2] + b"\xff\xfe\x00\x06..\xff\xd9" + data[2 : len(data) // 2])
-    elif how == "half a PNG":
-        Image.open(path).save(path, "PNG")
-        data = path.read_bytes()
-        path.write_bytes(data[: len(data) // 2])
-    elif how == "wrong tables":
-        tables = data.index(b"\xff\xc4") + 5
-        path.write_bytes(data[:tables] + b"\xff" * 16 + data[tables + 16 :])
+        return
+    path.unlink()
+    if how == "a folder":
+        path.mkdir()
+    elif how != "vanished":
+        path.write_bytes(contents[how])
+
+
+def broken_paths(loader: TrainLoader) -> list[str]:
+    return [loader._source.path(*image) for image in loader._source.quarantine._broken]
+
+
+def assert_others_unchanged(before: list[Batch], after: list[Batch], lost: set[str]) -> None:
+    """Each image is where it was, but for those that were lost, which are nowhere."""
+    for whole, batch in zip(before, after, strict=True):
+        assert len(batch) == len(whole) and not lost & set(batch.paths)
+        kept = [i for i, path in enumerate(whole.paths) if path not in lost]
+        assert [batch.paths[i] for i in kept] == [whole.paths[i] for i in kept]
+        torch.testing.assert_close(batch.images[kept], whole.images[kept], atol=1e-6, rtol=0)
 
 
 def refuse_to_open(path: str, monkeypatch) -> None:

@@ -70,17 +70,7 @@ def test_probabilities_and_identity_where_jitter_is_off():
     rates = [chosen.float().mean() for chosen in (off, params.grayscale, params.blur, params.solarize)]
     np.testing.assert_allclose([float(rate) for rate in rates], 0.2, atol=0.012)  # 4 standard deviations
     assert geometry.flip[:, 0].mean() == pytest.approx(0.5, abs=0.015) and not geometry.flip[:, 1].any()
-    assert stats.kstest(params.sigma.numpy(), "uniform", (0.1, 4.9)).pvalue > 1e-3
-
-
-def test_blur_has_torchvisions_distribution():
-    config, count = DataConfig(), 3000
-    blur = transforms.GaussianBlur(9, tuple(config.blur_sigma))
-    torch.manual_seed(0)
-    theirs = np.array([blur.make_params([])["sigma"][0] for _ in range(count)])
-    ours = colour_params(draw_words(5, np.arange(count)), config).sigma.numpy()
-    assert stats.ks_2samp(ours, theirs).pvalue > 1e-3
-    assert (ours.mean(), ours.std()) == pytest.approx((theirs.mean(), theirs.std()), rel=0.05)
+    assert stats.kstest(params.sigma.numpy(), "uniform", (0.1, 4.9)).pvalue > 1e-3  # as torchvision's GaussianBlur
 
 
 def test_decisions_are_independent_of_each_other():

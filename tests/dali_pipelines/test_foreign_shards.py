@@ -28,12 +28,15 @@ def foreign(tmp_path, photos) -> tuple[Path, list[bytes]]:
 
 
 @pytest.mark.parametrize("root", ["{}", "{}/*.tar", "{}/train-{{000..002}}.tar", "{}/train-00{{2,1,0}}.tar"])
-def test_shards_of_the_webdataset_package_are_read(foreign, root):
+@pytest.mark.parametrize("scheme", ["", "file://", "memory://"])
+def test_shards_of_the_webdataset_package_are_read(foreign, scheme, root):
     folder, encoded = foreign
-    dataset = index_dataset("d", DatasetConfig(root=root.format(folder)))
-    assert [read(dataset.train, i) for i in range(24)] == encoded and len(dataset.train) == 24
-    assert dataset.train[8].startswith(f"{folder}/train-001.tar@") and dataset.train.size(0) == (0, 0)
-    assert dataset.train.relative(8) == dataset.train[8].removeprefix(f"{folder}/")
+    base = f"{scheme}{folder}"
+    if scheme == "memory://":
+        upload(folder, base)
+    images = index_dataset("d", DatasetConfig(root=root.format(base))).train
+    assert [read(images, i) for i in range(24)] == encoded and len(images) == 24
+    assert images[8].startswith(f"{base}/train-001.tar@") and images.relative(8) == images[8].removeprefix(f"{base}/")
 
 
 def test_headers_are_read_once_until_a_file_changes(foreign, monkeypatch):
@@ -187,16 +190,6 @@ def test_folder_of_images_beside_a_tar_is_a_folder_of_images(foreign):
 def test_what_cannot_be_done_with_tars_is_refused(foreign, field, value):
     with pytest.raises(DataError, match=f"{field}=.*has to be done by `dune-fast data shard`"):
         index_dataset("d", DatasetConfig(root=str(foreign[0]), **{field: value}))
-
-
-@pytest.mark.parametrize("root", ["{}", "{}/train-{{000..002}}.tar", "{}/*.tar"])
-def test_foreign_shards_at_an_address(foreign, root):
-    folder, encoded = foreign
-    address = f"memory://bucket/{folder.parent.name}"
-    upload(folder, address)
-    for base in (address, f"file://{folder}"):
-        images = index_dataset("d", DatasetConfig(root=root.format(base))).train
-        assert sorted(read(images, i) for i in range(24)) == sorted(encoded)
 
 
 def test_damaged_copy_of_an_index_in_the_cache_is_made_again(foreign, tmp_path):

@@ -14,12 +14,12 @@ pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra: 
 TF = pytest.importorskip("torchvision.transforms.v2.functional")
 
 from image_helpers import encode, png_of  # noqa: E402
+from loader_helpers import CPU, broken_paths  # noqa: E402
 
 from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig  # noqa: E402
 from dune_fast.dali_pipelines.loader import TrainLoader, ValLoader  # noqa: E402
 from dune_fast.kernels.augment import augment_colour  # noqa: E402
 
-CPU = torch.device("cpu")
 SIZE = 32
 WIDTH, HEIGHT = 96, 64
 
@@ -166,4 +166,4 @@ def test_broken_files_are_replaced_and_batches_stay_full(collection):
     seen = {Path(path).name for batch in taken for path in batch.paths}
     assert all(len(batch) == size and torch.isfinite(batch.images).all() for batch in taken)
     assert not seen & set(bad) and seen >= set(good)
-    assert {Path(path).name for path in loader.broken_paths} == set(bad)
+    assert {Path(path).name for path in broken_paths(loader)} == set(bad)

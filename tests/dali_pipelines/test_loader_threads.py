@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -100,14 +99,11 @@ def test_process_that_forgets_to_close_ends_without_an_abort(photos):
     """A thread inside DALI at exit: "terminate called without an active exception", and a core dump."""
     code = (
         "import sys, torch\n"
-        "from dali_pipelines.datasets import DataConfig, DatasetConfig\n"
-        "from dali_pipelines.loader import TrainLoader\n"
+        "from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig\n"
+        "from dune_fast.dali_pipelines.loader import TrainLoader\n"
         "config = DataConfig(datasets={'d': DatasetConfig(root=sys.argv[1])})\n"
         "batches = TrainLoader(config, 32, 8, 0, 1, 0, torch.device('cpu')).batches()\n"
         "next(batches)\n"
     )
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(photos)], cwd=root, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(photos)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "Error" not in done.stderr, done.stderr

@@ -11,7 +11,7 @@ import pytest
 import torch
 from loader_helpers import damage
 from PIL import Image
-from sharding_helpers import SETTINGS, configured, contents, digests, webdataset
+from sharding_helpers import SETTINGS, configured, contents, digests, read, webdataset
 
 from dune_fast.dali_pipelines.datasets import DatasetConfig, index_dataset
 from dune_fast.dali_pipelines.images import plain_jpeg
@@ -20,6 +20,7 @@ from dune_fast.dali_pipelines.shard_writer import Item, Job, ShardSettings, Tall
 from dune_fast.dali_pipelines.sharding import shard_dataset
 from dune_fast.dali_pipelines.shards import open_manifest_folder
 from dune_fast.dali_pipelines.storage import Location, Reader
+from dune_fast.dali_pipelines.tar_index import open_index
 
 BROKEN = {"cut.jpg", "text.jpg", "half.png", "float.tiff"}
 
@@ -72,13 +73,13 @@ def test_every_good_image_is_there_once_and_jpegs_keep_their_bytes(made, source)
 
 def test_index_leads_to_the_same_bytes_and_sizes(made):
     folder, _ = made
-    expected = {encoded: (about["width"], about["height"]) for encoded, about in contents(folder).values()}
-    reader, seen = Reader(0), {}
-    for images in open_manifest_folder(str(folder)).values():
-        for i in range(len(images)):
+    seen = {}
+    for split, images in open_manifest_folder(str(folder)).items():
+        records = open_index(folder / f"{split}.index", len(images.shards))
+        for i, record in enumerate(records):
             assert images.locate(i).crc is not None
-            seen[reader.read(images.locate(i)).tobytes()] = images.size(i)
-    assert seen == expected
+            seen[read(images, i)] = (record["width"], record["height"])
+    assert seen == {encoded: (about["width"], about["height"]) for encoded, about in contents(folder).values()}
 
 
 def test_split_is_the_one_of_the_loose_files(made, source):

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +16,6 @@ from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.dali_pipelines.order import Permutation
 from dune_fast.dali_pipelines.shard_writer import ShardSettings
 from dune_fast.dali_pipelines.sharding import shard_dataset
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 
 SCRIPT = """
 import sys
@@ -50,11 +46,8 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_bytes(tmp_path, w
         pipes[path] = path.read_bytes()
         path.unlink()
         os.mkfifo(path)
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(root), str(tmp_path / "d")],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stderr=subprocess.DEVNULL,
-    )
+    command = [sys.executable, str(script), str(root), str(tmp_path / "d")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
         while len(list((tmp_path / "d").glob(".train-*.part"))) < 2 or len(list((tmp_path / "d").glob("*.tar"))) < 2:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dune_fast.dali_pipelines import patience
-from dune_fast.dali_pipelines.errors import BrokenImage, DataError, StorageError
+from dune_fast.dali_pipelines.errors import BrokenImage, StorageError
 from dune_fast.dali_pipelines.patience import patiently
 from dune_fast.dali_pipelines.storage import Location, Reader, write_whole
 
@@ -48,11 +48,6 @@ def test_whole_files_and_pieces(shard, scheme):
     assert caught.value.lasting is False, "its disk may only not be mounted"
     with pytest.raises(StorageError, match="put it back"):
         reader.read(Location(f"{path}.gone", 0, 5))
-
-
-def test_unknown_scheme_is_named():
-    with pytest.raises(DataError, match="nowhere"):
-        Reader(0).read(Location("nowhere://bucket/x.jpg"))
 
 
 def test_answers_in_parts_are_joined(shard, monkeypatch):
@@ -146,18 +141,6 @@ def test_open_files_are_bounded_and_a_forgotten_one_can_still_be_read(tmp_path):
         found = pool.map(lambda i: set(reader.read(Location(str(tmp_path / f"{i}.tar"), 10, 200)).tolist()), numbers)
         assert list(found) == [{i} for i in numbers]
     assert len(os.listdir("/proc/self/fd")) <= before + 3
-
-
-def test_reader_that_was_told_to_stop_does_not_try_again(shard, monkeypatch):
-    monkeypatch.setattr(os, "pread", lambda *_: fail(errno.EIO)())
-    reader = Reader(100)
-    with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(reader.read, Location(str(shard), 5, 10))
-        with pytest.raises(TimeoutError):
-            reading.result(0.3)
-        reader.stop_waiting()
-        with pytest.raises(StorageError, match=r"a\.tar at 5 was not read"):  # which blames no image
-            reading.result(10)
 
 
 def test_file_is_replaced_as_a_whole_and_is_on_the_disk(tmp_path, monkeypatch):

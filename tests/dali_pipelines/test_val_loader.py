@@ -55,7 +55,7 @@ def test_turned_images_are_turned_back(tmp_path):
     stored[:, :30] = 255
     for name in ("plain.png", "closeup.png"):
         Image.fromarray(stored).save(tmp_path / name)
-    data = config(tmp_path, holdout=0)
+    data = config(tmp_path)
     data.datasets["d0"].val_root, data.datasets["d0"].rotate = str(tmp_path), "*closeup*"
     with ValLoader(data, 16, 2, 0, 1, CPU) as loader:
         batch = next(iter(loader))

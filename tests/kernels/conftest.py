@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dune_fast.kernels import library
 
@@ -116,3 +118,20 @@ def agrees(fused, no_worse) -> Callable[..., list[Tensor]]:
         return found
 
     return check
+
+
+@pytest.fixture
+def dispatched() -> Callable[[], contextlib.AbstractContextManager[Counter[str]]]:
+    """`with dispatched() as count:` counts what is dispatched inside, by name."""
+
+    class Names(TorchDispatchMode):
+        def __enter__(self) -> Counter[str]:
+            super().__enter__()
+            self.count: Counter[str] = Counter()
+            return self.count
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count[func._schema.name.partition("::")[2]] += 1
+            return func(*args, **(kwargs or {}))
+
+    return Names

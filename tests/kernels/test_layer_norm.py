@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from dune_fast.kernels.layer_norm import (
     layer_norm,
@@ -21,23 +20,19 @@ TYPES = [(FP32, FP32), (FP32, BF16), (BF16, BF16), (FP16, FP16)]  # of the strea
 SHAPES = [(2, 3, 192), (1, 300), (7, 1), (0, 16), (19, 40), (3, 1030)]
 
 
-def values(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    x = torch.randn(shape)
-    if kind == "constant":
-        x = torch.full(shape, 1.5)
-    elif kind == "zero":
-        x = torch.zeros(shape)
-    elif kind == "large":
-        x *= 1e3 if dtype == FP16 else 1e17
-    elif kind == "offset":
-        x += 1000
-    return x.to(dtype)
+KINDS = {
+    "random": lambda x, dtype: x,
+    "constant": lambda x, dtype: torch.full_like(x, 1.5),
+    "zero": lambda x, dtype: torch.zeros_like(x),
+    "large": lambda x, dtype: x * (1e3 if dtype == FP16 else 1e17),
+    "offset": lambda x, dtype: x + 1000,
+}
 
 
 def arguments(shape, types=(FP32, FP32), kind="random", device="cpu", scaled=True, affine=True, shifted=False):
     """(x, y, gamma, weight, bias) and, if `shifted`, the branch's bias: leaves that require gradients."""
     torch.manual_seed(0)
-    made = [values(kind, shape, types[0]), values(kind, shape, types[1])]
+    made = [KINDS[kind](torch.randn(shape), dtype).to(dtype) for dtype in types]
     made += [torch.randn(shape[-1]) if wanted else None for wanted in (scaled, affine, affine)]
     made += [torch.randn(shape[-1])] if shifted else []
     return [None if t is None else t.to(device).requires_grad_() for t in made]
@@ -64,22 +59,15 @@ def check_residual(agrees, inputs, types) -> None:
     assert [t.dtype for t in found] == [*types, *(t.dtype for t in inputs if t is not None and t.requires_grad)]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("types", TYPES)
-def test_residual(shape, types, device, agrees):
-    check_residual(agrees, arguments(shape, types, device=device), types)
+CASES = [(shape, types, {}) for shape in SHAPES for types in TYPES]
+CASES += [((3, 5, 72), types, {"scaled": scaled, "shifted": True}) for types in TYPES for scaled in (True, False)]
+CASES += [((4, 40), TYPES[1], {"scaled": s, "affine": a}) for s, a in ((False, True), (True, False), (False, False))]
 
 
-@pytest.mark.parametrize("scaled", [True, False])
-@pytest.mark.parametrize("types", TYPES)
-def test_the_branchs_bias_is_added_and_gets_its_gradient(scaled, types, device, agrees):
-    """A linear layer's bias, here and not in its product."""
-    check_residual(agrees, arguments((3, 5, 72), types, device=device, scaled=scaled, shifted=True), types)
-
-
-@pytest.mark.parametrize("scaled, affine", [(False, True), (True, False), (False, False)])
-def test_parameters_left_out(scaled, affine, device, agrees):
-    check_residual(agrees, arguments((4, 40), (FP32, BF16), device=device, scaled=scaled, affine=affine), (FP32, BF16))
+@pytest.mark.parametrize(("shape", "types", "given"), CASES)
+def test_residual(shape, types, given, device, agrees):
+    """With all parameters or some; the branch's bias is a linear layer's, added here and not in its product."""
+    check_residual(agrees, arguments(shape, types, device=device, **given), types)
 
 
 @pytest.mark.parametrize("frozen", [(2,), (5,), (2, 3, 4)], ids=["gamma", "branch_bias", "gamma, weight, bias"])

@@ -17,6 +17,7 @@ KINDS = {
     "zero": torch.zeros_like,
     "large": lambda x: x * 1e15,
     "offset": lambda x: x + 1e3,
+    "outliers first": lambda x: torch.cat([torch.full_like(x[:1], 1e6), x[1:]]),  # spoil no shift
     "channels apart": lambda x: x * torch.logspace(-6, 6, x.shape[-1]),
 }
 
@@ -64,13 +65,6 @@ def test_channel_far_from_zero_keeps_its_variance(device, fused):
     exact_mean, exact_m2 = moments_reference(x.double())
     torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-7, atol=0)
     torch.testing.assert_close(m2.double(), exact_m2, rtol=1e-6, atol=0)
-
-
-def test_outliers_in_the_first_rows_do_not_spoil_the_shift(device, fused, no_worse):
-    torch.manual_seed(0)
-    x = torch.randn(400, 8, device=device)
-    x[0] = 1e6
-    assert_right(x, fused, no_worse)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

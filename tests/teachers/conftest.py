@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.toy.conv_patchify import toy_teacher
 from dune_fast.teachers.assets import Asset, AssetError, fetch
@@ -43,6 +44,12 @@ def asset() -> Callable[[str], Path]:
 def toy_config() -> Callable[..., TeacherConfig]:
     """A random two-layer teacher, fields replaced at will."""
     return toy_teacher
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Two images of a grid that is no square."""
+    return torch.randn(2, 3, 56, 84, generator=torch.Generator().manual_seed(0))
 
 
 MEMBERS = {
@@ -100,8 +107,6 @@ class WheelServer:
     status: int = 200
     requests: list[str] = field(default_factory=list)
     """The `Range` header of each request, or ''."""
-    sent: int = 0
-    """Bytes of body sent so far."""
 
 
 @pytest.fixture
@@ -132,7 +137,6 @@ def server(tmp_path: Path) -> Iterator[WheelServer]:
             self.end_headers()
             if state.cuts:
                 body = body[: state.cuts.pop(0)]
-            state.sent += len(body)  # before the client has all of it and looks
             with contextlib.suppress(ConnectionError):  # the client may have read enough
                 self.wfile.write(body)
             self.close_connection = True

@@ -162,15 +162,17 @@ def test_modules_weights_must_fit(tmp_path):
         build_teacher("a", module_config(weights=str(tmp_path / "w.pth")))
 
 
-def test_foreign_models_leave_the_random_state_alone():
+def test_building_teachers_leaves_the_random_state_alone():
+    """Otherwise the student's initial weights would depend on which teachers a run has."""
     before = torch.get_rng_state()
     build_teacher("a", module_config())
     build_teacher("b", timm_config("resnet18", 32, 512))
+    build_teacher("c", TeacherConfig("dinov2", "random:0", 14, 192, image_size=56))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_timm_can_be_imported_beside_a_torch_without_cuda():
     # torchvision is built for CUDA; the tests' own set-up would hide that
-    code = "from teachers.timm_model import create; create('a', 'resnet18', {})"
+    code = "from dune_fast.teachers.timm_model import create; create('a', 'resnet18', {})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -16,11 +16,6 @@ from dune_fast.teachers.vit import ViTTrunk
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def images():
-    return torch.randn(2, 3, 56, 84, generator=torch.Generator().manual_seed(0))
-
-
 def vit(**fields) -> TeacherConfig:
     """A drawn ViT of 12 blocks of 192 channels; `layer` says how many run."""
     base = {"family": "dinov2", "weights": "random:0", "num_features": 192, "image_size": 56, "layer": 4}

@@ -114,22 +114,17 @@ def test_fetch_does_not_keep_what_is_no_weights_file(offered, server, complaint)
     ("fields", "words"),
     [
         ({"url": "http://127.0.0.1:9/w.pth"}, "could not be fetched: no answer"),
+        ({}, "the server answered 404"),
         ({"url": ""}, "has no address"),
         ({"url": "ftp://x/w.pth"}, "unknown scheme"),
         ({"weights": "random:1"}, "needs no file"),
     ],
 )
-def test_fetch_that_cannot_be_is_explained(offered, fields, words, complaint):
+def test_fetch_that_cannot_be_is_explained(offered, server, fields, words, complaint):
     offered(**fields)
-    assert main(["teachers", "fetch", "small"]) == 2
-    assert words in complaint()
-
-
-def test_fetch_of_a_file_the_server_has_not(offered, server, complaint):
-    offered()
     server.status = 404
     assert main(["teachers", "fetch", "small"]) == 2
-    assert "the server answered 404" in complaint()
+    assert words in complaint()
 
 
 def test_verify_names_faults(state, tmp_path, capsys):

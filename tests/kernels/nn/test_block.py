@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from dune_fast.kernels import library
 from dune_fast.kernels.attention import attention
@@ -49,6 +46,13 @@ def blocks_and_tokens(layer_scale: float | None = 0.3, depth: int = 2, dim: int 
     return blocks.to(DEVICE), torch.randn(1, tokens, dim, device=DEVICE, requires_grad=True)
 
 
+def plain_chain(blocks: nn.ModuleList, x: Tensor, rope=None) -> list[Tensor]:
+    outputs = []
+    for block in blocks:
+        outputs.append(x := plain_block(block, x, rope))
+    return outputs
+
+
 def loss_and_gradients(outputs: list[Tensor], blocks: nn.Module, x: Tensor) -> list[Tensor]:
     loss = sum((i + 1) * y.float().square().mean() for i, y in enumerate(outputs))
     return [loss.detach(), *torch.autograd.grad(loss, [x, *blocks.parameters()])]
@@ -59,9 +63,7 @@ def loss_and_gradients(outputs: list[Tensor], blocks: nn.Module, x: Tensor) -> l
 def test_fused_chain_is_the_formula(layer_scale, with_rope, mlp):
     blocks, x = blocks_and_tokens(layer_scale, mlp=mlp)
     rope = tuple(t.to(DEVICE) for t in rope2d_angles(grid_positions(2, 3), 16)) if with_rope else None
-    expected, y = [], x
-    for block in blocks:
-        expected.append(y := plain_block(block, y, rope))
+    expected = plain_chain(blocks, x, rope)
     with fused():
         found = list(run_blocks(blocks, x, rope))
         gradients = loss_and_gradients(found, blocks, x)
@@ -74,16 +76,10 @@ def test_fused_chain_is_the_formula(layer_scale, with_rope, mlp):
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the plain path is the CPU's")
 def test_plain_chain_is_the_formula_bit_for_bit():
     blocks, x = blocks_and_tokens(depth=3)
-    expected = x
-    for block in blocks:
-        expected = plain_block(block, expected)
-    *_, found = run_blocks(blocks, x)
-    assert torch.equal(found, expected)
+    assert all(map(torch.equal, run_blocks(blocks, x), plain_chain(blocks, x)))
     with torch.autocast("cpu", torch.bfloat16):
         *_, found = run_blocks(blocks, x)
-        expected = x
-        for block in blocks:
-            expected = plain_block(block, expected)
+        expected = plain_chain(blocks, x)[-1]
     assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
@@ -101,17 +97,6 @@ def test_autocast_keeps_the_stream_in_float32():
     assert all(g.dtype == torch.float32 for g in found)
     for ours, truth in zip(found, exact, strict=True):
         assert (ours - truth).norm() <= 0.05 * truth.norm() + 1e-3
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(use_reentrant):
-    blocks, x = blocks_and_tokens(depth=1)
-    with fused():
-        expected = loss_and_gradients([blocks[0](x)], blocks, x)
-        found = checkpoint(blocks[0], x, use_reentrant=use_reentrant)
-        blocks.zero_grad()
-        found.square().mean().backward()
-    torch.testing.assert_close([x.grad, *(p.grad for p in blocks.parameters())], expected[1:], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -170,46 +155,43 @@ def test_float8_blocks_stay_close(triton, mlp):
         assert (ours - truth).norm() < 0.1 * truth.norm()
 
 
-class Dispatched(TorchDispatchMode):
-    """Counts what is dispatched, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count[func._schema.name.partition("::")[2]] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def dispatched(trained: bool, mlp: str = "gelu") -> Counter[str]:
-    """Operations of two blocks in bf16 on the paths of a GPU, forward and, if trained, backward."""
+def train_or_run(trained: bool, counting: contextlib.AbstractContextManager) -> None:
+    """Two blocks in bf16 on the paths of a GPU, forward and, if trained, backward."""
     with FakeTensorMode(), library.traced():
-        blocks = nn.ModuleList(Block(64, 2, mlp=mlp) for _ in range(2)).requires_grad_(trained)
+        blocks = nn.ModuleList(Block(64, 2) for _ in range(2)).requires_grad_(trained)
         for block in blocks:
             block.attn.backend = "flash"  # the plain formula multiplies and adds by itself
         x = torch.empty(2, 6, 64, requires_grad=trained)
-        with Dispatched() as mode, torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(trained):
+        with counting, torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(trained):
             *_, y = run_blocks(blocks, x)
             if trained:
                 y.backward(y.detach())
-    return mode.count
 
 
-def test_biases_and_the_last_addition_cost_no_pass_of_their_own():
+def test_biases_and_the_last_addition_cost_no_pass_of_their_own(dispatched):
     """Products without bias, no sum over rows but qkv's, and of multiplications and additions outside the kernels one:
 
     the gradients that reach x through the first norm and past it.
     """
-    count = dispatched(trained=True)
+    train_or_run(True, counting := dispatched())
+    count = counting.count
     assert count["residual_layer_norm"] == 3 and count["residual"] == count["residual_backward"] == 1
     assert count["addmm"] == count["sum"] == 2 and count["mul"] == 0 and count["add"] == 1
 
 
-def test_a_product_adds_a_frozen_bias():
-    count = dispatched(trained=False)
+def test_a_product_adds_a_frozen_bias(dispatched):
+    train_or_run(False, counting := dispatched())
+    count = counting.count
     assert count["addmm"] == 6 and count["residual"] == 1  # fc1's bias goes with GELU
     assert count["sum"] == count["mul"] == count["add"] == 0
+
+
+def test_recomputed_blocks_give_the_same_values():
+    blocks, x = blocks_and_tokens()
+    with fused():
+        expected = loss_and_gradients(list(run_blocks(blocks, x)), blocks, x)
+        found = loss_and_gradients(list(run_blocks(blocks, x, recompute=True)), blocks, x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
