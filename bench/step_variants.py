@@ -64,7 +64,7 @@ class SyntheticLoader:
         on_host = step * batch + np.arange(batch)
         return Batch(
             self._pool[step % POOL], positions, self._group, torch.zeros_like(self._group), [""] * batch, step,
-            self._groups, on_host,
+            self._groups, positions_on_host=on_host,
         )
 
     def close(self) -> None:

@@ -2,7 +2,8 @@
 
 The distributions are torchvision's: RandomResizedCrop (ten attempts at an area and a log-uniform ratio, then a centre
 crop), a horizontal flip, ColorJitter in a random order, grayscale, Gaussian blur and solarize, each with its
-probability. Every image has 36 random words, Philox counters (position, block) in the stream AUGMENT:
+probability. Every image has 36 random words, Philox counters (position, block) in the stream AUGMENT, or (number of the
+view, block) in the stream VIEW:
 
     word  0 ... 19   area and ratio of the ten crop attempts
     word 20, 21      top and left of the crop            word 22      flip
@@ -43,6 +44,8 @@ class Geometry:
     """bool [B, 2]: mirror left and right, mirror top and bottom."""
     turn: np.ndarray
     """bool [B]: turn the result clockwise by 90 degrees, after all else."""
+    side: np.ndarray
+    """int64 [B]: height and width of the final square in pixels; one size in a batch that is decoded."""
 
     def __len__(self) -> int:
         return len(self.turn)
@@ -56,10 +59,10 @@ class Geometry:
         return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
-def draw_words(seed: int, positions: np.ndarray) -> torch.Tensor:
-    """The 36 random words of each image: int64 [B, 36] in [0, 2^32). positions: int64 [B], global."""
+def draw_words(seed: int, positions: np.ndarray, stream: int = philox.AUGMENT) -> torch.Tensor:
+    """The 36 random words of each image: int64 [B, 36] in [0, 2^32). positions: int64 [B], global, or of views."""
     position = torch.from_numpy(np.asarray(positions, np.int64))
-    return philox.words(seed, philox.AUGMENT, position[:, None], torch.arange(_BLOCKS)).flatten(1)
+    return philox.words(seed, stream, position[:, None], torch.arange(_BLOCKS)).flatten(1)
 
 
 def resized_crops(words: torch.Tensor, sizes: np.ndarray, scale: list[float], ratio: list[float]) -> np.ndarray:
@@ -108,8 +111,11 @@ def train_geometry(
     batch = len(flip)
     flip = np.stack([flip, np.zeros_like(flip)], axis=1)
     return _as_stored(
-        Geometry(window, np.full((batch, 2), image_size), np.zeros((batch, 2), np.int64), flip, turn), sizes, image_size
-    )
+        Geometry(
+            window, np.full((batch, 2), image_size), np.zeros((batch, 2), np.int64), flip, turn,
+            np.full(batch, image_size),
+        ), sizes, image_size,
+    )  # fmt: skip
 
 
 def validation_geometry(stored_sizes: np.ndarray, turn: np.ndarray, image_size: int) -> Geometry:
@@ -121,7 +127,8 @@ def validation_geometry(stored_sizes: np.ndarray, turn: np.ndarray, image_size: 
     resized = np.where(sizes == shorter, image_size, image_size * sizes // shorter)[:, ::-1]  # height, width
     anchor = np.rint((resized - image_size) / 2).astype(np.int64)
     window = np.concatenate([np.zeros((batch, 2), np.int64), sizes], axis=1)
-    geometry = Geometry(window, np.ascontiguousarray(resized), anchor, np.zeros((batch, 2), bool), turn)
+    upright, side = np.zeros((batch, 2), bool), np.full(batch, image_size)
+    geometry = Geometry(window, np.ascontiguousarray(resized), anchor, upright, turn, side)
     return _as_stored(geometry, stored_sizes, image_size)
 
 
@@ -141,6 +148,7 @@ def _as_stored(shown: Geometry, stored_sizes: np.ndarray, image_size: int) -> Ge
         anchor=np.where(turn, anchor, shown.anchor),
         flip=np.where(turn, shown.flip[:, ::-1], shown.flip),
         turn=shown.turn,
+        side=shown.side,
     )
 
 

@@ -94,6 +94,12 @@ class DataConfig:
     """RandomResizedCrop: range of width / height, log-uniform."""
     flip_probability: float = 0.5
     """Of a horizontal flip."""
+    views: int = 0
+    """0: a new crop whenever an image is seen, as the papers do. V: an image has V fixed views, crop and flip, which
+    take turns from pass to pass. So teachers' features can be cached (`cache.folder`)."""
+    fresh_colour: bool = False
+    """With `views`: draw colours anew whenever an image is seen, instead of once a view. A cache then holds features of
+    images without colour augmentation, and the student alone sees the colours."""
     colour: bool = True
     """Whether colours are augmented: jitter, grayscale, blur and solarize. False leaves the crop and the flip."""
     jitter_probability: float = 0.8
@@ -150,6 +156,11 @@ class DataConfig:
         for name in ("num_threads", "prefetch", "read_ahead", "read_threads"):
             if getattr(self, name) < 1:
                 raise DataError(f"data.{name} is {getattr(self, name)}: at least 1 is needed")
+        if self.views < 0 or (self.fresh_colour and not self.views):
+            raise DataError(
+                f"data.views is {self.views} with data.fresh_colour={self.fresh_colour}: give 0 for new crops whenever "
+                "an image is seen, or a number of fixed views, which fresh colours need"
+            )
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from dune_fast.dali_pipelines.datasets import DataConfig, Dataset, index_datasets
-from dune_fast.dali_pipelines.decode import decode_steps
+from dune_fast.dali_pipelines.decode import Decoded, decode_steps
 from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.dali_pipelines.order import rank_slots
 from dune_fast.dali_pipelines.pipeline import Decoder, import_dali
-from dune_fast.dali_pipelines.plan import Plan, TrainPlans, ValPlans, group_weights
+from dune_fast.dali_pipelines.plan import Plan, TrainPlans, ValPlans, ViewPlans, group_weights
 from dune_fast.dali_pipelines.source import ImageSource
 from dune_fast.kernels.augment import augment_colour
 
@@ -32,7 +32,10 @@ logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.2  # after which a caller that waits for a batch is asked whether it still wants it
 
-__all__ = ["Batch", "ImageLoader", "TrainLoader", "ValLoader", "group_weights"]
+ToDevice = Callable[[torch.device], dict[str, dict[str, Tensor]]]
+"""Features that were read, decoded on a device."""
+
+__all__ = ["Batch", "ImageLoader", "TrainLoader", "ValLoader", "ViewLoader", "group_weights"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class Batch:
     """Which step of training it belongs to; in validation the number of the batch."""
     group_on_host: np.ndarray | None = None
     """`group` where the host can look at it without waiting for the device."""
+    views: np.ndarray | None = None
+    """int64 [B], numbers of the images' fixed views, on the host; with `data.views`."""
+    features: dict[str, dict[str, Tensor]] | None = None
+    """teacher -> token type -> [B, ...] that a cache has of these views, on the device."""
     positions_on_host: np.ndarray | None = None
     """The same of `positions`."""
 
@@ -69,7 +76,7 @@ class ImageLoader(contextlib.AbstractContextManager):
 
     def __init__(
         self,
-        plans: TrainPlans | ValPlans,
+        plans: TrainPlans | ValPlans | ViewPlans,
         source: ImageSource,
         config: DataConfig,
         image_size: int,
@@ -86,6 +93,9 @@ class ImageLoader(contextlib.AbstractContextManager):
         """Images in all datasets and over all ranks, broken ones included; in training, those held out not counted."""
         self.waited_s = 0.0
         """Seconds that the caller has waited for batches, since the start: what decoding ahead did not hide."""
+        self.read_views: Callable[[np.ndarray], ToDevice] | None = None
+        """Called ahead, in the decoding thread, with the numbers of a batch's views: what it returns makes
+        `Batch.features` of them, on the device."""
         self._source = source
         self._new_decoder = functools.partial(Decoder, batch, image_size, config.num_threads, device)
         self._streams: set[Iterator[Batch]] = set()
@@ -138,15 +148,22 @@ class ImageLoader(contextlib.AbstractContextManager):
         # the current device is a matter of each thread
         set_device = functools.partial(torch.cuda.set_device, self.device) if self.device.type == "cuda" else None
         thread = ThreadPoolExecutor(1, "decode-images", set_device)
-        ready = deque(thread.submit(next, steps, None) for _ in range(self.config.prefetch + 1))
+        ready = deque(thread.submit(self._next, steps) for _ in range(self.config.prefetch + 1))
         try:
             while (item := self._wait(ready.popleft(), wanted)) is not None:
-                ready.append(thread.submit(next, steps, None))
+                ready.append(thread.submit(self._next, steps))
                 yield self._finish(*item)
         finally:
             thread.shutdown(wait=not self._abandoned, cancel_futures=True)
             if not self._abandoned:
                 steps.close()
+
+    def _next(self, steps: Iterator[Decoded]) -> tuple | None:
+        """A decoded step and what is read beside it; None after the last one."""
+        if (decoded := next(steps, None)) is None:
+            return None
+        views = decoded[0].views
+        return *decoded, None if self.read_views is None or views is None else self.read_views(views)
 
     def _wait(self, future: Future, wanted: Callable[[float], bool] | None) -> tuple | None:
         """A future's result; None, or an error of `wanted`, once it is not wanted any more."""
@@ -161,7 +178,7 @@ class ImageLoader(contextlib.AbstractContextManager):
         finally:
             self.waited_s += time.perf_counter() - began
 
-    def _finish(self, plan: Plan, images: Tensor, event: torch.cuda.Event | None) -> Batch:
+    def _finish(self, plan: Plan, images: Tensor, event: torch.cuda.Event | None, read: ToDevice | None) -> Batch:
         """Colour augmentation and the transfer of all else, on the consumer's stream; the host waits for neither."""
         if event is not None:
             current = torch.cuda.current_stream(self.device)
@@ -176,7 +193,9 @@ class ImageLoader(contextlib.AbstractContextManager):
             images = torch.where(table[3].bool()[:, None, None, None], images.rot90(-1, (1, 2)), images)
         images = augment_colour(images, None if plan.colour is None else plan.colour.to(self.device))
         paths = [self._source.path(*image) for image in plan.images]
-        return Batch(images, table[0], table[1], table[2], paths, plan.step, plan.group, plan.positions)
+        features = None if read is None else read(self.device)
+        on_host = plan.group, plan.views
+        return Batch(images, table[0], table[1], table[2], paths, plan.step, *on_host, features, plan.positions)
 
 
 def _close(loader: weakref.ref[ImageLoader]) -> None:
@@ -195,6 +214,7 @@ class TrainLoader(ImageLoader):
         device: where the batches are wanted.
         datasets: from `index_datasets(config)`, to index them once for several loaders.
         folder: of the run, for the record of broken images (`quarantine`); None keeps it in memory.
+        sizes: step -> side of its images, up to `image_size`; None for `image_size` at every step.
 
     Raises:
         DataError: wrong configuration, no images, a batch that the ranks cannot share, or no DALI.
@@ -213,6 +233,7 @@ class TrainLoader(ImageLoader):
         device: torch.device,
         datasets: Sequence[Dataset] | None = None,
         folder: Path | None = None,
+        sizes: Callable[[int], int] | None = None,
     ) -> None:
         datasets = index_datasets(config) if datasets is None else datasets
         for dataset in datasets:
@@ -220,8 +241,27 @@ class TrainLoader(ImageLoader):
                 logger.info("dataset %s: %s", dataset.name, contents)
         slots = rank_slots(global_batch, rank, world_size)
         source = ImageSource(datasets, "train", config, folder, rank)
-        plans = TrainPlans(source, config, image_size, global_batch, slots, seed)
+        plans = TrainPlans(source, config, sizes or (lambda step: image_size), global_batch, slots, seed)
         super().__init__(plans, source, config, image_size, global_batch // world_size, device)
+
+
+class ViewLoader(ImageLoader):
+    """Batches of given views, see `plan.ViewPlans`; broken images are left out. Errors: see `TrainLoader`."""
+
+    plans: ViewPlans
+
+    def __init__(
+        self,
+        config: DataConfig,
+        image_size: int,
+        seed: int,
+        batches: Sequence[np.ndarray],
+        device: torch.device,
+        datasets: Sequence[Dataset],
+    ) -> None:
+        source = ImageSource(datasets, "train", config)
+        plans = ViewPlans(source, config, image_size, seed, batches)
+        super().__init__(plans, source, config, image_size, max(map(len, batches)), device)
 
 
 class ValLoader(ImageLoader):

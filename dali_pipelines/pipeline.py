@@ -42,8 +42,10 @@ def import_dali():
     return dali
 
 
-def build_pipeline(batch_size: int, image_size: int, num_threads: int, device: torch.device, depth: int):
-    """A built DALI pipeline: inputs encoded, start, shape, size, anchor, flip; output uint8 [B, S, S, 3].
+def build_pipeline(batch_size: int, num_threads: int, device: torch.device, depth: int):
+    """A built DALI pipeline: inputs encoded, start, shape, size, anchor, side, flip; output uint8 [B, S, S, 3].
+
+    The side S is an input, so that a run that changes its images' size keeps its pipeline.
 
     See `Decoder` for the arguments. "cpu" decodes and resizes on the CPU, "cuda" decodes with nvJPEG and resizes there.
     """
@@ -58,12 +60,13 @@ def build_pipeline(batch_size: int, image_size: int, num_threads: int, device: t
         shape = fn.external_source(name="shape", dtype=types.INT64, ndim=1)  # width, height
         size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)  # height, width
         anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)  # top, left
+        side = fn.external_source(name="side", dtype=types.INT32, ndim=1)  # height, width
         flip = fn.external_source(name="flip", dtype=types.INT32, ndim=1)
         where, kind = "mixed" if on_gpu else "cpu", {"output_type": types.RGB, "axis_names": "WH"}
         as_pillow = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
         images = fn.decoders.image_slice(encoded, start, shape, device=where, **kind, **as_pillow)
         images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
-        images = fn.slice(images, start=anchor, shape=[image_size, image_size], axes=[0, 1])
+        images = fn.slice(images, start=anchor, shape=side, axes=[0, 1])
         return fn.flip(images, horizontal=flip[0], vertical=flip[1])
 
     device_id = (device.index if device.index is not None else torch.cuda.current_device()) if on_gpu else None
@@ -80,7 +83,7 @@ class Decoder:
 
     Args:
         batch_size: largest batch.
-        image_size: S, side of the result in pixels.
+        image_size: largest side of the results in pixels; a batch's own is in its geometry.
         num_threads: CPU threads.
         device: where the result is wanted, "cpu" or "cuda".
         depth: batches in flight.
@@ -90,7 +93,7 @@ class Decoder:
         self, batch_size: int, image_size: int, num_threads: int, device: torch.device, depth: int = 1
     ) -> None:
         self.batch_size, self.image_size, self.device, self._depth = batch_size, image_size, device, depth
-        self._build = functools.partial(build_pipeline, batch_size, image_size, num_threads, device, depth)
+        self._build = functools.partial(build_pipeline, batch_size, num_threads, device, depth)
         # a stream of its own: training's stream waits for nothing but the batch it is about to use
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.close()
@@ -112,6 +115,7 @@ class Decoder:
             "shape": geometry.window[:, 2:].astype(np.int64),
             "size": geometry.size.astype(np.float32),
             "anchor": geometry.anchor.astype(np.int32),
+            "side": np.stack([geometry.side, geometry.side], axis=1).astype(np.int32),
             "flip": geometry.flip.astype(np.int32),
         }
         if self._pipeline is None:
@@ -120,7 +124,7 @@ class Decoder:
             self._pipeline.feed_input("encoded", encoded)
             for name, values in inputs.items():
                 self._pipeline.feed_input(name, np.ascontiguousarray(values))
-            self._sizes.append(len(encoded))
+            self._sizes.append((len(encoded), int(geometry.side[0])))
             self._fed += 1
             if self._fed >= self._depth:  # the first run takes `depth` batches at once, each later one a batch
                 self._pipeline.schedule_run()
@@ -132,7 +136,8 @@ class Decoder:
             DecodeError: an image of this batch, or of another one in flight, could not be decoded.
         """
         assert self._fed >= self._depth, "fewer batches were submitted than the pipeline keeps in flight"
-        shape = (self._sizes.popleft(), self.image_size, self.image_size, 3)
+        batch, side = self._sizes.popleft()
+        shape = (batch, side, side, 3)
         with self._failing():
             if self._stream is None:
                 (output,) = self._pipeline.share_outputs()
@@ -162,7 +167,11 @@ class Decoder:
             self._check_good_image()
         found: dict[int, str] = {}
         order = np.arange(len(encoded))
-        parts = [order[i : i + self.batch_size] for i in range(0, len(encoded), self.batch_size)]
+        parts = [  # of one size each
+            same[i : i + self.batch_size]
+            for same in (order[geometry.side == side] for side in np.unique(geometry.side))
+            for i in range(0, len(same), self.batch_size)
+        ]
         while parts:
             part = parts.pop()
             if not (reason := self._try([encoded[i] for i in part], geometry[part])):
@@ -218,5 +227,5 @@ def whole_images(sizes: Sequence[tuple[int, int]], image_size: int) -> Geometry:
     batch = len(shape)
     window = np.concatenate([np.zeros_like(shape), shape], axis=1)
     size, none = np.full((batch, 2), image_size), np.zeros((batch, 2), np.int64)
-    return Geometry(window, size, none, none.astype(bool), np.zeros(batch, bool))
+    return Geometry(window, size, none, none.astype(bool), np.zeros(batch, bool), np.full(batch, image_size))
 

@@ -5,10 +5,11 @@ A plan is a pure function of (seed, global batch size, step), and of which image
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from dune_fast.dali_pipelines.augmentation import (
     Geometry,
@@ -21,6 +22,7 @@ from dune_fast.dali_pipelines.datasets import DataConfig
 from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.dali_pipelines.order import SampleOrder
 from dune_fast.dali_pipelines.source import Encoded, Image, ImageSource
+from dune_fast.kernels import philox
 from dune_fast.kernels.augment import ColourParams
 
 
@@ -38,6 +40,8 @@ class Plan:
     """What DALI gets, uint8 [length] each, see `images.for_dali`."""
     geometry: Geometry
     colour: ColourParams | None
+    views: np.ndarray | None = None
+    """int64 [B]: number of each image's view, with `data.views`, see `Views`."""
 
 
 class Groups:
@@ -49,19 +53,87 @@ class Groups:
         self.of = np.array([self.names.index(group) for group in of_datasets])  # int64 [datasets]
 
 
+def colour_of(words: torch.Tensor, config: DataConfig) -> ColourParams | None:
+    """Colours by random words, int64 [B, 36]; None where the configuration wants none."""
+    return colour_params(words, config) if config.colour else None
+
+
+class Views:
+    """Numbers the fixed views of a source's images: V times the image's number among all, plus which of its V views.
+
+    The augmentation of a view follows from (seed, number) alone.
+    """
+
+    def __init__(self, source: ImageSource, per_image: int, seed: int) -> None:
+        self.per_image = per_image
+        self._ends, self._seed = source.sizes().cumsum(), seed
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) * self.per_image
+
+    def number(self, images: Sequence[Image], passes: np.ndarray) -> np.ndarray:
+        """int64 [B] of B images in these passes over their groups, int64 [B]."""
+        dataset, index = np.array(images, np.int64).reshape(-1, 2).T
+        before = np.concatenate([[0], self._ends])[dataset]
+        return (before + index) * self.per_image + passes % self.per_image
+
+    def images(self, numbers: np.ndarray) -> list[Image]:
+        """The images that views, int64 [B], belong to."""
+        image = numbers // self.per_image
+        dataset = np.searchsorted(self._ends, image, side="right")
+        return list(zip(dataset.tolist(), (image - np.concatenate([[0], self._ends])[dataset]).tolist(), strict=True))
+
+    def words(self, numbers: np.ndarray) -> torch.Tensor:
+        """The random words of views, int64 [B, 36]."""
+        return draw_words(self._seed, numbers, philox.VIEW)
+
+
+class ViewPlans:
+    """Plans of given views, a batch a step: what teachers see when their features are cached.
+
+    Args:
+        batches: numbers of views, int64 [B] each.
+    """
+
+    def __init__(
+        self, source: ImageSource, config: DataConfig, image_size: int, seed: int, batches: Sequence[np.ndarray]
+    ) -> None:
+        self.groups, self.views = Groups(source), Views(source, config.views, seed)
+        self._source, self._config, self._image_size, self._batches = source, config, image_size, batches
+
+    def __call__(self, step: int) -> Plan | None:
+        if step >= len(self._batches):
+            return None
+        numbers = self._batches[step]
+        images = self.views.images(numbers)
+        read = self._source.read_good(images)
+        kept = [i for i, result in enumerate(read) if result is not None]
+        images, numbers = [images[i] for i in kept], numbers[kept]
+        sizes = np.array([read[i][1] for i in kept], np.int64).reshape(-1, 2)
+        words = self.views.words(numbers)
+        geometry = train_geometry(words, sizes, self._source.turned(images), self._image_size, self._config)
+        colour = None if self._config.fresh_colour else colour_of(words, self._config)
+        group = self.groups.of[[dataset for dataset, _ in images]]
+        return Plan(step, images, numbers, group, [read[i][0] for i in kept], geometry, colour, numbers)
+
+
 class TrainPlans:
-    """Plans of training, without end; `slots` of the global batch are this rank's. Arguments: see `loader.TrainLoader`.
+    """Plans of training, without end; `slots` of the global batch are this rank's. `sizes`: step -> side of its images.
+
+    Other arguments: see `loader.TrainLoader`.
 
     Raises:
         DataError: weights that do not fit the groups, or a batch below 1.
     """
 
     def __init__(
-        self, source: ImageSource, config: DataConfig, image_size: int, global_batch: int, slots: slice, seed: int
-    ) -> None:
+        self, source: ImageSource, config: DataConfig, sizes: Callable[[int], int], global_batch: int, slots: slice,
+        seed: int,
+    ) -> None:  # fmt: skip
         self.groups = Groups(source)
-        self._source, self._config, self._image_size = source, config, image_size
+        self._source, self._config, self._side = source, config, sizes
         self._slots, self._seed = slots, seed
+        self.views = Views(source, config.views, seed) if config.views else None
         self._sizes = source.sizes()
         # a group's images are those of its datasets, one after the other, `repeat` times each
         self._members = [np.flatnonzero(self.groups.of == g) for g in range(len(self.groups.names))]
@@ -77,10 +149,15 @@ class TrainPlans:
         for i in (i for i, result in enumerate(read) if result is None):
             images[i], read[i] = self._replacement(group[i : i + 1], draw[i : i + 1])
         sizes, turned = np.array([size for _, size in read]), self._source.turned(images)
-        words = draw_words(self._seed, positions)
-        geometry = train_geometry(words, sizes, turned, self._image_size, self._config)
-        colour = colour_params(words, self._config) if self._config.colour else None
-        return Plan(step, images, positions, group, [data for data, _ in read], geometry, colour)
+        words, views = draw_words(self._seed, positions), None
+        at, of = words, words  # crops and colours are drawn from
+        if self.views is not None:
+            views = self.views.number(images, draw // self.order.group_sizes[group])
+            at = self.views.words(views)
+            of = words if self._config.fresh_colour else at
+        geometry = train_geometry(at, sizes, turned, self._side(step), self._config)
+        colour = colour_of(of, self._config)
+        return Plan(step, images, positions, group, [data for data, _ in read], geometry, colour, views)
 
     def choose(self, step: int) -> tuple[np.ndarray, np.ndarray, list[Image]]:
         """What this rank's part of a step consists of, before any file is read and any broken image replaced.

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import argcomplete
 
-from dune_fast import __version__, data_cli, evaluate_cli, launch_cli, launcher, teachers_cli
+from dune_fast import __version__, cache_cli, data_cli, evaluate_cli, launch_cli, launcher, teachers_cli
 from dune_fast.console import add_command, console, in_colour
 from dune_fast.engine.overrides import config_names
 from dune_fast.export import TARGETS
@@ -163,6 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", type=local, help="folder for the files (default: RUN/export/TARGET)")
 
     data_cli.add_parser(commands)
+    cache_cli.add_parser(commands)
 
     sub = add_command(commands, "doctor", doctor, "check the machine and an experiment")
     sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="e.g. experiment=dune_336 (none: the machine)")

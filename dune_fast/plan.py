@@ -9,7 +9,7 @@ import copy
 from collections.abc import Sequence
 
 from dune_fast.engine.config import RunConfig
-from dune_fast.engine.flops import run_flops
+from dune_fast.engine.flops import run_flops, stage_flops
 from dune_fast.engine.memory import SPARE, disk_bytes, fit, memory_bytes, teacher_parameters, trained_parameters
 from dune_fast.engine.metrics import duration
 from dune_fast.engine.schedules import scaled_learning_rate
@@ -39,6 +39,12 @@ def describe(cfg: RunConfig, experiment: str, gpus: Sequence[int], tflops: float
         f"  parameters: student {encoder / 1e6:.1f} M, projectors {projectors / 1e6:.1f} M, teachers {networks}",
         f"  TFLOP an image, forward: student {_tera(flops.student)}, projectors {_tera(flops.projectors)}, {teachers}",
     ]
+    if cfg.progressive:
+        shares = "; ".join(
+            f"steps {stage.first + 1:,} to {stage.end:,} at {stage.image_size} px, {_tera(part.training)} in training"
+            for stage, part in stage_flops(cfg)
+        )
+        lines.append(f"  (means over the run, which is progressive: {shares})")
     if flops.training is None:
         lines.append("  TFLOP an image in training: not known, as one teacher's network is not")
     else:

@@ -33,7 +33,9 @@ AUGMENT = 2
 """Augmentation: a = global position of the image, b = block of four words."""
 ORDER = 3
 """Order of the samples: a = pass over the group, b = group."""
-PATCHES = 4
+VIEW = 4
+"""Augmentation of fixed views: a = number of the view, b = block of four words."""
+PATCHES = 5
 """Subset of the patches that a step's loss is taken on: a = patch, b = step."""
 
 _ROUNDS = 10

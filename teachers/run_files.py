@@ -3,6 +3,7 @@
     step_0001234/
       manifest.json            what there is, see `Manifest`
       rank_00000.safetensors   `weight/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>`: runs of elements, float32, flat
+                               (`ema/<name>` too in a run with `train.ema`)
       rank_00001.safetensors   ...
       state.safetensors        small whole tensors: frozen parameters and buffers, statistics of the teachers
 
@@ -33,6 +34,8 @@ from dune_fast.teachers.files import file_sha256
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+AVERAGE = "ema"
+"""Kind of the running average of the weights, float32, where the run keeps one (`train.ema`)."""
 MANIFEST = "manifest.json"
 STATE_FILE = "state.safetensors"
 
@@ -73,6 +76,12 @@ class Manifest:
     """Of the trained parameters."""
     run: dict[str, Any] = field(default_factory=dict)
     """Small state of the run beside tensors."""
+
+    @property
+    def averaged(self) -> bool:
+        """Whether it has an average of the weights; one that is older than these has none."""
+        return bool(self.run.get("averaged", False))
+
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
     """Parameter -> the runs of elements that make it up."""
     files: dict[str, FileInfo] = field(default_factory=dict)
@@ -225,7 +234,8 @@ def weights_in(path: Path, *names: str) -> Path | None:
 
 
 def checkpoint_state(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
-    """A checkpoint's manifest and weights, by the names of a finished run's `student.safetensors`.
+    """A checkpoint's manifest and weights, by the names of a finished run's `student.safetensors`, and like there the
+    average of the weights where there is one.
 
     CheckpointError if it is damaged.
     """
@@ -233,8 +243,9 @@ def checkpoint_state(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
         raise CheckpointError(f"the checkpoint {path} cannot be used: {fault}")
     manifest = Manifest.read(path)
     reader = Reader(path, manifest)
+    kind = AVERAGE if manifest.averaged else "weight"
     state = {
-        name: reader.read("weight", name, 0, math.prod(shape)).view(shape) for name, shape in manifest.shapes.items()
+        name: reader.read(kind, name, 0, math.prod(shape)).view(shape) for name, shape in manifest.shapes.items()
     }
     for key, value in reader.state().items():
         kind, _, name = key.partition("/")

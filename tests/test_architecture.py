@@ -16,8 +16,9 @@ FLOORS = ("kernels", "teachers", "dali_pipelines", "dune_fast", "bench")
 """From the lowest up. The first three are imported as dune_fast.NAME, through links."""
 ROOMS = {
     "distill": {"student"},
-    "engine": {"distill", "student", "released"},
+    "engine": {"cache", "distill", "student", "released"},
     "evaluate": {"distill", "engine", "load", "student"},
+    "cache": set(),
 }
 """What of dune_fast itself, beside their own files, its rooms may import."""
 

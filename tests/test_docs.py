@@ -31,7 +31,7 @@ FOLDERS = ("bench", "configs", "dali_pipelines", "docs", "dune_fast", "kernels",
 """What begins a path of this repository in backticks."""
 NEEDS = re.compile(r"#.*\bneeds (a GPU|data|the network|minutes|SLURM|hosts)\b")
 """In the line of a command that is parsed and not run."""
-RUN = {"config", "data", "evaluate", "export", "features", "figures", "launch", "plan", "teachers"}
+RUN = {"cache", "config", "data", "evaluate", "export", "features", "figures", "launch", "plan", "teachers"}
 """Commands of dune-fast that are run; `distill`, `resume` and `doctor` are run with their last step replaced."""
 
 

@@ -91,6 +91,7 @@ class DistillationStep:
         step: int,
         momentum: float,
         groups_on_host: np.ndarray | None = None,
+        features: Features | None = None,
         positions_on_host: np.ndarray | None = None,
     ) -> StepOutput:
         """One forward pass.
@@ -102,13 +103,20 @@ class DistillationStep:
             step: of the run.
             momentum: of the teachers' running statistics.
             groups_on_host: `groups` where the host can look at them; needed with `objective.route_by_dataset`.
+            features: of all images, from a cache: the teachers do not run.
             positions_on_host: the same of `positions`; needed with `objective.presample`.
         """
         routes = self.routes(images, step, groups_on_host, positions_on_host)
         share = self.objective.patch_share
         subset = PatchSubset(share, self.seed, step) if share < 1 else None
         patches = SharedPatches()
-        if self.side is None:
+        if features is not None:
+            projections = self.student(images, routes, patches, subset)
+            if routes is not None:
+                features = {
+                    name: {kind: routes[name].take(x) for kind, x in kinds.items()} for name, kinds in features.items()
+                }
+        elif self.side is None:
             projections = self.student(images, routes, patches, subset)  # teacher -> token type -> [B, C] or [B, N, C]
             features = self.teachers(images, routes, patches)
         else:

@@ -41,11 +41,13 @@ def split(batch: Batch, count: int) -> list[Batch]:
     """
     parts = (slice(i, None, count) for i in range(count))
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    rows = {name: value for name, value in values.items() if isinstance(value, Tensor | np.ndarray | list)}
+    rows = {name: value for name, value in values.items() if isinstance(value, Tensor | np.ndarray | list | dict)}
     return [dataclasses.replace(batch, **{name: _taken(value, part) for name, value in rows.items()}) for part in parts]
 
 
 def _taken(rows: Any, part: slice) -> Any:
+    if isinstance(rows, dict):
+        return {name: _taken(value, part) for name, value in rows.items()}
     return rows[part].contiguous() if isinstance(rows, Tensor) else rows[part]
 
 

@@ -32,6 +32,7 @@ from dune_fast.engine.zero_state import HostCopies, ShardedState
 from dune_fast.student import Student, build_student
 from dune_fast.teachers.architecture import architecture_metadata
 from dune_fast.teachers.run_files import (
+    AVERAGE,
     MANIFEST,
     STATE_FILE,
     CheckpointError,
@@ -52,7 +53,9 @@ logger = logging.getLogger(__name__)
 LATEST = "latest"
 """File beside the checkpoints that names the newest; for people and scripts, the run itself looks at the folders."""
 STUDENT = "student.safetensors"
-"""The weights of a finished run, projectors and statistics too."""
+"""The weights of a finished run, projectors and statistics too; their average under `train.ema`."""
+RAW = "student_raw.safetensors"
+"""The weights themselves, where `STUDENT` has the average."""
 PART = ".part"
 """Suffix of a checkpoint's folder until every rank has written its part; nobody reads one that a kill cuts short."""
 _NO_CHECKPOINT = "there is no checkpoint yet"
@@ -267,7 +270,8 @@ def load(run: Path, step: int, state: ShardedState, shapes: dict[str, list[int]]
     reader = Reader(where, manifest)
     for shard in state.shards:
         for kind, live in state.tensors(shard).items():
-            live.copy_(reader.read(kind, shard.parameter, shard.start, shard.numel))
+            found = "weight" if kind == AVERAGE and not manifest.averaged else kind  # an average begins there
+            live.copy_(reader.read(found, shard.parameter, shard.start, shard.numel))
     state.set_updates(manifest.updates)
     state.publish()
     return manifest, reader.state()
@@ -288,15 +292,21 @@ def _cpu(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     return {prefix + key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
 
 
-def export(run: Path, cfg: RunConfig, student: Student, statistics: TeacherStatistics) -> None:
-    """Writes `encoder.safetensors`, `student.safetensors` (with projectors and statistics) and `config.yaml`."""
+def export(run: Path, cfg: RunConfig, student: Student, statistics: TeacherStatistics, raw: bool = False) -> None:
+    """Writes `encoder.safetensors`, `student.safetensors` (with projectors and statistics) and `config.yaml`.
+
+    Under `train.ema` the student is the average, and the files' metadata say so by `ema`, its decay; `raw` writes the
+    weights themselves, to `student_raw.safetensors` alone.
+    """
     dump_config(cfg, run / "config.yaml")
+    about = architecture_metadata(cfg.student) | ({AVERAGE: str(cfg.train.ema)} if cfg.train.ema and not raw else {})
     everything = _cpu(student) | _cpu(statistics, "teacher_norms.")
-    for name, tensors in (("encoder", _cpu(student.encoder)), ("student", everything)):
-        partial = run / f".{name}.safetensors.part"
+    files = {RAW: everything} if raw else {"encoder.safetensors": _cpu(student.encoder), STUDENT: everything}
+    for name, tensors in files.items():
+        partial = run / f".{name}.part"
         try:
-            write_tensors(partial, tensors, architecture_metadata(cfg.student))
-            partial.replace(run / f"{name}.safetensors")
+            write_tensors(partial, tensors, about)
+            partial.replace(run / name)
         finally:
             partial.unlink(missing_ok=True)
 

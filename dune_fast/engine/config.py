@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from dune_fast.distill.objective import ObjectiveConfig
 from dune_fast.distill.phi_s import HadamardError, hadamard_base
 from dune_fast.engine.config_limits import find_fault
 from dune_fast.engine.config_sections import (
+    CacheConfig,
     ConfigError,
     DeepSpeedConfig,
     EvaluationConfig,
     LoggingConfig,
+    ProgressiveConfig,
     StandardizationConfig,
     StartConfig,
     TrainConfig,
@@ -58,12 +61,16 @@ class RunConfig:
     """Everything that the run writes goes here."""
     image_size: int = 336
     """Side of the student's training images, in pixels."""
+    progressive: list[ProgressiveConfig] = field(default_factory=list)
+    """Departs from the papers: smaller images first, e.g. [{until: 0.5, image_size: 112}, {until: 0.8, image_size:
+    224}], then `image_size`. Empty for one size throughout."""
     student: ViTConfig = field(default_factory=ViTConfig)
     student_weights: str = ""
     """What the student starts from: the folder of a finished run, a published checkpoint, any encoder of the same
     architecture; positions are resized to `image_size`. Empty for initial weights by `train.seed`."""
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     start: StartConfig = field(default_factory=StartConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -196,6 +203,7 @@ def validate(cfg: RunConfig) -> None:
             f"no teacher is configured: choose an experiment, e.g. experiment=demo (there are: {experiments})"
         )
     places = {"output_dir": cfg.output_dir, "student_weights": cfg.student_weights}
+    places["cache.folder"] = cfg.cache.folder
     places |= {f"teachers.{name}.weights": teacher.weights for name, teacher in cfg.teachers.items()}
     if fault := next(filter(None, (address_fault(place, what) for what, place in places.items())), ""):
         raise ConfigError(fault)
@@ -205,6 +213,7 @@ def validate(cfg: RunConfig) -> None:
         raise ConfigError(fault)
     sizes, patch = {"image_size": cfg.image_size}, cfg.student.patch_size
     sizes |= {"evaluation.figure_size": cfg.evaluation.figure_size} if cfg.evaluation.figures else {}
+    sizes |= {f"progressive[{i}].image_size": entry.image_size for i, entry in enumerate(cfg.progressive)}
     for field_name, size in sizes.items():
         if size % patch:
             raise ConfigError(
@@ -218,6 +227,16 @@ def validate(cfg: RunConfig) -> None:
                     f"multiple of {teacher.grid_multiple}; the nearest image sizes are "
                     f"{nearest_multiples(size, patch * teacher.grid_multiple)}"
                 )
+    if cfg.cache.folder and cfg.progressive:
+        raise ConfigError(
+            f"cache.folder={cfg.cache.folder!r} with progressive: a cache holds features of one image size; leave one "
+            "of them out"
+        )
+    if cfg.cache.folder and not cfg.data.views:
+        raise ConfigError(
+            f"cache.folder={cfg.cache.folder!r} with data.views=0: a cache holds fixed views; give data.views the "
+            "number that it was built with"
+        )
     if cfg.start.teacher:
         if cfg.start.teacher not in cfg.teachers:
             known = ", ".join(sorted(cfg.teachers))
@@ -260,3 +279,28 @@ def validate(cfg: RunConfig) -> None:
         )
     if cfg.steps < 2:
         raise ConfigError(f"the run has {cfg.steps} steps; set train.steps or train.images for at least 2")
+    _check_progressive(cfg)
+
+
+def _check_progressive(cfg: RunConfig) -> None:
+    """Borders and sizes rise, every stage has a step."""
+    border, size = 0, 0
+    for i, entry in enumerate(cfg.progressive):
+        end = round(entry.until * cfg.steps)
+        if not 0 < entry.until < 1 or end <= border or end >= cfg.steps:
+            raise ConfigError(
+                f"progressive[{i}].until={entry.until:g} ends its stage at step {end} of {cfg.steps}, after one that "
+                f"ends at {border}; it is a share of the steps, between 0 and 1, that leaves every stage a step"
+            )
+        if not size < entry.image_size < cfg.image_size:
+            raise ConfigError(
+                f"progressive[{i}].image_size={entry.image_size}; sizes rise, from above {size} to below "
+                f"image_size={cfg.image_size}, which comes last"
+            )
+        border, size = end, entry.image_size
+    first = round(cfg.progressive[0].until * cfg.steps) * cfg.train.global_batch if cfg.progressive else math.inf
+    if cfg.start.wanted and cfg.start.images > first:
+        raise ConfigError(
+            f"start.images={cfg.start.images}, but progressive[0] ends after {first} images: the start takes images "
+            "of one size; lower start.images or raise progressive[0].until"
+        )

@@ -19,6 +19,7 @@ FREE = (
     "train.notice_seconds", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.resume",
     "train.overwrite", "train.allow_config_change", "train.max_loss", "train.drift_images", "train.timeout_minutes",
     "train.rendezvous_minutes", "train.activation_checkpointing", "train.overlap_teachers", "train.deterministic",
+    "cache.format", "cache.shard_megabytes", "train.ema",
 )  # fmt: skip
 """Fields and sections that a run may change when it goes on: beyond rounding, they do not change what is computed."""
 
@@ -92,8 +93,8 @@ def _frozen_class(kind: type) -> type:
 
 def freeze(value: Any) -> None:
     """Makes assignments to a configuration and to its sections raise, in place."""
-    if isinstance(value, dict):
-        for entry in value.values():
+    if isinstance(value, dict | list):
+        for entry in value.values() if isinstance(value, dict) else value:
             freeze(entry)
     elif dataclasses.is_dataclass(value) and "_frozen" not in value.__dict__:
         for f in dataclasses.fields(value):

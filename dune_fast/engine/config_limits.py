@@ -42,7 +42,7 @@ LIMITS: dict[str, Limit] = {
     ), Limit()),
     **dict.fromkeys((
         "student.mlp_ratio", "projector.mlp_ratio", "standardization.eps", "train.max_loss", "train.timeout_minutes",
-        "train.rendezvous_minutes",
+        "train.rendezvous_minutes", "cache.shard_megabytes",
     ), _POSITIVE),
     **dict.fromkeys((
         "standardization.ema_start", "standardization.ema_end", "objective.drop_probability",
@@ -62,6 +62,7 @@ LIMITS: dict[str, Limit] = {
     "train.accumulation": Limit(0, meaning=", which works it out from the memory"),
     "train.keep_every": Limit(0, meaning=", which keeps none for good"),
     "train.notice_seconds": Limit(0, above=True),
+    "train.ema": Limit(0, 0.999999),
     "evaluation.every": Limit(0, meaning=", which evaluates never"),
     "deepspeed.zero_stage": Limit(0, 3),
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from dune_fast.cache.formats import FORMATS
 from dune_fast.distill.standardization import CONVENTIONS
 
 
@@ -53,6 +54,33 @@ class StartConfig:
     def wanted(self) -> bool:
         """Whether anything is computed."""
         return bool(self.teacher) or self.fit_projectors
+
+
+@dataclass
+class CacheConfig:
+    """Teachers' features from a folder instead of from the teachers (`dune-fast cache build`). Departs from the papers,
+    which show every image in a new crop: it needs `data.views`."""
+
+    folder: str = ""
+    """The cache; empty for none."""
+    format: str = "int8"
+    """How a build stores features: one of `dune_fast.cache.formats.FORMATS`. A run takes what it finds."""
+    shard_megabytes: float = 256.0
+    """Size of a file, about."""
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ConfigError(f"cache.format={self.format!r}; choose one of {', '.join(FORMATS)}")
+
+
+@dataclass
+class ProgressiveConfig:
+    """A first part of the run at smaller images; see `dune_fast.engine.stages`."""
+
+    until: float = 0.0
+    """Share of the run's steps at which it ends, above that of the entry before and below 1."""
+    image_size: int = 0
+    """Side of its images in pixels, above that of the entry before and below the run's `image_size`."""
 
 
 @dataclass
@@ -113,6 +141,10 @@ class TrainConfig:
     drift_images: int = 8
     """Images of the first step on which teachers in less than float32 are compared with float32, as `dune-fast teachers
     drift` does; 0 leaves it out."""
+    ema: float = 0.0
+    """Departs from the papers: decay of a running average of the student's weights, e.g. 0.999, which is what is
+    evaluated and exported; the weights themselves go to `student_raw.safetensors`. In the first steps it is (1 + step)
+    / (10 + step). The training does not notice, so a run may begin and end with it at any step. 0 for none."""
     max_loss: float = 100.0
     """A loss above this (standardized features start near 1) stops the run. A step with a loss or gradient that is
     not finite is skipped; three of them in a row stop the run."""

@@ -248,6 +248,18 @@ class Engine:
         with gathered(list(self.module.parameters()), modifier_rank=0 if write else None):
             yield self.module
 
+    @contextlib.contextmanager
+    def evaluated_weights(self) -> Iterator[nn.Module]:
+        """As `whole_weights`, with the average in place of the weights where one is kept. All ranks enter."""
+        if self.state.averages:
+            self.state.swap_average()
+        try:
+            with self.whole_weights() as module:
+                yield module
+        finally:
+            if self.state.averages:
+                self.state.swap_average()
+
     def untrained(self) -> dict[str, Tensor]:
         """Copies of the frozen parameters and the buffers, by name. All ranks call it."""
         with self.whole_weights() as module:

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dune_fast.dali_pipelines.loader import group_weights
 from dune_fast.distill.objective import ownership
 from dune_fast.engine.config import RunConfig
+from dune_fast.engine.stages import Stage, at_size, stages
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
 from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
@@ -173,11 +174,36 @@ def share_of_images(cfg: RunConfig, teachers: Sequence[str]) -> float:
 
 
 def run_flops(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = None) -> Flops:
-    """Of a run's configuration. With `route_by_dataset` or `presample` the mean over images, of which each goes to some
-    teachers only.
+    """Of a run's configuration, the mean over its images: with `progressive` they differ in size, with
+    `route_by_dataset` or `presample` each goes to some teachers only.
 
     `trunks` are the teachers' networks, where they are built: counts those that no configuration describes.
     """
+    return mean_flops(stage_flops(cfg, trunks))
+
+
+def stage_flops(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = None) -> list[tuple[Stage, Flops]]:
+    """Of every stage of a run, which has one without `progressive`; `trunks` as in `run_flops`."""
+    return [(stage, _flops_at_one_size(at_size(cfg, stage.image_size), trunks)) for stage in stages(cfg)]
+
+
+def mean_flops(parts: Sequence[tuple[Stage, Flops]]) -> Flops:
+    """Over the steps of all stages."""
+    counts = [stage.end - stage.first for stage, _ in parts]
+
+    def mean(values: list[int | None]) -> int | None:
+        if None in values:
+            return None
+        return round(sum(n * x for n, x in zip(counts, values, strict=True) if x is not None) / sum(counts))
+
+    every = [flops for _, flops in parts]
+    student, projectors = mean([f.student for f in every]), mean([f.projectors for f in every])
+    assert student is not None and projectors is not None
+    return Flops(student, projectors, {name: mean([f.teachers[name] for f in every]) for name in every[0].teachers})
+
+
+def _flops_at_one_size(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = None) -> Flops:
+    """`run_flops` of a run without `progressive`."""
     grid = cfg.image_size // cfg.student.patch_size
     teachers: dict[str, int | None] = {}
     for first, *others in teachers_by_trunk(cfg.teachers):
@@ -190,6 +216,8 @@ def run_flops(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = None) -> 
         if deepest is not None:
             deepest = round(deepest * share_of_images(cfg, [first, *others]))
         teachers |= {first: deepest, **dict.fromkeys(others, 0)}
+    if cfg.cache.folder:
+        teachers = dict.fromkeys(cfg.teachers, 0)
     projectors = 0
     for name, t in cfg.teachers.items():
         share = cfg.objective.patch_share

@@ -55,15 +55,17 @@ def teacher_parameters(cfg: RunConfig) -> dict[str, int | None]:
 
 
 def checkpoint_bytes(cfg: RunConfig) -> int:
-    """Bytes of one checkpoint: float32 weights and AdamW's moments; teachers' statistics are little."""
-    return sum(trained_parameters(cfg)) * (4 + ADAM_BYTES)
+    """Bytes of one checkpoint: float32 weights, AdamW's moments, the average of `train.ema`; teachers' statistics are
+    little."""
+    return sum(trained_parameters(cfg)) * (4 + ADAM_BYTES + (4 if cfg.train.ema else 0))
 
 
 def disk_bytes(cfg: RunConfig) -> int:
     """The most that a run has on its disk at once: checkpoints, one of them being written, and the exported weights."""
     encoder, projectors = trained_parameters(cfg)
     forever = cfg.steps // cfg.train.keep_every if cfg.train.keep_every else 0
-    return checkpoint_bytes(cfg) * (cfg.train.keep_checkpoints + forever + 1) + 4 * (2 * encoder + projectors)
+    exported = 2 * encoder + projectors + (encoder + projectors if cfg.train.ema else 0)
+    return checkpoint_bytes(cfg) * (cfg.train.keep_checkpoints + forever + 1) + 4 * exported
 
 
 def memory_bytes(cfg: RunConfig, ranks: int, low_precision: bool = True) -> dict[str, int | None]:
@@ -83,6 +85,7 @@ def memory_bytes(cfg: RunConfig, ranks: int, low_precision: bool = True) -> dict
         "weights": 4 * trained // weights,
         "gradients": 4 * trained // gradients,
         "AdamW's moments": ADAM_BYTES * trained // moments,
+        **({"average of the weights": 4 * trained // moments} if cfg.train.ema else {}),
         "teachers": teachers,
     }
 

@@ -47,15 +47,27 @@ class Workload:
     device: torch.device
     """Of this rank."""
     flops: int | None
-    """Of one image in a training step, see `dune_fast.engine.flops`; None if not known."""
+    """Of one image in a training step, the mean over the run, see `dune_fast.engine.flops`; None if not known."""
     peak_tflops: float | None
     """Of one device, in the run's precision; None if not known."""
+    stages: tuple[tuple[int, float], ...] = ()
+    """(the step after its last, cost of its steps over the mean of the run) of every stage; empty for steps that are
+    all alike."""
 
-    def rates(self, images_per_second: float) -> dict[str, float]:
-        """`teraflops_per_second` of one device and `mfu` (model FLOPs utilisation), as far as they are known."""
+    def work(self, first: int, end: int) -> float:
+        """What the steps first .. end - 1 cost, in steps of the run's mean cost."""
+        if not self.stages:
+            return end - first
+        begins = (0, *(border for border, _ in self.stages))
+        parts = zip(begins, self.stages, strict=False)
+        return sum(cost * max(0, min(end, border) - max(first, begin)) for begin, (border, cost) in parts)
+
+    def rates(self, images_per_second: float, cost: float = 1.0) -> dict[str, float]:
+        """`teraflops_per_second` of one device and `mfu` (model FLOPs utilisation), as far as they are known; `cost` is
+        that of a step over the run's mean."""
         if self.flops is None:
             return {}
-        tflops = images_per_second * self.flops / self.world_size / 1e12
+        tflops = images_per_second * self.flops * cost / self.world_size / 1e12
         known = {"teraflops_per_second": tflops}
         return known if self.peak_tflops is None else {**known, "mfu": tflops / self.peak_tflops}
 
@@ -169,7 +181,7 @@ class MetricsLog:
         if self._began is None:
             self._began, self._first_step = now, step
         elif not self._estimated and step - self._first_step >= self._estimate_after:
-            self._make_estimate(step, (now - self._began) / (step - self._first_step))
+            self._make_estimate(step, (now - self._began) / self.workload.work(self._first_step, step))
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
@@ -177,13 +189,14 @@ class MetricsLog:
         """Records metrics after `step` finished steps, which waited `wait_seconds` for data since the last record."""
         now = time.perf_counter()
         elapsed, steps = now - self._last_time, max(step - self._last_step, 1)
+        work = self.workload.work(step - steps, step)
         self._last_time, self._last_step = now, step
         rate = steps * self.workload.global_batch / elapsed
-        left = self._seconds_left(step, elapsed / steps)
+        left = self._seconds_left(step, elapsed / work)
         memory = peak_memory(self.workload.device) / 2**30
         clock = {
             "images_per_second": rate, "step_seconds": elapsed / steps, "data_wait_share": wait_seconds / elapsed,
-            "memory_gib": memory, "hours_left": left / 3600, **self.workload.rates(rate),
+            "memory_gib": memory, "hours_left": left / 3600, **self.workload.rates(rate, work / steps),
         }  # fmt: skip
         self._record(step, metrics | clock)
         status = (
@@ -212,7 +225,8 @@ class MetricsLog:
             self._began += seconds
         first, self._evaluation_seconds = not self._evaluation_seconds, seconds
         if first and self._estimated and self._evaluation_every:  # the estimate did not count evaluations yet
-            self._make_estimate(step, (time.perf_counter() - self._began) / (step - self._first_step))
+            seconds = time.perf_counter() - self._began
+            self._make_estimate(step, seconds / self.workload.work(self._first_step, step))
         self._record(step, {**values, "evaluation_seconds": seconds})
         losses = {name.removeprefix("held_out/"): x for name, x in values.items() if name.startswith("held_out/")}
         shown = [f"{teacher} {loss:.4f}" for teacher, loss in losses.items() if "/" not in teacher]
@@ -221,14 +235,16 @@ class MetricsLog:
         logger.info("evaluation after step %d  %s  (%s)", step, "  ".join(lines), duration(seconds))
 
     def _seconds_left(self, step: int, seconds: float) -> float:
-        """Time left after `step` steps, at `seconds` a step; each evaluation to come takes as long as the last one."""
+        """Time left after `step` steps, at `seconds` a step of mean cost; each evaluation to come takes as long as the
+        last one."""
         evaluations = 0
         if every := self._evaluation_every:  # one at each multiple, and one at the end
             evaluations = math.ceil(self.total_steps / every) - step // every
-        return (self.total_steps - step) * seconds + evaluations * self._evaluation_seconds
+        return self.workload.work(step, self.total_steps) * seconds + evaluations * self._evaluation_seconds
 
     def _make_estimate(self, step: int, seconds: float) -> None:
-        """Estimates the length of the whole run from the mean time of a step, without the saving of checkpoints."""
+        """Estimates the length of the whole run from the time of a step of its mean cost, without the saving of
+        checkpoints."""
         self._estimated = True
         total, left = self._seconds_left(0, seconds), self._seconds_left(step, seconds)
         end = datetime.now(UTC) + timedelta(seconds=left)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,11 +15,13 @@ from dune_fast.dali_pipelines.loader import TrainLoader
 from dune_fast.engine.config import RunConfig, as_dict
 from dune_fast.engine.deepspeed_engine import Engine
 from dune_fast.engine.devices import device_name, peak_tflops
-from dune_fast.engine.flops import run_flops
+from dune_fast.engine.flops import Flops, mean_flops, stage_flops
 from dune_fast.engine.memory import SPARE, Fit
 from dune_fast.engine.metrics import MetricsLog, Workload
 from dune_fast.engine.provenance import RunRecord
+from dune_fast.engine.stages import Stage
 from dune_fast.engine.trackers import open_trackers
+from dune_fast.engine.warm_start import WarmStart
 from dune_fast.teachers.ensemble import TeacherEnsemble
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,8 @@ class Opened(Protocol):
     teachers: TeacherEnsemble
     loader: TrainLoader
     fit: Fit
+    stages: Sequence[Stage]
+    warm_start: WarmStart | None
 
 
 def open_log(run: Opened, where: dict[str, Any]) -> MetricsLog:
@@ -44,17 +49,31 @@ def open_log(run: Opened, where: dict[str, Any]) -> MetricsLog:
     cfg = run.cfg
     record = RunRecord(run.run_dir)
     entry = record.start(run.step, cfg.steps, where)
+    if run.warm_start is not None:
+        record.keep(entry, "warm_start", run.warm_start.as_dict())
     trackers = open_trackers(
         cfg.logging, cfg.name, run.run_dir, run.step, dict(record.content["trackers"]), as_dict(cfg),
         record.keep_tracker,
     )  # fmt: skip
-    flops = run_flops(cfg, {name: teacher.trunk for name, teacher in run.teachers.teachers.items()}).training
+    trunks = None if cfg.cache.folder else {name: teacher.trunk for name, teacher in run.teachers.teachers.items()}
+    parts = stage_flops(cfg, trunks)
+    flops = mean_flops(parts).training
     bf16 = run.engine.module.autocast_dtype is torch.bfloat16
     peak = peak_tflops(device_name(run.device)) if bf16 else None
-    workload = Workload(cfg.train.global_batch, run.world_size, run.device, flops, peak)
+    workload = Workload(cfg.train.global_batch, run.world_size, run.device, flops, peak, _costs(parts))
     keep = partial(record.keep, entry, "estimate")
     due, every = run.evaluation_due, cfg.evaluation.every
     return MetricsLog(run.run_dir, run.step, cfg.steps, workload, trackers, keep, due, every)
+
+
+def _costs(parts: Sequence[tuple[Stage, Flops]]) -> tuple[tuple[int, float], ...]:
+    """`Workload.stages`: by operations or, where these are not known, by pixels."""
+    if len(parts) == 1:
+        return ()
+    counts = [float(stage.image_size**2 if flops.training is None else flops.training) for stage, flops in parts]
+    steps = [stage.end - stage.first for stage, _ in parts]
+    mean = sum(n * count for n, count in zip(steps, counts, strict=True)) / sum(steps)
+    return tuple((stage.end, count / mean) for (stage, _), count in zip(parts, counts, strict=True))
 
 
 def describe(run: Opened) -> None:
@@ -74,6 +93,8 @@ def describe(run: Opened) -> None:
         cfg.steps, cfg.train.global_batch, cfg.image_size, run.world_size, run.device.type,
         run.engine.zero_stage, "bf16" if run.engine.module.autocast_dtype else "fp32", run.run_dir,
     )  # fmt: skip
+    for stage in run.stages[:-1]:
+        logger.info("progressive: steps %d to %d at %d px", stage.first + 1, stage.end, stage.image_size)
     one, several = ("GPU", "GPUs") if run.device.type == "cuda" else ("process", "processes")
     where = f"each of {run.world_size} {several}" if run.world_size > 1 else f"1 {one}"
     logger.info("%d images a step on %s, %s", run.fit.images, where, run.fit)

@@ -92,7 +92,8 @@ def _hold(run: Path) -> None:
 
 _RESULTS = (
     "checkpoints", "tensorboard", "metrics.jsonl", "log.txt", "run.json", "state.json", "config.yaml",
-    "encoder.safetensors", "student.safetensors", "start.safetensors", "drift.json", "held_out.json", "pca.png",
+    "encoder.safetensors", "student.safetensors", "student_raw.safetensors", "start.safetensors",
+    "drift.json", "held_out.json", "pca.png",
     "loss.png", "report.html", "quarantine.rank*.jsonl", "nonfinite_step_*.safetensors",
 )  # fmt: skip
 """What a run writes into its folder."""

@@ -31,6 +31,12 @@ def ema_momenta(n: int, start: float = 1.0, end: float = 0.001) -> np.ndarray:
     return cosine(start, end, n)
 
 
+def average_decay(decay: float, step: int) -> float:
+    """Decay of the average of the weights after a step, from 0: min(decay, (1 + step) / (10 + step)), so that the first
+    weights are forgotten in a short run, too."""
+    return min(decay, (1 + step) / (10 + step))
+
+
 def iterations(images: int, global_batch: int) -> int:
     """Iterations that see `images` images: rounded up, then up to an even number."""
     count = math.ceil(images / global_batch)

@@ -124,7 +124,7 @@ def started_student(cfg: RunConfig, run: Path) -> Student:
         WarmStartError: see `initial_student`.
     """
     if not cfg.start.wanted:
-        return initial_student(cfg)
+        return initial_student(cfg)[0]
     student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
     # the folder of a checkpoint lies two below its run's
     path = next((p for p in (run / START_FILE, run.parent.parent / START_FILE) if p.is_file()), run / START_FILE)

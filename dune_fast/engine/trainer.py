@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dune_fast.cache.teachers import LateTeachers
 from dune_fast.dali_pipelines.datasets import Dataset
 from dune_fast.dali_pipelines.loader import Batch, TrainLoader
 from dune_fast.distill.objective import ownership
@@ -27,6 +28,7 @@ from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep
 from dune_fast.engine import checkpoints
 from dune_fast.engine.accumulation import merge, micro_batch_size, part_momentum, split
+from dune_fast.engine.cache_fingerprint import open_cache
 from dune_fast.engine.config import RunConfig, as_dict
 from dune_fast.engine.config_identity import config_hash, freeze
 from dune_fast.engine.conflicts import TeacherConflicts
@@ -43,7 +45,8 @@ from dune_fast.engine.provenance import world
 from dune_fast.engine.run_folder import count_images, how_to_go_on, open_run, refuse_other_images
 from dune_fast.engine.run_state import RUNNING, STOPPED, fail, write_state
 from dune_fast.engine.same_ranks import meet, refuse_other_data, refuse_own_folders
-from dune_fast.engine.schedules import ema_momenta, learning_rates, scaled_learning_rate
+from dune_fast.engine.schedules import average_decay, ema_momenta, learning_rates, scaled_learning_rate
+from dune_fast.engine.stages import stage_at, stages
 from dune_fast.engine.start import look_ahead
 from dune_fast.engine.trackers import check_packages
 from dune_fast.engine.warm_start import initial_student
@@ -121,20 +124,25 @@ class Trainer:
     def _build_step(self, resume_step: int | None) -> None:
         """Data, teachers, student and the walk of a batch through them."""
         cfg = self.cfg
+        self.stages = stages(cfg)
         self.loader = TrainLoader(
             cfg.data, cfg.image_size, cfg.train.global_batch, self.rank, self.world_size, cfg.train.seed, self.device,
-            folder=self.run_dir,
+            folder=self.run_dir, sizes=lambda step: stage_at(self.stages, step).image_size,
         )  # fmt: skip
+        if cfg.cache.folder:
+            self.loader.read_views = open_cache(cfg, self.loader.datasets, self.device).read
         refuse_other_data(self.loader.datasets, self.hosts)
         if self.evaluate is not None:
             self.evaluate.check(self.loader.datasets)
         groups = {name: teacher.groups for name, teacher in cfg.teachers.items()}
         own = ownership(groups, self.loader.groups, cfg.objective, self.device)
-        self.teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, self.dtype, self.device)
+        build = functools.partial(TeacherEnsemble, cfg.teachers, cfg.student.patch_size, self.dtype, self.device)
+        self.teachers = LateTeachers(build) if cfg.cache.folder else build()
+        self.warm_start = None
         if resume_step is not None:  # the checkpoint's weights follow: the source of a warm start may be gone
             student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
         else:
-            student = initial_student(cfg)
+            student, self.warm_start = initial_student(cfg)
         student.compute_in(self.dtype, cfg.train.student_stream)
         student.encoder.activation_checkpointing = cfg.train.activation_checkpointing
         self.statistics = TeacherStatistics(
@@ -147,6 +155,8 @@ class Trainer:
         )
         if resume_step is None:
             look_ahead(self, student)
+            if cfg.cache.folder:
+                self.teachers.release()
         if cfg.train.compile:
             student.compile_blocks()
         self.engine = self.distill.student = Engine(
@@ -169,6 +179,8 @@ class Trainer:
         self.saver = checkpoints.Saver(
             self.run_dir, self.rank, self.world_size, train.keep_checkpoints, train.keep_every, timeout, self.stop.saved
         )
+        if train.ema:
+            self.engine.state.start_average()
         run = self._resume(resume_step) if resume_step is not None else {}
         self.step = resume_step or 0
         names = Names(list(cfg.teachers), self.loader.dataset_names, list(self.engine.shapes))
@@ -190,6 +202,8 @@ class Trainer:
         if self.rank == 0:
             saved_by = manifest.world_size, manifest.zero_stage
             logger.info("going on from step %d of %d, saved by %d x ZeRO %d", step, self.cfg.steps, *saved_by)
+            if self.cfg.train.ema and not manifest.averaged:
+                logger.info("train.ema: the checkpoint has no average of the weights, it begins here")
         return manifest.run
 
     def run(self) -> TeacherStatistics:
@@ -224,9 +238,10 @@ class Trainer:
                 write_state(self.run_dir, STOPPED, self.step, self.cfg.steps, self.stop.why)
             logger.info("stopped after step %d of %d; %s", self.step, self.cfg.steps, how_to_go_on(self.cfg))
             return self.statistics
-        with self.engine.whole_weights() as student:
-            if self.rank == 0:
-                checkpoints.export(self.run_dir, self.cfg, student, self.statistics)
+        for raw in (True, False) if self.cfg.train.ema else (False,):
+            with self.engine.whole_weights() if raw else self.engine.evaluated_weights() as student:
+                if self.rank == 0:
+                    checkpoints.export(self.run_dir, self.cfg, student, self.statistics, raw)
         if self.rank == 0 and any(self.loader.broken.values()):
             logger.warning("broken images that were skipped, by dataset: %s", self.loader.broken)
         dist.barrier()
@@ -245,8 +260,10 @@ class Trainer:
             if batch is None:
                 self.stopped = True
                 break
-            if self.step == 0 and train.drift_images:
+            if self.step == 0 and train.drift_images and not self.cfg.cache.folder:
                 check_teachers(self.teachers, batch.images[: train.drift_images], self.run_dir)
+            if self.rank == 0 and (stage := stage_at(self.stages, self.step)).first == self.step > 0:
+                logger.info("step %d to %d at %d px", stage.first + 1, stage.end, stage.image_size)
             metrics = self.train_step(batch)
             if self.step % train.log_every == 0 or self.step in (1, total):
                 values = self._read(metrics)
@@ -292,13 +309,14 @@ class Trainer:
         momentum = part_momentum(float(self.momenta[i]), len(parts))
         for part in parts:
             self.watchdog.at(f"step {i + 1}, forward")
-            on_host = part.group_on_host, part.positions_on_host
-            outputs.append(self.distill(part.images, part.group, part.positions, i, momentum, *on_host))
+            inputs = part.images, part.group, part.positions, i, momentum, part.group_on_host, part.features
+            outputs.append(self.distill(*inputs, part.positions_on_host))
             self.watchdog.at(f"step {i + 1}, backward")
             self.engine.backward(outputs[-1].loss)
         metrics, images = merge(outputs)
         self.watchdog.at(f"step {i + 1}, update")
         norms = self.engine.step(float(self.lr[i]), metrics["loss"], self.guard.halted)
+        self.engine.state.average(average_decay(self.cfg.train.ema, i), self.engine.skipped)
         undo_if(self.engine.skipped, live, before)
         self.guard.add(i, metrics["loss"], self.engine.skipped, norms, images, batch)
         if self.conflicts is not None:
@@ -330,7 +348,9 @@ class Trainer:
         manifest = Manifest(
             step=self.step, updates=int(engine.state.updates().item()), world_size=self.world_size,
             zero_stage=engine.zero_stage, config_hash=config_hash(self.cfg), config=as_dict(self.cfg),
-            shapes=engine.shapes, run={"skipped_in_a_row": skipped, "evaluation_due": due, "images": images},
+            shapes=engine.shapes, run={
+                "skipped_in_a_row": skipped, "evaluation_due": due, "images": images, "averaged": engine.state.averages,
+            },
         )  # fmt: skip
         small = {f"student/{name}": x for name, x in engine.untrained().items()}
         small |= {f"statistics/{name}": x for name, x in self.statistics.state_dict().items()}

@@ -1,4 +1,4 @@
-"""A student's initial weights out of an earlier model: a run, a published checkpoint, a plain encoder.
+"""A student's initial weights out of an earlier model: a run, a published checkpoint, a plain encoder, and a report.
 
 At another resolution the position table is resized as the student itself does for other sizes: it starts as exactly
 the function that the first student is there.
@@ -6,8 +6,13 @@ the function that the first student is there.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,11 +22,13 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.kernels.nn.vit import VisionTransformer, resize_positions
 from dune_fast.released import released_projector
 from dune_fast.student import Student, build_student
+from dune_fast.teachers.assets import asset_path
 from dune_fast.teachers.containers import container_state, read_container
-from dune_fast.teachers.encoder_names import beside_encoder
+from dune_fast.teachers.encoder_names import beside_encoder, encoder_prefix
 from dune_fast.teachers.local_paths import local_path
 from dune_fast.teachers.registry import recognize, vit_family
 from dune_fast.teachers.run_files import CheckpointError, weights_in
+from dune_fast.teachers.timm_names import SHORTHAND
 from dune_fast.teachers.weights import compare
 
 logger = logging.getLogger(__name__)
@@ -34,49 +41,84 @@ class WarmStartError(ValueError):
     """`student_weights` names nothing that the student can start from."""
 
 
-def initial_student(cfg: RunConfig) -> Student:
-    """The student that a run starts from: weights by its seed, then `student_weights` where it names some.
+@dataclass
+class WarmStart:
+    """What a student has taken over, and what not; goes to the log and to `run.json`."""
+
+    source: str
+    """The file."""
+    tensors: int
+    """Of the encoder, as the file has them or fitted."""
+    fitted: list[str] = field(default_factory=list)
+    """Sentences on what was not taken as it stands."""
+    projectors: list[str] = field(default_factory=list)
+    """Teachers whose projectors were taken over."""
+    drawn: list[str] = field(default_factory=list)
+    """Teachers whose projectors keep their initial weights."""
+    not_taken: dict[str, int] = field(default_factory=dict)
+    """Part of the file that the student has no place for -> how many tensors."""
+
+    def __str__(self) -> str:
+        fitted = f"; {'; '.join(self.fitted)}" if self.fitted else ""
+        drawn = f"; as drawn: projectors of {', '.join(self.drawn)}" if self.drawn else ""
+        rest = ", ".join(f"{part} ({count})" for part, count in self.not_taken.items()) or "nothing"
+        return (
+            f"the encoder ({self.tensors} tensors{fitted}), projectors of {', '.join(self.projectors) or 'no teacher'}"
+            f"{drawn}; not taken of the file: {rest}"
+        )
+
+    def as_dict(self) -> dict[str, object]:
+        """For `run.json`."""
+        return dataclasses.asdict(self)
+
+
+def initial_student(cfg: RunConfig) -> tuple[Student, WarmStart | None]:
+    """The student that a run starts from: weights by its seed, then `student_weights` where it names some; and what
+    it has taken of these.
 
     Raises:
         WarmStartError, TeacherWeightsError: as `warm_start`.
     """
     student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
-    if cfg.student_weights:
-        warm_start(student, cfg.student_weights)
-    return student
+    return student, warm_start(student, cfg.student_weights) if cfg.student_weights else None
 
 
-def warm_start(student: Student, source: str) -> list[str]:
+def warm_start(student: Student, source: str) -> WarmStart:
     """Overwrites the encoder's weights, and those of every projector that the source has in the same shape.
 
     Positions are resized to the student's image size. Registers that the source lacks, as DINOv2 without them, keep
-    their initial weights. Both are logged. Returns the teachers whose projectors were taken over.
+    their initial weights. LayerScale that it lacks, as timm's plain ViTs, becomes 1, which changes nothing. All of
+    that is logged and returned.
 
     Args:
         student: with its initial weights.
         source: the folder of a run (its newest checkpoint if it has not ended) or of a checkpoint, a file of a run, a
-            published checkpoint (DUNE's, UNIC's, DINOv2's or timm's of it, or any with an encoder under such names), or
-            a bare state dict of an encoder.
+            published checkpoint (DUNE's, UNIC's, DINOv2's or timm's, or any with an encoder under such names), a bare
+            state dict of an encoder, "asset:NAME", or "timm:MODEL" for `$DUNE_FAST_WEIGHTS/MODEL.safetensors`.
 
     Raises:
         WarmStartError: a folder without weights, or an encoder of another architecture.
         teachers.containers.TeacherWeightsError: the file is missing, damaged or unsafe.
     """
-    path = _weights_file(local_path(source, "student_weights"))
+    path = _weights_file(source)
     content = read_container(path)
     state = container_state(content, path)
     family = vit_family(recognize(state, path) or "dune")
     encoder = family.completed(family.convert(state, path), content, path)
-    changes = []
+    fitted = []
     if "pos_embed" in encoder:
         before = encoder["pos_embed"].shape
         encoder["pos_embed"] = _fitting_positions(encoder["pos_embed"], student.encoder)
         if (after := encoder["pos_embed"].shape) != before:
-            changes.append(f"positions resized from {before[1] - 1} to {after[1] - 1} patches")
+            fitted.append(f"positions resized from {before[1] - 1} to {after[1] - 1} patches")
     if student.encoder.num_register_tokens and "register_tokens" not in encoder:
         encoder["register_tokens"] = student.encoder.register_tokens.detach()
-        changes.append(f"{student.encoder.num_register_tokens} registers drawn, the source has none")
+        fitted.append(f"{student.encoder.num_register_tokens} registers drawn, the source has none")
     wanted = student.encoder.state_dict()
+    if not any(key.endswith("ls1.gamma") for key in encoder):
+        scales = {key: torch.ones_like(value) for key, value in wanted.items() if key.endswith(".gamma")}
+        encoder |= scales
+        fitted += [f"{len(scales)} LayerScales set to 1, the source has none"] if scales else []
     if faults := compare(wanted, encoder, beside_encoder).faults:
         shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
         raise WarmStartError(
@@ -84,20 +126,39 @@ def warm_start(student: Student, source: str) -> list[str]:
             f"that {path.name} was made with, or other weights"
         )
     student.encoder.load_state_dict({key: encoder[key] for key in wanted})
-    taken = []
+    found = WarmStart(str(path), len(wanted), fitted)
     for name, projector in student.projectors.items():
         theirs = released_projector(state, name, content, path)
-        if not compare(projector.state_dict(), theirs).faults:
+        if compare(projector.state_dict(), theirs).faults:
+            found.drawn.append(name)
+        else:
             projector.load_state_dict(theirs)
-            taken.append(name)
-    logger.info(
-        "warm start from %s: the encoder%s, projectors of %s",
-        path, f" ({'; '.join(changes)})" if changes else "", ", ".join(taken) or "no teacher",
-    )  # fmt: skip
-    return taken
+            found.projectors.append(name)
+    found.not_taken = _not_taken(state, encoder_prefix(state, path), found.projectors)
+    logger.info("warm start from %s: %s", path, found)
+    return found
 
 
-def _weights_file(path: Path) -> Path:
+def _not_taken(names: Iterable[str], prefix: str, projectors: Iterable[str]) -> dict[str, int]:
+    """Part of a file -> how many of its tensors are neither the encoder's nor of these projectors."""
+    taken = tuple(f"projectors.{name}." for name in projectors)
+    rest: Counter[str] = Counter()
+    for name in names:
+        inner = name.removeprefix(prefix)
+        of_encoder = name.startswith(prefix) and not beside_encoder(inner)
+        if not of_encoder and not name.startswith(taken):
+            parts = name.split(".")
+            rest[".".join(parts[: 2 if parts[0] in ("projectors", "teacher_norms") else 1])] += 1
+    return dict(sorted(rest.items()))
+
+
+def _weights_file(source: str) -> Path:
+    if source.startswith("asset:"):
+        return asset_path(source)
+    if source.startswith(SHORTHAND):
+        folder, model = os.environ.get("DUNE_FAST_WEIGHTS") or "weights", source.removeprefix(SHORTHAND)
+        source = f"{folder}/{model}.safetensors"
+    path = local_path(source, "student_weights")
     if not path.is_dir():
         return path
     try:

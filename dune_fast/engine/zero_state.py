@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dune_fast.teachers.run_files import AVERAGE
+
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of every element, all in float32."""
 
@@ -58,6 +60,8 @@ class ShardedState(ABC):
         self._names, self._indices = dict(names), {key: i for i, key in enumerate(names)}
         self.shards = [shard for shard in self._layout() if shard.numel > 0]
         """In the order of `gradients`."""
+        self._averages: dict[int, Tensor] | None = None
+        """id(master) -> average; empty where this rank holds nothing, None where no average is kept."""
 
     @abstractmethod
     def _layout(self) -> list[Shard]:
@@ -94,7 +98,42 @@ class ShardedState(ABC):
             state["exp_avg"] = torch.zeros_like(shard.master, requires_grad=False)
             state["exp_avg_sq"] = torch.zeros_like(shard.master, requires_grad=False)
         whole = {"weight": shard.master.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
+        if self._averages is not None:
+            whole[AVERAGE] = self._averages[id(shard.master)]
         return {kind: x.view(-1).narrow(0, shard.offset, shard.numel) for kind, x in whole.items()}
+
+    @property
+    def averages(self) -> bool:
+        """Whether an average of the weights is kept; the same on all ranks."""
+        return self._averages is not None
+
+    def _masters(self) -> list[Tensor]:
+        """Every master of this rank once, in the order of `_averages`."""
+        return list({id(shard.master): shard.master.detach() for shard in self.shards}.values())
+
+    def start_average(self) -> None:
+        """Keeps an average of the weights from here on; it begins at the weights of now."""
+        self._averages = {id(shard.master): shard.master.detach() for shard in self.shards}
+        self._averages = {key: master.clone() for key, master in self._averages.items()}
+
+    @torch.no_grad()
+    def average(self, decay: float, skipped: Tensor) -> None:
+        """average += (1 - decay) * (weights - average), unless the step was `skipped` (bool scalar on the device)."""
+        if self._averages:
+            averages = list(self._averages.values())
+            change = torch._foreach_sub(self._masters(), averages)
+            torch._foreach_mul_(change, (1.0 - decay) * (~skipped).float())
+            torch._foreach_add_(averages, change)
+
+    @torch.no_grad()
+    def swap_average(self) -> None:
+        """Exchanges weights and average, in place; a second call undoes it, to the bit. All ranks call it."""
+        assert self._averages is not None
+        for master, average in zip(self._masters(), self._averages.values(), strict=True):
+            kept = master.clone()
+            master.copy_(average)
+            average.copy_(kept)
+        self.publish()
 
     def updates(self) -> Tensor:
         """Updates that AdamW has made, float32 scalar on the device; the same for every parameter. Rank 0 knows it:

@@ -157,7 +157,7 @@ class InRunEvaluation:
     def _copy(self, trainer: Trainer) -> Student:
         cfg = self.cfg
         student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed).to(trainer.device)
-        with trainer.engine.whole_weights() as module:
+        with trainer.engine.evaluated_weights() as module:
             student.load_state_dict(module.state_dict())
             student.autocast_dtype = module.autocast_dtype
             student.encoder.stream_dtype = module.encoder.stream_dtype

@@ -5,6 +5,7 @@ Nothing of it has a name outside: it is gone with the process that made it, even
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -89,7 +90,8 @@ class Command:
         """SIGKILL for it and all that it has started here."""
         if self.process.poll() is None:
             for child in psutil.Process(self.process.pid).children(recursive=True):
-                child.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
             self.process.kill()
         self.process.wait(30)
 

@@ -12,7 +12,13 @@ TF = pytest.importorskip("torchvision.transforms.v2.functional")
 
 from image_helpers import encode  # noqa: E402
 
-from dune_fast.dali_pipelines.augmentation import draw_words, resized_crops, train_geometry, validation_geometry  # noqa: E402
+from dune_fast.dali_pipelines.augmentation import (  # noqa: E402
+    Geometry,
+    draw_words,
+    resized_crops,
+    train_geometry,
+    validation_geometry,
+)
 from dune_fast.dali_pipelines.datasets import DataConfig, DataError  # noqa: E402
 from dune_fast.dali_pipelines.pipeline import DecodeError, Decoder, import_dali  # noqa: E402
 from dune_fast.kernels import philox  # noqa: E402
@@ -88,6 +94,22 @@ def test_broken_images_are_found_among_good_ones_and_the_decoder_lives_again(pho
     assert set(decoder.refused(arrays, geometry)) == {2, 5}
     decoder.submit(arrays[:2], geometry[[0, 1]])
     assert decoder.receive()[0].shape == (2, 32, 32, 3)
+
+
+def test_batches_of_two_sizes_are_in_flight_and_broken_ones_are_found_among_both(photo):
+    """As at a border of progressive resolution: one pipeline decodes both sizes."""
+    good = encode(photo(0, 64, 64), "JPEG")
+    arrays = [np.frombuffer(data, np.uint8) for data in [good, good, good, good[: len(good) // 2]]]
+    small, large = (validation_geometry(np.full((2, 2), 64), np.zeros(2, bool), size) for size in (16, 32))
+    decoder = Decoder(2, 32, 2, CPU, depth=2)
+    decoder.submit(arrays[:2], small)
+    decoder.submit(arrays[:2], large)
+    for size, geometry in ((16, small), (32, large)):
+        images = decoder.receive()[0]
+        np.testing.assert_array_equal(images.numpy(), decode([good, good], geometry, size))
+        decoder.submit(arrays[:2], small)
+    alone = Decoder(2, 32, 2, CPU)
+    assert set(alone.refused(arrays, Geometry.concatenate([small, large]), "broken")) == {3}
 
 
 def test_failure_that_is_not_the_images_fault_blames_none(photo, monkeypatch):

@@ -55,7 +55,7 @@ class Distillation:
         self.student.zero_grad(set_to_none=True)
         positions = np.arange(len(group))
         on_device = torch.from_numpy(group), torch.from_numpy(positions)
-        output = self.step(images, *on_device, 0, momentum, group, positions)
+        output = self.step(images, *on_device, 0, momentum, group, positions_on_host=positions)
         output.loss.backward()
         return output, {name: p.grad for name, p in self.student.named_parameters() if p.requires_grad}
 

@@ -105,12 +105,12 @@ def timeless(run: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if not k.startswith(left_out)} for r in read_metrics(run / "metrics.jsonl")]
 
 
-def same_weights(one: Path, other: Path) -> bool:
-    """Whether two runs have exported the same bits."""
+def same_weights(one: Path, other: Path, file: str = "student.safetensors", others: str = "") -> bool:
+    """Whether two runs have exported the same bits, in a file of this name (the other run's, if it has another)."""
     import torch
     from safetensors.torch import load_file
 
-    ours, theirs = (load_file(run / "student.safetensors") for run in (one, other))
+    ours, theirs = load_file(one / file), load_file(other / (others or file))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 

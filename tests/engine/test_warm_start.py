@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def equal(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
 def test_another_resolution_starts_as_the_same_function(tmp_path):
     first, second = student(1), student(2, image_size=84)
     save_file(first.state_dict(), tmp_path / "student.safetensors")
-    assert warm_start(second, str(tmp_path)) == ["a", "b"]
+    assert warm_start(second, str(tmp_path)).projectors == ["a", "b"]
     assert second.encoder.pos_embed.shape == (1, 37, 48)
     images = torch.randn(2, 3, 84, 84)
     with torch.no_grad():
@@ -44,7 +45,7 @@ def test_projectors_of_other_teachers_keep_their_initial_weights(tmp_path):
     others = {"a": (24, ("cls", "patch")), "b": (40, ("patch",)), "c": (8, ("patch",))}
     second, initial = student(2, others), student(2, others)
     save_file(first.state_dict(), tmp_path / "student.safetensors")
-    assert warm_start(second, str(tmp_path / "student.safetensors")) == ["a"]
+    assert warm_start(second, str(tmp_path / "student.safetensors")).projectors == ["a"]
     assert equal(second.encoder, first.encoder) and equal(second.projectors["a"], first.projectors["a"])
     assert all(equal(second.projectors[name], initial.projectors[name]) for name in "bc")
 
@@ -60,7 +61,7 @@ def test_every_container_of_an_encoder(kind, tmp_path):
     else:  # as released: a chunk index before the block index, wrapped
         chunked = {key.replace("blocks.", "blocks.0.", 1): value for key, value in encoder.items()}
         torch.save({"model": {f"module.encoder.{k}": v for k, v in chunked.items()}, "iter": 3}, tmp_path / kind)
-    assert warm_start(second, str(tmp_path / kind)) == []
+    assert warm_start(second, str(tmp_path / kind)).projectors == []
     assert equal(second.encoder, first.encoder)
 
 
@@ -115,7 +116,7 @@ def test_a_run_that_has_not_ended_and_a_checkpoint_are_a_start(finished):
     cfg = load_config(finished / "config.yaml")
     drawn = [build_student(cfg.student, cfg.projector, cfg.teacher_features, 9) for _ in range(3)]
     end, newest, before = drawn
-    assert warm_start(end, str(finished)) == ["one", "two"]
+    assert warm_start(end, str(finished)).projectors == ["one", "two"]
     (finished / "student.safetensors").unlink()
     (finished / "encoder.safetensors").unlink()
     warm_start(newest, str(finished))
@@ -158,3 +159,53 @@ def test_a_run_starts_warm_and_goes_on_without_the_source(overrides, tmp_path):
     assert again.step == 2
     assert all(torch.equal(v, ours[k]) for k, v in again.engine.module.state_dict().items())
     again.loader.close()
+
+
+def test_what_was_taken_and_what_not_is_said(tmp_path, caplog):
+    first = student(1)
+    others = {"a": (24, ("cls", "patch")), "b": (40, ("patch",)), "d": (8, ("patch",))}
+    left = {"encoder.head.weight": torch.zeros(3, 48), "encoder.mask_token": torch.zeros(1, 48), "step": torch.ones(1)}
+    save_file(first.state_dict() | left, tmp_path / "student.safetensors")
+    with caplog.at_level("INFO"):
+        found = warm_start(student(2, others), str(tmp_path))
+    assert found.projectors == ["a"] and found.drawn == ["b", "d"]
+    b = len(first.projectors["b"].state_dict())
+    assert found.not_taken == {"encoder": 2, "projectors.b": b, "step": 1}
+    assert found.tensors == len(first.encoder.state_dict())
+    sentence = f"as drawn: projectors of b, d; not taken of the file: encoder (2), projectors.b ({b}), step (1)"
+    assert sentence in caplog.text and sentence in str(found)
+
+
+def test_timms_plain_vit_is_the_same_function(tmp_path, monkeypatch, caplog):
+    """It has neither LayerScale nor registers; "timm:NAME" is the file of that name in the folder of weights."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    name = "vit_nano_patch14_56"
+    model = VisionTransformer(56, 14, num_classes=5, embed_dim=48, depth=2, num_heads=3).eval()
+    save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
+    monkeypatch.setenv("DUNE_FAST_WEIGHTS", str(tmp_path))
+    ours = student(2, num_registers=0)
+    with caplog.at_level("INFO"):
+        found = warm_start(ours, f"timm:{name}")
+    assert "4 LayerScales set to 1, the source has none" in caplog.text and found.not_taken == {"head": 2}
+    images = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        expected = model.forward_features(images)
+        torch.testing.assert_close(ours.encoder(images)["x_norm_patchtokens"], expected[:, 1:], rtol=1e-4, atol=1e-5)
+
+
+def test_half_of_the_layer_scales_is_a_fault(tmp_path):
+    encoder = student(1).encoder.state_dict()
+    encoder.pop("blocks.1.ls1.gamma")
+    save_file(encoder, tmp_path / "encoder.safetensors")
+    with pytest.raises(WarmStartError, match="blocks.1.ls1.gamma is missing"):
+        warm_start(student(2), str(tmp_path))
+
+
+def test_the_report_is_in_the_record_of_the_run(overrides, tmp_path):
+    save_file(student(1).encoder.state_dict(), tmp_path / "first.safetensors")
+    trainer = build(overrides, f"student_weights={tmp_path / 'first.safetensors'}", "train.steps=2")
+    trainer.run()
+    found = json.loads((trainer.run_dir / "run.json").read_text())["starts"][0]["warm_start"]
+    assert found["source"].endswith("first.safetensors") and found["drawn"] == ["one", "two"]
+    assert found == trainer.warm_start.as_dict()

@@ -51,6 +51,8 @@ def train_to(run: Trainer, step: int) -> None:
     batches = run.loader.batches(run.step)
     while run.step < step:
         run.train_step(next(batches))
+        with run.engine.evaluated_weights():  # the average and back, which the training does not notice
+            pass
     run._save()
     assert run.saver.wait()
     batches.close()
