@@ -61,9 +61,10 @@ class SyntheticLoader:
         """The batch of a step."""
         batch = len(self._groups)
         positions = step * batch + torch.arange(batch, device=self.device)
+        on_host = step * batch + np.arange(batch)
         return Batch(
             self._pool[step % POOL], positions, self._group, torch.zeros_like(self._group), [""] * batch, step,
-            self._groups,
+            self._groups, positions_on_host=on_host,
         )
 
     def close(self) -> None:

@@ -60,6 +60,8 @@ class Batch:
     """int64 [B], numbers of the images' fixed views, on the host; with `data.views`."""
     features: dict[str, dict[str, Tensor]] | None = None
     """teacher -> token type -> [B, ...] that a cache has of these views, on the device."""
+    positions_on_host: np.ndarray | None = None
+    """The same of `positions`."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -192,7 +194,8 @@ class ImageLoader(contextlib.AbstractContextManager):
         images = augment_colour(images, None if plan.colour is None else plan.colour.to(self.device))
         paths = [self._source.path(*image) for image in plan.images]
         features = None if read is None else read(self.device)
-        return Batch(images, table[0], table[1], table[2], paths, plan.step, plan.group, plan.views, features)
+        on_host = plan.group, plan.views
+        return Batch(images, table[0], table[1], table[2], paths, plan.step, *on_host, features, plan.positions)
 
 
 def _close(loader: weakref.ref[ImageLoader]) -> None:

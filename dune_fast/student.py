@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dune_fast.kernels.nn.block import Block, init_linear, product_dtype, run_blocks
 from dune_fast.kernels.nn.patches import SharedPatches
-from dune_fast.kernels.nn.routing import Routes
+from dune_fast.kernels.nn.routing import PatchSubset, Routes, select
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 
 Tokens = Mapping[int, Tensor]
@@ -78,9 +78,9 @@ class TransformerProjector(nn.Module):
         self.blocks = nn.ModuleList(Block(input_dim, num_heads, mlp_ratio, layer_scale) for _ in range(num_blocks))
         self.linear = nn.Linear(input_dim, output_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, 1 + N, D] -> [B, 1 + N, C]."""
-        *_, tokens = x, *run_blocks(self.blocks, x, last_dtype=product_dtype(x))
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """[B, 1 + N, D] -> [B, 1 + N, C]; of the tokens `kept` [n], which read all of them, [B, n, C]."""
+        *_, tokens = x, *run_blocks(self.blocks, x, last_dtype=product_dtype(x), last_kept=kept)
         return self.linear(tokens)
 
 
@@ -186,13 +186,22 @@ class Projectors(nn.ModuleDict):
             else:
                 raise ValueError(f"projector kind {cfg.kind!r}; choose 'tp', 'lp' or 'sp'")
 
-    def forward(self, tokens: Tokens, routes: Routes | None = None) -> dict[str, Projection]:
+    def forward(
+        self, tokens: Tokens, routes: Routes | None = None, subset: PatchSubset | None = None
+    ) -> dict[str, Projection]:
         """{block: [B, 1 + N, D]} -> teacher -> token type -> [B, C] or [B, N, C], of the teacher's images if routed.
+
+        Of a subset of the patches if there is one: then token-wise projectors see no others.
 
         A projector without images runs on the batch's first one and gives none of its tokens: no operation has to take
         an empty batch, and every parameter gets a gradient, of zeros.
         """
         projections = {}
+        last = tokens[self.blocks[-1]]
+        kept = None if subset is None else subset.with_cls(last.shape[1] - 1, last.device)
+        inside = (kept,) if self.kind == "tp" else ()  # its blocks read all tokens
+        if self.kind != "tp":
+            tokens = {block: select(x, kept) for block, x in tokens.items()}
         for name, projector in self.items():
             own, nothing = tokens, False
             if routes is not None:
@@ -202,7 +211,7 @@ class Projectors(nn.ModuleDict):
             if self.kind == "lp":
                 projection = projector(own)
             else:
-                both = split_cls(projector(own[self.blocks[-1]]))
+                both = split_cls(projector(own[self.blocks[-1]], *inside))
                 projection = {token: both[token] for token in self.token_types[name]}
             projections[name] = {token: x[:0] for token, x in projection.items()} if nothing else projection
         return projections
@@ -251,11 +260,13 @@ class Student(nn.Module):
         return {i: torch.cat([x[:, :1], x[:, prefix:]], dim=1) for i, x in outputs.items()}
 
     def forward(
-        self, images: Tensor, routes: Routes | None = None, patches: SharedPatches | None = None
-    ) -> dict[str, Projection]:
-        """`routes`: which n of the images each teacher's projector gets, all by default; `patches`: the step's."""
+        self, images: Tensor, routes: Routes | None = None, patches: SharedPatches | None = None,
+        subset: PatchSubset | None = None,
+    ) -> dict[str, Projection]:  # fmt: skip
+        """`routes`: which of the images each teacher's projector gets, all by default; `patches`: the step's; `subset`:
+        of the patches that are projected, all by default."""
         with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return self.projectors(self.tokens(images, patches), routes)
+            return self.projectors(self.tokens(images, patches), routes, subset)
 
 
 def build_student(

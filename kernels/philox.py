@@ -35,6 +35,8 @@ ORDER = 3
 """Order of the samples: a = pass over the group, b = group."""
 VIEW = 4
 """Augmentation of fixed views: a = number of the view, b = block of four words."""
+PATCHES = 5
+"""Subset of the patches that a step's loss is taken on: a = patch, b = step."""
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

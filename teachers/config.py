@@ -36,6 +36,9 @@ class TeacherConfig:
     """Groups of datasets whose images count as the teacher's own, for data sharing."""
     grid_multiple: int = 1
     """Rows and columns of the patch grid must be multiples of this."""
+    scale: float = 1.0
+    """Below 1 the teacher sees its images smaller: rows and columns of its grid over the student's, rounded to what
+    `grid_multiple` allows. Its patch tokens are interpolated to the student's grid. Departs from the papers."""
     layer: int | None = None
     """ViT: read the tokens after this many blocks through a LayerNorm without weights; null reads the final norm."""
     norm: bool = True
@@ -78,8 +81,8 @@ class TeacherConfig:
 
 
 _READING = (
-    "token_types", "mean", "std", "groups", "grid_multiple", "layer", "norm", "force_precision", "url", "bytes",
-    "sha256",
+    "token_types", "mean", "std", "groups", "grid_multiple", "scale", "layer", "norm", "force_precision", "url",
+    "bytes", "sha256",
 )  # fmt: skip
 """Fields that say what the network sees and what is read from it, or are bookkeeping."""
 
@@ -90,9 +93,14 @@ def network_key(cfg: TeacherConfig) -> str:
     return json.dumps(network, sort_keys=True, default=repr)
 
 
-def input_key(cfg: TeacherConfig) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+def input_key(cfg: TeacherConfig) -> tuple[tuple[int, float], tuple[float, ...], tuple[float, ...]]:
     """Equal for teachers that see the same pixels of an image."""
-    return cfg.patch_size, tuple(cfg.mean), tuple(cfg.std)
+    return (cfg.patch_size, cfg.scale), tuple(cfg.mean), tuple(cfg.std)
+
+
+def scaled_grid(patches: int, scale: float, multiple: int = 1) -> int:
+    """Rows or columns of a teacher's grid where the student's has `patches`: the nearest multiple to the scale's."""
+    return patches if scale == 1 else max(1, round(patches * scale / multiple)) * multiple
 
 
 def check_config(name: str, cfg: TeacherConfig) -> None:
@@ -107,6 +115,7 @@ def check_config(name: str, cfg: TeacherConfig) -> None:
         *((key, getattr(cfg, key) < 1, least) for key in ("patch_size", "num_features", "grid_multiple")),
         ("token_types", not tokens or len(tokens) != len(cfg.token_types) or not tokens <= set(TOKEN_TYPES),
          f"choose one or more of {', '.join(TOKEN_TYPES)}, each once"),
+        ("scale", not 0 < cfg.scale <= 1, "it must lie above 0, up to 1"),
         ("mean", len(cfg.mean) != 3, three),
         ("std", len(cfg.std) != 3, three),
         ("std", min(cfg.std, default=0) <= 0, "deviations must be above 0"),

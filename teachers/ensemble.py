@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
@@ -14,7 +15,7 @@ from dune_fast.kernels.nn.patches import SharedPatches
 from dune_fast.kernels.nn.routing import Route, Routes, union, within
 from dune_fast.kernels.nn.vit import nearest_multiples
 from dune_fast.kernels.resize import resize_normalize
-from dune_fast.teachers.config import TeacherConfig, input_key, network_key
+from dune_fast.teachers.config import TeacherConfig, input_key, network_key, scaled_grid
 from dune_fast.teachers.precision import autocast, prepare, resolve_precision
 from dune_fast.teachers.protocol import Teacher, Trunk
 from dune_fast.teachers.registry import build_teacher
@@ -28,6 +29,9 @@ class TeacherEnsemble(nn.Module):
     bicubic, corners aligned, no antialias. Then it is normalised as the teacher wants it. Inputs and trunks that
     teachers have in common are computed once, in a teacher's own precision (`teachers.precision`) whatever autocast is
     around the call. Nothing here waits for the device.
+
+    With `scale` below 1 a teacher's grid is coarser: its images are resized with antialias, its patch tokens
+    bilinearly, cell by cell, to the student's grid.
 
     Args:
         student_patch_size: q, in pixels.
@@ -104,9 +108,11 @@ class TeacherEnsemble(nn.Module):
             if chosen is not None and not len(chosen):
                 outputs |= {teacher.name: _no_tokens(teacher.config, rows * columns, images) for teacher in readers}
                 continue
-            key = (input_key(cfg), None if chosen is None else chosen.host.tobytes())
+            multiple = math.lcm(*(self._grid_multiples[teacher.name] for teacher in readers))
+            grid = (scaled_grid(rows, cfg.scale, multiple), scaled_grid(columns, cfg.scale, multiple))
+            key = (input_key(cfg), grid, None if chosen is None else chosen.host.tobytes())
             if key not in inputs:
-                size = (rows * cfg.patch_size, columns * cfg.patch_size)
+                size = (grid[0] * cfg.patch_size, grid[1] * cfg.patch_size)
                 inputs[key] = self._input(images if chosen is None else chosen.take(images), size, cfg)
             with autocast(cfg.precision, images.device):
                 try:
@@ -116,8 +122,9 @@ class TeacherEnsemble(nn.Module):
                     raise
                 tokens = {teacher.name: teacher.read(features) for teacher in readers}
             for name, read in tokens.items():
-                self._check(name, read, rows, columns)
-                outputs[name] = read if chosen is None else _share(read, routes[name], chosen)
+                self._check(name, read, *grid)
+                own = read if chosen is None else _share(read, routes[name], chosen)
+                outputs[name] = own if grid == (rows, columns) else _on_grid(own, grid, (rows, columns))
         return outputs
 
     def grid(self, images: Tensor) -> tuple[int, int]:
@@ -140,9 +147,11 @@ class TeacherEnsemble(nn.Module):
         own, patch, size = getattr(teacher.trunk, "own_size", None), teacher.config.patch_size, images.shape[-1]
         if own is None or size == own or isinstance(error, torch.OutOfMemoryError):
             return
+        scaled = "" if teacher.config.scale == 1 else f"teachers.{teacher.name}.scale=1 and "
         raise ValueError(
             f"teachers.{teacher.name}: {teacher.config.model} takes images of {own} px alone, and this run gives it "
-            f"{size} px: choose image_size={own // patch * self.student_patch_size}, or a model that takes any size"
+            f"{size} px: choose {scaled}image_size={own // patch * self.student_patch_size}, or a model that takes any "
+            "size"
         ) from error
 
     def _input(self, images: Tensor, size: tuple[int, int], cfg: TeacherConfig) -> Tensor:
@@ -150,7 +159,10 @@ class TeacherEnsemble(nn.Module):
         name = self._affine_names.get(input_key(cfg)[1:])
         scale, shift = (None, None) if name is None else getattr(self, name)
         with torch.autocast(images.device.type, enabled=False):
-            return resize_normalize(images.float(), size, scale, shift)
+            images = images.float()
+            if cfg.scale < 1:
+                images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
+            return resize_normalize(images, size, scale, shift)
 
     def _register_affine(self, cfg: TeacherConfig) -> None:
         """A buffer [2, 3] that undoes ImageNet's normalisation and applies the teacher's; none if equal."""
@@ -164,11 +176,11 @@ class TeacherEnsemble(nn.Module):
         self.register_buffer(self._affine_names[mean, std], affine, persistent=False)
 
     def _check(self, name: str, tokens: Mapping[str, Tensor], rows: int, columns: int) -> None:
-        """Shapes against the student's grid and the configuration; they are known without waiting for the device."""
+        """Shapes against the teacher's grid and the configuration; they are known without waiting for the device."""
         cfg = self.teachers[name].config
         if "patch" in tokens and tokens["patch"].shape[1] != rows * columns:
             raise ValueError(
-                f"teacher {name} gives {tokens['patch'].shape[1]} patch tokens, the student {rows}x{columns} = "
+                f"teacher {name} gives {tokens['patch'].shape[1]} patch tokens for a grid of {rows}x{columns} = "
                 f"{rows * columns}; correct teachers.{name}.patch_size ({cfg.patch_size}) or the image size"
             )
         for kind, x in tokens.items():
@@ -204,6 +216,15 @@ def _share(tokens: Mapping[str, Tensor], route: Route, whole: Route) -> dict[str
         return dict(tokens)
     own = within(route, whole)
     return {kind: own.take(x) for kind, x in tokens.items()}
+
+
+def _on_grid(tokens: Mapping[str, Tensor], grid: tuple[int, int], wanted: tuple[int, int]) -> dict[str, Tensor]:
+    """Patch tokens [n, h w, C] of a grid h x w bilinearly on another one, cells over cells; cls tokens as they are."""
+    if "patch" not in tokens:
+        return dict(tokens)
+    planes = tokens["patch"].transpose(1, 2).unflatten(2, grid)  # [n, C, h, w], channels last
+    patch = F.interpolate(planes, size=wanted, mode="bilinear", align_corners=False)
+    return {**tokens, "patch": patch.flatten(2).transpose(1, 2).contiguous()}
 
 
 def _no_tokens(cfg: TeacherConfig, patches: int, images: Tensor) -> dict[str, Tensor]:

@@ -87,8 +87,9 @@ def check_dune_fast(arguments: list[str], run: bool, small: dict[str, str], patc
     elif parsed.command in ("config", "doctor") or getattr(parsed, "data_command", "") in ("shard", "check"):
         compose_config(parsed.overrides, complete=False)
     if parsed.command == "plan":
-        for name in parsed.overrides:
-            compose_config([f"experiment={name}"])
+        overrides = [text for text in parsed.overrides if "=" in text]
+        for name in (text for text in parsed.overrides if "=" not in text):
+            compose_config([f"experiment={name}", *overrides])
     if parsed.command == "export":
         assert parsed.to in dune_fast.export.TARGETS
     if not run or getattr(parsed, "to", "") == "dune":  # which the small run is too narrow for: tests/test_export.py

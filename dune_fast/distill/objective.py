@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dune_fast.distill.standardization import Features, Standardizer
 from dune_fast.kernels.distill_loss import distill_loss
 from dune_fast.kernels.nn.routing import Routes
-from dune_fast.kernels.teacher_drop import teacher_drop
+from dune_fast.kernels.teacher_drop import drop_uniforms, teacher_drop, teacher_drop_reference
 
 SHARING = ("full", "none", "generic")
 
@@ -52,12 +53,27 @@ class ObjectiveConfig:
     """With sharing "none" or "generic": a teacher, and the student's projector for it, run on the images that count for
     it alone, a third of a balanced batch. Losses are the same for the same statistics; the statistics of a batch differ
     from the published method's, being taken over what the teacher saw."""
+    presample: bool = False
+    """With sharing "full": which teachers an image drops is drawn before the forward pass, so without its losses, and a
+    dropped teacher, and the student's projector for it, do not run on it. Every teacher is dropped with
+    `drop_probability` p, and where all would be one stays: of T teachers each runs on 1 - p + p^T / T of the images.
+    Departs from the paper, which keeps the hardest and runs all; statistics are taken over what a teacher saw."""
+    patch_share: float = 1.0
+    """The share of an image's patches that the patches' loss, and with it the projectors and the teachers' statistics,
+    are taken on: in each step other ones, the same for all its images. Below 1 it departs from the paper."""
 
     def __post_init__(self) -> None:
         if self.sharing not in SHARING:
             raise ValueError(f"objective.sharing is {self.sharing!r}; choose one of {', '.join(SHARING)}")
         if not 0.0 <= self.drop_probability <= 1.0:
             raise ValueError(f"objective.drop_probability is {self.drop_probability}; it must lie in [0, 1]")
+        if not 0.0 < self.patch_share <= 1.0:
+            raise ValueError(f"objective.patch_share is {self.patch_share}; it must lie above 0, up to 1")
+        if self.presample and self.sharing != "full":
+            raise ValueError(
+                f"objective.presample is true, but objective.sharing={self.sharing} drops no teacher at random: set "
+                "the sharing to full, or choose objective.route_by_dataset=true in place of presample"
+            )
         if self.route_by_dataset and self.sharing == "full":
             raise ValueError(
                 "objective.route_by_dataset is true, but with objective.sharing=full every teacher counts on every "
@@ -127,8 +143,9 @@ def teacher_losses(
 
 
 def coefficients(
-    losses: Tensor, own: Tensor, groups: Tensor, positions: Tensor, step: int, seed: int, cfg: ObjectiveConfig
-) -> Tensor:
+    losses: Tensor, own: Tensor, groups: Tensor, positions: Tensor, step: int, seed: int, cfg: ObjectiveConfig,
+    routes: Routes | None = None,
+) -> Tensor:  # fmt: skip
     """c of the formula, float32 [T, B].
 
     Args:
@@ -137,10 +154,28 @@ def coefficients(
         groups: int64 [B], dataset group of each image.
         positions: int64 [B], global index of each image in the run.
         step, seed: of the run.
+        routes: the images of each teacher, in the order of `losses`: all of them count, and no others.
     """
+    if routes is not None:
+        return torch.stack([route.spread(losses.new_ones(len(route))) for route in routes.values()])
     if cfg.sharing == "full":
         return teacher_drop(losses, positions, step, seed, cfg.drop_probability)
     return teacher_drop(losses, positions, step, seed, 0.0, own, groups)
+
+
+def presampled(positions: np.ndarray, teachers: int, step: int, seed: int, cfg: ObjectiveConfig) -> np.ndarray:
+    """Which teachers run on which image with `cfg.presample`, bool [T, B], on the host.
+
+    A random number stands where dropping by losses has the loss: the largest of an image keeps its teacher.
+
+    Args:
+        positions: int64 [B], global index of each image in the run.
+    """
+    at = torch.from_numpy(positions)
+    drawn = drop_uniforms(seed, step, at, teachers)
+    kept = np.empty(drawn.shape, bool)
+    torch.from_numpy(kept).copy_(teacher_drop_reference(drawn, at, None, None, step, seed, cfg.drop_probability))
+    return kept
 
 
 def combine(losses: Tensor, c: Tensor) -> Tensor:

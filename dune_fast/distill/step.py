@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dune_fast.distill.objective import ObjectiveConfig, coefficients, combine, teacher_losses
+from dune_fast.distill.objective import ObjectiveConfig, coefficients, combine, presampled, teacher_losses
 from dune_fast.distill.overlap import SideStream
 from dune_fast.distill.standardization import AllReduce, Features, TeacherStatistics
 from dune_fast.kernels.nn.patches import SharedPatches
-from dune_fast.kernels.nn.routing import Routes, make_routes
+from dune_fast.kernels.nn.routing import PatchSubset, Routes, make_routes, select
 
 
 class PerImage(NamedTuple):
@@ -45,6 +45,18 @@ def finite_images(features: Features, routes: Routes | None) -> Tensor:
     return torch.stack(rows).isfinite()
 
 
+def of_subset(features: Features, subset: PatchSubset) -> Features:
+    """Features of a subset of the patches, all teachers' on one grid; the cls tokens as they are."""
+    patches = [tokens["patch"] for tokens in features.values() if "patch" in tokens]
+    if not patches:
+        return features
+    index = subset.index(patches[0].shape[1], patches[0].device)
+    return {
+        name: {token: select(x, index) if token == "patch" else x for token, x in tokens.items()}
+        for name, tokens in features.items()
+    }
+
+
 @dataclass
 class DistillationStep:
     """Images in, loss out.
@@ -53,7 +65,8 @@ class DistillationStep:
     """
 
     student: Callable[..., Features]
-    """The student, wrapped or not: images, routes or None, patches -> teacher -> token type -> projection."""
+    """The student, wrapped or not: images, routes or None, patches, subset of patches or None -> teacher -> token type
+    -> projection."""
     teachers: Callable[..., Features]
     """The frozen teachers: images, routes or None, patches -> teacher -> token type -> raw features."""
     statistics: TeacherStatistics
@@ -79,6 +92,7 @@ class DistillationStep:
         momentum: float,
         groups_on_host: np.ndarray | None = None,
         features: Features | None = None,
+        positions_on_host: np.ndarray | None = None,
     ) -> StepOutput:
         """One forward pass.
 
@@ -90,41 +104,51 @@ class DistillationStep:
             momentum: of the teachers' running statistics.
             groups_on_host: `groups` where the host can look at them; needed with `objective.route_by_dataset`.
             features: of all images, from a cache: the teachers do not run.
+            positions_on_host: the same of `positions`; needed with `objective.presample`.
         """
-        routes = self.routes(images, groups_on_host)
+        routes = self.routes(images, step, groups_on_host, positions_on_host)
+        share = self.objective.patch_share
+        subset = PatchSubset(share, self.seed, step) if share < 1 else None
         patches = SharedPatches()
         if features is not None:
-            projections = self.student(images, routes, patches)
+            projections = self.student(images, routes, patches, subset)
             if routes is not None:
                 features = {
                     name: {kind: routes[name].take(x) for kind, x in kinds.items()} for name, kinds in features.items()
                 }
         elif self.side is None:
-            projections = self.student(images, routes, patches)  # teacher -> token type -> [B, C] or [B, N, C]
+            projections = self.student(images, routes, patches, subset)  # teacher -> token type -> [B, C] or [B, N, C]
             features = self.teachers(images, routes, patches)
         else:
             with self.side.fork():  # with patches of their own: the student's belong to the other stream
                 features = self.teachers(images, routes, SharedPatches())
-            projections = self.student(images, routes, patches)
+            projections = self.student(images, routes, patches, subset)
             self.side.join()
+        if subset is not None:
+            features = of_subset(features, subset)
         features = self.statistics.rotated(features)  # the same shapes, frozen
         standardizers = self.statistics.update(features, momentum, self.all_reduce)
         losses, parts = teacher_losses(projections, features, standardizers, self.objective, routes)  # [T, B]
-        c = coefficients(losses, self.own, groups, positions, step, self.seed, self.objective)  # [T, B]
+        c = coefficients(losses, self.own, groups, positions, step, self.seed, self.objective, routes)  # [T, B]
         loss = combine(losses, c)
         seen = [len(images) if routes is None else len(routes[name]) for name in features]
         metrics = self.metrics(loss, losses, c, parts, dict(zip(features, seen, strict=True)))
         return StepOutput(loss, metrics, PerImage(losses.detach(), finite_images(features, routes)))
 
-    def routes(self, images: Tensor, groups_on_host: np.ndarray | None) -> Routes | None:
+    def routes(
+        self, images: Tensor, step: int, groups_on_host: np.ndarray | None, positions_on_host: np.ndarray | None
+    ) -> Routes | None:
         """The images that count for each teacher; None where all teachers get all images."""
-        if self._own_on_host is None:
+        names = [name for name, _ in self.statistics.named_children()]  # in the order of `own`'s rows
+        if self.objective.presample:
+            assert positions_on_host is not None, "objective.presample needs the positions on the host"
+            kept = presampled(positions_on_host, len(names), step, self.seed, self.objective)
+        elif self._own_on_host is not None:
+            assert groups_on_host is not None, "objective.route_by_dataset needs the groups on the host"
+            kept = self._own_on_host[:, groups_on_host]
+        else:
             return None
-        assert groups_on_host is not None, "objective.route_by_dataset needs the groups on the host"
-        names = (name for name, _ in self.statistics.named_children())  # in the order of `own`'s rows
-        indices = {
-            name: np.flatnonzero(own[groups_on_host]) for name, own in zip(names, self._own_on_host, strict=True)
-        }
+        indices = {name: np.flatnonzero(row) for name, row in zip(names, kept, strict=True)}
         return make_routes(indices, len(images), images.device)
 
     @staticmethod

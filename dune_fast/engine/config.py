@@ -258,6 +258,13 @@ def validate(cfg: RunConfig) -> None:
             "train.compile=true with deepspeed.zero_stage=3: the compiler does not see DeepSpeed gather weights; "
             "choose stage 0, 1 or 2, or compile=false"
         )
+    compiled = [f"teachers.{name}.compile" for name, teacher in cfg.teachers.items() if teacher.compile]
+    compiled += ["train.compile"] if cfg.train.compile else []
+    if cfg.objective.presample and compiled:
+        raise ConfigError(
+            f"objective.presample=true with {compiled[0]}=true: in every step a teacher gets another number of images, "
+            "and each is compiled anew; choose one of the two"
+        )
     if knn := cfg.evaluation.knn_dataset:
         if knn not in cfg.data.datasets:
             known = ", ".join(sorted(cfg.data.datasets)) or "none"

@@ -49,6 +49,7 @@ LIMITS: dict[str, Limit] = {
         "optimizer.warmup_fraction",
     ), _SHARE),
     "student.interpolate_offset": Limit(0, 0.99),
+    "objective.patch_share": Limit(0, 1, above=True),
     "student.layer_scale": Limit(0, 100),
     "projector.layer_scale": Limit(0, 100),
     "projector.version": Limit(1, 2),

@@ -27,9 +27,10 @@ from dune_fast.distill.objective import ownership
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.stages import Stage, at_size, stages
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
+from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.student import ProjectorConfig
-from dune_fast.teachers.config import TeacherConfig, input_key, network_key
+from dune_fast.teachers.config import TeacherConfig, input_key, network_key, scaled_grid
 from dune_fast.teachers.registry import check_family, family_class
 from dune_fast.teachers.vit import ViTTeacher
 
@@ -86,11 +87,18 @@ def vit_flops(cfg: ViTConfig, grid_size: int, depth: int | None = None) -> int:
     return embedding + blocks * block_flops(tokens, cfg.embed_dim, cfg.mlp_ratio, cfg.mlp)
 
 
-def projector_flops(cfg: ProjectorConfig, student: ViTConfig, channels: int, token_types: list[str], grid: int) -> int:
-    """One teacher's projector on one image of grid x grid patches; `channels` and `token_types` are the teacher's."""
-    patches, dim = grid**2, student.embed_dim
+def projector_flops(
+    cfg: ProjectorConfig, student: ViTConfig, channels: int, token_types: list[str], grid: int, share: float = 1.0
+) -> int:
+    """One teacher's projector on one image of grid x grid patches; `channels` and `token_types` are the teacher's.
+
+    `share`: of the patches that it is asked for, `objective.patch_share`.
+    """
+    dim, every = student.embed_dim, grid**2
+    patches = PatchSubset(share, 0, 0).count(every)
     if cfg.kind == "tp":
-        blocks = cfg.num_blocks * block_flops(patches + 1, dim, cfg.mlp_ratio)
+        blocks = cfg.num_blocks * block_flops(every + 1, dim, cfg.mlp_ratio)
+        blocks -= linear_flops(every - patches, dim, 2 * int(dim * cfg.mlp_ratio))  # of the last one, after attention
         return blocks + linear_flops(patches + 1, dim, channels)
     if cfg.kind == "sp":
         inner = cfg.num_inner if cfg.version == 2 else 0
@@ -142,8 +150,8 @@ def published_network(name: str, cfg: TeacherConfig) -> nn.Module | None:
 
 
 def teacher_flops(name: str, cfg: TeacherConfig, grid: int) -> int | None:
-    """One teacher on one image of grid x grid patches, which are the student's too; see `published_network`."""
-    network = published_network(name, cfg)
+    """One teacher where the student has grid x grid patches of an image; see `published_network`."""
+    network, grid = published_network(name, cfg), scaled_grid(grid, cfg.scale, cfg.grid_multiple)
     if network is None:
         return None
     if isinstance(network, VisionTransformer):
@@ -152,8 +160,12 @@ def teacher_flops(name: str, cfg: TeacherConfig, grid: int) -> int | None:
 
 
 def share_of_images(cfg: RunConfig, teachers: Sequence[str]) -> float:
-    """The share of a batch's images that any of these teachers gets: all, unless `route_by_dataset` keeps some back."""
+    """The share of a batch's images that any of these teachers gets: all, unless `route_by_dataset` or `presample` keep
+    some back."""
     groups = cfg.data.groups
+    if cfg.objective.presample:
+        p, count, every = cfg.objective.drop_probability, len(teachers), len(cfg.teachers)
+        return 1.0 - p**count + p**every * count / every
     if not cfg.objective.route_by_dataset or not groups:
         return 1.0
     own = ownership({name: cfg.teachers[name].groups for name in teachers}, groups, cfg.objective, torch.device("cpu"))
@@ -163,7 +175,7 @@ def share_of_images(cfg: RunConfig, teachers: Sequence[str]) -> float:
 
 def run_flops(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = None) -> Flops:
     """Of a run's configuration, the mean over its images: with `progressive` they differ in size, with
-    `route_by_dataset` each goes to some teachers only.
+    `route_by_dataset` or `presample` each goes to some teachers only.
 
     `trunks` are the teachers' networks, where they are built: counts those that no configuration describes.
     """
@@ -198,7 +210,8 @@ def _flops_at_one_size(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = 
         counts = [teacher_flops(name, cfg.teachers[name], grid) for name in (first, *others)]
         deepest = None if None in counts else max(count for count in counts if count is not None)
         if deepest is None and trunks is not None:
-            side = grid * cfg.teachers[first].patch_size
+            read = cfg.teachers[first]
+            side = scaled_grid(grid, read.scale, read.grid_multiple) * read.patch_size
             deepest = _count_or_none(first, trunks[first], side)
         if deepest is not None:
             deepest = round(deepest * share_of_images(cfg, [first, *others]))
@@ -207,7 +220,8 @@ def _flops_at_one_size(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = 
         teachers = dict.fromkeys(cfg.teachers, 0)
     projectors = 0
     for name, t in cfg.teachers.items():
-        count = projector_flops(cfg.projector, cfg.student, t.num_features, t.token_types, grid)
+        share = cfg.objective.patch_share
+        count = projector_flops(cfg.projector, cfg.student, t.num_features, t.token_types, grid, share)
         projectors += round(count * share_of_images(cfg, [name]))
     return Flops(vit_flops(cfg.student, grid), projectors, {name: teachers[name] for name in cfg.teachers})
 

@@ -70,7 +70,10 @@ def estimate_statistics(run: Opened) -> None:
         logger.info("PHI-S: estimating the covariances of the teachers' features from %d batches", count)
     batches = run.loader.batches(0)
     features = (  # of the images that each teacher is trained on
-        run.teachers(batch.images, run.distill.routes(batch.images, batch.group_on_host))
+        run.teachers(
+            batch.images,
+            run.distill.routes(batch.images, batch.step, batch.group_on_host, batch.positions_on_host),
+        )
         for batch in itertools.islice(batches, count)
     )
     run.statistics.estimate(features, run.distill.all_reduce)

@@ -310,7 +310,7 @@ class Trainer:
         for part in parts:
             self.watchdog.at(f"step {i + 1}, forward")
             inputs = part.images, part.group, part.positions, i, momentum, part.group_on_host, part.features
-            outputs.append(self.distill(*inputs))
+            outputs.append(self.distill(*inputs, part.positions_on_host))
             self.watchdog.at(f"step {i + 1}, backward")
             self.engine.backward(outputs[-1].loss)
         metrics, images = merge(outputs)

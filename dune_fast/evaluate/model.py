@@ -179,7 +179,8 @@ def _teacher_config(name: str, teacher: Callable[[str], TeacherConfig] | None) -
 def _teacher(
     name: str, cfg: TeacherConfig, device: torch.device, dtype: torch.dtype | None, how: dict[str, Any]
 ) -> FrozenModel:
-    ensemble = TeacherEnsemble({name: replace(cfg, norm=cfg.norm and how["norm"])}, cfg.patch_size, dtype, device)
+    whole = replace(cfg, norm=cfg.norm and how["norm"], scale=1.0)
+    ensemble = TeacherEnsemble({name: whole}, cfg.patch_size, dtype, device)
     (teacher,) = ensemble.teachers.values()
     if not how["norm"] and not isinstance(teacher, ViTTeacher):
         how = how | {"norm": True}  # nothing but a ViT has a norm to leave out

@@ -146,7 +146,8 @@ def _configuration(run: Path, cfg: RunConfig | None) -> str:
             ("data", ", ".join(cfg.data.datasets)),
             ("length", f"{cfg.steps:,} steps of {cfg.train.global_batch:,} images"),
             ("learning rate", f"{cfg.optimizer.lr_per_256:g} per 256 images, {cfg.train.precision}"),
-            ("teacher dropping", f"{cfg.objective.drop_probability:g}"),
+            ("teacher dropping", f"{cfg.objective.drop_probability:g}"
+             f"{', drawn before the forward pass' if cfg.objective.presample else ''}"),
         ]  # fmt: skip
         parts.append(_table((), rows))
     try:

@@ -22,6 +22,7 @@ from dune_fast.kernels.fp8 import E4M3, FP8Linear, FP8Rows, bias_gelu_fp8, layer
 from dune_fast.kernels.gelu import bias_gelu, linear_gelu
 from dune_fast.kernels.layer_norm import layer_norm, residual_layer_norm
 from dune_fast.kernels.library import followed, use_triton
+from dune_fast.kernels.nn.routing import select
 from dune_fast.kernels.residual import residual
 from dune_fast.kernels.rope2d import rope2d, rope2d_
 
@@ -164,6 +165,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, normed: Tensor | FP8Rows | None = None,
         next_norm: LayerNorm | None = None, next_dtype: torch.dtype | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | FP8Rows]:  # fmt: skip
         """The block's output x [B, N, D], or (x, next_norm(x)) where the next block's norm is given.
 
@@ -172,11 +174,13 @@ class Block(nn.Module):
             normed: norm1(x), where the block before has made it.
             next_norm: the next block's `norm1`.
             next_dtype: of next_norm(x), this block's `input_dtype` by default; without `next_norm` of x, its own.
+            kept: int64 [n], the tokens that go on after attention; all by default.
         """
         dtype = self.input_dtype(x)
         if normed is None:
             normed = self.norm1(x, out_dtype=dtype)
         branch, bias = run_branch(self.attn, normed, rope)
+        x, branch = select(x, kept), select(branch, kept)
         x, normed = self.norm2(x, branch, getattr(self.ls1, "gamma", None), dtype, bias)
         branch, bias = run_branch(self.mlp, normed)
         gamma = getattr(self.ls2, "gamma", None)
@@ -207,10 +211,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def run_blocks(
     blocks: Sequence[Block] | nn.ModuleList, x: Tensor, rope: tuple[Tensor, Tensor] | None = None,
     recompute: bool = False, last_dtype: torch.dtype | None = None,
+    last_kept: Tensor | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Un-normalised tokens [B, N, D] after each block in turn; x is what the first one takes.
 
-    They keep x's type, but the last ones have `last_dtype`, e.g. that of the matrix product that reads them. Each
+    They keep x's type, but the last ones have `last_dtype`, e.g. that of the matrix product that reads them, and are
+    those of `last_kept` alone (`Block.forward`). Each
     block but the last hands the next its `norm1`, made in the pass that made x. With `recompute` (activation
     checkpointing) nothing but the tokens between blocks is kept for the backward pass, and every block makes its own.
     """
@@ -218,10 +224,10 @@ def run_blocks(
     for i, block in enumerate(blocks):
         last = i + 1 == len(blocks)
         if recompute and torch.is_grad_enabled():
-            inputs = (x, rope, None, None, last_dtype if last else None)
+            inputs = (x, rope, None, None, *((last_dtype, last_kept) if last else (None, None)))
             x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing random in a block
         elif last:
-            x = block(x, rope, normed, next_dtype=last_dtype)
+            x = block(x, rope, normed, next_dtype=last_dtype, kept=last_kept)
         else:
             x, normed = block(x, rope, normed, blocks[i + 1].norm1, blocks[i + 1].input_dtype(x))
         yield x

@@ -1,7 +1,7 @@
-"""Which images of a batch a teacher gets, where it does not get all of them.
+"""Which images of a batch a teacher gets, and which patches of them, where it does not get all.
 
-The indices are known on the host, so that every shape is: nothing is read from the device. A copy of them goes to the
-device with the batch.
+The indices of images are known on the host, so that every shape is: nothing is read from the device. A copy of them
+goes to the device with the batch. Of patches the host knows the number alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from dune_fast.kernels import philox
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,38 @@ class Route:
 
 Routes = Mapping[str, Route]
 """teacher -> its images"""
+
+
+@dataclass(frozen=True)
+class PatchSubset:
+    """The same random patches of all images of one step, for all teachers: a function of seed and step alone."""
+
+    share: float
+    """Of an image's patches, above 0, up to 1."""
+    seed: int
+    step: int
+
+    def count(self, patches: int) -> int:
+        """How many of an image's patches: the nearest to the share, at least one."""
+        return max(1, round(self.share * patches))
+
+    def index(self, patches: int, device: torch.device) -> Tensor | None:
+        """int64 [n], ascending, each once; None where all are taken."""
+        count = self.count(patches)
+        if count == patches:
+            return None
+        drawn = philox.words(self.seed, philox.PATCHES, torch.arange(patches, device=device), self.step)[:, 0]
+        return drawn.argsort(stable=True)[:count].sort().values
+
+    def with_cls(self, patches: int, device: torch.device) -> Tensor | None:
+        """The same among tokens of which the first is the cls token, which stays: int64 [1 + n], or None."""
+        index = self.index(patches, device)
+        return None if index is None else F.pad(index + 1, (1, 0))
+
+
+def select(x: Tensor, index: Tensor | None) -> Tensor:
+    """The tokens [B, n, C] of x [B, N, C], a copy; x itself without an index."""
+    return x if index is None else x.index_select(1, index)
 
 
 def make_routes(indices: Mapping[str, np.ndarray], batch: int, device: torch.device) -> dict[str, Route]:

@@ -29,7 +29,9 @@ GROUP = np.array([1, 0, 2, 1, 0, 2, 0, 2, 1])  # a third of each
 class Distillation:
     """A student, three teachers with the images that each has seen, and their step."""
 
-    def __init__(self, route: bool, sharing: str, convention: str = "dune", projector: str = "tp") -> None:
+    def __init__(
+        self, route: bool, sharing: str, convention: str = "dune", projector: str = "tp", **objective
+    ) -> None:
         self.widths = {name: (t.num_features, t.token_types) for name, t in TEACHERS.items()}
         self.student = build_student(
             ViTConfig(image_size=28, embed_dim=48, depth=2, num_heads=3),
@@ -45,13 +47,15 @@ class Distillation:
             draw = torch.Generator().manual_seed(len(normalizer.mean))
             normalizer.mean.normal_(generator=draw)
             normalizer.std.uniform_(0.5, 2.0, generator=draw)
-        cfg = ObjectiveConfig(sharing=sharing, route_by_dataset=route)
+        cfg = ObjectiveConfig(sharing=sharing, route_by_dataset=route, **objective)
         own = ownership({n: t.groups for n, t in TEACHERS.items()}, GROUPS, cfg, torch.device("cpu"))
         self.step = DistillationStep(self.student, self.teachers, self.statistics, own, cfg)
 
     def __call__(self, images: torch.Tensor, group: np.ndarray = GROUP, momentum: float = 0.0):
         self.student.zero_grad(set_to_none=True)
-        output = self.step(images, torch.from_numpy(group), torch.arange(len(group)), 0, momentum, group)
+        positions = np.arange(len(group))
+        on_device = torch.from_numpy(group), torch.from_numpy(positions)
+        output = self.step(images, *on_device, 0, momentum, group, positions_on_host=positions)
         output.loss.backward()
         return output, {name: p.grad for name, p in self.student.named_parameters() if p.requires_grad}
 

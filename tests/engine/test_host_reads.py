@@ -20,7 +20,7 @@ from dune_fast.teachers.ensemble import TeacherEnsemble
 
 TEACHERS = {
     "one": toy_teacher("random:1", 14, 24, groups=["generic"]),
-    "two": toy_teacher("random:2", 16, 32, ["patch"], groups=["3d"]),
+    "two": toy_teacher("random:2", 16, 32, ["patch"], groups=["3d"], scale=0.5),
 }
 READS = {
     torch.ops.aten._local_scalar_dense.default,  # .item(), float(), bool(), if tensor:
@@ -54,13 +54,13 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(sharing: str, zero_stage: int, route: bool = False) -> tuple[DistillationStep, Engine]:
+def build(sharing: str, zero_stage: int, **economies) -> tuple[DistillationStep, Engine]:
     init_distributed()
     widths = {name: (t.num_features, t.token_types) for name, t in TEACHERS.items()}
     student = build_student(ViTConfig(image_size=56, embed_dim=48, depth=2, num_heads=3), ProjectorConfig(), widths)
     engine = Engine(student, OptimizerConfig(), 4, zero_stage)
     engine.state.start_average()
-    cfg = ObjectiveConfig(sharing=sharing, route_by_dataset=route)
+    cfg = ObjectiveConfig(sharing=sharing, **economies)
     own = ownership({n: t.groups for n, t in TEACHERS.items()}, ["3d", "generic"], cfg, torch.device("cpu"))
     statistics = TeacherStatistics(widths)
     step = DistillationStep(engine, TeacherEnsemble(TEACHERS, 14), statistics, own, cfg, all_reduce=lambda x: None)
@@ -68,14 +68,20 @@ def build(sharing: str, zero_stage: int, route: bool = False) -> tuple[Distillat
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-@pytest.mark.parametrize(("sharing", "route"), [("full", False), ("generic", False), ("none", True)])
-def test_a_step_reads_nothing_from_the_device(sharing, route, zero_stage, monkeypatch):
-    step, engine = build(sharing, zero_stage, route)
+@pytest.mark.parametrize(
+    ("sharing", "economies"),
+    [
+        ("full", {}), ("generic", {}), ("none", {"route_by_dataset": True}),
+        ("full", {"presample": True, "patch_share": 0.5}),
+    ],
+)  # fmt: skip
+def test_a_step_reads_nothing_from_the_device(sharing, economies, zero_stage, monkeypatch):
+    step, engine = build(sharing, zero_stage, **economies)
     images, groups, positions = torch.randn(4, 3, 56, 56), torch.tensor([0, 1, 1, 0]), torch.arange(4)
-    on_host = np.array([0, 1, 1, 0])
+    on_host = np.array([0, 1, 1, 0]), None, np.arange(4)
 
     def train(i: int) -> torch.Tensor:
-        loss, metrics, _ = step(images, groups, positions, i, 0.5, on_host)
+        loss, metrics, _ = step(images, groups, positions, i, 0.5, *on_host)
         engine.backward(loss)
         norms = engine.step(1e-3, metrics["loss"])
         engine.state.average(0.9, engine.skipped)

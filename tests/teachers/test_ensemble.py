@@ -98,7 +98,7 @@ def test_grid_multiple_names_the_next_sizes(toy_config):
 def test_tokens_off_the_grid_are_reported(toy_config, images):
     ensemble = TeacherEnsemble({"a": toy_config()}, PATCH)
     ensemble.trunks[0].module.proj.stride = (7, 7)
-    with pytest.raises(ValueError, match=r"teacher a gives \d+ patch tokens, the student 4x6 = 24.*patch_size"):
+    with pytest.raises(ValueError, match=r"teacher a gives \d+ patch tokens for a grid of 4x6 = 24.*patch_size"):
         ensemble(images)
 
 
