@@ -7,13 +7,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from dune_fast.plan import describe
 
 from dune_fast.distill.objective import presampled
 from dune_fast.engine import checkpoints
 from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.engine.flops import block_flops, linear_flops, run_flops
 from dune_fast.engine.metrics import read_metrics
+from dune_fast.planner.describe import describe
 from tests.engine.conftest import build, run_ranks, same_weights, timeless, train
 
 ECONOMIES = ("objective.presample=true", "objective.patch_share=0.5", "teachers.two.scale=0.5")

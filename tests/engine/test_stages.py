@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from dune_fast.plan import describe
 
 from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.engine.flops import mean_flops, run_flops, stage_flops
 from dune_fast.engine.metrics import read_metrics
 from dune_fast.engine.stages import Stage, at_size, stage_at, stages
+from dune_fast.planner.describe import describe
 from tests.engine.conftest import build, same_weights, small_run, timeless, train
 
 PROGRESSIVE = "progressive=[{until:0.3,image_size:28},{until:0.7,image_size:42}]"
