@@ -8,8 +8,8 @@ W bytes of float32 weights, p parts (`train.accumulation`):
     ZeRO 2    2 f G p + f W          the same after every part
     ZeRO 3    (2 f W + f G) p        weights before both passes, gradients to their owner
 
-tests/planner/test_plan_scale.py counts these bytes between two processes. Teachers' statistics are summed once a part: two
-float64 numbers a channel and a count.
+tests/planner/test_plan_scale.py counts these bytes between two processes. Teachers' statistics are summed once a part:
+two float64 numbers a channel and a count.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One rank of tests/planner/test_plan_scale.py: counts the bytes of a step on the only network that this process sees."""
+"""One rank of test_plan_scale.py: counts the bytes of a step on the only network that this process sees."""
 
 from __future__ import annotations
 
