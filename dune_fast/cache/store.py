@@ -40,13 +40,6 @@ def shard_path(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:06}.safetensors"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file whole or not at all."""
-    fresh = path.with_name(f"{path.name}.part")
-    fresh.write_text(json.dumps(value, indent=1))
-    fresh.replace(path)
-
-
 def checksum(tensors: Mapping[str, Tensor], row: int) -> int:
     """Of one row."""
     value = 0

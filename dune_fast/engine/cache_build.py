@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from dune_fast.cache.formats import decode, encode
-from dune_fast.cache.store import MANIFEST, VERSION, Features, shard_path, write_json, write_shard
+from dune_fast.cache.store import MANIFEST, VERSION, Features, shard_path, write_shard
 from dune_fast.dali_pipelines.datasets import index_datasets
 from dune_fast.dali_pipelines.loader import Batch, ViewLoader
+from dune_fast.dali_pipelines.storage import write_whole
 from dune_fast.engine.cache_fingerprint import fingerprint, refuse_other
 from dune_fast.engine.config import ConfigError, RunConfig
 from dune_fast.engine.devices import autocast_dtype
@@ -82,7 +83,7 @@ def build(cfg: RunConfig, part: int = 0, parts: int = 1) -> Path:
             "another folder, fewer data.views, or cache.format=int8"
         )
     if not (folder / MANIFEST).exists():
-        write_json(folder / MANIFEST, manifest)
+        write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     if todo:
         _fill(cfg, folder, datasets, todo, manifest, device)
     return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from dune_fast.cache.store import CacheError, Store
 from dune_fast.dali_pipelines.datasets import Dataset
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.devices import autocast_dtype
+from dune_fast.engine.same_ranks import fingerprint as of_images
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.files import file_sha256
 
@@ -28,7 +28,6 @@ _VIEW = (
 """Fields of `data` that a view depends on."""
 _PIXELS = ("rotate", "shrink")
 """Fields of a dataset that change its images."""
-_NAMES = 4096  # images of a dataset whose names are compared
 _GONE = "not here"
 _SHOWN = 4  # differences that a message lists
 
@@ -50,11 +49,7 @@ def fingerprint(cfg: RunConfig, datasets: Sequence[Dataset], device: torch.devic
         found[f"weights of teacher {name}"] = _weights(teacher)
     for dataset in datasets:
         found |= {f"data.datasets.{dataset.name}.{key}": getattr(dataset.config, key) for key in _PIXELS}
-        found[f"images of dataset {dataset.name}"] = len(dataset.train)
-        step = max(1, len(dataset.train) // _NAMES)
-        names = "\n".join(dataset.train.relative(i) for i in range(0, len(dataset.train), step))
-        found[f"names in dataset {dataset.name}"] = hashlib.sha256(names.encode(errors="replace")).hexdigest()
-    return found
+    return found | {key: value for key, value in of_images(datasets).items() if key.startswith("training")}
 
 
 def _weights(teacher: TeacherConfig) -> str:

@@ -206,7 +206,7 @@ def _flops_at_one_size(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = 
     """`run_flops` of a run without `progressive`."""
     grid = cfg.image_size // cfg.student.patch_size
     teachers: dict[str, int | None] = {}
-    for first, *others in teachers_by_trunk(cfg.teachers):
+    for first, *others in [] if cfg.cache.folder else teachers_by_trunk(cfg.teachers):
         counts = [teacher_flops(name, cfg.teachers[name], grid) for name in (first, *others)]
         deepest = None if None in counts else max(count for count in counts if count is not None)
         if deepest is None and trunks is not None:
@@ -216,14 +216,12 @@ def _flops_at_one_size(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = 
         if deepest is not None:
             deepest = round(deepest * share_of_images(cfg, [first, *others]))
         teachers |= {first: deepest, **dict.fromkeys(others, 0)}
-    if cfg.cache.folder:
-        teachers = dict.fromkeys(cfg.teachers, 0)
     projectors = 0
     for name, t in cfg.teachers.items():
         share = cfg.objective.patch_share
         count = projector_flops(cfg.projector, cfg.student, t.num_features, t.token_types, grid, share)
         projectors += round(count * share_of_images(cfg, [name]))
-    return Flops(vit_flops(cfg.student, grid), projectors, {name: teachers[name] for name in cfg.teachers})
+    return Flops(vit_flops(cfg.student, grid), projectors, {name: teachers.get(name, 0) for name in cfg.teachers})
 
 
 def _count_or_none(name: str, trunk: nn.Module, side: int) -> int | None:
