@@ -68,9 +68,6 @@ class Views:
         self.per_image = per_image
         self._ends, self._seed = source.sizes().cumsum(), seed
 
-    def __len__(self) -> int:
-        return int(self._ends[-1]) * self.per_image
-
     def number(self, images: Sequence[Image], passes: np.ndarray) -> np.ndarray:
         """int64 [B] of B images in these passes over their groups, int64 [B]."""
         dataset, index = np.array(images, np.int64).reshape(-1, 2).T

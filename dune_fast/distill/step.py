@@ -57,6 +57,11 @@ def of_subset(features: Features, subset: PatchSubset) -> Features:
     }
 
 
+def routed(features: Features, routes: Routes) -> Features:
+    """Of features of all images, those of the images that each teacher gets."""
+    return {name: {kind: routes[name].take(x) for kind, x in kinds.items()} for name, kinds in features.items()}
+
+
 @dataclass
 class DistillationStep:
     """Images in, loss out.
@@ -112,10 +117,7 @@ class DistillationStep:
         patches = SharedPatches()
         if features is not None:
             projections = self.student(images, routes, patches, subset)
-            if routes is not None:
-                features = {
-                    name: {kind: routes[name].take(x) for kind, x in kinds.items()} for name, kinds in features.items()
-                }
+            features = features if routes is None else routed(features, routes)
         elif self.side is None:
             projections = self.student(images, routes, patches, subset)  # teacher -> token type -> [B, C] or [B, N, C]
             features = self.teachers(images, routes, patches)
