@@ -44,7 +44,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Adds `cache` and what is below it."""
     parser = commands.add_parser("cache", help="teachers' features on disk")
     own = parser.add_subparsers(dest="cache_command", required=True, metavar="COMMAND")
-    example = "example: dune-fast cache build experiment=demo data.views=2 cache.folder=cache"
+    example = "example: dune-fast cache build experiment=demo data.views=2 cache.folder=runs/cache"
     sub = add_command(own, "build", build, "compute and store features", epilog=example)
     sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="of the run that will read the cache")
     sub.add_argument("--part", default="1/1", metavar="I/N", help="build one of N parts (default: all)")
