@@ -16,9 +16,11 @@ FLOORS = ("kernels", "teachers", "dali_pipelines", "dune_fast", "bench")
 """From the lowest up. The first three are imported as dune_fast.NAME, through links."""
 ROOMS = {
     "distill": {"student"},
-    "engine": {"cache", "distill", "student", "released"},
-    "evaluate": {"distill", "engine", "load", "student"},
+    "engine": {"cache", "distill", "heads", "student", "released"},
+    "evaluate": {"distill", "engine", "heads", "load", "student"},
     "cache": set(),
+    "heads": set(),
+    "infer": {"heads", "load", "evaluate"},
 }
 """What of dune_fast itself, beside their own files, its rooms may import."""
 

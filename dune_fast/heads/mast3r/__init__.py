@@ -1,0 +1,1 @@
+"""MASt3R: two views to pointmaps, confidences, matches and a relative pose."""

@@ -1,0 +1,1 @@
+"""Multi-HMR: one image to the people in it, as SMPL-X bodies."""

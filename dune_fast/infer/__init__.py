@@ -1,0 +1,1 @@
+"""Heads at work: images in, files and pictures out."""
