@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
+import json
 import logging
 import os
 import subprocess
@@ -19,6 +20,7 @@ import torch
 from bench.cost.options import CACHES, OPTIONS, SEEDS, cost_cells
 from bench.proof.cells import Cell, Places, Settings, environment, finished, run_cell, stereo_folder
 from bench.proof.scenes import make_scenes
+from dune_fast.teachers.files import locked
 
 logger = logging.getLogger("bench.cost")
 RESULTS = Path(__file__).parents[1] / "results" / "cost"
@@ -55,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = Settings()
     settings = dataclasses.replace(settings, scenes=dataclasses.replace(settings.scenes, split="study"))
     scenes = args.work / "scenes_study"
-    mark = make_scenes(scenes, settings.scenes)
+    make_scenes(scenes, settings.scenes)
+    mark = json.loads((scenes / "scenes.json").read_text())["fingerprint"]
     places = Places(args.work / "cost", scenes, stereo_folder(), args.results)
     os.environ[CACHES] = str(places.work / "caches")
     globs = args.cell or args.only
