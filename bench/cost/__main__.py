@@ -44,9 +44,9 @@ def build_cache(cell: Cell, settings: Settings, places: Places) -> None:
     chosen = [word for word in cell.overrides if word.startswith(("cache.", "data.views"))]
     if chosen:
         words = [f"experiment={settings.experiment}", f"train.seed={cell.seed}", *chosen]
-        subprocess.run(
-            [sys.executable, "-m", "dune_fast", "cache", "build", *words], env=environment(places), check=True
-        )
+        call = [sys.executable, "-m", "dune_fast", "cache", "build", *words]
+        with locked(places.work / f"cache-{cell.seed}.lock", f"the cache of seed {cell.seed}"):
+            subprocess.run(call, env=environment(places), check=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
