@@ -1,0 +1,1 @@
+"""What each way to spend less saves and loses: `python -m bench.cost`."""
