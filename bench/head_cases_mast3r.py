@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench.case import GRADIENT, Case, Check, compare, relative_error
@@ -14,7 +15,9 @@ from dune_fast.heads.mast3r.decoder import Decoder
 from dune_fast.heads.mast3r.descriptors import DescriptorMLP
 from dune_fast.heads.mast3r.dpt import DPT
 from dune_fast.heads.mast3r.head import Mast3rHead, ViewHead
+from dune_fast.heads.mast3r.matching import reciprocal, symmetric
 from dune_fast.heads.mast3r.official import head_state, read, recognize
+from dune_fast.heads.mast3r.pose import essential, pnp
 from dune_fast.heads.tokens import encode
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.teachers.containers import read_container
@@ -22,6 +25,10 @@ from dune_fast.teachers.encoder_names import flat_blocks
 
 WHOLE, WHOLE_GRADIENT = 1e-4, 1e-3
 """Tolerances from images to outputs: a decoder 8 wide amplifies rounding."""
+
+
+EXACT = 1e-12
+"""Integers that are equal; one that differs gives more."""
 
 
 def _gradients(module: torch.nn.Module, case: Case, names: Mapping[str, str], tolerance: float = GRADIENT):
@@ -133,6 +140,65 @@ def run_dune_mast3r_file(case: Case) -> list[Check]:
     ]
 
 
+def run_reciprocal_nn(case: Case) -> list[Check]:
+    info = case.info
+    maps, confs = [case["in/desc1"], case["in/desc2"]], [case["in/conf1"], case["in/conf2"]]
+    step = info["subsample"]
+    ours = dict(zip(("init/xy1", "init/xy2"), reciprocal(
+        *maps, start=case["in/init_xy1"], tolerance=info["pixel_tol"]
+    ), strict=True))  # fmt: skip
+    for distance in ("dot", "l2"):
+        ours |= zip((f"{distance}/xy1", f"{distance}/xy2"), reciprocal(*maps, step, distance=distance), strict=True)
+    both = symmetric(*maps, *confs, step)
+    ours |= {"symmetric/xy1": both.xy1, "symmetric/xy2": both.xy2, "symmetric/conf": both.confidence}
+    return [Check(name, relative_error(x, case[f"out/{name}"]), EXACT) for name, x in ours.items()]
+
+
+def _angle(a: np.ndarray, b: np.ndarray) -> float:
+    """Degrees between two rotations [3, 3] or two directions [3]."""
+    cosine = (np.trace(a.T @ b) - 1) / 2 if a.ndim == 2 else a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
+
+
+def run_pnp(case: Case) -> list[Check]:
+    """Within 0.2 degrees and 0.02 m of the truth, as the case says."""
+    info, given = case.info, case.under("in")
+    options = {"threshold": info["reprojection_error"], "iterations": info["iterations"]}
+    found = pnp(given["pts3d"].numpy(), given["pts2d"].numpy(), given["K"].numpy(), **options)
+    pose, truth = found.camera_to_world, case["gt/cam_to_world"].numpy()
+    assert pose is not None, found.reason
+    return [
+        Check("degrees", _angle(pose[:3, :3], truth[:3, :3]), 0.2),
+        Check("metres", float(np.linalg.norm(pose[:3, 3] - truth[:3, 3])), 0.02),
+    ]
+
+
+def run_relative_pose(case: Case) -> list[Check]:
+    """Within 0.1 and 0.5 degrees of the truth, and 5 % of the public method's length, as the case says."""
+    info, given = case.info, {name: x.numpy() for name, x in case.under("in").items()}
+    k, pixels1, pixels2 = given["K"], given["kpts0"], given["kpts1"]
+    at1, at2 = (tuple(pixels.astype(int).T[::-1]) for pixels in (pixels1, pixels2))
+    depth1, depth2 = given["depth0"][at1], given["depth1"][at2]
+    emat, options = info["emat"], {"threshold": info["pnp"]["threshold"], "iterations": info["pnp"]["iterations"]}
+    known, rays = depth1 > 0, np.column_stack([pixels1, np.ones(len(pixels1))]) @ np.linalg.inv(k).T
+    ours = {"pnp": pnp((rays * depth1[:, None])[known], pixels2[known], k, **options)}
+    for name, scale in (("emat_scale_ransac", "consensus"), ("emat_scale_mean", "mean")):
+        ours[name] = essential(
+            pixels1, pixels2, k, k, depth1, depth2, threshold=emat["pix_threshold"], scale=scale,
+            scale_threshold=emat["scale_threshold"],
+        )  # fmt: skip
+    checks: list[Check] = []
+    for name, found in ours.items():
+        assert found.rotation is not None and found.translation is not None, found.reason
+        length = np.linalg.norm(case[f"out/{name}/t"].numpy())
+        checks += [
+            Check(f"{name}/degrees", _angle(found.rotation, case["gt/R"].numpy()), 0.1),
+            Check(f"{name}/direction", _angle(found.translation, case["gt/t"].numpy()), 0.5),
+            Check(f"{name}/length", abs(float(np.linalg.norm(found.translation) / length) - 1), 0.05),
+        ]
+    return checks
+
+
 CONTAINERS = {"dunemast3r": run_dune_mast3r_file}
 """`what` of a case of the kind `container` -> what recomputes it."""
 RUNNERS = {
@@ -140,4 +206,7 @@ RUNNERS = {
     "mast3r_head": run_mast3r_head,
     "mast3r_activations": run_mast3r_activations,
     "dune_mast3r": run_dune_mast3r,
+    "reciprocal_nn": run_reciprocal_nn,
+    "pnp": run_pnp,
+    "relative_pose": run_relative_pose,
 }
