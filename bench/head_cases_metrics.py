@@ -51,3 +51,7 @@ def _numbers(ours: dict[str, float], expected: dict[str, float]) -> list[Check]:
         Check(name, relative_error(torch.tensor(ours[name]), torch.tensor(value)), TOLERANCE)
         for name, value in expected.items()
     ]
+
+
+RUNNERS = {"mapfree_metric": run_mapfree_metric, "pose_maa": run_pose_maa}
+"""Kind of a case -> what recomputes it."""
