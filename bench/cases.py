@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, compare, objective_of, relative_error
+from bench.head_cases_multihmr import CONTAINERS as MULTIHMR_CONTAINERS
+from bench.head_cases_multihmr import RUNNERS as MULTIHMR
 from bench.linear_case import run_linear_depth, run_linear_seg
 from bench.teacher_case import run_teacher
 from bench.train_case import run_train
@@ -184,6 +186,14 @@ def run_checkpoint(case: Case) -> list[Check]:
     return compare(ours, {name: value for name, value in case.tensors.items() if name != "image"})
 
 
+def run_container(case: Case) -> list[Check]:
+    """A file in a released container, by what it holds."""
+    return CONTAINERS[case.info["what"]](case)
+
+
+CONTAINERS = {**MULTIHMR_CONTAINERS}
+"""Content of a container -> what recomputes its case."""
+
 RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "encoder": run_encoder,
     "tp": run_tp,
@@ -196,5 +206,7 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "train": run_train,
     "linear_depth": run_linear_depth,
     "linear_seg": run_linear_seg,
+    **MULTIHMR,
+    "container": run_container,
 }
 """Kind of a case -> what recomputes it; a kind that is not here is "not built"."""
