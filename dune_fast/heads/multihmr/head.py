@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from dune_fast.heads.head import Head, HeadError
-from dune_fast.heads.multihmr.camera import camera_embedding, depth_of, focal_ratio, inverse, project, unproject
+from dune_fast.heads.multihmr.camera import (
+    camera_embedding,
+    default_intrinsics,
+    depth_of,
+    focal_ratio,
+    inverse,
+    project,
+    unproject,
+)
 from dune_fast.heads.multihmr.detection import Cells, detect, scores_of, suppress
 from dune_fast.heads.multihmr.hph import HPH, NUM_ROTATIONS
 from dune_fast.heads.multihmr.rotations import matrix_from_six
@@ -151,18 +159,20 @@ class MultiHmrHead(Head):
         )  # fmt: skip
 
     def forward(
-        self, tokens: EncoderTokens, intrinsics: Tensor, threshold: float = 0.3, nms: int = 3,
+        self, tokens: EncoderTokens, intrinsics: Tensor | None = None, threshold: float = 0.3, nms: int = 3,
         cells: Cells | None = None,
     ) -> People:  # fmt: skip
         """The people found in B images, or those in the given cells.
 
         Args:
             tokens: of S x S images.
-            intrinsics: K [B, 3, 3], see `camera.default_intrinsics`.
+            intrinsics: K [B, 3, 3]; None for `camera.default_intrinsics`.
             threshold: score from which on a patch holds a person; 0.3 of the published demo, 0.2 of its evaluation.
             nms: patches of the neighbourhood within which the highest score alone counts.
             cells: of the ground truth, in training: nothing is searched.
         """
+        if intrinsics is None:
+            intrinsics = default_intrinsics(self.image_size).to(tokens.patch.device).expand(len(tokens.patch), 3, 3)
         if cells is not None:
             return self.decode(tokens.patch, intrinsics, cells)
         scores = suppress(self.score_map(tokens.patch), nms)

@@ -111,20 +111,8 @@ class BodyModel(nn.Module):
             rotations: [P, 55, 3, 3] in the model's order: root, 21 body, jaw, eyes, left hand, right hand.
             expression: [P, m] or None.
         """
-        count, mixed = betas.shape[1], [betas]
-        directions, joint_directions = [self.shapes[..., :count]], [self.joint_shapes[..., :count]]
-        if expression is not None:
-            stop = self.expression_start + expression.shape[1]
-            columns = slice(self.expression_start, stop)
-            directions.append(self.shapes[..., columns])
-            joint_directions.append(self.joint_shapes[..., columns])
-            mixed.append(expression)
-            count = max(count, stop)
-        if count > self.shapes.shape[-1]:
-            raise BodyModelError(f"the body model has {self.shapes.shape[-1]} shape directions, {count} are asked for")
-        coefficients = torch.cat(mixed, 1)
-        shaped = self.template + torch.einsum("pl,vcl->pvc", coefficients, torch.cat(directions, -1))
-        rest = self.joint_template + torch.einsum("pl,jcl->pjc", coefficients, torch.cat(joint_directions, -1))
+        shaped = self._shaped(self.template, self.shapes, betas, expression)
+        rest = self._shaped(self.joint_template, self.joint_shapes, betas, expression)
         eye = torch.eye(3, dtype=rotations.dtype, device=rotations.device)
         posed = shaped + ((rotations[:, 1:] - eye).flatten(1) @ self.poses).view_as(shaped)
         turns, joints = self._chain(rotations, rest)
@@ -150,9 +138,21 @@ class BodyModel(nn.Module):
                 turns[i], places[i] = turned[:, k], moved[:, k]
         return torch.stack(turns, 1), torch.stack(places, 1)
 
-    def pelvis(self, betas: Tensor) -> Tensor:
+    def pelvis(self, betas: Tensor, expression: Tensor | None = None) -> Tensor:
         """Where the pelvis of an unmoved body is, [P, 3]: the root turns about it."""
-        return self.joint_template[0] + betas @ self.joint_shapes[0, :, : betas.shape[1]].T
+        return self._shaped(self.joint_template[:1], self.joint_shapes[:1], betas, expression)[:, 0]
+
+    def _shaped(self, template: Tensor, directions: Tensor, betas: Tensor, expression: Tensor | None) -> Tensor:
+        """Points [P, n, 3] of a template [n, 3] and directions [n, 3, S]."""
+        columns, start = directions.shape[-1], self.expression_start
+        last = max(betas.shape[1], 0 if expression is None else start + expression.shape[1])
+        if last > columns:
+            raise BodyModelError(f"the body model has {columns} shape directions, {last} are asked for")
+        points = template + torch.einsum("pl,ncl->pnc", betas, directions[..., : betas.shape[1]])
+        if expression is None:
+            return points
+        chosen = directions[..., start : start + expression.shape[1]]
+        return points + torch.einsum("pl,ncl->pnc", expression, chosen)
 
     def matrices(self, root: Tensor, body: Tensor, jaw: Tensor, leye: Tensor, reye: Tensor, left_hand: Tensor,
                  right_hand: Tensor, flat_hand_mean: bool = True) -> Tensor:  # fmt: skip
