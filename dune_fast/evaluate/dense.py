@@ -44,7 +44,7 @@ class DenseTask:
     recipe: Recipe
     layers: int = 1
     classes: int = 0
-    """Segmentation: 0 for the layout's, or those that the training labels have."""
+    """Segmentation: 0 for as many as have names, the layout's, or those that the training labels have."""
     max_depth: float = 10.0
     """Metres; deeper pixels do not count in the metric."""
     crop: DepthCrop = DepthCrop()
@@ -73,7 +73,7 @@ def run_dense(job: DenseTask, model: FrozenModel, cache: Path, ranks: Ranks) -> 
         DataError: images or targets that cannot be read.
         ValueError: labels that no class has, a batch that ranks cannot share.
     """
-    classes = job.classes or CLASSES.get(job.train.layout, 0)
+    classes = job.classes or len(job.names) or CLASSES.get(job.train.layout, 0)
     if job.task == "segmentation":
         job = replace(job, classes=classes or count_classes(job.train, ranks))
         classes = job.classes
