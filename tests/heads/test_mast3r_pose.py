@@ -64,7 +64,7 @@ def test_the_essential_matrix_finds_the_pose_and_depths_its_length(scale):
         depth1[1::7] *= 1.5  # wrong: the mean of the lengths would follow
     found = essential(s["pixels1"], s["pixels2"], K1, K2, depth1, depth2, scale=scale)
     degrees, metres = errors(found)
-    assert degrees < 0.15 and metres < 0.04  # without the refinement 1.5 degrees
+    assert degrees < 0.15 and metres < 0.06  # without the refinement 1.5 degrees
     assert found.inliers > (80 if scale == "consensus" else 200)
     again = essential(s["pixels1"], s["pixels2"], K1, K2, depth1, depth2, scale=scale)
     assert np.array_equal(found.rotation, again.rotation) and np.array_equal(found.translation, again.translation)
