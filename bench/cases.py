@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench import head_cases_mast3r
+from bench import head_cases_mast3r, head_cases_metrics, head_cases_multihmr
 from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, compare, objective_of, relative_error
 from bench.linear_case import run_linear_depth, run_linear_seg
 from bench.teacher_case import run_teacher
@@ -185,7 +185,7 @@ def run_checkpoint(case: Case) -> list[Check]:
     return compare(ours, {name: value for name, value in case.tensors.items() if name != "image"})
 
 
-CONTAINERS = {**head_cases_mast3r.CONTAINERS}
+CONTAINERS = {**head_cases_mast3r.CONTAINERS, **head_cases_multihmr.CONTAINERS}
 """`what` of a case of the kind `container` -> what recomputes it."""
 
 
@@ -211,5 +211,7 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "linear_seg": run_linear_seg,
     "container": run_container,
     **head_cases_mast3r.RUNNERS,
+    **head_cases_metrics.RUNNERS,
+    **head_cases_multihmr.RUNNERS,
 }
 """Kind of a case -> what recomputes it; a kind that is not here is "not built"."""
