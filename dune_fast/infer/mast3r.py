@@ -141,8 +141,7 @@ def _write(
         for maps in (seen.points, [view.colours for view in views])
     )
     write_ply(paths[1], points, colours)
-    title = f"{len(xy[0])} matches, {pose.inliers} agree with the pose" if not pose.reason else f"{len(xy[0])} matches"
-    draw_matches(paths[2], [view.colours for view in views], xy, seen.depths, title)
+    draw_matches(paths[2], [view.colours for view in views], xy, seen.depths)
     return paths
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import colorsys
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from dune_fast.dali_pipelines.storage import write_whole
+from dune_fast.infer.legends import depth_colours, with_depth_legend
 
 _DRAWN = 100
 """Lines between matches at most: more hide the images."""
 _GAP = 8
-"""Pixels between the two images."""
+"""Pixels between the pictures."""
 
 
 def write_ply(path: Path, points: np.ndarray, colours: np.ndarray) -> None:
@@ -28,41 +31,33 @@ def write_ply(path: Path, points: np.ndarray, colours: np.ndarray) -> None:
 
 
 def draw_matches(
-    path: Path, images: Sequence[np.ndarray], pixels: Sequence[np.ndarray], depths: Sequence[np.ndarray], title: str
+    path: Path, images: Sequence[np.ndarray], pixels: Sequence[np.ndarray], depths: Sequence[np.ndarray]
 ) -> None:
-    """Both images with lines between matches, evenly chosen where there are many, and both depth maps.
+    """Both images with lines between matches, evenly chosen where there are many, and both depth maps beside them.
 
     Args:
         path: PNG to write.
         images: uint8 [h, w, 3] each.
         pixels: [N, 2] of each image, (x, y).
-        depths: [h, w] of each image, in metres.
-        title: above the images.
+        depths: [h, w] of each image, in metres, coloured in one range.
     """
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    (h1, w1), (h2, w2) = (image.shape[:2] for image in images)
-    canvas = np.full((max(h1, h2), w1 + _GAP + w2, 3), 255, np.uint8)
-    canvas[:h1, :w1], canvas[:h2, w1 + _GAP :] = images
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    widths = [canvas.shape[1] / canvas.shape[0], *(w / h for h, w in ((h1, w1), (h2, w2)))]
-    axes = figure.subplots(1, 3, width_ratios=widths)
-    axes[0].imshow(canvas)
-    axes[0].set_title(title, fontsize=10)
-    chosen = np.unique(np.linspace(0, len(pixels[0]) - 1, _DRAWN).round().astype(int)) if len(pixels[0]) else []
-    for i in chosen:
+    positive = np.concatenate([depth[depth > 0] for depth in depths])
+    low, high = np.percentile(positive, (2, 98)) if len(positive) else (0.0, 1.0)
+    maps = [with_depth_legend(depth_colours(depth, low, high), low, high) for depth in depths]
+    parts = [*(Image.fromarray(image) for image in images), *maps]
+    lefts = np.cumsum([0, *(part.width + _GAP for part in parts)])
+    canvas = Image.new("RGB", (int(lefts[-1]) - _GAP, max(part.height for part in parts)), "white")
+    for part, left in zip(parts, lefts, strict=False):
+        canvas.paste(part, (int(left), 0))
+    draw = ImageDraw.Draw(canvas)
+    count = len(pixels[0])
+    for i in np.unique(np.linspace(0, count - 1, _DRAWN).round().astype(int)) if count else ():
         (x1, y1), (x2, y2) = pixels[0][i], pixels[1][i]
-        colour = colormaps["jet"](y1 / h1)
-        axes[0].plot([x1, x2 + w1 + _GAP], [y1, y2], "-o", color=colour, linewidth=0.7, markersize=2)
-    for axis, depth, name in zip(axes[1:], depths, ("1", "2"), strict=True):
-        positive = depth[np.isfinite(depth) & (depth > 0)]
-        low, high = np.percentile(positive, (2, 98)) if len(positive) else (0, 1)
-        drawn = axis.imshow(depth, cmap="turbo_r", vmin=low, vmax=high)
-        axis.set_title(f"depth of image {name} [m]", fontsize=10)
-        figure.colorbar(drawn, ax=axis, shrink=0.8)
-    for axis in axes:
-        axis.set(xticks=[], yticks=[])
+        x2 = x2 + lefts[1]
+        colour = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(0.8 * y1 / images[0].shape[0], 1, 1))
+        draw.line((x1, y1, x2, y2), colour)
+        for x, y in ((x1, y1), (x2, y2)):
+            draw.ellipse((x - 2, y - 2, x + 2, y + 2), outline=colour)
     file = io.BytesIO()
-    figure.savefig(file, dpi=110, format="png")
+    canvas.save(file, "PNG")
     write_whole(path, file.getvalue())
