@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, compare, objective_of, relative_error
-from bench.head_cases_mast3r_training import run_mast3r_loss
+from bench.head_cases_mast3r_training import run_mast3r_loss, run_pair_correspondences
 from bench.linear_case import run_linear_depth, run_linear_seg
 from bench.teacher_case import run_teacher
 from bench.train_case import run_train
@@ -198,5 +198,6 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "linear_depth": run_linear_depth,
     "linear_seg": run_linear_seg,
     "mast3r_loss": run_mast3r_loss,
+    "pair_correspondences": run_pair_correspondences,
 }
 """Kind of a case -> what recomputes it; a kind that is not here is "not built"."""

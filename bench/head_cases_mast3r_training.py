@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bench.case import FORWARD, GRADIENT, Case, Check, relative_error
+from dune_fast.heads.mast3r.correspondences import back_project, correspondences, nearest_pixels, sample
+from dune_fast.heads.mast3r.crops import covering_size, nearest_resize, recentre, scaled_intrinsics
 from dune_fast.heads.mast3r.matching_loss import MatchingLoss, MatchingLossConfig, at, average_precision
 from dune_fast.heads.mast3r.point_loss import PointLoss, PointLossConfig
 
@@ -83,4 +86,42 @@ def run_mast3r_loss(case: Case) -> list[Check]:
                 checks.append(Check(key, relative_error(x.grad, case[key]), GRADIENT))
             elif x.grad is not None and x.grad.abs().max() > 0:
                 checks.append(Check(key + " should have none", float("inf"), GRADIENT))
+    return checks
+
+
+def run_pair_correspondences(case: Case) -> list[Check]:
+    info = case.info
+    views = [{name: x.numpy() for name, x in case.under(f"in/view{v}").items()} for v in (1, 2)]
+    depths, cameras, poses = ([v[n] for v in views] for n in ("depthmap", "camera_intrinsics", "camera_pose"))
+    sizes = tuple(depth.shape for depth in depths)
+    points = [back_project(*given) for given in zip(depths, cameras, poses, strict=True)]
+    ours: dict[str, Any] = {}
+    for v in (1, 2):
+        ours[f"view{v}/pts3d"], ours[f"view{v}/valid_mask"] = points[v - 1], depths[v - 1] > 0
+    found = correspondences(points[0], points[1], tuple(cameras), tuple(poses))
+    small, scale = covering_size(depths[0].shape[::-1], tuple(info["rescale_target"]))
+    ours |= {"rescale/size": np.array(small), "rescale/depthmap": nearest_resize(depths[0], small)}
+    ours |= {"rescale/K": scaled_intrinsics(cameras[0], scale), "rescale/bbox": np.array([0, 0, *small])}
+    turned = recentre(cameras[0].astype(np.float64), case["in/crop"].numpy(), tuple(info["crop_target"]))
+    ours |= {"crop/H": turned.homography, "crop/K": turned.intrinsics, "crop/R": turned.rotation}
+    expected = case.under("out")
+    checks = [Check(name, relative_error(torch.as_tensor(x), expected[name]), FORWARD) for name, x in ours.items()]
+    # integers: up to 0.1 % of the pixels may lie on a rounding boundary
+    for v, name in ((1, "corres_1_to_2"), (2, "corres_2_to_1")):
+        other = 2 - v
+        index = nearest_pixels(points[v - 1], cameras[other], poses[other], sizes[other])
+        checks.append(Check(name, float((index != expected[name].numpy()).mean()), 1e-3))
+    flat = [xy[:, 1].numpy() * w + xy[:, 0].numpy() for xy, (_, w) in zip((expected["xy1"], expected["xy2"]), sizes,
+                                                                           strict=True)]  # fmt: skip
+    wanted = set(zip(*(x.tolist() for x in flat), strict=True))
+    differing = len(wanted ^ set(zip(*(x.tolist() for x in found), strict=True)))
+    checks.append(Check("xy", differing / len(wanted), 1e-3))
+    drawn = sample(found, sizes, info["n_corres"], info["nneg"], np.random.default_rng(0))
+    for title, (xy1, xy2, true) in (("ours", drawn), ("sampled", [expected[f"sampled/{n}"].numpy() for n in
+                                                                  ("xy1", "xy2", "valid")])):  # fmt: skip
+        pairs = zip(*((xy[:, 1] * w + xy[:, 0]).tolist() for xy, (_, w) in zip((xy1, xy2), sizes, strict=True)),
+                    strict=True)  # fmt: skip
+        wrong = sum((pair in wanted) != bool(is_true) for pair, is_true in zip(pairs, true, strict=True))
+        checks.append(Check(f"{title}/positives lie in xy", wrong, 0.5))
+        checks.append(Check(f"{title}/number of positives", abs(int(true.sum()) - info["n_corres"] / 2), 0.5))
     return checks
