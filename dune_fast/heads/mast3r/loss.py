@@ -51,7 +51,9 @@ _TEST_INVARIANT = PointLoss(PointLossConfig(gt_scale=True, sky_loss_value=0, alp
 
 
 @torch.no_grad()
-def test_criterion(gt1: View, gt2: View, pred1: View, pred2: View, negatives_padding: int = 12288) -> dict[str, Tensor]:
+def held_out_metrics(
+    gt1: View, gt2: View, pred1: View, pred2: View, negatives_padding: int = 12288
+) -> dict[str, Tensor]:
     """What a head is tested by: `points` and `points_invariant`, sums over the two views of the mean distance without
     and with scale and shift taken out, and `average_precision` of the descriptors, the higher the better."""
     return {
