@@ -30,11 +30,6 @@ class PosedView(NamedTuple):
         """(width, height)."""
         return self.image.shape[1], self.image.shape[0]
 
-    def transposed(self) -> PosedView:
-        """x and y swapped in the image and the camera; its pose stays, so pixel (x, y) keeps its point as (y, x)."""
-        swap = np.array([1, 0, 2])
-        return PosedView(self.image.swapaxes(0, 1), self.depth.T, self.intrinsics[swap][:, swap], self.pose)
-
 
 def scaled_intrinsics(
     intrinsics: np.ndarray, scale: float | np.ndarray, offset: tuple[float, float] = (0, 0)
@@ -62,7 +57,7 @@ def resize_and_cut(view: PosedView, target: tuple[int, int]) -> PosedView:
     """The view resized until it covers the target size, then its centre."""
     size, scale = covering_size(view.size, target)
     taken = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
-    image = np.asarray(Image.fromarray(view.image).resize(size, taken))
+    image = np.array(Image.fromarray(view.image).resize(size, taken))
     left, top = ((s - t) // 2 for s, t in zip(size, target, strict=True))
     window = np.s_[top : top + target[1], left : left + target[0]]
     # what `resize` does: the factor of each axis is that of the whole sizes
@@ -113,17 +108,17 @@ def warp(view: PosedView, box: np.ndarray, target: tuple[int, int]) -> PosedView
     # to [-1, 1] from the first pixel's centre to the last one's
     where = torch.from_numpy(2 * xy / (np.array(view.size) - 1) - 1).float()[None]
     image = torch.from_numpy(np.ascontiguousarray(view.image)).permute(2, 0, 1)[None].float()
-    image = F.grid_sample(image, where, mode="bicubic", padding_mode="zeros", align_corners=True)
+    image = F.grid_sample(image, where, mode="bicubic", padding_mode="border", align_corners=True)
     column, row = np.rint(xy).astype(np.int64).transpose(2, 0, 1)
     inside = (column >= 0) & (column < view.size[0]) & (row >= 0) & (row < view.size[1])
     column, row = np.where(inside, column, 0), np.where(inside, row, 0)
     # the third coordinate of the old pixel's point in the new camera
-    ray = np.linalg.solve(view.intrinsics, np.stack([column, row, np.ones_like(row)], -1)[..., None])[..., 0]
+    ray = np.stack([column, row, np.ones_like(row)], -1) @ np.linalg.inv(view.intrinsics).T
     depth = view.depth[row, column] * (ray @ turned.rotation)[..., 2]
     pose = np.array(view.pose)
     pose[:3, :3] = view.pose[:3, :3] @ turned.rotation
     return PosedView(
-        image[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).numpy(),
+        image[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).numpy() * inside[..., None],
         np.where(inside, depth, 0).astype(np.float32), turned.intrinsics.astype(view.intrinsics.dtype), pose,
     )  # fmt: skip
 
