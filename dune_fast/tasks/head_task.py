@@ -1,0 +1,124 @@
+"""What a kind of head gives to be trained. The run gives all the rest: ranks, checkpoints, schedule, guards, log.
+
+    examples (host threads) -> collate -> device -> loss(head, encoder, batch) -> backward -> AdamW
+
+A class of this protocol is made of the run's configuration, and its constructor is cheap: it reads `cfg.head` and
+raises ConfigError for options that make no sense; it reads no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dune_fast.evaluate.ranks import Ranks
+from dune_fast.heads.head import Head
+from dune_fast.heads.tokens import EncoderTokens, encode
+from dune_fast.kernels.nn.vit import VisionTransformer
+
+Batch = dict[str, Any]
+"""Name -> tensors, or whatever else a task collates; the run moves tensors to the device, in lists and dictionaries
+too."""
+
+
+class Missing(NamedTuple):
+    """Something that a task needs and that is not there."""
+
+    what: str
+    """e.g. "ADE20K, training images"."""
+    where: str
+    """Field of the configuration and the place where it was looked for, e.g. "head.data.root=/data/ade20k/images"."""
+    ask: str
+    """Where a user gets it, and under which terms: a sentence."""
+
+
+class Loss(NamedTuple):
+    """Of one part of a rank's batch."""
+
+    loss: Tensor
+    """A scalar with gradient: a mean over the part. Parts of all ranks count the same, as under data parallelism."""
+    metrics: dict[str, Tensor]
+    """Detached scalars on the device by name, without "loss": they are averaged over parts and ranks, and logged."""
+    each: Tensor | None = None
+    """The loss of every example, detached [B], where the task knows it: a step that is not finite then names them."""
+
+
+@dataclass(frozen=True)
+class FrozenEncoder:
+    """An encoder whose weights stay what they are; its products run in the run's precision."""
+
+    network: VisionTransformer
+    """In evaluation mode, on the device, without gradients."""
+    dtype: torch.dtype | None = None
+    """Of the products under autocast; None for float32."""
+
+    def __call__(self, images: Tensor) -> EncoderTokens:
+        """float32 tokens of images [B, 3, H, W], normalised as `network.transform` does; no gradient."""
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
+            found = encode(self.network, images)
+        return EncoderTokens(*(x.float() if isinstance(x, Tensor) else x for x in found[:4]), found.grid)
+
+
+class HeadTask(Protocol):
+    """One kind of head's training."""
+
+    kind: str
+    """A key of `TASKS`."""
+
+    def missing(self) -> list[Missing]:
+        """What of the data (files, folders, packages) is not there; looked for, not read. A run starts if it is empty;
+        `dune-fast heads check` prints it."""
+
+    def open(self) -> dict[str, int]:
+        """Opens the data, on every rank; data set -> number of examples. A run that goes on must find the same."""
+
+    def build_head(self, encoder: VisionTransformer) -> Head:
+        """The head on this encoder, by `cfg.head.options`, drawn from torch's generator, which the run has seeded."""
+
+    def example(self, step: int, slot: int) -> Any:
+        """A training example, on the host: a pure function of (`cfg.train.seed`, step, slot) and the data.
+
+        Called from several threads, ahead of the step.
+
+        Args:
+            step: of the run, from 0.
+            slot: place in the global batch, 0 to `cfg.train.global_batch` - 1; which rank takes it does not matter.
+
+        Raises:
+            DataError: a file that cannot be read; the run saves and stops.
+        """
+
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        """One part of a rank's batch of its examples, on the host; `stack` serves most tasks."""
+
+    def loss(self, head: Callable[..., Any], encoder: FrozenEncoder, batch: Batch, step: int) -> Loss:
+        """Loss of a part.
+
+        Args:
+            head: takes what the head's `forward` takes; it may be the head or DeepSpeed around it.
+            encoder: tokens of images.
+            batch: of `collate`, on the device.
+            step: of the run.
+        """
+
+    def evaluate(self, head: Head, encoder: FrozenEncoder, ranks: Ranks) -> dict[str, float]:
+        """The task's own metrics on its validation examples, the same on every rank; empty if there are none.
+
+        All ranks call it every `evaluation.every` steps and at the end, and share the examples out
+        (`range(ranks.rank, count, ranks.size)`, then `ranks.add(sums)`). The head is in evaluation mode.
+        """
+
+
+def stack(examples: Sequence[Mapping[str, Any]]) -> Batch:
+    """Examples of the same names: tensors and numbers are stacked, [B, ...]; everything else becomes a list."""
+    names = examples[0].keys()
+    rows = {name: [example[name] for example in examples] for name in names}
+    return {
+        name: torch.stack(row) if isinstance(row[0], Tensor)
+        else torch.tensor(row) if isinstance(row[0], bool | int | float) else row
+        for name, row in rows.items()
+    }  # fmt: skip
