@@ -11,4 +11,4 @@ TASKS = {
     "mast3r": "dune_fast.tasks.mast3r:Mast3rTask",
     "multihmr": "dune_fast.tasks.multihmr:MultiHmrTask",
 }
-"""Kind of head (`dune_fast.heads.head.KINDS`) -> module and class of a `head_task.HeadTask`, imported when asked for."""
+"""Kind of head (`heads.head.KINDS`) -> module and class of its `head_task.HeadTask`, imported when asked for."""

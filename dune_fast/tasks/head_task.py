@@ -8,17 +8,24 @@ raises ConfigError for options that make no sense; it reads no data.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
+from dune_fast.engine.config_sections import ConfigError
+from dune_fast.engine.overrides import first_line
 from dune_fast.evaluate.ranks import Ranks
 from dune_fast.heads.head import Head
 from dune_fast.heads.tokens import EncoderTokens, encode
 from dune_fast.kernels.nn.vit import VisionTransformer
+
+T = TypeVar("T")
 
 Batch = dict[str, Any]
 """Name -> tensors, or whatever else a task collates; the run moves tensors to the device, in lists and dictionaries
@@ -64,7 +71,11 @@ class FrozenEncoder:
 
 
 class HeadTask(Protocol):
-    """One kind of head's training."""
+    """One kind of head's training.
+
+    `cfg.head` is an `engine.config_sections.HeadConfig`; `section` reads its free parts into a dataclass of the task's
+    own, e.g. `section(PairData, cfg.head.data, "head.data")`. Schedule and optimizer are `cfg.optimizer`.
+    """
 
     kind: str
     """A key of `TASKS`."""
@@ -111,6 +122,24 @@ class HeadTask(Protocol):
         All ranks call it every `evaluation.every` steps and at the end, and share the examples out
         (`range(ranks.rank, count, ranks.size)`, then `ranks.add(sums)`). The head is in evaluation mode.
         """
+
+
+def section(kind: type[T], values: Mapping[str, Any], name: str) -> T:
+    """A free part of `cfg.head` as a dataclass of the task's own.
+
+    Args:
+        kind: the dataclass; types are checked and defaults filled in as for the whole configuration.
+        values: e.g. `cfg.head.data`.
+        name: for messages, e.g. "head.data".
+
+    Raises:
+        ConfigError: a field that there is not, or a value of another type.
+    """
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), dict(values)))
+    except (OmegaConfBaseException, ValueError) as error:
+        fields = ", ".join(f.name for f in dataclasses.fields(kind))
+        raise ConfigError(f"{name}: {first_line(error)}; its fields are {fields}") from None
 
 
 def stack(examples: Sequence[Mapping[str, Any]]) -> Batch:
