@@ -186,7 +186,7 @@ def train(args: argparse.Namespace, rank: int, started: Started) -> int:
     started.output_dir, started.go_on = cfg.output_dir, how_to_go_on(cfg)
     with InRunEvaluation(cfg) as evaluate:
         trainer = Trainer(cfg, evaluate)
-        held_out = cfg.evaluation.held_out and any(len(dataset.val) for dataset in trainer.loader.datasets)
+        held_out = cfg.evaluation.held_out and any(len(dataset.val) for dataset in trainer.task.loader.datasets)
         if rank == 0 and cfg.evaluation.held_out and not held_out:
             logger.warning(
                 "no image is held out, so the student will not be compared with its teachers at the end: set "

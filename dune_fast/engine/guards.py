@@ -37,8 +37,9 @@ class Names:
     """What the numbers of a step stand for."""
 
     teachers: Sequence[str]
+    """Rows of the losses: teachers, or the head."""
     datasets: Sequence[str]
-    parameters: Sequence[str]
+    parameters: Sequence[str] = ()
 
 
 @torch.no_grad()
