@@ -95,6 +95,7 @@ def _hold(run: Path) -> None:
 _RESULTS = (
     "checkpoints", "tensorboard", "metrics.jsonl", "log.txt", "run.json", "state.json", "config.yaml",
     "encoder.safetensors", "student.safetensors", "student_raw.safetensors", "start.safetensors",
+    "head.safetensors", "head_raw.safetensors",
     "drift.json", "held_out.json", "pca.png",
     "loss.png", "report.html", "quarantine.rank*.jsonl", "nonfinite_step_*.safetensors",
 )  # fmt: skip

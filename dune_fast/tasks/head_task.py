@@ -9,7 +9,7 @@ raises ConfigError for options that make no sense; it reads no data.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -22,8 +22,9 @@ from dune_fast.engine.config_sections import ConfigError
 from dune_fast.engine.overrides import first_line
 from dune_fast.evaluate.ranks import Ranks
 from dune_fast.heads.head import Head
-from dune_fast.heads.tokens import EncoderTokens, encode
+from dune_fast.heads.tokens import BlockTokens, EncoderTokens, encode
 from dune_fast.kernels.nn.vit import VisionTransformer
+from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD
 
 T = TypeVar("T")
 
@@ -63,11 +64,25 @@ class FrozenEncoder:
     dtype: torch.dtype | None = None
     """Of the products under autocast; None for float32."""
 
-    def __call__(self, images: Tensor) -> EncoderTokens:
-        """float32 tokens of images [B, 3, H, W], normalised as `network.transform` does; no gradient."""
+    def __call__(self, images: Tensor, blocks: Collection[int] = ()) -> EncoderTokens:
+        """Tokens without gradient, in float32.
+
+        Args:
+            images: [B, 3, H, W], normalised with ImageNet's mean and standard deviation, whatever the encoder's are.
+            blocks: see `heads.tokens.encode`.
+        """
+        network = self.network
+        if (own := (*network.mean, *network.std)) != (*IMAGENET_MEAN, *IMAGENET_STD):
+            shift, scale, mean, std = images.new_tensor([*IMAGENET_MEAN, *IMAGENET_STD, *own]).view(4, 3, 1, 1)
+            images = (images * scale + shift - mean) / std
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
-            found = encode(self.network, images)
-        return EncoderTokens(*(x.float() if isinstance(x, Tensor) else x for x in found[:4]), found.grid)
+            found = encode(network, images, blocks)
+        kept = {i: BlockTokens(*_float(part)) for i, part in found.blocks.items()}
+        return EncoderTokens(*_float(found.last), found.grid, kept)
+
+
+def _float(part: BlockTokens) -> list[Tensor | None]:
+    return [None if x is None else x.float() for x in part]
 
 
 class HeadTask(Protocol):
@@ -84,11 +99,15 @@ class HeadTask(Protocol):
         """What of the data (files, folders, packages) is not there; looked for, not read. A run starts if it is empty;
         `dune-fast heads check` prints it."""
 
-    def open(self) -> dict[str, int]:
-        """Opens the data, on every rank; data set -> number of examples. A run that goes on must find the same."""
+    def open(self, ranks: Ranks) -> dict[str, int]:
+        """Opens the data; data set -> number of training examples. All ranks call it. A run that goes on must find the
+        same."""
 
     def build_head(self, encoder: VisionTransformer) -> Head:
-        """The head on this encoder, by `cfg.head.options`, drawn from torch's generator, which the run has seeded."""
+        """The head on this encoder, by `cfg.head.options`, drawn from torch's generator, which the run has seeded.
+
+        `open` has been called, but for a count of parameters. Parameters that no loss reaches are frozen here.
+        """
 
     def example(self, step: int, slot: int) -> Any:
         """A training example, on the host: a pure function of (`cfg.train.seed`, step, slot) and the data.
@@ -119,8 +138,9 @@ class HeadTask(Protocol):
     def evaluate(self, head: Head, encoder: FrozenEncoder, ranks: Ranks) -> dict[str, float]:
         """The task's own metrics on its validation examples, the same on every rank; empty if there are none.
 
-        All ranks call it every `evaluation.every` steps and at the end, and share the examples out
-        (`range(ranks.rank, count, ranks.size)`, then `ranks.add(sums)`). The head is in evaluation mode.
+        All ranks call it every `evaluation.every` steps and after the last one. They share the examples out by
+        `for index in ranks.share("evaluating", count)`, which also ends it if the run is to stop, and add up by
+        `ranks.add(sums)`. The head is a copy, in evaluation mode.
         """
 
 
