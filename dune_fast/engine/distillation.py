@@ -49,6 +49,9 @@ class Distillation:
     def __init__(self, cfg: RunConfig) -> None:
         self.cfg = cfg
 
+    def check(self) -> None:
+        """`build` says what is missing of teachers and images, where it reads them."""
+
     def checkpoint_bytes(self) -> int:
         return checkpoint_bytes(self.cfg)
 

@@ -45,8 +45,7 @@ def scheduled_rates(
     """The learning rate of every step by one of `SCHEDULES`, float64 [n]."""
     if schedule == "dune":
         return learning_rates(n, peak, minimum, warmup_fraction)
-    # what is written as a share of a long run, such as 1500 / 40000, must come out whole
-    warmup = int(warmup_fraction * n + 1e-6)
+    warmup = round(warmup_fraction * n)
     rising = np.arange(warmup) / max(warmup, 1)
     if schedule == "mast3r":
         return np.concatenate([peak * rising, cosine(peak, minimum, n - warmup)])

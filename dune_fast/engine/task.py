@@ -3,6 +3,7 @@
 The run has ranks, folder, device, precision, DeepSpeed's engine, schedule of the optimizer, checkpoints, guard, log and
 the loop. A task has the data, the network, and the way from a batch to a loss. The run calls it in this order:
 
+    check                      before the folder is touched
     checkpoint_bytes, fit      while the folder is opened: what the run will take
     build -> module            data and network; the run puts DeepSpeed around the module and hands that to `use`
     resume                     what a checkpoint has of the task, in a run that goes on
@@ -69,6 +70,9 @@ class Task(Protocol):
     """What the guard's numbers stand for, without `parameters`; after `build`."""
     waited_s: float
     """Seconds that the run has waited for batches."""
+
+    def check(self) -> None:
+        """ValueError if something that the task needs is missing."""
 
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint; rank 0 calls it."""

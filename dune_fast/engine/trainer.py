@@ -97,6 +97,7 @@ class Trainer:
         self.hosts = meet(cfg)
         micro_batch_size(cfg, self.world_size)  # a batch that cannot be shared out leaves the folder alone
         check_packages(cfg.logging)
+        self.task.check()
         self.run_dir = Path(cfg.output_dir)
         precision, memory = agreed_precision(cfg.train.precision, self.device), smallest_memory(self.device)
         resume_step = open_run(

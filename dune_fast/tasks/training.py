@@ -1,4 +1,4 @@
-"""The training of a head as a run's task: a frozen encoder, examples read ahead by threads, the head under DeepSpeed."""
+"""The training of a head as a run's task: a frozen encoder, examples read ahead by threads, the head on the engine."""
 
 from __future__ import annotations
 
@@ -90,6 +90,10 @@ class HeadTraining:
         """The encoder, float32, frozen."""
         return load_encoder(self.cfg.head.encoder).eval().requires_grad_(False)
 
+    def check(self) -> None:
+        if missing := self.task.missing():
+            raise ConfigError(f"the data of head.kind={self.cfg.head.kind} are incomplete: {missing_sentence(missing)}")
+
     def checkpoint_bytes(self) -> int:
         with torch.device("meta"):
             head = self.task.build_head(self.network)
@@ -101,8 +105,6 @@ class HeadTraining:
 
     def build(self, run: Place, resume_step: int | None) -> nn.Module:
         self.run = run
-        if missing := self.task.missing():
-            raise ConfigError(f"the data of head.kind={self.cfg.head.kind} are incomplete: {missing_sentence(missing)}")
         self.counts = self.task.open(Ranks(run.rank, run.world_size, run.device))
         self.encoder_sha256 = tensors_sha256(self.network)
         found = {f"examples of {name}": count for name, count in self.counts.items()}
