@@ -19,6 +19,7 @@ from dune_fast import (
     data_cli,
     evaluate_cli,
     heads_cli,
+    infer_cli,
     launch_cli,
     launcher,
     plan_cli,
@@ -138,6 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     launch_cli.add_parser(commands)
 
     evaluate_cli.add_parsers(commands)
+    infer_cli.add_parser(commands)
 
     sub = add_command(commands, "config", config, "print a configuration")
     sub.add_argument("overrides", **hydra)
