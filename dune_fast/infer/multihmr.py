@@ -1,0 +1,144 @@
+"""The people of photographs as SMPL-X bodies: `dune-fast infer multihmr`.
+
+For each image NAME.jpg the folder gets NAME.npz, the people as `heads.multihmr.people_files` describes them, in pixels
+of the image; NAME_people.png, the bodies drawn; NAME_person0.obj and so on, a mesh each.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dune_fast.dali_pipelines.errors import BrokenImage, DataError
+from dune_fast.dali_pipelines.images import decode
+from dune_fast.heads.head import HeadError, check_encoder
+from dune_fast.heads.multihmr.camera import FOV, default_intrinsics, project
+from dune_fast.heads.multihmr.head import MultiHmrHead, People, Placed, place_bodies
+from dune_fast.heads.multihmr.people_files import write_people
+from dune_fast.heads.multihmr.rotations import axis_angle_from_matrix
+from dune_fast.heads.multihmr.smplx import BodyModel, load_body_model
+from dune_fast.heads.multihmr.square import Square, fit_square, normalise
+from dune_fast.heads.tokens import encode
+from dune_fast.infer.bodies import draw_bodies, draw_scores, write_obj
+from dune_fast.kernels.nn.vit import VisionTransformer
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    images: Sequence[Path], encoder: VisionTransformer, head: MultiHmrHead, body_model: Path, out: Path, *,
+    threshold: float = 0.3, nms: int = 3, fov: float = FOV, intrinsics: np.ndarray | None = None, meshes: bool = True,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Finds the people of each image and writes them, see the top of this file.
+
+    Args:
+        images: files; each in its own pass.
+        encoder: that the head was trained on, on its device.
+        head: on the same device.
+        body_model: the user's SMPLX_NEUTRAL.npz, or its folder.
+        out: folder of the results.
+        threshold: score from which on a patch holds a person.
+        nms: patches of the neighbourhood within which the highest score alone counts.
+        fov: field of view of the longer side in degrees, where no intrinsics are given.
+        intrinsics: K [3, 3] in pixels of the images.
+        meshes: whether to write OBJ files.
+
+    Returns:
+        For each image: its path, `people` (number), `files`.
+
+    Raises:
+        ValueError: an image cannot be read, two have one name, the body model is missing or another, encoder and head
+            do not fit, threshold or field of view make no sense.
+    """
+    if not isinstance(head, MultiHmrHead):
+        raise HeadError(f"this is a {head.kind} head; finding people needs a multihmr head")
+    check_encoder(head, encoder)
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold {threshold:g}: give a score above 0, at most 1")
+    if intrinsics is not None:
+        intrinsics = check_intrinsics(intrinsics)
+    paths = [Path(path) for path in images]
+    for path in paths:
+        if twin := next((other for other in paths if other.stem == path.stem and other != path), None):
+            raise ValueError(f"{path} and {twin} would write the same files: rename one, or run them apart")
+    model = load_body_model(body_model).to(next(head.parameters()).device)
+    out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for path in paths:
+        image = read_image(path)
+        square = fit_square(image, head.image_size)
+        own = default_intrinsics(head.image_size, fov).numpy() if intrinsics is None else square.intrinsics(intrinsics)
+        people, placed = find_people(square.pixels, own, encoder, head, model, threshold, nms)
+        files = _write(path, np.asarray(image), square.original(own), people, placed, model, square, out, meshes)
+        logger.info("%s: %d people, %s", path, len(people.scores), files[0])
+        results.append({"image": str(path), "people": len(people.scores), "files": [str(file) for file in files]})
+    return results
+
+
+@torch.no_grad()
+def find_people(
+    pixels: np.ndarray, intrinsics: np.ndarray, encoder: VisionTransformer, head: MultiHmrHead, model: BodyModel,
+    threshold: float = 0.3, nms: int = 3,
+) -> tuple[People, Placed]:  # fmt: skip
+    """The people of one square image, uint8 [S, S, 3], with K [3, 3] in its pixels, and their bodies."""
+    device = next(head.parameters()).device
+    batch = normalise(pixels, encoder.mean, encoder.std)[None].to(device)
+    k = torch.tensor(intrinsics, dtype=torch.float32, device=device)[None]
+    people = head(encode(encoder, batch), k, threshold, nms)
+    return people, place_bodies(people, model, head.center)
+
+
+def read_image(path: Path) -> Image.Image:
+    """An RGB image; DataError if it cannot be read."""
+    try:
+        return decode(np.fromfile(path, np.uint8))
+    except (OSError, ValueError, BrokenImage) as error:
+        raise DataError(f"{path} cannot be read as an image: {error}") from error
+
+
+def check_intrinsics(given: np.ndarray) -> np.ndarray:
+    """K [3, 3] as float64; ValueError unless it is that of a pinhole camera in pixels."""
+    k = np.asarray(given, dtype=np.float64)
+    if k.shape != (3, 3) or not np.isfinite(k).all() or k[0, 0] <= 0 or k[1, 1] <= 0 or abs(k[2] - (0, 0, 1)).max() > 0:
+        raise ValueError(f"intrinsics {k.tolist()}: give [[f, 0, x], [0, f, y], [0, 0, 1]] in pixels of the image")
+    return k
+
+
+def parameters(people: People, placed: Placed, model: BodyModel, intrinsics: np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays of a people file, see `people_files`; K [3, 3] is of the image that its pixels count in."""
+    r = axis_angle_from_matrix(people.rotations)
+    k = torch.tensor(intrinsics, dtype=torch.float32, device=r.device).expand(len(r), 3, 3)
+    still = torch.zeros_like(r[:, :1])
+    rest = model.pelvis(people.betas, people.expression)
+    arrays: dict[str, Tensor] = {
+        "root": r[:, :1], "body": r[:, 1:22], "jaw": r[:, 52:], "leye": still, "reye": still,
+        "left_hand": r[:, 22:37], "right_hand": r[:, 37:52], "betas": people.betas, "expression": people.expression,
+        "transl": placed.pelvis - rest, "scores": people.scores, "v3d": placed.v3d, "j3d": placed.j3d,
+        "j2d": project(placed.j3d, k),
+    }  # fmt: skip
+    return {name: x.cpu().numpy() for name, x in arrays.items()} | {"K": np.asarray(intrinsics, np.float32)}
+
+
+def _write(
+    path: Path, image: np.ndarray, intrinsics: np.ndarray, people: People, placed: Placed, model: BodyModel,
+    square: Square, out: Path, meshes: bool,
+) -> list[Path]:  # fmt: skip
+    """The files of one image."""
+    arrays = parameters(people, placed, model, intrinsics)
+    files = [out / f"{path.stem}.npz", out / f"{path.stem}_people.png"]
+    write_people(files[0], arrays)
+    faces = model.faces.cpu().numpy()
+    drawn = draw_bodies(image, arrays["v3d"], faces, intrinsics)
+    places = (people.location.cpu().numpy() - (square.left, square.top)) / square.scale
+    Image.fromarray(draw_scores(drawn, places, arrays["scores"])).save(files[1])
+    for i, vertices in enumerate(arrays["v3d"] if meshes else ()):
+        files.append(out / f"{path.stem}_person{i}.obj")
+        write_obj(files[-1], vertices, faces)
+    return files
