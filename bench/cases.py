@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench import head_cases_mast3r, head_cases_metrics, head_cases_multihmr
+from bench import head_cases_mast3r, head_cases_mast3r_training, head_cases_metrics, head_cases_multihmr
 from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, compare, objective_of, relative_error
 from bench.linear_case import run_linear_depth, run_linear_seg
 from bench.teacher_case import run_teacher
@@ -211,6 +211,7 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "linear_seg": run_linear_seg,
     "container": run_container,
     **head_cases_mast3r.RUNNERS,
+    **head_cases_mast3r_training.RUNNERS,
     **head_cases_metrics.RUNNERS,
     **head_cases_multihmr.RUNNERS,
 }

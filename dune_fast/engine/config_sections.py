@@ -57,6 +57,28 @@ class StartConfig:
 
 
 @dataclass
+class HeadConfig:
+    """A task head on a frozen encoder, which is trained instead of a student (`dune-fast heads train`)."""
+
+    kind: str = ""
+    """"linear_seg", "linear_depth", "mast3r" or "multihmr"; empty for a distillation."""
+    encoder: str = ""
+    """The frozen encoder, as `dune_fast.load_encoder` takes it: the folder of a run, a file, a published name."""
+    weights: str = ""
+    """What the head starts from: a head's file, or the folder of a head's run; empty for drawn weights."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the head, beside what the encoder decides; see the kind's own class."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Where the examples are and how they are made; see the kind's task in `dune_fast/tasks/`."""
+    loss: dict[str, Any] = field(default_factory=dict)
+    """Weights and variants of the loss, where a kind has them."""
+    threads: int = 4
+    """Of a rank, that read examples."""
+    ahead: int = 3
+    """Steps whose examples are read ahead."""
+
+
+@dataclass
 class CacheConfig:
     """Teachers' features from a folder instead of from the teachers (`dune-fast cache build`). Departs from the papers,
     which show every image in a new crop: it needs `data.views`."""
