@@ -10,9 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bench import head_cases_mast3r, head_cases_metrics, head_cases_multihmr
 from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, compare, objective_of, relative_error
-from bench.head_cases_multihmr import CONTAINERS as MULTIHMR_CONTAINERS
-from bench.head_cases_multihmr import RUNNERS as MULTIHMR
 from bench.linear_case import run_linear_depth, run_linear_seg
 from bench.teacher_case import run_teacher
 from bench.train_case import run_train
@@ -186,13 +185,17 @@ def run_checkpoint(case: Case) -> list[Check]:
     return compare(ours, {name: value for name, value in case.tensors.items() if name != "image"})
 
 
+CONTAINERS = {**head_cases_mast3r.CONTAINERS, **head_cases_multihmr.CONTAINERS}
+"""`what` of a case of the kind `container` -> what recomputes it."""
+
+
 def run_container(case: Case) -> list[Check]:
-    """A file in a released container, by what it holds."""
-    return CONTAINERS[case.info["what"]](case)
+    """A file in the container of an official release of a head."""
+    what = case.info["what"]
+    if what not in CONTAINERS:
+        raise ValueError(f"nothing here computes {what}")
+    return CONTAINERS[what](case)
 
-
-CONTAINERS = {**MULTIHMR_CONTAINERS}
-"""Content of a container -> what recomputes its case."""
 
 RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "encoder": run_encoder,
@@ -206,7 +209,9 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "train": run_train,
     "linear_depth": run_linear_depth,
     "linear_seg": run_linear_seg,
-    **MULTIHMR,
     "container": run_container,
+    **head_cases_mast3r.RUNNERS,
+    **head_cases_metrics.RUNNERS,
+    **head_cases_multihmr.RUNNERS,
 }
 """Kind of a case -> what recomputes it; a kind that is not here is "not built"."""

@@ -18,6 +18,7 @@ from dune_fast import (
     cache_cli,
     data_cli,
     evaluate_cli,
+    infer_cli,
     launch_cli,
     launcher,
     plan_cli,
@@ -136,6 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     launch_cli.add_parser(commands)
 
     evaluate_cli.add_parsers(commands)
+    infer_cli.add_parser(commands)
 
     sub = add_command(commands, "config", config, "print a configuration")
     sub.add_argument("overrides", **hydra)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dune_fast.dali_pipelines.errors import BrokenImage, DataError
 from dune_fast.dali_pipelines.images import SUFFIXES, decode
-from dune_fast.evaluate.heads import IGNORED
+from dune_fast.heads.linear.segmentation import IGNORED
 
 LAYOUTS = ("ade20k", "cityscapes", "nyud", "scannet", "plain")
 TASKS = ("segmentation", "depth")

@@ -19,11 +19,12 @@ from dune_fast.engine.devices import device_name
 from dune_fast.engine.provenance import versions
 from dune_fast.evaluate.classify import chance, classes_of, features_of, knn_task, linear_task, logistic_regression
 from dune_fast.evaluate.crops import DepthCrop
-from dune_fast.evaluate.dense import DenseTask, head_bytes, run_dense
+from dune_fast.evaluate.dense import DenseTask, run_dense
 from dune_fast.evaluate.model import FrozenModel, check_size, open_model
 from dune_fast.evaluate.pairs import open_pairs
 from dune_fast.evaluate.probe import RECIPES, recipe
 from dune_fast.evaluate.ranks import Ranks
+from dune_fast.heads.files import head_bytes
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.files import cache_dir
 from dune_fast.teachers.local_paths import local_path
