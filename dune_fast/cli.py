@@ -18,6 +18,7 @@ from dune_fast import (
     cache_cli,
     data_cli,
     evaluate_cli,
+    heads_cli,
     infer_cli,
     launch_cli,
     launcher,
@@ -134,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", **hydra)
     _add_launcher_options(sub)
 
+    heads_cli.add_parser(commands, _add_launcher_options)
     launch_cli.add_parser(commands)
 
     evaluate_cli.add_parsers(commands)

@@ -18,6 +18,7 @@ ROOMS = {
     "distill": {"student"},
     "engine": {"cache", "distill", "heads", "student", "released"},
     "evaluate": {"distill", "engine", "heads", "load", "student"},
+    "tasks": {"distill", "engine", "evaluate", "heads", "load", "student"},
     "cache": set(),
     "heads": set(),
     "infer": {"heads", "load", "evaluate"},

@@ -31,7 +31,7 @@ FOLDERS = ("bench", "configs", "dali_pipelines", "docs", "dune_fast", "kernels",
 """What begins a path of this repository in backticks."""
 NEEDS = re.compile(r"#.*\bneeds (a GPU|data|the network|minutes|SLURM|hosts)\b")
 """In the line of a command that is parsed and not run."""
-RUN = {"cache", "config", "data", "evaluate", "export", "features", "figures", "launch", "plan", "teachers"}
+RUN = {"cache", "config", "data", "evaluate", "export", "features", "figures", "heads", "launch", "plan", "teachers"}
 """Commands of dune-fast that are run; `distill`, `resume` and `doctor` are run with their last step replaced."""
 
 
@@ -82,7 +82,7 @@ def check_training(arguments: list[str]) -> None:
 def check_dune_fast(arguments: list[str], run: bool, small: dict[str, str], patch: pytest.MonkeyPatch) -> None:
     """Parses and composes; with `run`, runs on the small run and its photographs."""
     parsed = train.parse_mixed(cli.build_parser(), arguments)
-    if parsed.command in ("distill", "launch"):
+    if parsed.command in ("distill", "launch", "heads"):
         compose_config(parsed.overrides)
     elif parsed.command in ("config", "doctor") or getattr(parsed, "data_command", "") in ("shard", "check"):
         compose_config(parsed.overrides, complete=False)

@@ -42,7 +42,7 @@ _CHUNK = 64  # images of a forward pass
 
 
 class Opened(Protocol):
-    """What is read here of a run that is about to start; the `Trainer` has it."""
+    """What is read here of a distillation that is about to start."""
 
     cfg: RunConfig
     run_dir: Path

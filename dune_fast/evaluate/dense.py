@@ -73,12 +73,7 @@ def run_dense(job: DenseTask, model: FrozenModel, cache: Path, ranks: Ranks) -> 
         DataError: images or targets that cannot be read.
         ValueError: labels that no class has, a batch that ranks cannot share.
     """
-    classes = job.classes or CLASSES.get(job.train.layout, 0)
-    if job.task == "segmentation":
-        job = replace(job, classes=classes or count_classes(job.train, ranks))
-        classes = job.classes
-    if job.task == "segmentation" and classes < 2:
-        raise ValueError(f"there are labels of {classes} class: 2 are needed; set --classes, or look at --data")
+    job = with_classes(job, ranks)
     if job.task == "depth" and job.max_depth <= MIN_DEPTH:
         raise ValueError(f"--max-depth is {job.max_depth}: give metres, above {MIN_DEPTH}")
     head = build_head(job, model).to(ranks.device)
@@ -88,7 +83,7 @@ def run_dense(job: DenseTask, model: FrozenModel, cache: Path, ranks: Ranks) -> 
     ]
     values = {
         "format": 1, "weights": model.weights_sha256, "reading": model.reading, "recipe": job.recipe,
-        "classes": classes, "max_depth": job.max_depth, "crop": job.crop, "cached": job.cached, "task": job.task,
+        "classes": job.classes, "max_depth": job.max_depth, "crop": job.crop, "cached": job.cached, "task": job.task,
         "layout": job.train.layout, "depth_scale": job.train.depth_scale, "images": sources,
     }  # fmt: skip
     state = cache / "probes" / f"{fingerprint(values)[:24]}.pt"
@@ -97,11 +92,15 @@ def run_dense(job: DenseTask, model: FrozenModel, cache: Path, ranks: Ranks) -> 
         train(head, job.task, job.recipe, len(job.train), None, None, ranks, state, squares)
     else:
         train(
-            head, job.task, job.recipe, len(job.train), lambda *a: _crop(job, *a), model.padded, ranks, state,
+            head, job.task, job.recipe, len(job.train), lambda *a: training_crop(job, *a), model.padded, ranks, state,
             threads=job.threads,
         )  # fmt: skip
-    head.eval()
-    metrics = ConfusionMatrix(classes, ranks.device) if job.task == "segmentation" else DepthMetrics(ranks.device)
+    return measure(job, model, head.eval(), cache, ranks), head
+
+
+def measure(job: DenseTask, model: FrozenModel, head: LinearHead, cache: Path, ranks: Ranks) -> dict[str, float]:
+    """The metrics of a head, in evaluation mode, on the validation images; arguments as of `run_dense`."""
+    metrics = ConfusionMatrix(job.classes, ranks.device) if job.task == "segmentation" else DepthMetrics(ranks.device)
     for prediction, target in _predictions(job, model, head, cache, ranks):
         if isinstance(metrics, ConfusionMatrix):
             metrics.add(prediction, target)
@@ -109,7 +108,18 @@ def run_dense(job: DenseTask, model: FrozenModel, cache: Path, ranks: Ranks) -> 
             window = EIGEN_CROP if job.eigen and target.shape == (480, 640) else ...
             metrics.add(prediction[window], target[window], job.max_depth)
     ranks.add(metrics.counts if isinstance(metrics, ConfusionMatrix) else metrics.sums)
-    return metrics.result(), head
+    return metrics.result()
+
+
+def with_classes(job: DenseTask, ranks: Ranks) -> DenseTask:
+    """The same with the number of classes: the layout's, or counted. ValueError for segmentation with less than 2."""
+    classes = job.classes or CLASSES.get(job.train.layout, 0)
+    if job.task != "segmentation":
+        return replace(job, classes=classes)
+    classes = classes or count_classes(job.train, ranks)
+    if classes < 2:
+        raise ValueError(f"there are labels of {classes} class: 2 are needed; set --classes, or look at --data")
+    return replace(job, classes=classes)
 
 
 def build_head(job: DenseTask, model: FrozenModel) -> LinearHead:
@@ -148,7 +158,8 @@ def _read(job: DenseTask, pairs: Pairs, index: int) -> tuple[Tensor, Tensor]:
     return image, target
 
 
-def _crop(job: DenseTask, index: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+def training_crop(job: DenseTask, index: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Crop [3, h, w] and target [h, w] of a training image."""
     image, target = _read(job, job.train, index)
     if job.task == "segmentation":
         return segmentation_crop(image, target, job.recipe.size, random)
@@ -159,14 +170,13 @@ def _predictions(
     job: DenseTask, model: FrozenModel, head: LinearHead, cache: Path, ranks: Ranks
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(classes or depth, target) of each validation image of this rank, [H, W] each."""
-    mine = range(ranks.rank, len(job.val), ranks.size)
     squares = _Squares(job, model, job.val, cache, ranks) if job.cached else None
-    with ranks.progress("evaluating", len(mine)) as progress, torch.no_grad():
-        for index in mine:
+    for index in ranks.share("evaluating", len(job.val)):
+        with torch.no_grad():
             if squares is not None:
                 layers, targets = squares([index])
                 output, target = resize(head.from_layers(layers), targets.shape[-2:])[0], targets[0]
-                yield (output.argmax(0) if job.task == "segmentation" else output[0]), target
+                prediction = output.argmax(0) if job.task == "segmentation" else output[0]
             else:
                 image, target = _read(job, job.val, index)
                 if job.task == "segmentation":
@@ -174,8 +184,7 @@ def _predictions(
                     prediction = resized_argmax(logits, target.shape)
                 else:
                     prediction = flip_averaged_depth(image, model, head, ranks.device)
-                yield prediction, target.to(ranks.device)
-            progress.advance(1)
+        yield prediction, target.to(ranks.device)
 
 
 def windows(length: int, size: int, stride: int) -> list[int]:

@@ -66,13 +66,18 @@ class FrozenModel:
 
     @functools.cached_property
     def weights_sha256(self) -> str:
-        """Over names, types, shapes and values of all tensors, so a file and its copy by another name are the same."""
-        digest = hashlib.sha256()
-        for name, x in sorted(self.module.state_dict().items()):
-            digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
-            values = x.detach().cpu().contiguous()
-            digest.update(values.reshape(-1).view(torch.uint8).numpy() if values.numel() else np.empty(0, np.uint8))
-        return digest.hexdigest()
+        """Of its tensors, so a file and its copy by another name are the same."""
+        return tensors_sha256(self.module)
+
+
+def tensors_sha256(module: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and values of a module's tensors."""
+    digest = hashlib.sha256()
+    for name, x in sorted(module.state_dict().items()):
+        digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
+        values = x.detach().cpu().contiguous()
+        digest.update(values.reshape(-1).view(torch.uint8).numpy() if values.numel() else np.empty(0, np.uint8))
+    return digest.hexdigest()
 
 
 def open_model(

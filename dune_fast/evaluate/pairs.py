@@ -109,7 +109,9 @@ def guess_layout(root: Path) -> str:
     return "ade20k" if (root / "annotations" / "training").is_dir() else "plain"
 
 
-def open_pairs(root: Path, task: str, layout: str = "", depth_scale: float = 1000.0) -> tuple[Pairs, Pairs]:
+def open_pairs(
+    root: Path, task: str, layout: str = "", depth_scale: float = 1000.0, name: str = "--data"
+) -> tuple[Pairs, Pairs]:
     """Training and validation images.
 
     Args:
@@ -117,12 +119,13 @@ def open_pairs(root: Path, task: str, layout: str = "", depth_scale: float = 100
         task: "segmentation" or "depth".
         layout: one of `LAYOUTS`; "" for what the folder looks like.
         depth_scale: units of a depth PNG in a metre.
+        name: of `root`, for messages.
 
     Raises:
         DataError: no such folder or layout, or no images there.
     """
     if not root.is_dir():
-        raise DataError(f"--data {root}: there is no such folder")
+        raise DataError(f"{name} {root}: there is no such folder")
     layout = layout or guess_layout(root)
     if layout not in LAYOUTS:
         raise DataError(f"--layout {layout}: choose one of {', '.join(LAYOUTS)}")
@@ -131,7 +134,7 @@ def open_pairs(root: Path, task: str, layout: str = "", depth_scale: float = 100
         files = _FINDERS[layout](root, split, task)
         if not files:
             shown = next(line.strip() for line in (__doc__ or "").splitlines() if line.strip().startswith(layout))
-            raise DataError(f"--data {root}: no images with {task} for {split}; expected is the layout {shown}")
+            raise DataError(f"{name} {root}: no images with {task} for {split}; expected is the layout {shown}")
         found.append(Pairs(layout, task, tuple(sorted(files)), depth_scale))
     return found[0], found[1]
 
