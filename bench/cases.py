@@ -214,7 +214,5 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     **head_cases_mast3r_training.RUNNERS,
     **head_cases_metrics.RUNNERS,
     **head_cases_multihmr.RUNNERS,
-    "mast3r_loss": run_mast3r_loss,
-    "pair_correspondences": run_pair_correspondences,
 }
 """Kind of a case -> what recomputes it; a kind that is not here is "not built"."""
