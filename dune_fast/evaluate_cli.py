@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 
 _TASKS = ("knn", "linear", "segmentation", "depth")
 _MEASURED = ("mapfree", "pose")  # on predictions: the keys of `evaluate_predictions.TASKS`
+_MORE = ("pose_method", "long_side")  # options of theirs
 _FORMATS = ("npy", "safetensors", "parquet")
 
 EVALUATE = """\
@@ -64,8 +65,9 @@ def evaluate(args: argparse.Namespace) -> int:
         from dune_fast.evaluate_predictions import run_measured
 
         run_measured(
-            args.task, args.run, args.data, args.predictions, args.head, args.out, args.device, args.precision
-        )
+            args.task, args.run, args.data, args.predictions, args.head, args.out, args.device, args.precision,
+            {name: getattr(args, name) for name in _MORE},
+        )  # fmt: skip
         return 0
     if args.head or args.predictions:
         raise ValueError(f"--head and --predictions are for the tasks {', '.join(_MEASURED)}")
@@ -162,6 +164,9 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     measured.add_argument("--predictions", type=local, metavar="FILE", help="to measure, in place of an encoder")
     measured.add_argument("--head", type=local, metavar="FILE", help="on the encoder, which makes the predictions: a "
                           "file of ours or an official container")  # fmt: skip
+    measured.add_argument("--pose-method", metavar="NAME", help="pnp or essential (default: pnp)")
+    measured.add_argument("--long-side", type=int, metavar="PX", help="of the images that the head sees, a multiple of "
+                          "the patch (default: about 512)")  # fmt: skip
     dense = sub.add_argument_group("segmentation and depth")
     dense.add_argument("--layout", default="", metavar="NAME", help="ade20k, cityscapes, nyud, scannet or plain "
                        "(default: what the folder looks like)")  # fmt: skip
