@@ -115,6 +115,8 @@ def load_encoder(
     """
     path = locate(path_or_name)
     if path.is_dir():
+        if (path / "config.yaml").is_file():
+            load_config(path / "config.yaml").head.refuse(path)
         path = _in_folder(path, "encoder.safetensors", "model.safetensors")
     content = read_container(path)
     asked = TeacherConfig(

@@ -318,7 +318,7 @@ def load_run(run: Path) -> tuple[RunConfig, Student, TeacherStatistics]:
         run: the folder of a run, finished or not (its newest checkpoint then, which is said), or of a checkpoint.
 
     Raises:
-        ConfigError: `run` is not a run's folder.
+        ConfigError: `run` is not a run's folder, or that of a head's run.
         CheckpointError: the checkpoint is damaged.
         TeacherWeightsError: the run has not saved anything yet, or its weights are damaged.
     """
@@ -331,6 +331,7 @@ def load_run(run: Path) -> tuple[RunConfig, Student, TeacherStatistics]:
         cfg = config_of(manifest.config, path)
     else:
         cfg = load_config(path.parent / "config.yaml")
+    cfg.head.refuse(run)
     student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
     statistics = TeacherStatistics(cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps)
     try:

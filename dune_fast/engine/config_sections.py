@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dune_fast.cache.formats import FORMATS
@@ -76,6 +77,14 @@ class HeadConfig:
     """Of a rank, that read examples."""
     ahead: int = 3
     """Steps whose examples are read ahead."""
+
+    def refuse(self, run: Path) -> None:
+        """ConfigError if a run has trained a head, where a student or an encoder is asked for."""
+        if self.kind:
+            raise ConfigError(
+                f"{run} is the run of a {self.kind} head, which dune_fast.load_head reads; its frozen encoder is "
+                f"{self.encoder}"
+            )
 
 
 @dataclass

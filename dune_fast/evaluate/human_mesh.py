@@ -127,12 +127,13 @@ class MeshErrors:
             ours, theirs = (
                 (x[0] - x[1][:, None])[i] for x, i in ((found, pairs[:, 0]), (truth, pairs[:, 1]))
             )
-            self._keep("pve", ours, theirs)
+            self.keep("pve", ours, theirs)
             if self.joint_regressor is not None:
-                self._keep("mpjpe", *(regress_joints(x, self.joint_regressor) for x in (ours, theirs)))
+                self.keep("mpjpe", *(regress_joints(x, self.joint_regressor) for x in (ours, theirs)))
         return pairs
 
-    def _keep(self, name: str, found: Tensor, truth: Tensor) -> None:
+    def keep(self, name: str, found: Tensor, truth: Tensor) -> None:
+        """Adds the distances of matched points [M, N, 3], as NAME and aligned as pa_NAME."""
         for prefix, aligned in (("", False), ("pa_", True)):
             self.errors.setdefault(prefix + name, []).extend(mean_distances(found, truth, aligned).tolist())
 

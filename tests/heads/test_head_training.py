@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import dune_fast
-from dune_fast import cli, train
+from dune_fast import cli, plan_cli, train
 from dune_fast.engine import checkpoints
 from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.engine.metrics import read_metrics
@@ -249,3 +249,11 @@ def test_commands_tell_heads_from_students(encoder_file, squares, tmp_path, caps
     assert "`dune-fast heads train` does that" in capsys.readouterr().err
     assert cli.main(["heads", "check", "experiment=tiny_cpu"]) == 2
     assert "so this is a distillation" in capsys.readouterr().err
+
+
+def test_a_heads_run_is_no_encoder(whole):
+    for load in (dune_fast.load_encoder, dune_fast.load_model):
+        with pytest.raises(ConfigError, match="is the run of a linear_seg head, which dune_fast.load_head reads"):
+            load(whole)
+    with pytest.raises(ValueError, match="seg_ade20k trains a head"):
+        plan_cli.plan(cli.build_parser().parse_args(["plan", "seg_ade20k"]))

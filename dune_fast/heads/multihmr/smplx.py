@@ -161,7 +161,8 @@ class BodyModel(nn.Module):
         Args:
             flat_hand_mean: whether zero is a flat hand; if not, the model's mean pose is added.
         """
-        parts = [x.reshape(len(x), -1, 3) for x in (root, body, jaw, leye, reye, left_hand, right_hand)]
+        given = (root, body, jaw, leye, reye, left_hand, right_hand)
+        parts = [x if x.ndim == 3 else x.unflatten(1, (x.shape[1] // 3, 3)) for x in given]
         if not flat_hand_mean:
             parts[-2:] = [hand + mean for hand, mean in zip(parts[-2:], self.hand_means, strict=True)]
         return matrix_from_axis_angle(torch.cat(parts, 1))

@@ -59,7 +59,7 @@ def normalise(
     pixels: np.ndarray, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
 ) -> Tensor:
     """uint8 [S, S, 3] -> float32 [3, S, S]"""
-    x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255
+    x = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 255
     return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
