@@ -10,9 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench import head_cases_mast3r, head_cases_metrics, head_cases_multihmr
+from bench import head_cases_mast3r, head_cases_mast3r_training, head_cases_metrics, head_cases_multihmr
 from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, compare, objective_of, relative_error
-from bench.head_cases_mast3r_training import run_mast3r_loss, run_pair_correspondences
 from bench.linear_case import run_linear_depth, run_linear_seg
 from bench.teacher_case import run_teacher
 from bench.train_case import run_train
@@ -212,9 +211,8 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "linear_seg": run_linear_seg,
     "container": run_container,
     **head_cases_mast3r.RUNNERS,
+    **head_cases_mast3r_training.RUNNERS,
     **head_cases_metrics.RUNNERS,
     **head_cases_multihmr.RUNNERS,
-    "mast3r_loss": run_mast3r_loss,
-    "pair_correspondences": run_pair_correspondences,
 }
 """Kind of a case -> what recomputes it; a kind that is not here is "not built"."""

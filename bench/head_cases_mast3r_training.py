@@ -125,3 +125,6 @@ def run_pair_correspondences(case: Case) -> list[Check]:
         checks.append(Check(f"{title}/positives lie in xy", wrong, 0.5))
         checks.append(Check(f"{title}/number of positives", abs(int(true.sum()) - info["n_corres"] / 2), 0.5))
     return checks
+
+
+RUNNERS = {"mast3r_loss": run_mast3r_loss, "pair_correspondences": run_pair_correspondences}

@@ -173,8 +173,8 @@ class Engine:
         self._indices = torch.tensor([s.index for s in self.state.shards], dtype=torch.long, device=self.device)
         self._backwards = 0
 
-    def __call__(self, *inputs: Any) -> Any:
-        return self.engine(*inputs)
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return self.engine(*inputs, **named)
 
     @property
     def module(self) -> nn.Module:
