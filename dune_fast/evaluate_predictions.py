@@ -1,4 +1,4 @@
-"""`dune-fast evaluate --task mapfree | pose`: predictions against the truth.
+"""`dune-fast evaluate --task mapfree | pose | hmr`: predictions against the truth.
 
 Predictions are a file, or are made from the data by an encoder and a head, and kept in the same format.
 """
@@ -39,6 +39,10 @@ class Measured(NamedTuple):
     """Of the predictions' file."""
     paper: Mapping[str, float] = {}
     """Metric -> number of the paper."""
+    about: str = "DUNE, test scenes"
+    """What the paper's numbers are of."""
+    body_model: bool = False
+    """Whether both functions take the path of a body model, too, as `body_model`; None if the user gave none."""
 
 
 TASKS = {
@@ -55,13 +59,17 @@ TASKS = {
         "dune_fast.evaluate.relocalisation:measure_poses", "dune_fast.infer.relocalisation:predict_poses",
         "mast3r", ".txt",
     ),
+    "hmr": Measured(
+        "dune_fast.evaluate.hmr:measure_people", "dune_fast.infer.multihmr:predict_people", "multihmr", "",
+        {"pa_pve": 56.0, "f1": 94.0}, "DUNE 448, BEDLAM", body_model=True,
+    ),
 }  # fmt: skip
-"""Task -> its functions, imported when asked for. The paper's numbers are DUNE's (CVPR 2025), of the test scenes."""
+"""Task -> its functions, imported when asked for. The paper's numbers are DUNE's (CVPR 2025)."""
 
 
 def run_measured(
     task: str, encoder: str, data: str, predictions: Path | None, head: Path | None, out: Path | None,
-    device: str | None = None, precision: str = "auto",
+    device: str | None = None, precision: str = "auto", body_model: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures predictions, which an encoder and a head make first where they are given; prints a table.
 
@@ -74,6 +82,7 @@ def run_measured(
         out: file for the result as JSON; without, a result of an encoder is TASK_DATA.json in the folder of its run or
             in the current one. The predictions that the head makes are kept beside it.
         device, precision: of encoder and head.
+        body_model: the user's SMPL-X file, for `hmr`.
 
     Returns:
         What the file says.
@@ -88,7 +97,9 @@ def run_measured(
         raise ValueError(f"--task {task}: give --predictions FILE, or an encoder and its --head FILE")
     if predictions is not None and (encoder or head):
         raise ValueError(f"--task {task}: give --predictions or an encoder with its --head, not both")
-    truth = local_path(data, "--data")
+    if body_model is not None and not chosen.body_model:
+        raise ValueError(f"--task {task} has no use for --body-model, which is for hmr: leave it out")
+    truth, more = local_path(data, "--data"), {"body_model": body_model} if chosen.body_model else {}
     if predictions is None:
         if head is None:
             raise ValueError(f"--task {task} reads a head's predictions: give --head FILE beside the encoder")
@@ -97,9 +108,9 @@ def run_measured(
         predictions.parent.mkdir(parents=True, exist_ok=True)
         opened = open_head(head, chosen.kind, device)
         loaded = open_encoder(encoder, opened, precision)
-        _function(chosen.predict)(truth, loaded, opened, predictions)
+        _function(chosen.predict)(truth, loaded, opened, predictions, **more)
         logger.info("%s", predictions)
-    found = _function(chosen.measure)(truth, predictions)
+    found = _function(chosen.measure)(truth, predictions, **more)
     result = {
         "task": task, **found, "data": str(truth), "predictions": str(predictions), "encoder": encoder,
         "head": str(head or ""), "seconds": round(time.monotonic() - began, 1), "versions": versions(),
@@ -126,7 +137,7 @@ def _default_path(encoder: str, task: str, data: str) -> Path:
 
 def _table(result: Mapping[str, Any], task: Measured) -> Table:
     """The metrics; beside them the paper's, and below how much was measured."""
-    table = Table("metric", "value", *(["DUNE, test scenes"] if task.paper else []), title_justify="left")
+    table = Table("metric", "value", *([task.about] if task.paper else []), title_justify="left")
     table.title = f"{result['task']}: {result['encoder'] or result['predictions']}"
     for name, value in result["metrics"].items():
         known = task.paper.get(name)
