@@ -1,4 +1,4 @@
-"""`dune-fast evaluate --task mapfree | pose`: predictions against the truth.
+"""`dune-fast evaluate --task mapfree | pose | hmr`: predictions against the truth.
 
 Predictions are a file, or are made from the data by an encoder and a head, and kept in the same format.
 """
@@ -39,6 +39,8 @@ class Measured(NamedTuple):
     """Of the predictions' file."""
     paper: Mapping[str, float] = MappingProxyType({})
     """Metric -> number of the paper."""
+    about: str = "DUNE, test scenes"
+    """What the paper's numbers are of."""
     measure_options: tuple[str, ...] = ()
     """Further options of the command line that `measure` takes."""
     predict_options: tuple[str, ...] = ("pose_method", "long_side")
@@ -59,8 +61,12 @@ TASKS = {
         "dune_fast.evaluate.relocalisation:measure_poses", "dune_fast.infer.relocalisation:predict_poses",
         "mast3r", ".txt",
     ),
+    "hmr": Measured(
+        "dune_fast.evaluate.hmr:measure_people", "dune_fast.infer.multihmr:predict_people", "multihmr", "",
+        {"pa_pve": 56.0, "f1": 94.0}, "DUNE 448, BEDLAM", ("body_model",), ("body_model",),
+    ),
 }  # fmt: skip
-"""Task -> its functions, imported when asked for. The paper's numbers are DUNE's (CVPR 2025), of the test scenes."""
+"""Task -> its functions, imported when asked for. The paper's numbers are DUNE's (CVPR 2025)."""
 
 
 def run_measured(
@@ -140,7 +146,7 @@ def _default_path(encoder: str, task: str, data: str) -> Path:
 
 def _table(result: Mapping[str, Any], task: Measured) -> Table:
     """The metrics; beside them the paper's, and below how much was measured."""
-    table = Table("metric", "value", *(["DUNE, test scenes"] if task.paper else []), title_justify="left")
+    table = Table("metric", "value", *([task.about] if task.paper else []), title_justify="left")
     table.title = f"{result['task']}: {result['encoder'] or result['predictions']}"
     for name, value in result["metrics"].items():
         known = task.paper.get(name)

@@ -231,7 +231,7 @@ def test_the_command(scenes, tmp_path, capsys):
         (["--task", "mapfree", "--data", "d"], "give --predictions FILE, or an encoder and its --head FILE"),
         (["runs/demo", "--task", "pose", "--data", "d", "--predictions", "p"], "give --predictions or an encoder with"),
         (["--task", "knn", "--data", "d"], "--task knn evaluates an encoder: give it first"),
-        (["runs/demo", "--task", "knn", "--data", "d", "--head", "h"], "--head and --predictions are for"),
+        (["runs/demo", "--task", "knn", "--data", "d", "--head", "h"], "--head is for the tasks mapfree, pose, hmr"),
         ([], "give a run"),
     ],
 )
