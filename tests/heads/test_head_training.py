@@ -43,7 +43,8 @@ def small(encoder: Path, data: Path, run: Path, experiment: str = "seg_ade20k") 
     """Overrides of a training of ten steps."""
     return [
         f"experiment={experiment}", f"head.encoder={encoder}", f"head.data.root={data}", "head.data.layout=plain",
-        *(f"head.data.{field}" for field in CROPS[experiment]), "train.steps=10", "train.global_batch=4", "train.log_every=1",
+        *(f"head.data.{field}" for field in CROPS[experiment]), "train.steps=10", "train.global_batch=4",
+        "train.log_every=1",
         "train.checkpoint_every=5", "train.precision=fp32", "evaluation.every=0", "logging.tensorboard=false",
         "deepspeed=zero0", "optimizer.lr=0.01", f"output_dir={run}",
     ]  # fmt: skip
