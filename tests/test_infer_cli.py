@@ -101,8 +101,8 @@ def test_pictures_of_no_content():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"--head": "depth.safetensors"}, "holds a linear_depth head, and `infer seg` needs a linear_seg head: use "
-                                          "`dune-fast infer depth`"),
+        ({"--head": "depth.safetensors"}, "holds a linear_depth head, and a linear_seg head is needed: give "
+                                          "another one, or use this one by `dune-fast infer depth`"),
         ({"--head": "photos/a.png"}, "photos/a.png cannot be read: truncated, damaged"),
         ({"--head": "ENCODER"}, "holds an encoder and no head: give it as the encoder"),
         ({"--encoder": "photos/a.png"}, "is neither a .safetensors nor a .pth file"),
