@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 
@@ -13,13 +14,17 @@ from torch import Tensor
 from dune_fast.heads.head import HeadError, check_encoder
 from dune_fast.heads.mast3r.activations import CONFIDENCE_MODES, POINT_MODES, Mode, Modes, activate, read_mode
 from dune_fast.heads.mast3r.batches import for_encoder, run_pairs
-from dune_fast.heads.mast3r.decoder import Decoder
+from dune_fast.heads.mast3r.decoder import Decoder, DecoderBlock
 from dune_fast.heads.mast3r.descriptors import DescriptorMLP
 from dune_fast.heads.mast3r.dpt import DPT, hooks
 from dune_fast.heads.mast3r.head import Mast3rHead
 from dune_fast.heads.tokens import EncoderTokens, encode
+from dune_fast.kernels import library
 from dune_fast.kernels.attention import cross_attention
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.kernels.rope2d import grid_positions, rope2d_angles
+
+fused = library.interpreted if library.INTERPRETER else contextlib.nullcontext
 
 TINY = {
     "width": 8, "patch_size": 14, "dec_dim": 16, "dec_depth": 5, "dec_heads": 2, "desc_dim": 3,
@@ -97,6 +102,23 @@ def test_decoder_is_its_formula():
             wanted = F.layer_norm(streams[v], (16,), norm.weight, norm.bias, 1e-6) if i == 2 else streams[v]
             torch.testing.assert_close(out[v][i + 1], wanted, rtol=1e-5, atol=1e-5)
     assert out[0][0] is tokens[0] and len(out[1]) == 4
+
+
+def test_a_block_through_the_fused_kernels_is_the_same():
+    """There the last bias of every branch is added by the residual pass, also that of the cross-attention."""
+    block = drawn(DecoderBlock(16, 2))
+    x, y = torch.randn(2, 2, 16), torch.randn(2, 3, 16)
+    angles = [rope2d_angles(grid_positions(*grid), 8) for grid in ((1, 2), (3, 1))]
+    with fused():
+        out = block(x, y, *angles)
+        out.square().sum().backward()
+    found = [p.grad for p in block.parameters()]
+    block.zero_grad()
+    wanted = block(x, y, *angles)
+    wanted.square().sum().backward()
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+    for ours, parameter in zip(found, block.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_cross_attention_refuses_other_shapes():
