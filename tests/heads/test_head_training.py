@@ -98,9 +98,10 @@ def test_a_head_learns_and_is_written(overrides, whole, tmp_path):
     assert len(started["encoder"]["sha256"]) == 64
 
 
-def test_evaluations_in_the_run_change_nothing(overrides, whole, tmp_path):
-    start(overrides, "evaluation.every=5").run()
-    assert same_weights(tmp_path / "run", whole, HEAD)
+def test_evaluations_and_averages_in_the_run_change_nothing(overrides, whole, tmp_path):
+    start(overrides, "evaluation.every=5", "train.ema=0.9").run()
+    assert same_weights(tmp_path / "run", whole, "head_raw.safetensors", HEAD)
+    assert not same_weights(tmp_path / "run", whole, HEAD)
     found = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "val/miou" in r]
     assert [r["step"] for r in found] == [5, 10] and all(0 <= r["val/miou"] <= 1 for r in found)
 
@@ -257,6 +258,10 @@ def test_check_says_what_is_missing_and_where_to_ask(encoder_file, squares, tmp_
     said = capsys.readouterr().out
     assert "fail  the encoder" in said and "head.encoder=nope" in said
     assert f"head.data.root={tmp_path}" in said and "sceneparsing.csail.mit.edu" in said
+    data = shutil.copytree(squares, tmp_path / "data")
+    (data / "labels" / "val" / "1.png").write_bytes(b"no image")
+    assert cli.main(["heads", "check", *overrides, f"head.data.root={data}"]) == 1
+    assert "warn" in (said := capsys.readouterr().out) and "1.png cannot be read" in said and "0.png" not in said
     with pytest.raises(ConfigError, match=r"data of head\.kind=linear_seg are incomplete: .*sceneparsing"):
         start([*overrides, "head.data.layout=ade20k"])
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -18,7 +18,7 @@ from dune_fast.heads.head import HeadError
 
 DISTANCES = ("dot", "l2")
 BLOCK = 2**13
-"""Pixels that are compared with all queries at a time: 3,000 queries take 100 MB."""
+"""Queries and candidates that are compared at a time: a matrix of 256 MB at most."""
 _ROUNDS = 10
 
 
@@ -44,13 +44,18 @@ def nearest(queries: Tensor, candidates: Tensor, distance: str = "dot", block: i
         queries: [N, d].
         candidates: [M, d].
         distance: "dot" for the largest inner product, "l2" for the smallest Euclidean distance.
-        block: candidates that are compared at a time; it does not change the result.
+        block: queries and candidates that are compared at a time; it does not change the result.
 
     Returns:
         int64 [N].
     """
     if distance not in DISTANCES:
         raise HeadError(f"distance {distance!r} is unknown; choose one of {', '.join(DISTANCES)}")
+    return torch.cat([_nearest(part, candidates, distance, block) for part in queries.split(block)])
+
+
+def _nearest(queries: Tensor, candidates: Tensor, distance: str, block: int) -> Tensor:
+    """As `nearest`, of one block of queries."""
     best = queries.new_full((len(queries),), -torch.inf)
     found = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     for start in range(0, len(candidates), block):
