@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from bench.case import GRADIENT, Case, Check, compare, relative_error
+from bench.head_cases_mast3r_training import criterion
 from dune_fast.heads.mast3r.activations import CONFIDENCE_MODES, POINT_MODES, Modes, activate, read_mode
-from dune_fast.heads.mast3r.batches import for_encoder, run_pairs
+from dune_fast.heads.mast3r.batches import Results, for_encoder, run_pairs
 from dune_fast.heads.mast3r.decoder import Decoder
 from dune_fast.heads.mast3r.descriptors import DescriptorMLP
 from dune_fast.heads.mast3r.dpt import DPT
@@ -122,7 +123,24 @@ def run_dune_mast3r(case: Case) -> list[Check]:
     if "out/encoder_tokens" in case:
         tokens = torch.cat([encode(encoder, for_encoder(image[:1], encoder)).raw_patch for image in images])
         checks.append(Check("encoder_tokens", relative_error(tokens, case["out/encoder_tokens"]), WHOLE))
-    return checks
+    return checks if mixed else checks + _loss_checks(case, head, results)
+
+
+def _loss_checks(case: Case, head: Mast3rHead, results: Results) -> list[Check]:
+    """The loss of a batch of pairs in both orders, and its gradients."""
+    given = [case.under(f"in/view{v}") for v in (1, 2)]
+    names = [name for name in given[0] if name != "img"]
+    truth = [
+        {name: torch.stack([a[name], b[name]], dim=1).flatten(0, 1) for name in names} for a, b in (given, given[::-1])
+    ]
+    loss, details = criterion(case.info["criterion"], *truth, *results)
+    loss.backward()
+    checks = [Check("loss", relative_error(loss.detach(), case["out/loss"]), WHOLE)]
+    for name, value in case.info["details"].items():
+        checks.append(Check(name, relative_error(details[name].detach(), torch.tensor(value)), WHOLE))
+    names = {name: f"mast3r.{name.removeprefix('decoder.')}" for name, _ in head.named_parameters()}
+    names |= {name: name for name in names if name.startswith("norm.")}
+    return checks + _gradients(head, case, names, WHOLE_GRADIENT)
 
 
 def run_dune_mast3r_file(case: Case) -> list[Check]:

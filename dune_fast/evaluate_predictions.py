@@ -19,6 +19,7 @@ from rich.table import Table
 from dune_fast.console import console
 from dune_fast.dali_pipelines.storage import write_whole
 from dune_fast.engine.provenance import versions
+from dune_fast.infer.opening import open_encoder, open_head
 from dune_fast.teachers.local_paths import local_path
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,10 @@ class Measured(NamedTuple):
     measure: str
     """"module:function": (data, predictions) -> {"metrics": name -> value, ...}, both arguments paths."""
     predict: str
-    """"module:function": (data, encoder, head, predictions, device, precision) writes the predictions; the encoder is a
-    name as `evaluate.model.open_model` takes it, the others are paths and options."""
+    """"module:function": (data, encoder, head, predictions) writes the predictions, with an encoder and a head in
+    memory."""
+    kind: str
+    """Of the head."""
     ending: str
     """Of the predictions' file."""
     paper: Mapping[str, float] = {}
@@ -40,7 +43,8 @@ class Measured(NamedTuple):
 
 TASKS = {
     "mapfree": Measured(
-        "dune_fast.evaluate.relocalisation:measure_mapfree", "dune_fast.infer.relocalisation:predict_mapfree", ".zip",
+        "dune_fast.evaluate.relocalisation:measure_mapfree", "dune_fast.infer.relocalisation:predict_mapfree",
+        "mast3r", ".zip",
         {
             "Average Median Translation Error": 0.39, "Average Median Rotation Error": 4.6,
             "Average Median Reprojection Error": 47.4, "Precision @ VCRE < 90px": 0.811, "AUC @ VCRE < 90px": 0.943,
@@ -48,7 +52,8 @@ TASKS = {
         },
     ),
     "pose": Measured(
-        "dune_fast.evaluate.relocalisation:measure_poses", "dune_fast.infer.relocalisation:predict_poses", ".txt"
+        "dune_fast.evaluate.relocalisation:measure_poses", "dune_fast.infer.relocalisation:predict_poses",
+        "mast3r", ".txt",
     ),
 }  # fmt: skip
 """Task -> its functions, imported when asked for. The paper's numbers are DUNE's (CVPR 2025), of the test scenes."""
@@ -90,7 +95,9 @@ def run_measured(
         out = out or _default_path(encoder, task, data)
         predictions = out.with_name(f"{out.stem}.predictions{chosen.ending}")
         predictions.parent.mkdir(parents=True, exist_ok=True)
-        _function(chosen.predict)(truth, encoder, head, predictions, device, precision)
+        opened = open_head(head, chosen.kind, device)
+        loaded = open_encoder(encoder, opened, precision)
+        _function(chosen.predict)(truth, loaded, opened, predictions)
         logger.info("%s", predictions)
     found = _function(chosen.measure)(truth, predictions)
     result = {

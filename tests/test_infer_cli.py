@@ -64,7 +64,7 @@ def test_segmentation_is_the_evaluations(files, encoder_file, tmp_path, capsys):
     assert sum(shares.values()) == pytest.approx(1, abs=1e-3) and set(shares) <= {"sky", "a tree", "water"}
     drawn = np.array(Image.open(tmp_path / "found" / "a.seg.png"))
     expected = 0.45 * photo + 0.55 * class_colours(3)[labels]
-    assert np.abs(drawn[:61, :97] - expected).max() <= 0.5 and drawn.shape[0] > 61  # a legend below
+    assert np.abs(drawn[:61, :97] - expected).max() < 0.51 and drawn.shape[0] > 61  # a legend below
     legend = json.loads((tmp_path / "found" / "classes.json").read_text())
     assert legend["1"] == {"name": "a tree", "colour": class_colours(3)[1].tolist()}
 
@@ -72,7 +72,8 @@ def test_segmentation_is_the_evaluations(files, encoder_file, tmp_path, capsys):
 def test_depth_is_the_evaluations(files, encoder_file, tmp_path):
     assert cli.main(command(files, "depth", encoder_file, tmp_path)) == 0
     photo = np.array(Image.open(files / "photos" / "a.png"))
-    head, model = dune_fast.load_head(files / "depth.safetensors"), open_model(str(encoder_file), CPU, norm=False)
+    head = dune_fast.load_head(files / "depth.safetensors")
+    model = open_model(str(encoder_file), CPU, norm=False, precision="fp32")
     with torch.no_grad():
         expected = flip_averaged_depth(torch.from_numpy(photo).permute(2, 0, 1), model, head, CPU).numpy()
     metres, millimetres = np.load(tmp_path / "a.depth.npy"), np.array(Image.open(tmp_path / "a.depth.png"))
@@ -80,7 +81,7 @@ def test_depth_is_the_evaluations(files, encoder_file, tmp_path):
     assert metres.dtype == np.float32 and millimetres.dtype == np.uint16
     np.testing.assert_allclose(millimetres, 1000 * metres.clip(0, 65.535), atol=0.51)
     assert np.load(tmp_path / "tiny.depth.npy").shape == (1, 3)
-    assert Image.open(tmp_path / "a.colours.png").size[0] > 97  # a scale at the right
+    assert np.array(Image.open(tmp_path / "a.colours.png")).shape[1] > 97  # a scale at the right
 
 
 def test_large_images_are_read_smaller(files, encoder_file, tmp_path):
@@ -100,8 +101,8 @@ def test_pictures_of_no_content():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"--head": "depth.safetensors"}, "holds a linear_depth head, and `infer seg` needs a linear_seg head: use "
-                                          "`dune-fast infer depth`"),
+        ({"--head": "depth.safetensors"}, "holds a linear_depth head, and a linear_seg head is needed: give "
+                                          "another one, or use this one by `dune-fast infer depth`"),
         ({"--head": "photos/a.png"}, "photos/a.png cannot be read: truncated, damaged"),
         ({"--head": "ENCODER"}, "holds an encoder and no head: give it as the encoder"),
         ({"--encoder": "photos/a.png"}, "is neither a .safetensors nor a .pth file"),

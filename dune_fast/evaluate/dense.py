@@ -44,7 +44,7 @@ class DenseTask:
     recipe: Recipe
     layers: int = 1
     classes: int = 0
-    """Segmentation: 0 for the layout's, or those that the training labels have."""
+    """Segmentation: 0 for as many as have names, the layout's, or those that the training labels have."""
     max_depth: float = 10.0
     """Metres; deeper pixels do not count in the metric."""
     crop: DepthCrop = DepthCrop()
@@ -113,7 +113,7 @@ def measure(job: DenseTask, model: FrozenModel, head: LinearHead, cache: Path, r
 
 def with_classes(job: DenseTask, ranks: Ranks) -> DenseTask:
     """The same with the number of classes: the layout's, or counted. ValueError for segmentation with less than 2."""
-    classes = job.classes or CLASSES.get(job.train.layout, 0)
+    classes = job.classes or len(job.names) or CLASSES.get(job.train.layout, 0)
     if job.task != "segmentation":
         return replace(job, classes=classes)
     classes = classes or count_classes(job.train, ranks)

@@ -100,7 +100,7 @@ def compare_head(
     """
     ranks = ranks or Ranks()
     errors = MeshErrors(None if joint_regressor is None else joint_regressor.cpu())
-    for i in ranks.share("evaluating", len(files)):
+    for i in ranks.share("finding people", len(files)):
         image, path = files[i]
         square, arrays = fit_square(read_image(image), head.image_size), read_people(path)
         k = square.intrinsics(arrays["K"].astype(np.float64))

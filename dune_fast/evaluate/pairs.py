@@ -6,6 +6,7 @@
     scannet     ROOT/SCENE/color/*.jpg with depth/*.png or label/*.png, ROOT/scannetv2_{train,val}.txt name the scenes
     plain       ROOT/images/{train,val}/..., ROOT/labels/{train,val}/... (or depth/...); or train.txt, val.txt as nyud
 
+ROOT/classes.txt may name the classes of labels, one a line; ADE20K's objectInfo150.txt is read too.
 Labels are PNGs of classes. Depths are PNGs of 16 bits in millimetres (`depth_scale`), or .npy in metres; 0: not known.
 """
 
@@ -214,3 +215,16 @@ def _plain(root: Path, split: str, task: str) -> list[tuple[str, str]]:
 _FINDERS: dict[str, Callable[[Path, str, str], list[tuple[str, str]]]] = {
     "ade20k": _ade20k, "cityscapes": _cityscapes, "nyud": _nyud, "scannet": _scannet, "plain": _plain,
 }  # fmt: skip
+
+
+def class_names(root: Path) -> tuple[str, ...]:
+    """The names of the classes, in the order of the labels, as the dataset says them; empty where it does not."""
+    plain, ade20k = root / "classes.txt", root / "objectInfo150.txt"
+    try:
+        if plain.is_file():
+            return tuple(line.strip() for line in plain.read_text().splitlines() if line.strip())
+        if ade20k.is_file():  # Idx, Ratio, Train, Val, Stuff, Name
+            return tuple(line.split("\t")[-1].strip() for line in ade20k.read_text().splitlines()[1:] if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the names of the classes in {root} cannot be read: {error}") from error
+    return ()

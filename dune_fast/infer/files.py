@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import ImageOps
 
 from dune_fast.dali_pipelines.errors import BrokenImage
 from dune_fast.dali_pipelines.images import SUFFIXES, decode
@@ -46,9 +47,9 @@ def check_names(paths: Sequence[Path]) -> None:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3]; InferenceError if it is no image that can be read."""
+    """uint8 [H, W, 3], turned upright by its EXIF orientation; InferenceError if it cannot be read."""
     try:
-        return np.array(decode(np.fromfile(path, np.uint8)))
+        return np.array(ImageOps.exif_transpose(decode(np.fromfile(path, np.uint8))))
     except (OSError, ValueError, BrokenImage) as error:
         raise InferenceError(f"{path} cannot be read: {error}") from error
 
