@@ -105,7 +105,7 @@ def overrides(cfg: Settings, places: dict[str, Path], run: Path) -> list[str]:
     """Of `dune-fast heads train`: the published recipe, but for sizes and the schedule's length."""
     options = [f"head.options.{name}={json.dumps(value)}".replace(" ", "") for name, value in HEAD.items()]
     return [
-        "experiment=mast3r", "name=mast3r_proof", f"output_dir={run}", f"head.encoder={places['encoder']}",
+        "experiment=mast3r_dune", "name=mast3r_proof", f"output_dir={run}", f"head.encoder={places['encoder']}",
         f"+head.data.datasets.rooms.root={places['train']}", *options,
         f"head.data.sizes=[[{cfg.size[0]},{cfg.size[1]}]]", f"head.data.n_corres={cfg.n_corres}",
         f"optimizer.lr={cfg.lr}", "optimizer.warmup_fraction=0.1", f"train.steps={cfg.steps}",
