@@ -102,7 +102,7 @@ def page(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> str
     if checks := verdicts(table):
         lines += ["## What it has to show", ""]
         lines += [f"- {'pass' if holds else 'FAIL'}: {sentence}" for holds, sentence in checks] + [""]
-    seconds = sum(sum(result["seconds"].values()) for result in there)
+    seconds = sum(result["seconds"]["training"] + result["seconds"]["evaluation"] for result in there)
     machines = sorted({f"{r['machine']['device']}, {r['machine']['threads']} threads" for r in there})
     missing = [cell.name for cell in cells if cell.name not in results]
     lines += [f"{len(there)} of {len(cells)} cells, {seconds / 60:.0f} minutes of training and evaluation, on "
