@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -176,8 +178,8 @@ def _ours(cfg: RunConfig, loader: SyntheticLoader) -> Step:
 
 def write_cache(cfg: RunConfig, loader: SyntheticLoader) -> Store:
     """A cache of the pool's images, as the configuration's teachers see them, in a folder that goes with the loader."""
-    loader.folder = tempfile.TemporaryDirectory()
-    folder = Path(loader.folder.name)
+    folder = Path(tempfile.mkdtemp(prefix="dune_fast_cache_"))
+    weakref.finalize(loader, shutil.rmtree, folder)
     dtype = autocast_dtype(cfg.train.precision, loader.device)
     teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype, loader.device)
     loader.read_views = None

@@ -1,4 +1,4 @@
-"""`python -m bench.cost [--list] [--only CELLS] [--minutes M] [--table] [--step]`: what spending less saves and loses."""
+"""`python -m bench.cost [--list] [--only CELLS] [--minutes M] [--table] [--step]`: what spending less loses."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind = "_smoke" if args.smoke else ""
     settings = SMOKE if args.smoke else Settings()
     settings = dataclasses.replace(settings, scenes=dataclasses.replace(settings.scenes, split="study"))
-    rows, seeds = (smoke_options(), SMOKE.seeds) if args.smoke else (options(), SEEDS)
+    rows, seeds = (smoke_options(SMOKE), SMOKE.seeds) if args.smoke else (options(), SEEDS)
     cells = cost_cells(rows, seeds)
     work = args.work / f"cost{kind}"
     results = args.results or (work / "results" if args.smoke else RESULTS)

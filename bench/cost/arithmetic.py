@@ -5,13 +5,18 @@ The first weights (`start`), which all rows but one share, and the evaluation ar
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from bench.cost.options import cache_words
+from bench.cost.options import cache_words, live_steps
 from bench.proof.cells import Cell, Settings
-from dune_fast.engine.config import RunConfig, compose_config
+from dune_fast.engine.config import compose_config
 from dune_fast.engine.flops import run_flops
+
+_CACHED = ("cache.folder=cache", "data.views=1")
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,9 @@ class Arithmetic:
     """Teachers, student and projectors, the backward passes included."""
     build: int = 0
     """The teachers' forward passes on every view of the cache; 0 without one."""
+    at_dune: float = 1.0
+    """The same options in `dune_336`, whose teachers are larger beside the student: all operations of the steps, those
+    without the options being 1."""
 
     @property
     def first(self) -> int:
@@ -34,14 +42,52 @@ class Arithmetic:
 def arithmetic(cell: Cell, settings: Settings) -> Arithmetic:
     """Of a cell. ValueError if the operations of a teacher are not known."""
     cached = cache_words(cell)
-    words = [word for word in cell.overrides if word not in cached]
-    cfg = _compose(settings, cell, [*words, *(["cache.folder=cache", "data.views=1"] if cached else [])])
-    images = cell.steps * cfg.train.global_batch
-    teachers, run = _known(cfg)
-    if not cached:
-        return Arithmetic(images * teachers, images * run)
-    per_view, _ = _known(_compose(settings, cell, []))
-    return Arithmetic(images * teachers, images * run, views(settings) * per_view)
+    own = [word for word in cell.overrides if word not in cached]
+    start = (f"experiment={settings.experiment}", "start.teacher=", *settings.overrides)
+    counted = _count(*start, f"train.steps={cell.steps}", *own, *(_CACHED if cached else ()))
+    plain, dune = _count(*start), _count("experiment=dune_336")
+    images = cell.steps * counted.batch
+    build = views(settings) * plain.teachers if cached else 0
+    at_dune = _count("experiment=dune_336", *_dune_words(cell)).every / dune.every
+    at_dune *= images / (live_steps(settings) * plain.batch)
+    return Arithmetic(images * counted.teachers, images * counted.every, build, at_dune)
+
+
+def _dune_words(cell: Cell) -> list[str]:
+    """A cell's options as overrides of `dune_336`: a smaller scale is that of all its teachers, which are all ViTs."""
+    words = list(_CACHED) if cache_words(cell) else []
+    for word in cell.overrides:
+        name, _, value = word.partition("=")
+        if name == "progressive":
+            words.append(re.sub(r"image_size: \d+", "image_size: 168", word))
+        elif name.endswith(".scale"):
+            words += [f"teachers.{teacher}.scale={value}" for teacher in _dune_teachers()]
+        elif name.startswith("objective."):
+            words.append(word)
+    return list(dict.fromkeys(words))
+
+
+@functools.cache
+def _dune_teachers() -> list[str]:
+    return list(compose_config(["experiment=dune_336"]).teachers)
+
+
+class _Count(NamedTuple):
+    """Of an image in a step."""
+
+    teachers: int
+    every: int
+    batch: int
+    """Images of a step."""
+
+
+@functools.cache
+def _count(*words: str) -> _Count:
+    cfg = compose_config(list(words))
+    flops = run_flops(cfg)
+    if flops.all_teachers is None or flops.training is None:
+        raise ValueError(f"the operations of a teacher are not known: {flops.teachers}")
+    return _Count(flops.all_teachers, flops.training, cfg.train.global_batch)
 
 
 def views(settings: Settings) -> int:
@@ -58,16 +104,3 @@ def arithmetic_of_rows(cells: Iterable[Cell], settings: Settings) -> dict[str, A
     """Row -> its arithmetic, which no seed changes."""
     rows = {cell.row: cell for cell in cells}
     return {row: arithmetic(cell, settings) for row, cell in rows.items()}
-
-
-def _compose(settings: Settings, cell: Cell, words: list[str]) -> RunConfig:
-    run = [f"experiment={settings.experiment}", f"train.steps={cell.steps}", "start.teacher=", *settings.overrides]
-    return compose_config([*run, *words])
-
-
-def _known(cfg: RunConfig) -> tuple[int, int]:
-    """(teachers, all) of an image in a step."""
-    flops = run_flops(cfg)
-    if flops.all_teachers is None or flops.training is None:
-        raise ValueError(f"the operations of a teacher are not known: {flops.teachers}")
-    return flops.all_teachers, flops.training

@@ -99,7 +99,9 @@ def _panel(axis: plt.Axes, shown: Sequence[Row], numbers: Mapping[str, int], key
 def write_figure(folder: Path, rows: Mapping[str, Row]) -> None:
     """Writes quality.png and quality.csv."""
     header = ["row", "seeds", "steps", "teacher_flops", "flops", "build_flops"]
-    header += [f"{key}_{what}" for key in METRICS for what in ("mean", "deviation", "difference_from_live", "level_within")]
+    header += [
+        f"{key}_{what}" for key in METRICS for what in ("mean", "deviation", "difference_from_live", "level_within")
+    ]
     diffs, table = differences(rows), []
     for row in rows.values():
         line = [row.name, row.seeds, row.steps, row.arithmetic.teachers, row.arithmetic.run, row.arithmetic.build]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.proof.cells import Cell
+from bench.proof.cells import Cell, Settings
 
 LIVE, DRAWN = "live", "live, from drawn weights"
 """The row that the others are compared with, and the published way of starting."""
@@ -29,6 +29,8 @@ ONE_TEACHER = ("objective.presample=true", "objective.drop_probability=1")
 HALF_SCALE = ("teachers.semantic.scale=0.5", "teachers.saliency.scale=0.5")
 THREE_QUARTERS = ("teachers.semantic.scale=0.75", "teachers.saliency.scale=0.75")
 ROUTED = ("objective.sharing=none", "objective.route_by_dataset=true")
+NO_DROPPING = "objective.drop_probability=0"
+HALF_BATCH = ("train.global_batch=8", "optimizer.lr_per_256=0.0064")
 
 
 def options(small: int = 56) -> tuple[Option, ...]:
@@ -54,7 +56,12 @@ def options(small: int = 56) -> tuple[Option, ...]:
         Option("three quarters scale", THREE_QUARTERS),
         Option("half of the patches", ("objective.patch_share=0.5",)),
         Option("average of the weights", ("train.ema=0.95",)),
-    )
+        # more updates on as many images; the rate of a step stays
+        Option("a third of the images, half the batch, no dropping", (*HALF_BATCH, NO_DROPPING), 80),
+        Option("cached, two thirds of the images, half the batch, no dropping", (*HALF_BATCH, NO_DROPPING), 156, True),
+        Option("cached, two thirds of the images, a quarter of the batch, no dropping",
+               ("train.global_batch=4", "optimizer.lr_per_256=0.0128", NO_DROPPING), 312, True),
+    )  # fmt: skip
 
 
 CACHES = "DUNE_FAST_CACHES"
@@ -71,9 +78,15 @@ def cost_cells(rows: Sequence[Option], seeds: int = SEEDS) -> list[Cell]:
     return cells
 
 
-def smoke_options() -> tuple[Option, ...]:
-    """The same of 2 to 6 steps on images of 56 px."""
-    return tuple(Option(o.row, o.overrides, max(2, o.steps * 4 // STEPS), o.cached) for o in options(small=28))
+def live_steps(settings: Settings) -> int:
+    """Of the live run: those of the proof's shorter schedule."""
+    return settings.ablation_steps
+
+
+def smoke_options(settings: Settings) -> tuple[Option, ...]:
+    """The same, shorter, on images of 56 px."""
+    steps = live_steps(settings)
+    return tuple(Option(o.row, o.overrides, max(2, o.steps * steps // STEPS), o.cached) for o in options(small=28))
 
 
 def cache_words(cell: Cell) -> list[str]:

@@ -48,7 +48,9 @@ STAGES = {"progressive, 1/3 of the side": 3, "progressive, 2/3 of the side": 1.5
 """Name -> what the images' side is divided by: a step of each stage of 112, 224, 336 px."""
 
 
-def reduced_config(folder: Path, experiment: str = "dune_336", narrower: int = NARROWER, batch: int = BATCH) -> RunConfig:
+def reduced_config(
+    folder: Path, experiment: str = "dune_336", narrower: int = NARROWER, batch: int = BATCH
+) -> RunConfig:
     """DUNE's recipe `narrower` times narrower, on a grid of 1 / sqrt(narrower) of the patches a side; drawn teachers of
     the published depths, whose files are written to `folder`."""
     cfg = compose_config([f"experiment={experiment}", "deepspeed=zero0"])
@@ -88,7 +90,9 @@ def in_turns(steps: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[str
     return found
 
 
-def time_variants(cfg: RunConfig, variants: Sequence[Variant], stages: Mapping[str, float], rounds: int) -> dict[str, Any]:
+def time_variants(
+    cfg: RunConfig, variants: Sequence[Variant], stages: Mapping[str, float], rounds: int
+) -> dict[str, Any]:
     """Name -> seconds, their range (first to last fifth) and the live step's arithmetic over its own."""
     device = init_distributed()
     batch, trunks = cfg.train.global_batch, _trunks(cfg, device)

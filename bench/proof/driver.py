@@ -38,7 +38,9 @@ def add_flags(parser: argparse.ArgumentParser, results: str) -> None:
     parser.add_argument("--cell", help=argparse.SUPPRESS)  # one cell in this process
 
 
-def prepare(args: argparse.Namespace, settings: Settings, work: Path, scenes: Path, results: Path) -> tuple[Places, str]:
+def prepare(
+    args: argparse.Namespace, settings: Settings, work: Path, scenes: Path, results: Path
+) -> tuple[Places, str]:
     """Images, made if need be, and their fingerprint."""
     sources: Sources | None = None
     stereo = None
