@@ -14,17 +14,20 @@ from typing import Any
 
 from bench.cost.arithmetic import arithmetic_of_rows
 from bench.cost.figure import write_figure
-from bench.cost.options import CACHES, SEEDS, cache_words, cost_cells, options, smoke_options
+from bench.cost.options import CACHES, LIVE, SEEDS, cache_words, cost_cells, options, smoke_options
 from bench.cost.step import measure_steps
-from bench.cost.table import page, read_step, rows_of
+from bench.cost.table import guide_table, page, read_step, rows_of
 from bench.proof.cells import SMOKE, Cell, Places, Settings, environment, read_results
 from bench.proof.driver import Program, add_flags, prepare
+from bench.proof.table import between
 from dune_fast.dali_pipelines.storage import write_whole
 from dune_fast.engine.config import compose_config
 from dune_fast.teachers.files import locked
 
 logger = logging.getLogger("bench.cost")
 RESULTS = Path(__file__).parents[1] / "results" / "cost"
+GUIDE = Path(__file__).parents[2] / "docs" / "training_well.md"
+BEGIN = "<!-- bench.cost --table -->"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -46,15 +49,17 @@ def build_cache(cell: Cell, settings: Settings, places: Places) -> None:
 
 
 def write_page(folder: Path, cells: Sequence[Cell], results: Mapping[str, Any], settings: Settings) -> Path:
-    """Page, figure and its numbers; returns the page."""
+    """Page, figure and its numbers, for the results of this repository the table in docs/, too; returns the page."""
     found = [cell for cell in cells if cell.name in results]
     arithmetic = arithmetic_of_rows(found, settings)
     batch = compose_config([f"experiment={settings.experiment}", "start.teacher="]).train.global_batch
-    path = folder / "README.md"
+    path, rows = folder / "README.md", rows_of(cells, results, arithmetic)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, page(cells, results, arithmetic, settings, batch, read_step(folder)).encode())
-    if rows := rows_of(cells, results, arithmetic):
+    if rows:
         write_figure(folder, rows)
+    if folder == RESULTS and LIVE in rows:
+        GUIDE.write_text(between(GUIDE.read_text(), GUIDE.name, BEGIN, guide_table(rows)))
     return path
 
 

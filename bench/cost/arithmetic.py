@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bench.cost.options import cache_words, live_steps
+from bench.cost.options import cache_words, live_steps, views
 from bench.proof.cells import Cell, Settings
 from dune_fast.engine.config import compose_config
 from dune_fast.engine.flops import run_flops
@@ -47,7 +47,7 @@ def arithmetic(cell: Cell, settings: Settings) -> Arithmetic:
     counted = _count(*start, f"train.steps={cell.steps}", *own, *(_CACHED if cached else ()))
     plain, dune = _count(*start), _count("experiment=dune_336")
     images = cell.steps * counted.batch
-    build = views(settings) * plain.teachers if cached else 0
+    build = views(cell, settings) * plain.teachers if cached else 0
     at_dune = _count("experiment=dune_336", *_dune_words(cell)).every / dune.every
     at_dune *= images / (live_steps(settings) * plain.batch)
     return Arithmetic(images * counted.teachers, images * counted.every, build, at_dune)
@@ -88,11 +88,6 @@ def _count(*words: str) -> _Count:
     if flops.all_teachers is None or flops.training is None:
         raise ValueError(f"the operations of a teacher are not known: {flops.teachers}")
     return _Count(flops.all_teachers, flops.training, cfg.train.global_batch)
-
-
-def views(settings: Settings) -> int:
-    """Of a cache of one view of every training image."""
-    return settings.scenes.objects + 2 * settings.scenes.photographs
 
 
 def pays_off_after(cached: Arithmetic, live: Arithmetic) -> float:

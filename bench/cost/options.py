@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.proof.cells import Cell, Settings
 
@@ -22,7 +22,11 @@ class Option:
     overrides: tuple[str, ...] = ()
     steps: int = STEPS
     cached: bool = False
-    """Whether it reads its teachers' features from a cache of one view an image."""
+    """Whether it reads its teachers' features from a cache."""
+    few: bool = False
+    """Whether it trains on `FEW` images, which come five times and more."""
+    views: int = 1
+    """Fixed views of an image, where it is cached."""
 
 
 ONE_TEACHER = ("objective.presample=true", "objective.drop_probability=1")
@@ -30,6 +34,9 @@ HALF_SCALE = ("teachers.semantic.scale=0.5", "teachers.saliency.scale=0.5")
 THREE_QUARTERS = ("teachers.semantic.scale=0.75", "teachers.saliency.scale=0.75")
 ROUTED = ("objective.sharing=none", "objective.route_by_dataset=true")
 NO_DROPPING = "objective.drop_probability=0"
+FEW = {"objects": ("00[0-1]*.jpg", 200), "natural": ("000[0-4]*.jpg", 50), "interior": ("000[0-4]*.jpg", 50)}
+"""Dataset -> pattern of its first images' names, and how many they are."""
+FEW_WORDS = tuple(f"data.datasets.{name}.pattern={pattern}" for name, (pattern, _) in FEW.items())
 HALF_BATCH = ("train.global_batch=8", "optimizer.lr_per_256=0.0064")
 
 
@@ -61,6 +68,10 @@ def options(small: int = 56) -> tuple[Option, ...]:
         Option("cached, two thirds of the images, half the batch, no dropping", (*HALF_BATCH, NO_DROPPING), 156, True),
         Option("cached, two thirds of the images, a quarter of the batch, no dropping",
                ("train.global_batch=4", "optimizer.lr_per_256=0.0128", NO_DROPPING), 312, True),
+        # the rows above see no image twice
+        Option("few images", few=True),
+        Option("few images, cached", few=True, cached=True),
+        Option("few images, cached, four views", few=True, cached=True, views=4),
     )  # fmt: skip
 
 
@@ -68,13 +79,19 @@ CACHES = "DUNE_FAST_CACHES"
 """Environment variable: the folder of the caches, one a seed, because a seed has its own views."""
 
 
+def _cache(option: Option, seed: int) -> str:
+    return f"seed{seed}" + (f"_few{option.views}" if option.few else "")
+
+
 def cost_cells(rows: Sequence[Option], seeds: int = SEEDS) -> list[Cell]:
     """Cells of the proof, seed by seed."""
     cells = []
     for seed in range(seeds):
         for option in rows:
-            cache = (f"cache.folder=${{oc.env:{CACHES}}}/seed{seed}", "data.views=1") if option.cached else ()
-            cells.append(Cell(option.row, "student", seed, "cost", option.steps, (*option.overrides, *cache)))
+            cache = (f"cache.folder=${{oc.env:{CACHES}}}/{_cache(option, seed)}", f"data.views={option.views}")
+            data = FEW_WORDS if option.few else ()
+            words = (*option.overrides, *data, *(cache if option.cached else ()))
+            cells.append(Cell(option.row, "student", seed, "cost", option.steps, words))
     return cells
 
 
@@ -86,10 +103,20 @@ def live_steps(settings: Settings) -> int:
 def smoke_options(settings: Settings) -> tuple[Option, ...]:
     """The same, shorter, on images of 56 px."""
     steps = live_steps(settings)
-    return tuple(Option(o.row, o.overrides, max(2, o.steps * steps // STEPS), o.cached) for o in options(small=28))
+    return tuple(replace(o, steps=max(2, o.steps * steps // STEPS)) for o in options(small=28))
 
 
 def cache_words(cell: Cell) -> list[str]:
     """What a cell's build of its cache is told, of all its overrides; empty if it reads none."""
-    words = [word for word in cell.overrides if word.startswith(("cache.", "data.views"))]
+    words = [word for word in cell.overrides if word.startswith(("cache.", "data."))]
     return words if any(word.startswith("cache.folder=") for word in words) else []
+
+
+def views(cell: Cell, settings: Settings) -> int:
+    """Of all training images, in the cell's cache; of one view each where it has none."""
+    found = {"objects": settings.scenes.objects, "natural": settings.scenes.photographs}
+    found["interior"] = found["natural"]
+    if set(FEW_WORDS) <= set(cell.overrides):
+        found = {name: min(count, FEW[name][1]) for name, count in found.items()}
+    each = [int(word.partition("=")[2]) for word in cell.overrides if word.startswith("data.views=")]
+    return sum(found.values()) * (each[0] if each else 1)

@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from bench.cost.arithmetic import Arithmetic, pays_off_after, views
-from bench.cost.options import DRAWN, LIVE
+from bench.cost.arithmetic import Arithmetic, pays_off_after
+from bench.cost.options import DRAWN, FEW, LIVE, views
 from bench.proof.cells import Cell, Settings
 
 METRICS = {"knn": "k-NN", "iou": "IoU", "match": "match"}
@@ -205,19 +205,37 @@ def difference_table(rows: Mapping[str, Row]) -> list[str]:
     return lines
 
 
+def guide_table(rows: Mapping[str, Row]) -> list[str]:
+    """Lines of Markdown, for docs/: the live row's values and the others' differences, bold where they are not level."""
+    columns = ["seeds", "arithmetic", "in `dune_336`", *METRICS.values()]
+    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    live, diffs = rows[LIVE], differences(rows)
+    for row in (live, *(row for row in rows.values() if row.name in diffs)):
+        cost = row.arithmetic
+        entries = [str(row.seeds), f"{cost.run / live.arithmetic.run:.2f}", f"{cost.at_dune:.2f}"]
+        if row is live:
+            entries += [_spread(row.values[key]) for key in METRICS]
+        else:
+            found = [(f"{diff[0]:+.3f}", standing(diff)) for diff in diffs[row.name].values()]
+            entries += [f"**{text}**" if stands in ("above", "below") else text for text, stands in found]
+        lines.append(f"| {row.name} | {' | '.join(entries)} |")
+    return lines
+
+
 def cache_lines(rows: Mapping[str, Row], settings: Settings, batch: int) -> list[str]:
-    """When the build pays off, which is the same for all rows that have one."""
-    built = [row.arithmetic for row in rows.values() if row.arithmetic.build]
-    if not built or LIVE not in rows:
+    """When the build of a cache of all images pays off; what the rows do not show of caches."""
+    if LIVE not in rows or "cached" not in rows:
         return []
-    live, count = rows[LIVE], views(settings)
-    runs = pays_off_after(built[0], live.arithmetic)
+    live, cached = rows[LIVE], rows["cached"].arithmetic
+    count, images, few = views(Cell(LIVE, "student"), settings), live.steps * batch, sum(n for _, n in FEW.values())
     return [
-        f"A cache has {count} views, one of every image, and its build takes {built[0].build / 1e12:.1f} x 10^12 "
-        f"operations. A run of {live.steps} steps sees {live.steps * batch} images, less than one pass. So the build "
-        f"pays off after {runs:.1f} such runs, or within one long run from its second pass on (step {count // batch}).",
-        "",
-    ]
+        f"The cache of `cached` has {count} views, one of every image. Its build takes {cached.build / 1e12:.1f} x "
+        f"10^12 operations. A run of {live.steps} steps sees {images} images, less than one pass. So the build pays "
+        f"off after {pays_off_after(cached, live.arithmetic):.1f} such runs, or within one long run from its second "
+        f"pass on (step {count // batch}).", "",
+        f"Only the rows of few images see an image twice: {few} images, {images / few:.1f} times on average. What fixed "
+        "views lose when images come again is what the cached ones of these rows lose against `few images`.", "",
+    ]  # fmt: skip
 
 
 def step_lines(step: Mapping[str, Any]) -> list[str]:
@@ -245,9 +263,10 @@ def page(
         shown = ", ".join(f"{METRICS[key]} {value:.3f}" for key, value in limits.items() if value is not None)
         lines += [
             "## Differences from `live`", "",
-            "Seed by seed, mean and deviation. *Level*: within two standard errors, by the deviation "
-            f"of a difference, pooled over the rows with live's start ({shown or 'more seeds are needed'}). Level means that these "
-            "seeds show no difference, not that there is none.", "", *difference_table(rows)[:2], *diffs, "",
+            "Seed by seed, mean and deviation. *Level*: within two standard errors, by the deviation of a difference, "
+            f"pooled over the rows with live's start ({shown or 'more seeds are needed'}). Level means that these "
+            "seeds show no difference, not that there is none.",
+            "", *difference_table(rows)[:2], *diffs, "",
         ]  # fmt: skip
     if step is not None:
         lines += ["## A step at DUNE's proportions", "", *step_lines(step), ""]

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 
 from bench.cost.__main__ import RESULTS, main
-from bench.cost.arithmetic import Arithmetic, arithmetic_of_rows, pays_off_after, views
+from bench.cost.arithmetic import Arithmetic, arithmetic_of_rows, pays_off_after
 from bench.cost.figure import spread_out, write_figure
-from bench.cost.options import CACHES, DRAWN, LIVE, cache_words, cost_cells, options, smoke_options
+from bench.cost.options import CACHES, DRAWN, LIVE, cache_words, cost_cells, options, smoke_options, views
 from bench.cost.step import LIVE as LIVE_STEP
 from bench.cost.step import in_turns, reduced_config, time_variants
 from bench.cost.table import differences, page, rows_of, standing, verdicts
 from bench.proof.cells import SMOKE, Cell, Settings, read_results, seconds_of_steps
 from bench.step_variants import Variant
 from dune_fast.cache.store import Store
+from dune_fast.engine.config import compose_config
 
 TERA = 10**12
 COSTS = {
@@ -60,7 +61,7 @@ def test_operations_of_the_options():
     assert live.build == 0 and live.first == live.run
     assert cached.teachers == 0 and cached.run == live.run - live.teachers
     # a build sees every image once, a run of 120 steps 1,920
-    assert views(Settings()) == 7000 and cached.build * 120 * 16 == live.teachers * 7000
+    assert cached.build * 120 * 16 == live.teachers * 7000
     assert pays_off_after(cached, live) == pytest.approx(7000 / 1920)
     assert 3 * found["a third of the steps"].run == live.run
     assert found[quarter].run == found["cached, two thirds of the steps"].run  # images count, not steps
@@ -165,6 +166,18 @@ def test_the_smoke_run_has_the_same_rows_in_short():
     cached = next(cell for cell in cost_cells(whole) if cell.row == "cached")
     assert cache_words(cached) == [f"cache.folder=${{oc.env:{CACHES}}}/seed0", "data.views=1"]
     assert not cache_words(dataclasses.replace(cached, overrides=("data.views=1",)))
+
+
+def test_caches_of_other_images_or_views_lie_elsewhere_and_are_counted():
+    cells = {cell.row: cell for cell in cost_cells(options(), 1)}
+    names = ("cached", "few images, cached", "few images, cached, four views")
+    folders = {next(w for w in cells[name].overrides if w.startswith("cache.folder=")) for name in names}
+    assert len(folders) == 3
+    assert [views(cells[name], Settings()) for name in names] == [7000, 300, 1200]
+    few = [word for word in cells["few images"].overrides if word.startswith("data.datasets.")]
+    assert len(few) == 3 and set(few) < set(cache_words(cells["few images, cached"]))  # its build is of them alone
+    cfg = compose_config(["experiment=proof", "start.teacher=", *few])
+    assert cfg.data.datasets["objects"].pattern == "00[0-1]*.jpg"
 
 
 def test_steps_take_turns():
