@@ -37,7 +37,6 @@ NO_DROPPING = "objective.drop_probability=0"
 FEW = {"objects": ("00[0-1]*.jpg", 200), "natural": ("000[0-4]*.jpg", 50), "interior": ("000[0-4]*.jpg", 50)}
 """Dataset -> pattern of its first images' names, and how many they are."""
 FEW_WORDS = tuple(f"data.datasets.{name}.pattern={pattern}" for name, (pattern, _) in FEW.items())
-HALF_BATCH = ("train.global_batch=8", "optimizer.lr_per_256=0.0064")
 
 
 def options(small: int = 56) -> tuple[Option, ...]:
@@ -63,11 +62,9 @@ def options(small: int = 56) -> tuple[Option, ...]:
         Option("three quarters scale", THREE_QUARTERS),
         Option("half of the patches", ("objective.patch_share=0.5",)),
         Option("average of the weights", ("train.ema=0.95",)),
-        # more updates on as many images; the rate of a step stays
-        Option("a third of the images, half the batch, no dropping", (*HALF_BATCH, NO_DROPPING), 80),
-        Option("cached, two thirds of the images, half the batch, no dropping", (*HALF_BATCH, NO_DROPPING), 156, True),
-        Option("cached, two thirds of the images, a quarter of the batch, no dropping",
-               ("train.global_batch=4", "optimizer.lr_per_256=0.0128", NO_DROPPING), 312, True),
+        # more updates on as many images
+        Option("batches of four, no dropping, a third of the images", (NO_DROPPING, "train.global_batch=4"), 160),
+        Option("cached, batches of eight, no dropping", (NO_DROPPING, "train.global_batch=8"), 156, cached=True),
         # the rows above see no image twice
         Option("few images", few=True),
         Option("few images, cached", few=True, cached=True),

@@ -206,7 +206,7 @@ def difference_table(rows: Mapping[str, Row]) -> list[str]:
 
 
 def guide_table(rows: Mapping[str, Row]) -> list[str]:
-    """Lines of Markdown, for docs/: the live row's values and the others' differences, bold where they are not level."""
+    """Lines of Markdown, for docs/: the live row's values and the others' differences, in bold where not level."""
     columns = ["seeds", "arithmetic", "in `dune_336`", *METRICS.values()]
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     live, diffs = rows[LIVE], differences(rows)
@@ -233,8 +233,8 @@ def cache_lines(rows: Mapping[str, Row], settings: Settings, batch: int) -> list
         f"10^12 operations. A run of {live.steps} steps sees {images} images, less than one pass. So the build pays "
         f"off after {pays_off_after(cached, live.arithmetic):.1f} such runs, or within one long run from its second "
         f"pass on (step {count // batch}).", "",
-        f"Only the rows of few images see an image twice: {few} images, {images / few:.1f} times on average. What fixed "
-        "views lose when images come again is what the cached ones of these rows lose against `few images`.", "",
+        f"Only the rows of few images see an image twice: {few} images, {images / few:.1f} times on average. What "
+        "fixed views lose when images come again is what the cached ones of these rows lose against `few images`.", "",
     ]  # fmt: skip
 
 
