@@ -129,8 +129,8 @@ class Trainer:
             cfg.data, cfg.image_size, cfg.train.global_batch, self.rank, self.world_size, cfg.train.seed, self.device,
             folder=self.run_dir, sizes=lambda step: stage_at(self.stages, step).image_size,
         )  # fmt: skip
-        if cfg.cache.folder:
-            self.loader.read_views = open_cache(cfg, self.loader.datasets, self.device).read
+        self.cache = open_cache(cfg, self.loader.datasets, self.device) if cfg.cache.folder else None
+        self.loader.read_views = None if self.cache is None else self.cache.read
         refuse_other_data(self.loader.datasets, self.hosts)
         if self.evaluate is not None:
             self.evaluate.check(self.loader.datasets)
@@ -310,7 +310,7 @@ class Trainer:
         for part in parts:
             self.watchdog.at(f"step {i + 1}, forward")
             inputs = part.images, part.group, part.positions, i, momentum, part.group_on_host, part.features
-            outputs.append(self.distill(*inputs, part.positions_on_host))
+            outputs.append(self.distill(*inputs, part.positions_on_host, part.patches))
             self.watchdog.at(f"step {i + 1}, backward")
             self.engine.backward(outputs[-1].loss)
         metrics, images = merge(outputs)
