@@ -24,6 +24,9 @@ def keep_basis(folder: Path, bases: Mapping[str, Basis]) -> None:
 
     Args:
         bases: `<teacher>/patch` -> basis.
+
+    Raises:
+        ValueError: the file system has no hard links.
     """
     tensors = {f"{name}.{field}": x.cpu().contiguous() for name, b in bases.items() for field, x in b._asdict().items()}
     fresh = folder / f"{FILE}.{os.uname().nodename}.{os.getpid()}"
@@ -35,6 +38,11 @@ def keep_basis(folder: Path, bases: Mapping[str, Basis]) -> None:
             os.link(fresh, folder / FILE)  # whole and exclusive, on network file systems too
         except FileExistsError:
             return
+        except OSError as error:
+            raise ValueError(
+                f"cache.folder={folder} takes no hard links ({error.strerror}), by which builds agree on one basis: "
+                "choose a folder on another file system, or cache.components=0"
+            ) from error
     finally:
         fresh.unlink(missing_ok=True)
 
