@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, compare, objective_of, relative_error
 from bench.linear_case import run_linear_depth, run_linear_seg
+from bench.sibling_cases_teachers import TEACHER_RUNNERS
 from bench.teacher_case import run_teacher
 from bench.train_case import run_train
 from dune_fast.distill.objective import coefficients, combine, teacher_losses
@@ -196,5 +197,6 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "train": run_train,
     "linear_depth": run_linear_depth,
     "linear_seg": run_linear_seg,
+    **TEACHER_RUNNERS,
 }
 """Kind of a case -> what recomputes it; a kind that is not here is "not built"."""
