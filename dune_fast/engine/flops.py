@@ -28,6 +28,7 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.engine.stages import Stage, at_size, stages
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
 from dune_fast.kernels.nn.routing import PatchSubset
+from dune_fast.kernels.nn.sam import SAMEncoder
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.student import ProjectorConfig
 from dune_fast.teachers.config import TeacherConfig, input_key, network_key, scaled_grid
@@ -134,7 +135,7 @@ def published_network(name: str, cfg: TeacherConfig) -> nn.Module | None:
         with torch.device("meta"):
             if issubclass(family, ViTTeacher):
                 known = dataclasses.replace(cfg, image_size=cfg.image_size or cfg.patch_size)
-                return VisionTransformer(family.architecture(known)).eval()
+                return family.network(family.architecture(known)).eval()
             if cfg.family == "xfeat":
                 from dune_fast.teachers.xfeat import XFeat
 
@@ -154,7 +155,7 @@ def teacher_flops(name: str, cfg: TeacherConfig, grid: int) -> int | None:
     network, grid = published_network(name, cfg), scaled_grid(grid, cfg.scale, cfg.grid_multiple)
     if network is None:
         return None
-    if isinstance(network, VisionTransformer):
+    if isinstance(network, VisionTransformer) and not isinstance(network, SAMEncoder):  # which has windows
         return vit_flops(network.cfg, grid, cfg.layer)
     return _count_or_none(name, network, grid * cfg.patch_size)
 
