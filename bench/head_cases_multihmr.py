@@ -154,7 +154,7 @@ def run_container(case: Case) -> list[Check]:
     encoder = load_encoder(path, num_heads=info["vit"]["heads"])
     tokens = encode(encoder, case["in/image"])
     with torch.no_grad():
-        people = head(tokens, case["in/K"], info["det_thresh"], info["nms_kernel_size"])
+        people = head(tokens, case["in/K"], threshold=info["det_thresh"], nms=info["nms_kernel_size"])
         ours = _outputs(people, place_bodies(people, model, head.center)) | {"tokens": tokens.patch}
     return _compare(ours, case.under("out"), "out/", 1e-4)
 

@@ -21,7 +21,7 @@ ROOMS = {
     "tasks": {"distill", "engine", "evaluate", "heads", "load", "student"},
     "cache": set(),
     "heads": set(),
-    "infer": {"heads", "load", "evaluate"},
+    "infer": {"engine", "evaluate", "heads", "load"},
 }
 """What of dune_fast itself, beside their own files, its rooms may import."""
 

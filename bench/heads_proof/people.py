@@ -27,7 +27,7 @@ class PeopleConfig:
 
     side: int = 168
     """Of the square images, in pixels."""
-    most: int = 2
+    most: int = 3
     """People of an image; one at least."""
     seed: int = 7
 
@@ -39,7 +39,7 @@ def photographs() -> list[Path]:
 
 
 def draw_parameters(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
-    """n people that stand, turned by up to 75 degrees, with arms, legs and trunk at random; nearest first.
+    """n people that stand, turned by up to 45 degrees, with arms and legs at random; nearest first.
 
     Axis-angles [n, ., 3] by the names of `PARTS`, betas [n, 11], transl [n, 3] of the camera's frame.
     """
@@ -47,22 +47,18 @@ def draw_parameters(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
     for name in ("leye", "reye"):
         out[name][:] = 0
     for name in ("left_hand", "right_hand"):
-        out[name] = 0.15 * rng.normal(size=(n, 15, 3))
-    body = out["body"] = 0.08 * rng.normal(size=(n, 21, 3))  # joint j is row j - 1
+        out[name] = 0.05 * rng.normal(size=(n, 15, 3))
+    body = out["body"] = 0.04 * rng.normal(size=(n, 21, 3))  # joint j is row j - 1
     for sign, hip, knee, shoulder, elbow in ((1, 1, 4, 16, 18), (-1, 2, 5, 17, 19)):
-        lift = rng.uniform(0, 1, n)
-        body[:, hip - 1, 0] -= 1.3 * lift * rng.integers(0, 2, n) - 0.2
-        body[:, hip - 1, 2] += sign * rng.uniform(-0.05, 0.4, n)
-        body[:, knee - 1, 0] += rng.uniform(0, 1.4, n)
-        body[:, shoulder - 1, 2] += sign * rng.uniform(-1.4, 0.9, n)
-        body[:, shoulder - 1, 1] += sign * rng.uniform(-0.8, 0.4, n)
-        body[:, elbow - 1, 1] -= sign * rng.uniform(0, 1.9, n)
-    body[:, [2, 5, 8]] += 0.12 * rng.normal(size=(n, 3, 3))
-    yaw, tilt = rng.uniform(-1.3, 1.3, n), 0.12 * rng.normal(size=(n, 2))
-    out["root"][:, 0] = np.stack([_upright(*angles) for angles in zip(yaw, *tilt.T, strict=True)])
-    out["betas"] = rng.normal(size=(n, 11)) * np.array([1.0] * 10 + [0])
+        body[:, hip - 1, 2] += sign * rng.uniform(0, 0.7, n)
+        body[:, knee - 1, 0] += rng.uniform(0, 1.2, n)
+        body[:, shoulder - 1, 2] += sign * rng.uniform(-1.4, 1.2, n)
+        body[:, elbow - 1, 1] -= sign * rng.uniform(0, 1.2, n)
+    yaw, tilt = rng.uniform(-0.8, 0.8, n), 0.05 * rng.normal(size=(n, 2))
+    out["root"][:, 0] = np.array([_upright(*angles) for angles in zip(yaw, *tilt.T, strict=True)]).reshape(n, 3)
+    out["betas"] = 0.5 * rng.normal(size=(n, 11)) * np.array([1.0] * 10 + [0])
     depth = np.sort(rng.uniform(2.0, 3.8, n))
-    across = np.linspace(-1, 1, n) * 0.75 if n > 1 else np.zeros(1)
+    across = np.linspace(-1, 1, n) * 0.3 * n if n > 1 else np.zeros(n)
     x = rng.permutation(across) + rng.uniform(-0.3, 0.3, n)
     out["transl"] = np.stack([x * depth / 3, rng.uniform(0.2, 0.45, n), depth], 1)
     return {name: x.astype(np.float32) for name, x in out.items()}

@@ -73,6 +73,8 @@ class HeadConfig:
     """Where the examples are and how they are made; see the kind's task in `dune_fast/tasks/`."""
     loss: dict[str, Any] = field(default_factory=dict)
     """Weights and variants of the loss, where a kind has them."""
+    tf32: bool = True
+    """On a GPU, float32 products in TF32, as the published trainings of these heads have them."""
     threads: int = 4
     """Of a rank, that read examples."""
     ahead: int = 3

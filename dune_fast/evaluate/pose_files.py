@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import re
@@ -36,7 +37,7 @@ def read_poses(text: str, path: Path, fields: int) -> dict[int, Pose]:
     found: dict[int, Pose] = {}
     ignored = 0
     for line in filter(str.strip, text.splitlines()):
-        number, pose = _number(line), _pose(line.split(), 1, fields)
+        number, pose = frame_number(line.split()[0]), _pose(line.split(), 1, fields)
         if line.startswith("#"):
             continue
         if number is None or pose is None:
@@ -69,28 +70,31 @@ def read_pairs(path: Path, strict: bool = False) -> dict[tuple[str, str], Pose]:
     return found
 
 
-def read_intrinsics(path: Path) -> dict[int, tuple[float, ...]]:
-    """Frame -> fx, fy, cx, cy, width, height in pixels."""
+def read_intrinsics(path: Path) -> dict[str, tuple[float, ...]]:
+    """Name of an image -> fx, fy, cx, cy, width, height in pixels. PoseFileError for a line that is none."""
     found = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
-        frame, values = _number(line), _floats(line.split()[1:])
-        if frame is None or values is None or len(values) != 6 or min(*values[:2], *values[4:]) <= 0:
+        name, *words = line.split()
+        values = _floats(words)
+        if values is None or len(values) != 6 or min(*values[:2], *values[4:]) <= 0:
             raise PoseFileError(f"{path}, line {number}, is not `frame fx fy cx cy W H`: {line[:80]!r}")
-        found[frame] = tuple(values)
+        found[name] = tuple(values)
     return found
 
 
-def write_submission(path: Path, scenes: Mapping[str, Iterable[tuple[str, Pose]]]) -> None:
-    """Writes a submission as a zip: scene -> (frame's name, pose)."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+def submission_bytes(scenes: Mapping[str, Iterable[tuple[str, Pose]]]) -> bytes:
+    """A submission as a zip: scene -> (frame's name, pose)."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for scene, poses in scenes.items():
             lines = [
                 " ".join([name, *(f"{v:.9g}" for v in (*p.quaternion, *p.translation, p.confidence))])
                 for name, p in poses
             ]
             archive.writestr(f"pose_{scene}.txt", "\n".join(lines) + "\n")
+    return file.getvalue()
 
 
 def read_submission(path: Path) -> dict[str, str]:
@@ -122,9 +126,9 @@ def read_text(path: Path) -> str:
         raise PoseFileError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _number(line: str) -> int | None:
-    """The last number in the name of a frame: 35 of seq1/frame_00035.jpg."""
-    found = re.findall(r"[0-9]+", line.split()[0].rpartition("/")[2])
+def frame_number(name: str) -> int | None:
+    """The last number in the name of a frame, 35 of seq1/frame_00035.jpg; None if there is none."""
+    found = re.findall(r"[0-9]+", name.rpartition("/")[2])
     return int(found[-1]) if found and len(found[-1]) < 18 else None
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from dune_fast.evaluate.pose_files import (
     Pose,
     PoseFileError,
+    frame_number,
     read_intrinsics,
     read_pairs,
     read_poses,
@@ -95,7 +96,8 @@ def measure_mapfree(data: Path, predictions: Path) -> dict[str, Any]:
         both = [frame for frame in counted if frame in estimated]
         missing += len(counted) - len(both)
         if both:
-            cameras = read_intrinsics(scene / "intrinsics.txt")
+            named = read_intrinsics(scene / "intrinsics.txt")
+            cameras = {frame_number(name): values for name, values in named.items()}
             if unknown := [frame for frame in both if frame not in cameras]:
                 raise PoseFileError(f"{scene / 'intrinsics.txt'} lacks the frame {unknown[0]}")
             intrinsics = torch.tensor([cameras[frame] for frame in both], dtype=torch.float64)

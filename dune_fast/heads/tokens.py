@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -57,7 +58,7 @@ class EncoderTokens(NamedTuple):
 
 @torch.no_grad()
 def encode(encoder: VisionTransformer, images: Tensor, blocks: Collection[int] = ()) -> EncoderTokens:
-    """One pass of the frozen encoder.
+    """One pass of the frozen encoder; its tokens in float32. Products are of `encoder.autocast_dtype` if that is set.
 
     Args:
         encoder: in evaluation mode.
@@ -67,13 +68,13 @@ def encode(encoder: VisionTransformer, images: Tensor, blocks: Collection[int] =
     Raises:
         ValueError: sides that are no multiple of the patch, or a block that the encoder has not.
     """
-    last = len(encoder.blocks) - 1
-    outputs = encoder.block_outputs(images, sorted({*blocks, last}))
+    last, dtype = len(encoder.blocks) - 1, encoder.autocast_dtype
 
     def split(tokens: Tensor) -> BlockTokens:
         cls, _, patch = encoder.split(encoder.norm(tokens))
         raw_cls, _, raw_patch = encoder.split(tokens)
-        return BlockTokens(cls, patch, raw_cls, raw_patch)
+        return BlockTokens(*(None if x is None else x.float() for x in (cls, patch, raw_cls, raw_patch)))
 
-    found = {i: split(x) for i, x in outputs.items()}
+    with contextlib.nullcontext() if dtype is None else torch.autocast(images.device.type, dtype):
+        found = {i: split(x) for i, x in encoder.block_outputs(images, sorted({*blocks, last})).items()}
     return EncoderTokens(*found[last], encoder.grid(images), {i: found[i] for i in blocks})

@@ -19,7 +19,7 @@ from dune_fast.evaluate.ranks import Ranks
 from dune_fast.heads.head import Head
 from dune_fast.heads.mast3r.head import Mast3rHead
 from dune_fast.heads.mast3r.loss import Mast3rLoss, Mast3rLossConfig
-from dune_fast.heads.mast3r.pair_check import WHERE
+from dune_fast.heads.mast3r.pair_check import WHERE, check_pairs
 from dune_fast.heads.mast3r.pair_folders import PairFolder, open_pairs
 from dune_fast.heads.mast3r.pairs import Example, PairDataConfig, PairSource, collate
 from dune_fast.heads.mast3r.training import both_orders_outputs, coloured, truth
@@ -88,6 +88,9 @@ class Mast3rTask:
             found.append(Missing("OpenCV, for the poses of the validation", "head.data.validation",
                                  "pip install 'dune-fast[heads]'"))  # fmt: skip
         return found
+
+    def problems(self) -> list[str]:
+        return [text for name, data in self.data.datasets.items() for text in check_pairs(name, data)]
 
     def open(self, ranks: Ranks) -> dict[str, int]:
         folders = [open_pairs(name, data) for name, data in self.data.datasets.items()]

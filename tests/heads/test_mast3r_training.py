@@ -52,7 +52,7 @@ def rooms(tmp_path_factory) -> Path:
 def overrides(encoder_file, rooms, tmp_path) -> list[str]:
     options = ",".join(f"{name}:{value}" for name, value in TINY.items())
     return [
-        "experiment=mast3r", f"head.encoder={encoder_file}", f"+head.data.datasets.rooms.root={rooms}",
+        "experiment=mast3r_dune", f"head.encoder={encoder_file}", f"+head.data.datasets.rooms.root={rooms}",
         f"head.options={{{options},layer_dims:[4,4,8,8]}}", "head.data.sizes=[[56,28]]", "head.data.n_corres=64",
         "train.steps=12", "train.global_batch=2", "train.log_every=1", "train.checkpoint_every=100",
         "train.precision=fp32", "evaluation.every=0", "logging.tensorboard=false", "deepspeed=zero0",
@@ -189,5 +189,5 @@ def test_what_does_not_go_together_is_refused(overrides, tmp_path):
     (missing,) = task(f"head.data.datasets.rooms.root={tmp_path}").missing()
     assert "pairs.txt" in missing.what and "head.data.datasets.rooms.root=" in missing.where
     assert "megadepth" in missing.ask
-    (missing,) = Mast3rTask(compose_config(["experiment=mast3r"])).missing()
+    (missing,) = Mast3rTask(compose_config(["experiment=mast3r_dune"])).missing()
     assert missing.where == "head.data.datasets is empty"

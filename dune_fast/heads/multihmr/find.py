@@ -29,7 +29,7 @@ def find_people(
     device = next(head.parameters()).device
     batch = normalise(pixels, encoder.mean, encoder.std)[None].to(device)
     k = torch.tensor(intrinsics, dtype=torch.float32, device=device)[None]
-    people = head(encode(encoder, batch), k, threshold, nms)
+    people = head(encode(encoder, batch), k, threshold=threshold, nms=nms)
     return people, place_bodies(people, model, head.center)
 
 

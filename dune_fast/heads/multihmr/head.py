@@ -91,6 +91,7 @@ class MultiHmrHead(Head):
     """
 
     kind = "multihmr"
+    repeated = ("depth",)
 
     def __init__(
         self, width: int, image_size: int, patch_size: int = 14, num_betas: int = 10, depth: int = 2, heads: int = 8,
@@ -159,17 +160,17 @@ class MultiHmrHead(Head):
         )  # fmt: skip
 
     def forward(
-        self, tokens: EncoderTokens, intrinsics: Tensor | None = None, threshold: float = 0.3, nms: int = 3,
-        cells: Cells | None = None,
+        self, tokens: EncoderTokens, intrinsics: Tensor | None = None, cells: Cells | None = None, *,
+        threshold: float = 0.3, nms: int = 3,
     ) -> People:  # fmt: skip
         """The people found in B images, or those in the given cells.
 
         Args:
             tokens: of S x S images.
             intrinsics: K [B, 3, 3]; None for `camera.default_intrinsics`.
+            cells: of the ground truth, in training: nothing is searched.
             threshold: score from which on a patch holds a person; 0.3 of the published demo, 0.2 of its evaluation.
             nms: patches of the neighbourhood within which the highest score alone counts.
-            cells: of the ground truth, in training: nothing is searched.
         """
         if intrinsics is None:
             intrinsics = default_intrinsics(self.image_size).to(tokens.patch.device).expand(len(tokens.patch), 3, 3)

@@ -19,7 +19,7 @@ from dune_fast.heads.multihmr.targets import Targets
 _EPS = 1e-7  # under the logarithms
 
 
-@dataclass(frozen=True)
+@dataclass
 class LossWeights:
     """Weight of every term; the published ones. ValueError for negative ones."""
 
