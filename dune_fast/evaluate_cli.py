@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 
 _TASKS = ("knn", "linear", "segmentation", "depth")
 _MEASURED = ("mapfree", "pose", "hmr")  # on predictions: the keys of `evaluate_predictions.TASKS`
+_MORE = ("body_model", "pose_method", "long_side")  # options of theirs
 _FORMATS = ("npy", "safetensors", "parquet")
 
 EVALUATE = """\
@@ -68,11 +69,11 @@ def evaluate(args: argparse.Namespace) -> int:
 
         run_measured(
             args.task, args.run, args.data, args.predictions, args.head, args.out, args.device, args.precision,
-            args.body_model,
+            {name: getattr(args, name) for name in _MORE},
         )  # fmt: skip
         return 0
-    if args.head or args.predictions or args.body_model:
-        raise ValueError(f"--head, --predictions and --body-model are for the tasks {', '.join(_MEASURED)}")
+    if given := [name for name in ("head", "predictions", *_MORE) if getattr(args, name) is not None]:
+        raise ValueError(f"--{given[0].replace('_', '-')} is for the tasks {', '.join(_MEASURED)}")
     if not args.run:
         raise ValueError(
             f"--task {args.task} evaluates an encoder: give it first" if args.task else "give a run, e.g. runs/demo"
@@ -168,6 +169,9 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
                           "file of ours or an official container")  # fmt: skip
     measured.add_argument("--body-model", type=local, metavar="FILE", help="hmr: the user's SMPLX_NEUTRAL.npz, where "
                           "files hold no vertices")  # fmt: skip
+    measured.add_argument("--pose-method", metavar="NAME", help="pnp or essential (default: pnp)")
+    measured.add_argument("--long-side", type=int, metavar="PX", help="of the images that the head sees, a multiple of "
+                          "the patch (default: about 512)")  # fmt: skip
     dense = sub.add_argument_group("segmentation and depth")
     dense.add_argument("--layout", default="", metavar="NAME", help="ade20k, cityscapes, nyud, scannet or plain "
                        "(default: what the folder looks like)")  # fmt: skip

@@ -17,11 +17,11 @@ def train(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Says what the training of a head needs and does not find, and where to ask for it.
+    """Says what the training of a head needs and does not find, and where to ask for it; reads some of its examples.
 
-    Exit status 1 if something is missing.
+    Exit status 1 if something is missing or cannot be read.
     """
-    from dune_fast.tasks.run import needs
+    from dune_fast.tasks.run import doubts, needs
     from dune_fast.train import run_config
 
     cfg = run_config(None, args.overrides)
@@ -31,9 +31,12 @@ def check(args: argparse.Namespace) -> int:
         out.print(in_colour("fail ", "fail").append(f" {what}"))
         out.print(f"      {where}", markup=False)
         out.print(f"      -> {ask}", markup=False)
-    if not found:
+    wrong = [] if found else doubts(cfg)
+    for sentence in wrong:
+        out.print(in_colour("warn ", "warn").append(f" {sentence}"))
+    if not found and not wrong:
         out.print(in_colour(f"nothing is missing to train {cfg.name}", "ok"))
-    return 1 if found else 0
+    return 1 if found or wrong else 0
 
 
 def add_parser(

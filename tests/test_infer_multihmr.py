@@ -96,8 +96,8 @@ def test_the_task_hmr_measures_what_a_head_finds(tmp_path, networks, photograph,
     assert json.loads(again.read_text())["metrics"] == result["metrics"]
     with pytest.raises(BodyModelError, match="give --body-model FILE; register at"):
         predict_people(data, encoder, head, tmp_path / "p")
-    with pytest.raises(ValueError, match="--task pose has no use for --body-model"):
-        run_measured("pose", "", "d", tmp_path, None, None, body_model=model_file)
+    with pytest.raises(ValueError, match="--body-model is not for --task pose with --predictions"):
+        run_measured("pose", "", "d", tmp_path, None, None, more={"body_model": model_file})
 
 
 def test_intrinsics_are_those_of_the_image(tmp_path, networks, photograph, model_file):

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
+from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.engine.config_sections import ConfigError
 from dune_fast.engine.overrides import first_line
 from dune_fast.evaluate.ranks import Ranks
@@ -99,6 +100,12 @@ class HeadTask(Protocol):
         """What of the data (files, folders, packages) is not there; looked for, not read. A run starts if it is empty;
         `dune-fast heads check` prints it."""
 
+    def problems(self) -> list[str]:
+        """What is wrong or doubtful about data that are there, a sentence each: some examples are read.
+
+        `dune-fast heads check` prints it; a run does not ask.
+        """
+
     def open(self, ranks: Ranks) -> dict[str, int]:
         """Opens the data; data set -> number of training examples. All ranks call it. A run that goes on must find the
         same."""
@@ -160,6 +167,17 @@ def section(kind: type[T], values: Mapping[str, Any], name: str) -> T:
     except (OmegaConfBaseException, ValueError) as error:
         fields = ", ".join(f.name for f in dataclasses.fields(kind))
         raise ConfigError(f"{name}: {first_line(error)}; its fields are {fields}") from None
+
+
+def unreadable(count: int, read: Callable[[int], Any], most: int = 20) -> list[str]:
+    """The sentences of those of `most` examples, evenly spread over `count`, that `read` raises a DataError for."""
+    found = []
+    for index in sorted({round(i * (count - 1) / max(1, most - 1)) for i in range(most)} if count else ()):
+        try:
+            read(index)
+        except DataError as error:
+            found.append(str(error))
+    return found
 
 
 def stack(examples: Sequence[Mapping[str, Any]]) -> Batch:

@@ -30,7 +30,7 @@ from dune_fast.heads.linear.depth import WARM_UP_STEPS, depth_loss
 from dune_fast.heads.linear.layers import LinearHead
 from dune_fast.heads.linear.segmentation import segmentation_loss
 from dune_fast.kernels.nn.vit import VisionTransformer
-from dune_fast.tasks.head_task import Batch, FrozenEncoder, Loss, Missing, section, stack
+from dune_fast.tasks.head_task import Batch, FrozenEncoder, Loss, Missing, section, stack, unreadable
 from dune_fast.teachers.files import cache_dir
 
 _ASK = {
@@ -130,6 +130,9 @@ class _Linear:
             return [Missing(f"images with {self._task} ({error})", place, ask)]
         return []
 
+    def problems(self) -> list[str]:
+        return [text for pairs in self._pairs() for text in unreadable(len(pairs), pairs.read)]
+
     def _pairs(self) -> tuple:
         if not self.data.root:
             raise DataError("no folder is given")
@@ -137,9 +140,9 @@ class _Linear:
         return open_pairs(Path(self.data.root), self._task, self.data.layout, scale, "head.data.root")
 
     def open(self, ranks: Ranks) -> dict[str, int]:
-        train, val = self._pairs()
-        self.job = with_classes(self._job(train, val), ranks)
-        return {Path(self.data.root).name or self._task: len(train)}
+        if self.job is None:  # classes may have to be counted
+            self.job = with_classes(self._job(*self._pairs()), ranks)
+        return {Path(self.data.root).name: len(self.job.train)}
 
     def _job(self, train: Any, val: Any) -> DenseTask:
         raise NotImplementedError

@@ -20,7 +20,7 @@ from dune_fast.heads.multihmr.loss import LossWeights, losses
 from dune_fast.heads.multihmr.smplx import load_body_model
 from dune_fast.heads.multihmr.targets import make_targets
 from dune_fast.kernels.nn.vit import VisionTransformer
-from dune_fast.tasks.head_task import Batch, FrozenEncoder, Loss, Missing, section
+from dune_fast.tasks.head_task import Batch, FrozenEncoder, Loss, Missing, section, unreadable
 
 
 @dataclass
@@ -93,6 +93,10 @@ class MultiHmrTask:
             what = f"the body model ({str(error).partition(how_to_get())[0].rstrip(' :')})"
             found.append(Missing(what, place, how_to_get()))
         return found
+
+    def problems(self) -> list[str]:
+        folders = [self._folder(split) for split in ("train", "val")]
+        return [text for folder in folders for text in unreadable(len(folder), folder.read)]
 
     def _folder(self, split: str) -> PeopleFolder:
         return PeopleFolder(Path(self.data.root or "(empty)"), split, self.options.image_size)

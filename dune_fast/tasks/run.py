@@ -93,3 +93,8 @@ def needs(cfg: RunConfig) -> list[Missing]:
         except ValueError as error:
             found.append(Missing(f"the head to start from ({error})", place, "Leave it out for drawn weights"))
     return found + training.task.missing()
+
+
+def doubts(cfg: RunConfig) -> list[str]:
+    """What is wrong or doubtful about the data, of which nothing is missing: some examples are read."""
+    return HeadTraining(cfg).task.problems()

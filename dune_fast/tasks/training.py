@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -83,7 +84,7 @@ class HeadTraining:
     def __init__(self, cfg: RunConfig) -> None:
         self.cfg, self.task = cfg, head_task(cfg)
         self.waited_s = 0.0
-        self._pool: ThreadPoolExecutor | None = None
+        self._at_close = ExitStack()
 
     @functools.cached_property
     def network(self) -> VisionTransformer:
@@ -119,6 +120,9 @@ class HeadTraining:
         if resume_step is None and self.cfg.head.weights:
             self.started_from = start_from(head, self.cfg.head.weights)
         self.names = Names([self.cfg.head.kind], [", ".join(self.counts)], row="head")
+        if run.device.type == "cuda" and self.cfg.head.tf32:
+            self._at_close.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("high")
         self.module = head.to(run.device).train()
         return self.module
 
@@ -162,11 +166,12 @@ class HeadTraining:
         first, count = run.rank * share, cfg.train.accumulation
         # part p has every `count`-th example from the p-th on, as in `engine.accumulation.split`
         slots = [first + at for part in range(count) for at in range(part, share, count)]
-        self._pool = ThreadPoolExecutor(cfg.head.threads, thread_name_prefix="examples")
+        pool = ThreadPoolExecutor(cfg.head.threads, thread_name_prefix="examples")
+        self._at_close.callback(pool.shutdown, wait=False, cancel_futures=True)
         waiting: deque[list[Future]] = deque()
         for ahead in range(step, cfg.steps + cfg.head.ahead):
             if ahead < cfg.steps:
-                waiting.append([self._pool.submit(self.task.example, ahead, slot) for slot in slots])
+                waiting.append([pool.submit(self.task.example, ahead, slot) for slot in slots])
             if ahead - step < cfg.head.ahead or not waiting:
                 continue
             examples = self._taken(waiting.popleft(), wanted)
@@ -236,8 +241,7 @@ class HeadTraining:
         """Nothing."""
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._at_close.close()
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -158,7 +158,7 @@ def test_a_run_starts_warm_and_goes_on_without_the_source(overrides, tmp_path):
     again = build(overrides, *more)
     assert again.step == 2
     assert all(torch.equal(v, ours[k]) for k, v in again.engine.module.state_dict().items())
-    again.loader.close()
+    again.task.loader.close()
 
 
 def test_what_was_taken_and_what_not_is_said(tmp_path, caplog):

@@ -48,6 +48,23 @@ def test_the_people_head_has_the_published_size(vit_base):
     assert round(parameters(head.mlp_classif) / 1e6 + parameters(head.mlp_offset) / 1e6, 1) == 1.2
 
 
+@pytest.mark.parametrize(
+    ("width", "patch", "own_norm", "millions"),
+    [(768, 14, True, 347.4), (384, 14, True, 323.5), (1024, 16, False, 386.0)],
+)
+def test_the_pair_head_has_the_published_size(width, patch, own_norm, millions):
+    """On DUNE's ViT-B and ViT-S, and on MASt3R's own encoder; with what published files have and nothing reads: a
+    patch embedding, and two 3x3 convolutions in each DPT."""
+    size = 32 * patch
+    sizes = f"head.data.sizes=[[{size},{size}]]"
+    task = head_task(compose_config(["experiment=mast3r_dune", sizes, f"++head.options.own_norm={own_norm}"]))
+    with torch.device("meta"):
+        encoder = VisionTransformer(ViTConfig(size, patch, embed_dim=width, depth=1, num_heads=8))
+        head = task.build_head(encoder)
+    unread = 2 * 2 * (9 * 256**2 + 256) + (3 * patch**2 + 1) * width
+    assert parameters(head) + unread == pytest.approx(millions * 1e6, abs=0.5e6 if millions == 386 else 0.05e6)
+
+
 @pytest.fixture(scope="module")
 def people(tmp_path_factory) -> Path:
     """train/ and val/ of grey images; one of them shows nobody. The body model lies beside them."""

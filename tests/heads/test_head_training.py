@@ -36,11 +36,15 @@ __all__ = ["encoder_file", "own_cache", "squares"]  # fixtures
 HEAD = "head.safetensors"
 
 
-def small(encoder: Path, data: Path, run: Path) -> list[str]:
+CROPS = {"seg_ade20k": ("size=42", "stride=28"), "depth_nyud": ("height=42", "width=56")}
+
+
+def small(encoder: Path, data: Path, run: Path, experiment: str = "seg_ade20k") -> list[str]:
     """Overrides of a training of ten steps."""
     return [
-        "experiment=seg_ade20k", f"head.encoder={encoder}", f"head.data.root={data}", "head.data.layout=plain",
-        "head.data.size=42", "head.data.stride=28", "train.steps=10", "train.global_batch=4", "train.log_every=1",
+        f"experiment={experiment}", f"head.encoder={encoder}", f"head.data.root={data}", "head.data.layout=plain",
+        *(f"head.data.{field}" for field in CROPS[experiment]), "train.steps=10", "train.global_batch=4",
+        "train.log_every=1",
         "train.checkpoint_every=5", "train.precision=fp32", "evaluation.every=0", "logging.tensorboard=false",
         "deepspeed=zero0", "optimizer.lr=0.01", f"output_dir={run}",
     ]  # fmt: skip
@@ -94,9 +98,10 @@ def test_a_head_learns_and_is_written(overrides, whole, tmp_path):
     assert len(started["encoder"]["sha256"]) == 64
 
 
-def test_evaluations_in_the_run_change_nothing(overrides, whole, tmp_path):
-    start(overrides, "evaluation.every=5").run()
-    assert same_weights(tmp_path / "run", whole, HEAD)
+def test_evaluations_and_averages_in_the_run_change_nothing(overrides, whole, tmp_path):
+    start(overrides, "evaluation.every=5", "train.ema=0.9").run()
+    assert same_weights(tmp_path / "run", whole, "head_raw.safetensors", HEAD)
+    assert not same_weights(tmp_path / "run", whole, HEAD)
     found = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "val/miou" in r]
     assert [r["step"] for r in found] == [5, 10] and all(0 <= r["val/miou"] <= 1 for r in found)
 
@@ -154,6 +159,20 @@ def test_batch_norm_is_torchs(monkeypatch):
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-6)
     ours.eval(), theirs.eval()
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_depth_learns_with_a_cycled_beta(encoder_file, squares, tmp_path):
+    seen = []
+
+    def look(trainer):
+        seen.append(trainer.engine.state.adamw.param_groups[0]["betas"])
+
+    trainer = start(small(encoder_file, squares, tmp_path / "run", "depth_nyud"), before_step=look)
+    trainer.run()
+    look(trainer)
+    assert seen[1:] == [(beta, 0.999) for beta in cycled_beta(10, 0.95, 0.85).tolist()]
+    records = [r["loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert records[-1] < records[0] and dune_fast.load_head(tmp_path / "run").max_depth == 10.0
 
 
 @pytest.mark.slow
@@ -239,6 +258,10 @@ def test_check_says_what_is_missing_and_where_to_ask(encoder_file, squares, tmp_
     said = capsys.readouterr().out
     assert "fail  the encoder" in said and "head.encoder=nope" in said
     assert f"head.data.root={tmp_path}" in said and "sceneparsing.csail.mit.edu" in said
+    data = shutil.copytree(squares, tmp_path / "data")
+    (data / "labels" / "val" / "1.png").write_bytes(b"no image")
+    assert cli.main(["heads", "check", *overrides, f"head.data.root={data}"]) == 1
+    assert "warn" in (said := capsys.readouterr().out) and "1.png cannot be read" in said and "0.png" not in said
     with pytest.raises(ConfigError, match=r"data of head\.kind=linear_seg are incomplete: .*sceneparsing"):
         start([*overrides, "head.data.layout=ade20k"])
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

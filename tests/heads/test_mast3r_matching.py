@@ -119,6 +119,13 @@ def test_matches_near_an_edge_and_doubtful_ones_are_left_out():
     assert kept.xy1.tolist() == [[3, 3], [6, 6]] and kept.xy2.tolist() == [[4, 4], [5, 5]]
 
 
+def test_maps_without_a_start_pixel_have_no_match():
+    tiny = torch.randn(2, 3, 4)
+    found = symmetric(tiny, tiny, torch.ones(2, 3), torch.ones(2, 3), step=8)
+    assert found.xy1.shape == found.xy2.shape == (0, 2) and found.confidence.shape == (0,)
+    assert len(trusted(found, (2, 3), (2, 3)).xy1) == 0
+
+
 def test_an_unknown_distance_is_refused():
     with pytest.raises(HeadError, match="distance 'cosine' is unknown; choose one of dot, l2"):
         nearest(torch.zeros(1, 2), torch.zeros(1, 2), "cosine")

@@ -13,8 +13,10 @@ from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.heads.mast3r import scenes
 from dune_fast.heads.mast3r.correspondences import back_project, project, sample
 from dune_fast.heads.mast3r.crops import PosedView, candidate_boxes, resize_and_cut, warp
+from dune_fast.heads.mast3r.pair_check import check_pairs
 from dune_fast.heads.mast3r.pair_folders import PairDatasetConfig, open_pairs, write_pairs, write_view
-from dune_fast.heads.mast3r.pairs import PairDataConfig, PairSource, both_orders, collate, make_example
+from dune_fast.heads.mast3r.pairs import PairDataConfig, PairSource, collate, make_example
+from dune_fast.heads.mast3r.training import truth
 
 SIZES = [[28, 14], [28, 28]]
 CFG = PairDataConfig(sizes=SIZES, n_corres=32)
@@ -165,11 +167,12 @@ def test_portrait_images_are_stored_transposed():
     near = (made["pts3d1"][y1, x1] - made["pts3d2"][y2, x2]).norm(dim=-1)
     assert near.max() < 0.15
     swapped = {k[:-1] + str(3 - int(k[-1])) if k[-1] in "12" else k: v for k, v in made.items()}
-    others = [dict(swapped, portrait=(False, True), name="b"), dict(made, name="a"), dict(made, name="c")]
+    own = {"is_metric_scale": torch.tensor(True)}
+    others = [dict(swapped, portrait=(False, True), name="b", **own), *(dict(made, name=n, **own) for n in "ac")]
     batch = collate(others)
     assert batch["groups"] == [(False, True, 0, 1), (True, False, 1, 3)] and batch["names"] == ["b", "a", "c"]
     assert torch.equal(batch["view1"]["pts3d"][0], made["pts3d2"])
-    first, second = both_orders(batch["view1"], batch["view2"])
+    first, second = truth(batch)
     assert torch.equal(first["corres"][:3], batch["view1"]["corres"])
     assert torch.equal(first["corres"][3:], second["corres"][:3]) and first["valid_corres"].shape == (6, 16)
 
@@ -247,3 +250,30 @@ def test_options_that_make_no_sense_are_refused():
             PairDataConfig(**wrong)
     with pytest.raises(DataError, match="layout"):
         PairDatasetConfig(layout="colmap")
+
+
+def test_the_check_finds_what_is_wrong(root, tmp_path):
+    cfg = PairDatasetConfig(str(root))
+    assert check_pairs("good", cfg) == []
+    folder = open_pairs("good", cfg)
+    names = sorted({name for pair in folder.pairs for name in pair})
+
+    def copy(change, **options) -> str:
+        other = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name in names:
+            write_view(other, name, change(folder.read_view(name)))
+        write_pairs(other, folder.pairs)
+        return "\n".join(check_pairs("own", PairDatasetConfig(str(other), **options)))
+
+    assert "as world-to-camera:" in copy(lambda v: v._replace(pose=np.linalg.inv(v.pose)))
+    assert "hardly metres" in copy(lambda v: v._replace(depth=1000 * v.depth))
+    assert "hardly metres" not in copy(lambda v: v._replace(depth=1000 * v.depth), metric=False)
+    assert "no rotation" in copy(lambda v: v._replace(pose=v.pose * [[2], [2], [2], [1]]))
+    assert "no known depth" in copy(lambda v: v._replace(depth=0 * v.depth))
+    assert "principal point" in copy(lambda v: v._replace(intrinsics=v.intrinsics * [[10], [10], [1]]))
+    small = np.array([[0.1, 1, 1], [1, 0.1, 1], [1, 1, 1]])
+    assert "of another size" in copy(lambda v: v._replace(intrinsics=v.intrinsics * small))
+    upwards = np.diag([1.0, -1, -1, 1])
+    assert "different units" in copy(lambda v: v._replace(pose=v.pose * np.array([[1, 1, 1, 1000]] * 3 + [[1] * 4])))
+    assert "whose y points up: they" in copy(lambda v: v._replace(pose=v.pose @ upwards))
+    assert "two views a line" in "".join(check_pairs("none", PairDatasetConfig(str(tmp_path / "none"))))

@@ -10,7 +10,7 @@ nothing. An example is stored landscape: a portrait image is transposed, its poi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -188,14 +188,6 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         groups.append((*portrait, first, last))
         first = last
     return batch | {"groups": groups, "names": [example["name"] for example in examples]}
-
-
-def both_orders(view1: Mapping[str, Tensor], view2: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ...]:
-    """The truth of B pairs and, after them, of the same pairs with the views swapped: 2B entries."""
-    return tuple(
-        {name: torch.cat([first[name], second[name]]) for name in first}
-        for first, second in ((view1, view2), (view2, view1))
-    )
 
 
 def _crop_together(

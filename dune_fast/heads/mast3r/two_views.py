@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from dune_fast.heads.head import HeadError
-from dune_fast.heads.mast3r.batches import for_encoder
 from dune_fast.heads.mast3r.head import Mast3rHead
-from dune_fast.heads.mast3r.images import Prepared, estimated_intrinsics
+from dune_fast.heads.mast3r.images import Prepared, estimated_intrinsics, for_encoder
 from dune_fast.heads.mast3r.matching import Matches, symmetric, trusted
 from dune_fast.heads.mast3r.pose import RelativePose, essential, pnp
 from dune_fast.heads.tokens import encode
