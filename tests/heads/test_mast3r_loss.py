@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dune_fast.heads.mast3r.loss import Mast3rLoss, Mast3rLossConfig, held_out_metrics
 from dune_fast.heads.mast3r.matching_loss import MatchingLoss, MatchingLossConfig, average_precision, padding
@@ -197,6 +198,39 @@ def test_average_precision_of_perfect_and_of_equal_descriptors(views):
     assert average_precision(*views, negatives_padding=8) == 1
     pred1["desc"] = pred2["desc"] = torch.ones_like(pred1["desc"])  # nothing can be told apart
     assert math.isclose(average_precision(*views, negatives_padding=8), 1 / (N + 8), rel_tol=1e-6)
+
+
+class HostReads(TorchDispatchMode):
+    """Names of the operations that make a host wait for its device, or copy to it."""
+
+    waiting = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "lift_fresh", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        # a mask as an index is a nonzero on a device
+        masks = [x for x in (args[1] if name in ("index", "index_put") else ()) if x is not None]
+        if name.rstrip("_0123456789") in self.waiting or any(x.dtype == torch.bool for x in masks):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("norm", ["?avg_dis", "median_dis", "sqrt_dis"])
+def test_nothing_in_a_step_waits_for_the_device(views, norm):
+    *gts, pred1, pred2 = views
+    leaves = [pred[name].requires_grad_() for pred in (pred1, pred2) for name in pred]
+    points = PointLossConfig(norm, max_metric_scale=9.0, loss_in_log=True, scale_shift_invariant=True)
+    loss = Mast3rLoss(Mast3rLossConfig(points, MatchingLossConfig(negatives_padding=4)))
+    with HostReads() as reads:
+        torch.autograd.grad(loss(*views)[0], leaves)
+        held_out_metrics(*views, negatives_padding=4)
+    assert reads.found == []
+    with HostReads() as reads:  # it would see them
+        gts[0]["pts3d"][gts[0]["valid_mask"]].sum().item()
+    assert reads.found == ["index", "_local_scalar_dense"]
 
 
 def test_options_that_make_no_sense_are_refused():

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NORMS = ("avg_dis", "avg_log1p", "avg_warp-log1p", "median_dis", "sqrt_dis")
@@ -127,7 +128,7 @@ class PointLoss:
 
     def _without_scale_and_shift(self, g: Tensor, p: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Points less their median z, then brought to one scale: the median distance to the coordinates' medians."""
-        g, p = (x - x.new_tensor([0.0, 0.0, 1.0]) * _medians(x, mask) for x in (g, p))
+        g, p = (x - F.pad(_medians(x[..., 2:], mask), (2, 0)) for x in (g, p))
         scales = []
         for x in (g, p):
             distance = torch.linalg.vector_norm(x.detach() - _medians(x, mask), dim=-1, keepdim=True)
