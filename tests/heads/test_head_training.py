@@ -120,6 +120,8 @@ def test_a_signal_stops_and_the_command_goes_on_bit_by_bit(overrides, whole, tmp
     assert train.main(["--run", str(run)]) == 0
     assert "going on from step 4 of 10" in caplog.text and read_state(run)["state"] == "finished"
     assert same_weights(run, whole, HEAD) and timeless(run) == timeless(whole)
+    page = (run / "report.html").read_text()
+    assert "Finished, step 10 of 10" in page and "linear_seg" in page and "drawn before" not in page
 
 
 def test_a_kill_in_the_middle_costs_nothing(overrides, whole, tmp_path):
