@@ -136,7 +136,9 @@ def test_a_signal_stops_and_the_command_goes_on_bit_by_bit(overrides, whole, tmp
     assert "Finished, step 10 of 10" in page and "linear_seg" in page and "drawn before" not in page
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_costs_nothing(overrides, whole, tmp_path):
+    """A process of its own, of 5 s."""
     run = tmp_path / "run"
     command = [sys.executable, "dune_fast/train.py", *overrides]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
