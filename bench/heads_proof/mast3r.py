@@ -70,11 +70,11 @@ class Settings:
     """Rooms to train on."""
     test: int = 5
     """Rooms to measure on."""
-    size: tuple[int, int] = (168, 126)
-    steps: int = 140
+    size: tuple[int, int] = (112, 84)
+    steps: int = 160
     batch: int = 1
     lr: float = 1e-3
-    n_corres: int = 1024
+    n_corres: int = 512
 
 
 def write_encoder(path: Path) -> None:
