@@ -11,14 +11,15 @@ import torch
 from bench.case import GRADIENT, Case, Check, compare, relative_error
 from bench.head_cases_mast3r_training import criterion
 from dune_fast.heads.mast3r.activations import CONFIDENCE_MODES, POINT_MODES, Modes, activate, read_mode
-from dune_fast.heads.mast3r.batches import Results, for_encoder, run_pairs
 from dune_fast.heads.mast3r.decoder import Decoder
 from dune_fast.heads.mast3r.descriptors import DescriptorMLP
 from dune_fast.heads.mast3r.dpt import DPT
 from dune_fast.heads.mast3r.head import Mast3rHead, ViewHead
+from dune_fast.heads.mast3r.images import for_encoder
 from dune_fast.heads.mast3r.matching import reciprocal, symmetric
 from dune_fast.heads.mast3r.official import head_state, read, recognize
 from dune_fast.heads.mast3r.pose import essential, pnp
+from dune_fast.heads.mast3r.training import Outputs, both_orders_outputs
 from dune_fast.heads.tokens import encode
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.teachers.containers import read_container
@@ -109,24 +110,37 @@ def _container(info: Mapping[str, Any]) -> dict[str, Any]:
     return {"mast3r_model_str": info["mast3r_model_str"], "dune_backbone_name": ""}
 
 
+def _both_orders(head: Mast3rHead, encoder: VisionTransformer, case: Case) -> Outputs:
+    """As the training runs a batch, in the case's order: (a0, b0), (b0, a0), (a1, b1), ..."""
+    portrait = torch.stack([(case[f"in/view{v}/true_shape"].diff() < 0).flatten() for v in (1, 2)], dim=1)
+    kinds = portrait.unique(dim=0)  # pairs that stand alike come together
+    rows = [(portrait == kind).all(dim=1).nonzero().flatten() for kind in kinds]
+    images = [for_encoder(case[f"in/view{v}/img"][torch.cat(rows)], encoder) for v in (1, 2)]
+    ends = torch.tensor([len(r) for r in rows]).cumsum(0).tolist()
+    groups = [(*kind, first, last) for kind, first, last in zip(kinds.tolist(), [0, *ends], ends, strict=False)]
+    outputs = both_orders_outputs(head, lambda x: encode(encoder, x), *images, groups)
+    back = torch.cat(rows).argsort()
+    order = torch.stack([back, back + len(back)], dim=1).flatten()
+    view1, view2 = ({name: x[order] for name, x in view.items()} for view in outputs)
+    return view1, view2
+
+
 def run_dune_mast3r(case: Case) -> list[Check]:
     head, encoder = _whole_head(case).requires_grad_(True), _encoder(case, case.info["patch_size"])
-    portrait = [case[f"in/view{v}/true_shape"] for v in (1, 2)]
-    portrait = [shape[:, 0] > shape[:, 1] for shape in portrait]
-    mixed = case.info.get("orientation") == "mixed"
-    images = [case[f"in/view{v}/img"] for v in (1, 2)]
-    results = run_pairs(encoder, head, *images, *portrait, symmetric=not mixed)
+    results = _both_orders(head, encoder, case)
+    mixed = case.info.get("orientation") == "mixed"  # then the case has the pairs in one order
     checks: list[Check] = []
     for v, result in enumerate(results, 1):
-        ours = {name: x.detach() for name, x in result.items()}
+        ours = {name: x.detach()[:: 2 if mixed else 1] for name, x in result.items()}
         checks += compare(ours, case.under(f"out/view{v}"), WHOLE, f"view{v}/")
-    if "out/encoder_tokens" in case:
-        tokens = torch.cat([encode(encoder, for_encoder(image[:1], encoder)).raw_patch for image in images])
-        checks.append(Check("encoder_tokens", relative_error(tokens, case["out/encoder_tokens"]), WHOLE))
-    return checks if mixed else checks + _loss_checks(case, head, results)
+    if mixed:
+        return checks
+    tokens = [encode(encoder, for_encoder(case[f"in/view{v}/img"][:1], encoder)).raw_patch for v in (1, 2)]
+    checks.append(Check("encoder_tokens", relative_error(torch.cat(tokens), case["out/encoder_tokens"]), WHOLE))
+    return checks + _loss_checks(case, head, results)
 
 
-def _loss_checks(case: Case, head: Mast3rHead, results: Results) -> list[Check]:
+def _loss_checks(case: Case, head: Mast3rHead, results: Outputs) -> list[Check]:
     """The loss of a batch of pairs in both orders, and its gradients."""
     given = [case.under(f"in/view{v}") for v in (1, 2)]
     names = [name for name in given[0] if name != "img"]
@@ -150,7 +164,7 @@ def run_dune_mast3r_file(case: Case) -> list[Check]:
     assert recognize(content)
     head, encoder = read(content, path), _encoder(case, case.info["encoder"]["patch_size"])
     with torch.no_grad():
-        results = run_pairs(encoder, head, case["in/view1/img"], case["in/view2/img"])
+        results = head(*(encode(encoder, for_encoder(case[f"in/view{v}/img"], encoder)) for v in (1, 2)))
     return [
         check
         for v, result in enumerate(results, 1)

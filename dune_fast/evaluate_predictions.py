@@ -1,4 +1,4 @@
-"""`dune-fast evaluate --task mapfree | pose`: predictions against the truth.
+"""`dune-fast evaluate --task mapfree | pose | hmr`: predictions against the truth.
 
 Predictions are a file, or are made from the data by an encoder and a head, and kept in the same format.
 """
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -29,16 +30,21 @@ class Measured(NamedTuple):
     """A task that is measured on predictions."""
 
     measure: str
-    """"module:function": (data, predictions) -> {"metrics": name -> value, ...}, both arguments paths."""
+    """"module:function": (data, predictions, **options) -> {"metrics": {name: value}, ...}; both are paths."""
     predict: str
-    """"module:function": (data, encoder, head, predictions) writes the predictions, with an encoder and a head in
-    memory."""
+    """"module:function": (data, encoder, head, predictions, **options) writes the predictions."""
     kind: str
     """Of the head."""
     ending: str
     """Of the predictions' file."""
-    paper: Mapping[str, float] = {}
+    paper: Mapping[str, float] = MappingProxyType({})
     """Metric -> number of the paper."""
+    about: str = "DUNE, test scenes"
+    """What the paper's numbers are of."""
+    measure_options: tuple[str, ...] = ()
+    """Further options of the command line that `measure` takes."""
+    predict_options: tuple[str, ...] = ("pose_method", "long_side")
+    """Those that `predict` takes."""
 
 
 TASKS = {
@@ -55,13 +61,17 @@ TASKS = {
         "dune_fast.evaluate.relocalisation:measure_poses", "dune_fast.infer.relocalisation:predict_poses",
         "mast3r", ".txt",
     ),
+    "hmr": Measured(
+        "dune_fast.evaluate.hmr:measure_people", "dune_fast.infer.multihmr:predict_people", "multihmr", "",
+        {"pa_pve": 56.0, "f1": 94.0}, "DUNE 448, BEDLAM", ("body_model",), ("body_model",),
+    ),
 }  # fmt: skip
-"""Task -> its functions, imported when asked for. The paper's numbers are DUNE's (CVPR 2025), of the test scenes."""
+"""Task -> its functions, imported when asked for. The paper's numbers are DUNE's (CVPR 2025)."""
 
 
 def run_measured(
     task: str, encoder: str, data: str, predictions: Path | None, head: Path | None, out: Path | None,
-    device: str | None = None, precision: str = "auto",
+    device: str | None = None, precision: str = "auto", more: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:  # fmt: skip
     """Measures predictions, which an encoder and a head make first where they are given; prints a table.
 
@@ -74,6 +84,7 @@ def run_measured(
         out: file for the result as JSON; without, a result of an encoder is TASK_DATA.json in the folder of its run or
             in the current one. The predictions that the head makes are kept beside it.
         device, precision: of encoder and head.
+        more: further options, None where they are not given; see `Measured`.
 
     Returns:
         What the file says.
@@ -88,6 +99,11 @@ def run_measured(
         raise ValueError(f"--task {task}: give --predictions FILE, or an encoder and its --head FILE")
     if predictions is not None and (encoder or head):
         raise ValueError(f"--task {task}: give --predictions or an encoder with its --head, not both")
+    given = {name: value for name, value in more.items() if value is not None}
+    used = chosen.measure_options + (() if predictions else chosen.predict_options)
+    if strange := [name for name in given if name not in used]:
+        where = f"--task {task}" + (" with --predictions" if predictions else "")
+        raise ValueError(f"--{strange[0].replace('_', '-')} is not for {where}: leave it out")
     truth = local_path(data, "--data")
     if predictions is None:
         if head is None:
@@ -97,9 +113,9 @@ def run_measured(
         predictions.parent.mkdir(parents=True, exist_ok=True)
         opened = open_head(head, chosen.kind, device)
         loaded = open_encoder(encoder, opened, precision)
-        _function(chosen.predict)(truth, loaded, opened, predictions)
+        _function(chosen.predict)(truth, loaded, opened, predictions, **_chosen(given, chosen.predict_options))
         logger.info("%s", predictions)
-    found = _function(chosen.measure)(truth, predictions)
+    found = _function(chosen.measure)(truth, predictions, **_chosen(given, chosen.measure_options))
     result = {
         "task": task, **found, "data": str(truth), "predictions": str(predictions), "encoder": encoder,
         "head": str(head or ""), "seconds": round(time.monotonic() - began, 1), "versions": versions(),
@@ -110,6 +126,10 @@ def run_measured(
         write_whole(out, (json.dumps(result, indent=1) + "\n").encode())
         logger.info("%s", out)
     return result
+
+
+def _chosen(given: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name in names}
 
 
 def _function(place: str) -> Callable[..., Any]:
@@ -126,7 +146,7 @@ def _default_path(encoder: str, task: str, data: str) -> Path:
 
 def _table(result: Mapping[str, Any], task: Measured) -> Table:
     """The metrics; beside them the paper's, and below how much was measured."""
-    table = Table("metric", "value", *(["DUNE, test scenes"] if task.paper else []), title_justify="left")
+    table = Table("metric", "value", *([task.about] if task.paper else []), title_justify="left")
     table.title = f"{result['task']}: {result['encoder'] or result['predictions']}"
     for name, value in result["metrics"].items():
         known = task.paper.get(name)

@@ -10,12 +10,15 @@ import torch
 from PIL import Image
 
 import dune_fast
+from bench.heads_proof.bodies import write_body_model
 from dune_fast import cli
 from dune_fast.evaluate.dense import flip_averaged_depth, resized_argmax, window_logits
 from dune_fast.evaluate.model import open_model
 from dune_fast.heads.files import save_head
 from dune_fast.heads.linear.depth import DepthHead
 from dune_fast.heads.linear.segmentation import SegmentationHead
+from dune_fast.heads.mast3r.head import Mast3rHead
+from dune_fast.heads.multihmr.head import MultiHmrHead
 from dune_fast.infer.legends import class_colours, depth_colours, with_class_legend, with_depth_legend
 from tests.evaluate.conftest import encoder_file, write_encoder
 
@@ -153,3 +156,45 @@ def test_two_images_of_one_name_are_refused(files, encoder_file, tmp_path, capsy
     arguments.insert(arguments.index("--images") + 1, str(tmp_path))
     assert cli.main(arguments) == 2
     assert "would write the same files" in capsys.readouterr().err
+
+
+def test_a_pair_by_the_command(files, encoder_file, tmp_path, capsys):
+    pytest.importorskip("cv2")
+    sizes = {"dec_dim": 8, "dec_depth": 4, "dec_heads": 2, "layer_dims": [4] * 4, "feature_dim": 4, "last_dim": 4}
+    save_head(Mast3rHead(48, 14, **sizes), tmp_path / "mast3r.safetensors")
+    images = [str(files / "photos" / name) for name in ("a.png", "more/b.jpg")]
+    arguments = ["infer", "mast3r", "--images", *images, "--encoder", str(encoder_file), "--json"]
+    arguments += ["--head", str(tmp_path / "mast3r.safetensors"), "--out", str(tmp_path / "found"), "--long-side", "70"]
+    assert cli.main([*arguments, "--intrinsics", "80", "80", "48", "30"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["images"] == images and {p.name for p in (tmp_path / "found").iterdir()} >= {"pair.npz", "points.ply"}
+    with np.load(tmp_path / "found" / "pair.npz") as pair:
+        np.testing.assert_allclose(pair["intrinsics1"], [[80, 0, 48], [0, 80, 30], [0, 0, 1]])
+    for more, words in (
+        (["--intrinsics", "-80", "80", "48", "30"], "with positive focal lengths"),
+        (["--long-side", "75"], "a long side of 75 pixels is not a multiple"),
+        (["--images", images[0]], "a pair is two images, got 1"),
+        (["--head", str(files / "seg.safetensors")], "holds a linear_seg head, and a mast3r head is needed"),
+    ):
+        assert cli.main([*arguments, *more]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_people_by_the_command(files, encoder_file, tmp_path, capsys):
+    head = MultiHmrHead(48, 56, depth=1, heads=2, head_dim=8, dim=16, hidden=16)
+    torch.nn.init.constant_(head.mlp_classif[2].bias, 5.0)  # a person everywhere: suppression leaves some
+    save_head(head, tmp_path / "hmr.safetensors")
+    body = write_body_model(tmp_path / "SMPLX_NEUTRAL.npz", 20)
+    image = str(files / "photos" / "a.png")
+    arguments = ["infer", "multihmr", "--images", image, "--encoder", str(encoder_file), "--body-model", str(body)]
+    arguments += ["--head", str(tmp_path / "hmr.safetensors"), "--out", str(tmp_path / "found"), "--json"]
+    assert cli.main([*arguments, "--fov", "75", "--no-meshes"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["people"] > 0 and {p.name for p in (tmp_path / "found").iterdir()} == {"a.npz", "a_people.png"}
+    for more, words in (
+        (["--body-model", str(tmp_path / "none.npz")], "none.npz"),
+        (["--threshold", "2"], "threshold 2: give a score above 0"),
+        (["--fov", "200"], "field of view"),
+    ):
+        assert cli.main([*arguments, *more]) == 2
+        assert words in capsys.readouterr().err

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from bench.heads_proof.bodies import write_body_model
+from dune_fast import cli
 from dune_fast.evaluate.hmr import bodies_of, compare_files
+from dune_fast.evaluate_predictions import run_measured
+from dune_fast.heads.files import save_head
 from dune_fast.heads.head import HeadError
 from dune_fast.heads.multihmr.body_file import BodyModelError
 from dune_fast.heads.multihmr.head import MultiHmrHead
-from dune_fast.heads.multihmr.people_files import read_people
+from dune_fast.heads.multihmr.people_files import read_people, write_people
 from dune_fast.heads.multihmr.smplx import load_body_model
 from dune_fast.infer.bodies import draw_bodies
-from dune_fast.infer.multihmr import run
+from dune_fast.infer.multihmr import predict_people, run
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.teachers.architecture import architecture_metadata
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +70,34 @@ def test_files_of_an_image(tmp_path, networks, photograph, model_file):
     np.testing.assert_allclose(np.array([row[1:] for row in corners], float), found["v3d"][0], atol=1e-4)
     assert sum(line.startswith("f ") for line in lines) == len(model.faces)
     assert compare_files(tmp_path / "out", tmp_path / "out")["f1"] == 100
+
+
+def test_the_task_hmr_measures_what_a_head_finds(tmp_path, networks, photograph, model_file):
+    """By an encoder with a head, and once more from the people files that this has left."""
+    encoder, head = networks
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors", architecture_metadata(encoder.cfg))
+    save_head(head, tmp_path / "head.safetensors")
+    data, found, out = tmp_path / "data" / "val", tmp_path / "found", tmp_path / "result.json"
+    run([photograph], encoder, head, model_file, found, threshold=0.2)
+    people = read_people(found / "two people.npz")
+    data.mkdir(parents=True)
+    shutil.copy(photograph, data)
+    bare = {name: x for name, x in people.items() if name not in ("v3d", "j3d", "j2d", "scores")}
+    write_people(data / "two people.npz", bare)
+    common = ["evaluate", "--task", "hmr", "--data", str(data.parent), "--body-model", str(model_file)]
+    made = [str(tmp_path / "encoder.safetensors"), "--head", str(tmp_path / "head.safetensors"), "--out", str(out)]
+    assert cli.main([*common, *made, "--device", "cpu"]) == 0
+    result = json.loads(out.read_text())
+    assert result["metrics"]["f1"] == 100 and result["metrics"]["pve"] < 0.1 and result["images"] == 1
+    predictions = tmp_path / "result.predictions"
+    assert [path.name for path in predictions.iterdir()] == ["two people.npz"]
+    again = tmp_path / "again.json"
+    assert cli.main([*common, "--predictions", str(predictions), "--out", str(again)]) == 0
+    assert json.loads(again.read_text())["metrics"] == result["metrics"]
+    with pytest.raises(BodyModelError, match="give --body-model FILE; register at"):
+        predict_people(data, encoder, head, tmp_path / "p")
+    with pytest.raises(ValueError, match="--body-model is not for --task pose with --predictions"):
+        run_measured("pose", "", "d", tmp_path, None, None, more={"body_model": model_file})
 
 
 def test_intrinsics_are_those_of_the_image(tmp_path, networks, photograph, model_file):

@@ -21,10 +21,10 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.engine.memory import disk_bytes
 from dune_fast.engine.overrides import config_names
 from dune_fast.teacher_files import is_cached, load_teacher_config
-from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.config import RANDOM, TeacherConfig
 from dune_fast.teachers.registry import family_class
 from dune_fast.teachers.vit import ViTTeacher
-from dune_fast.teachers.weights import RANDOM, weights_path
+from dune_fast.teachers.weights import weights_path
 
 _INDEX_SECONDS = 30.0
 """For all datasets together: to list twenty million files takes longer."""

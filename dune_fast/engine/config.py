@@ -280,6 +280,11 @@ def _check_distillation(cfg: RunConfig) -> None:
             f"cache.folder={cfg.cache.folder!r} with data.views=0: a cache holds fixed views; give data.views the "
             "number that it was built with"
         )
+    if cfg.standardization.convention == "fixed" and not cfg.cache.folder:
+        raise ConfigError(
+            "standardization.convention=fixed without cache.folder: its statistics are those of a cache; give the "
+            "folder of one, or choose dune, unic or phi_s"
+        )
     if cfg.start.teacher:
         if cfg.start.teacher not in cfg.teachers:
             known = ", ".join(sorted(cfg.teachers))

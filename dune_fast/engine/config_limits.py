@@ -39,7 +39,7 @@ LIMITS: dict[str, Limit] = {
     **dict.fromkeys((
         "student.num_registers", "projector.num_inner", "train.drift_images", "objective.cls.cosine",
         "objective.cls.smooth_l1", "objective.patch.cosine", "objective.patch.smooth_l1", "objective.beta",
-        "optimizer.clip_per_parameter", "optimizer.clip_global", "train.steps",
+        "optimizer.clip_per_parameter", "optimizer.clip_global", "train.steps", "cache.components",
     ), Limit()),
     **dict.fromkeys((
         "student.mlp_ratio", "projector.mlp_ratio", "standardization.eps", "train.max_loss", "train.timeout_minutes",
@@ -51,6 +51,7 @@ LIMITS: dict[str, Limit] = {
     ), _SHARE),
     "student.interpolate_offset": Limit(0, 0.99),
     "objective.patch_share": Limit(0, 1, above=True),
+    "cache.patch_share": Limit(0, 1, above=True),
     "student.layer_scale": Limit(0, 100),
     "projector.layer_scale": Limit(0, 100),
     "projector.version": Limit(1, 2),

@@ -19,8 +19,9 @@ class StandardizationConfig:
     """How teachers' features are standardized."""
 
     convention: str = "dune"
-    """"dune" (statistics of the current global batch), "unic" (running ones from before the step) or "phi_s" (rotated
-    to equal variances, estimated before the first step and then frozen)."""
+    """"dune" (statistics of the current global batch), "unic" (running ones from before the step), "phi_s" (rotated to
+    equal variances, estimated before the first step and then frozen), or "fixed" (departs from the papers: statistics
+    of all views of the cache that the run reads, frozen, so that parts of a batch are standardized like the whole)."""
     eps: float | None = None
     """Of the convention's formula; null for its own."""
     ema_start: float = 1.0
@@ -97,7 +98,13 @@ class CacheConfig:
     folder: str = ""
     """The cache; empty for none."""
     format: str = "int8"
-    """How a build stores features: one of `dune_fast.cache.formats.FORMATS`. A run takes what it finds."""
+    """How features are stored: one of `dune_fast.cache.formats.FORMATS`. It and the next two belong to the fingerprint:
+    a run names those of the build."""
+    components: int = 0
+    """Store so many principal components of patch tokens in place of their channels, where a teacher has more; they are
+    decoded to the teacher's channels again. 0 stores all channels."""
+    patch_share: float = 1.0
+    """The share of a view's patches that is stored, random ones, of every view its own; the loss is taken on these."""
     shard_megabytes: float = 256.0
     """Size of a file, about."""
 

@@ -67,8 +67,8 @@ class Distillation:
             cfg.data, cfg.image_size, cfg.train.global_batch, run.rank, run.world_size, cfg.train.seed, run.device,
             folder=run.run_dir, sizes=lambda step: stage_at(self.stages, step).image_size,
         )  # fmt: skip
-        if cfg.cache.folder:
-            self.loader.read_views = open_cache(cfg, self.loader.datasets, run.device).read
+        self.cache = open_cache(cfg, self.loader.datasets, run.device) if cfg.cache.folder else None
+        self.loader.read_views = None if self.cache is None else self.cache.read
         refuse_other_data(self.loader.datasets, run.hosts)
         if run.evaluate is not None:
             run.evaluate.check(self.loader.datasets)
@@ -147,7 +147,7 @@ class Distillation:
     def forward(self, part: Batch, step: int) -> StepOutput:
         momentum = part_momentum(float(self.momenta[step]), self.cfg.train.accumulation)
         inputs = part.images, part.group, part.positions, step, momentum, part.group_on_host, part.features
-        return self.distill(*inputs, part.positions_on_host)
+        return self.distill(*inputs, part.positions_on_host, part.patches)
 
     def live(self) -> Sequence[Tensor]:
         return list(self.statistics.buffers())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from dune_fast.heads.multihmr.camera import project
 from dune_fast.heads.multihmr.find import find_people, parameters, read_image
 from dune_fast.heads.multihmr.head import MultiHmrHead
 from dune_fast.heads.multihmr.people_files import read_people
-from dune_fast.heads.multihmr.smplx import BodyModel
+from dune_fast.heads.multihmr.smplx import BodyModel, load_body_model
 from dune_fast.heads.multihmr.square import fit_square
 from dune_fast.heads.multihmr.targets import PARTS
 from dune_fast.kernels.nn.vit import VisionTransformer
@@ -83,6 +84,25 @@ def compare_files(
             )
         errors.add(given, wanted)
     return {"images": float(len(theirs)), **errors.result()}
+
+
+def measure_people(data: Path, predictions: Path, body_model: Path | None = None) -> dict[str, Any]:
+    """Of `evaluate --task hmr`: {"metrics": ..., "images": number}; arguments and errors as of `compare_files`.
+
+    Args:
+        data: folder of people files, or of a data set with `val/`.
+        predictions: folder of people files.
+        body_model: file or folder, where people files hold parameters alone.
+    """
+    model = None if body_model is None else load_body_model(body_model)
+    found = compare_files(predictions, truth_folder(data), model)
+    images = int(found.pop("images"))
+    return {"metrics": found, "images": images}
+
+
+def truth_folder(data: Path) -> Path:
+    """The folder of people files that a data set stands for: its `val/`, or itself."""
+    return data / "val" if (data / "val").is_dir() else data
 
 
 def compare_head(

@@ -104,6 +104,8 @@ def _ours(kind: str, text: str, state: Mapping[str, Any], path: Path) -> Head:
         options = json.loads(text)
         if not isinstance(options, dict) or any(isinstance(n, int) and abs(n) > _MOST for n in options.values()):
             raise ValueError("no sensible options")
+        if any(options.get(name, 0) > len(state) for name in head_class(kind).repeated):
+            raise ValueError("more parts than the file has tensors")
         with torch.device("meta"):
             head_class(kind)(**options)
     except (ValueError, TypeError, RuntimeError, OverflowError, ArithmeticError, RecursionError) as error:

@@ -33,6 +33,8 @@ class Head(nn.Module):
     """Of that encoder, in pixels."""
     views: ClassVar[int] = 1
     """Images that belong together: 2 where `forward` takes the tokens of a first and of a second image."""
+    repeated: ClassVar[tuple[str, ...]] = ()
+    """Options that say how often a part is there; a file of fewer tensors is refused before anything is built."""
     projector: str = ""
     """The teacher whose projector's output it reads; "" for the encoder's own tokens."""
 

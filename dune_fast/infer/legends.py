@@ -62,14 +62,15 @@ def with_depth_legend(colours: np.ndarray, low: float, high: float) -> Image.Ima
     height = colours.shape[0]
     font, line = _font(height)
     bar, marks = max(10, line // 2), max(2, min(6, height // (2 * line)))
-    canvas = Image.new("RGB", (colours.shape[1] + 2 * bar + round(font.getlength(" 88.8 m")), height), "white")
+    canvas = Image.new("RGB", (colours.shape[1] + 2 * bar + round(font.getlength(" 88.888 m")), height), "white")
     canvas.paste(Image.fromarray(colours), (0, 0))
     left = colours.shape[1] + bar // 2
     scale = depth_colours(np.linspace(high, low, height)[:, None].repeat(bar, 1), low, high)
     canvas.paste(Image.fromarray(scale), (left, 0))
     draw = ImageDraw.Draw(canvas)
+    digits = 1 if high - low > 0.1 * marks else 2 if high - low > 0.01 * marks else 3  # so that marks differ
     for share in np.linspace(0, 1, marks):
         y = np.clip((1 - share) * (height - 1), line / 2, height - 1 - line / 2)
-        text = f"{low + share * (high - low):.1f} m"
+        text = f"{low + share * (high - low):.{digits}f} m"
         draw.text((left + bar + bar // 2, y), text, fill="black", font=font, anchor="lm")
     return canvas

@@ -94,6 +94,13 @@ def _check(images: Sequence[Path], pose_method: str, long_side: int | None, step
     """InferenceError for options that make no sense."""
     if len(images) != 2:
         raise InferenceError(f"a pair is two images, got {len(images)}: name the first and the second view")
+    check_options(pose_method, long_side, patch)
+    if step < 1:
+        raise InferenceError(f"step {step}: give pixels between the start pixels of the matching, 1 or more")
+
+
+def check_options(pose_method: str, long_side: int | None, patch: int) -> None:
+    """InferenceError for a pose method that there is not, or a long side that is no multiple of the patch."""
     if pose_method not in POSE_METHODS:
         raise InferenceError(f"pose method {pose_method!r} is unknown; choose one of {', '.join(POSE_METHODS)}")
     if long_side is not None and (long_side < patch or long_side % patch):
@@ -101,8 +108,6 @@ def _check(images: Sequence[Path], pose_method: str, long_side: int | None, step
             f"a long side of {long_side} pixels is not a multiple of the patch size {patch}; the nearest are "
             f"{nearest_multiples(long_side, patch)}"
         )
-    if step < 1:
-        raise InferenceError(f"step {step}: give pixels between the start pixels of the matching, 1 or more")
 
 
 def _two_cameras(intrinsics: np.ndarray) -> list[np.ndarray]:

@@ -14,14 +14,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dune_fast.evaluate.hmr import NMS, THRESHOLD, truth_folder
+from dune_fast.evaluate.ranks import Ranks
 from dune_fast.heads.head import HeadError, check_encoder
+from dune_fast.heads.multihmr.body_file import BodyModelError, how_to_get
 from dune_fast.heads.multihmr.camera import FOV, default_intrinsics
 from dune_fast.heads.multihmr.find import find_people, parameters, read_image
+from dune_fast.heads.multihmr.folder import PeopleFolder
 from dune_fast.heads.multihmr.head import MultiHmrHead, People, Placed
-from dune_fast.heads.multihmr.people_files import write_people
+from dune_fast.heads.multihmr.people_files import read_people, write_people
 from dune_fast.heads.multihmr.smplx import BodyModel, load_body_model
 from dune_fast.heads.multihmr.square import Square, fit_square
 from dune_fast.infer.bodies import draw_bodies, draw_scores, write_obj
+from dune_fast.infer.files import check_names
 from dune_fast.kernels.nn.vit import VisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -60,9 +65,7 @@ def run(
     if intrinsics is not None:
         intrinsics = check_intrinsics(intrinsics)
     paths = [Path(path) for path in images]
-    for path in paths:
-        if twin := next((other for other in paths if other.stem == path.stem and other != path), None):
-            raise ValueError(f"{path} and {twin} would write the same files: rename one, or run them apart")
+    check_names(paths)
     model = load_body_model(body_model).to(next(head.parameters()).device)
     out.mkdir(parents=True, exist_ok=True)
     results = []
@@ -75,6 +78,36 @@ def run(
         logger.info("%s: %d people, %s", path, len(people.scores), files[0])
         results.append({"image": str(path), "people": len(people.scores), "files": [str(file) for file in files]})
     return results
+
+
+def predict_people(
+    data: Path, encoder: VisionTransformer, head: MultiHmrHead, predictions: Path, body_model: Path | None = None
+) -> None:
+    """Of `evaluate --task hmr`: writes the people of every image that has a people file, found with its intrinsics.
+
+    Args:
+        data: folder of images with people files beside them, or of a data set with `val/`.
+        encoder, head: on one device.
+        predictions: folder of the people files; they have the images' names below `data`.
+        body_model: file or folder.
+
+    Raises:
+        ValueError: no such images, or no body model.
+    """
+    check_encoder(head, encoder)
+    if body_model is None:
+        raise BodyModelError(f"a head's people are bodies of SMPL-X: give --body-model FILE; {how_to_get()}")
+    model = load_body_model(body_model).to(next(head.parameters()).device)
+    root = truth_folder(data)
+    files = PeopleFolder(root.parent, root.name, head.image_size).files
+    with Ranks().progress("finding people", len(files)) as progress:
+        for image, file in files:
+            square, k = fit_square(read_image(image), head.image_size), read_people(file)["K"].astype(np.float64)
+            people, placed = find_people(square.pixels, square.intrinsics(k), encoder, head, model, THRESHOLD, NMS)
+            target = predictions / file.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_people(target, parameters(people, placed, model, k))
+            progress.advance(1)
 
 
 def check_intrinsics(given: np.ndarray) -> np.ndarray:

@@ -68,15 +68,13 @@ def test_reprojection_is_that_of_a_plain_loop():
         assert len(errors) == 196 and ours[frame].item() == pytest.approx(np.mean(errors))
 
 
-def test_area_under_the_curve_is_scikit_learns_where_all_is_estimated():
-    metrics = pytest.importorskip("sklearn.metrics")
+def test_area_under_the_curve_takes_equal_confidences_together():
     confidence, good = torch.randint(6, (50,)).double(), torch.rand(50) < 0.4  # many ties
     precision, auc = precision_and_auc(confidence, good, 0)
-    # average precision has recall over the good ones, this one over all frames: by hand, a group at a time
     expected, before = 0.0, 0
     for value in confidence.unique().flip(0):
         chosen = confidence >= value
-        expected += (int(chosen.sum()) - before) / 50 * metrics.precision_score(good, chosen)
+        expected += (int(chosen.sum()) - before) / 50 * good[chosen].double().mean().item()
         before = int(chosen.sum())
     assert precision == pytest.approx(good.double().mean().item()) and auc == pytest.approx(expected)
     half = precision_and_auc(confidence, good, 50)
@@ -233,7 +231,7 @@ def test_the_command(scenes, tmp_path, capsys):
         (["--task", "mapfree", "--data", "d"], "give --predictions FILE, or an encoder and its --head FILE"),
         (["runs/demo", "--task", "pose", "--data", "d", "--predictions", "p"], "give --predictions or an encoder with"),
         (["--task", "knn", "--data", "d"], "--task knn evaluates an encoder: give it first"),
-        (["runs/demo", "--task", "knn", "--data", "d", "--head", "h"], "--head and --predictions are for"),
+        (["runs/demo", "--task", "knn", "--data", "d", "--head", "h"], "--head is for the tasks mapfree, pose, hmr"),
         ([], "give a run"),
     ],
 )

@@ -13,13 +13,20 @@ from dune_fast.heads.files import KIND, OPTIONS, head_bytes, save_head
 from dune_fast.heads.head import KINDS, HeadError, check_encoder, head_class
 from dune_fast.heads.linear.depth import DepthHead
 from dune_fast.heads.linear.segmentation import SegmentationHead
+from dune_fast.heads.mast3r.head import Mast3rHead
+from dune_fast.heads.multihmr.head import MultiHmrHead
 from dune_fast.heads.tokens import encode
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.teachers.architecture import architecture_metadata
 
+SMALL = {"dec_dim": 8, "dec_heads": 2, "layer_dims": [4] * 4, "feature_dim": 4, "last_dim": 4, "desc_dim": 3}
 HEADS = {
     "seg": lambda: SegmentationHead(24, 3, 7, names=("a", "b", "c"), window=28, stride=14, projector="two"),
     "depth": lambda: DepthHead(24, 7, layers=4, with_cls=False, max_depth=80.0),
+}
+OTHERS = {
+    "mast3r": lambda: Mast3rHead(8, 14, dec_depth=4, conf_mode=("exp", 1, None), **SMALL),
+    "multihmr": lambda: MultiHmrHead(8, 56, depth=1, heads=2, head_dim=4, dim=12, hidden=12, num_betas=11),
 }
 
 
@@ -34,6 +41,19 @@ def test_a_head_is_read_as_it_was_saved(tmp_path, name):
         assert not found.training and not any(p.requires_grad for p in found.parameters())
         assert torch.equal(found.from_layers(layers), head.from_layers(layers))
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["head.safetensors"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_heads_are_read_as_they_were_saved(tmp_path, name):
+    head = OTHERS[name]()
+    save_head(head, tmp_path / "h.safetensors")
+    found, state = dune_fast.load_head(tmp_path / "h.safetensors"), head.state_dict()
+    assert type(found) is type(head) and found.options() == json.loads(json.dumps(head.options()))
+    assert all(torch.equal(x, state[key]) for key, x in found.state_dict().items()) and found.repeated
+    written = {"format": "pt", KIND: head.kind, OPTIONS: json.dumps(head.options() | {head.repeated[0]: 9_000_000})}
+    save_file({key: x.contiguous() for key, x in state.items()}, tmp_path / "h.safetensors", written)
+    with pytest.raises(HeadError, match="more parts than the file has tensors"):  # at once
+        dune_fast.load_head(tmp_path / "h.safetensors")
 
 
 def old_file(head, path) -> None:
@@ -91,6 +111,9 @@ def changed(path, metadata=None, **tensors) -> None:
         ({OPTIONS: '{"width": "24", "classes": 3}'}, "options do not make a linear_seg head"),
         ({OPTIONS: '{"width": -24, "classes": 3}'}, "options do not make a linear_seg head"),
         ({OPTIONS: '{"width": 99999999999, "classes": 3}'}, "options do not make a linear_seg head"),
+        ({OPTIONS: '{"width": 24, "classes": 3, "window": 5.5}'}, "window is 5.5: give a whole number above 0"),
+        ({OPTIONS: '{"width": 24, "classes": 3, "projector": 5}'}, "projector is 5: give a teacher's name"),
+        ({OPTIONS: '{"width": 24, "classes": 3, "names": ["a"]}'}, "1 names for 3 classes"),
         ({OPTIONS: "[" * 9999}, "options do not make a linear_seg head"),
         ({OPTIONS: '{"width": 48, "classes": 3}'}, r"bn.weight has shape \[24\] instead of \[48\]"),
     ],

@@ -15,6 +15,7 @@ from torch import Tensor
 from dune_fast.heads.head import HeadError
 from dune_fast.heads.mast3r.head import Mast3rHead
 from dune_fast.heads.mast3r.images import Prepared, default_long_side, estimated_intrinsics, prepare
+from dune_fast.heads.mast3r.two_views import look_at
 from dune_fast.infer.files import InferenceError, read_image
 from dune_fast.infer.mast3r import run
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
@@ -132,6 +133,18 @@ def test_points_matches_and_pose_come_back(photographs, encoder, tmp_path, caplo
     said = caplog.text
     assert f"camera 2 by {method}: x2 = R x1 + t" in said and "turned by 1" in said and "do not trust" not in said
     assert ("focal lengths, read off the points: 210" in said) is not known
+
+
+@pytest.mark.parametrize("method, passes", [("pnp", 1), ("essential", 2)])
+def test_the_head_runs_once_where_that_is_enough(photographs, encoder, method, passes):
+    views = prepared(photographs)
+    head = ExactHead(views, [K, K])
+    seen = look_at(*views, encoder, head)
+    pose = seen.relative_pose(seen.matches(), [view.intrinsics(K) for view in views], method)
+    assert not pose.reason and head.calls == passes
+    assert seen.relative_pose(seen.matches(), [None, None], method).reason.startswith("the points show no focal length")
+    with pytest.raises(HeadError, match="pose method 'icp' is unknown"):
+        seen.relative_pose(seen.matches(), [K, K], "icp")
 
 
 def test_a_pair_without_overlap_is_said(photographs, encoder, tmp_path, caplog):

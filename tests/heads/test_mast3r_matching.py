@@ -67,7 +67,8 @@ def test_blocks_do_not_change_the_result(maps, distance):
     queries, candidates = one.flatten(0, 1), two.flatten(0, 1)
     table = likeness(queries, candidates, distance)
     assert ((table == table.max(1, keepdim=True).values).sum(1) > 1).any()
-    for block in (1, 7, 64, 180):
+    assert torch.equal(nearest(queries[:3], candidates, distance, block=1), table[:3].argmax(1))
+    for block in (23, 64, 180):
         assert torch.equal(nearest(queries, candidates, distance, block), table.argmax(1))
         for a, b in zip(whole, reciprocal(one, two, 2, distance=distance, block=block), strict=True):
             assert torch.equal(a, b)
@@ -117,6 +118,13 @@ def test_matches_near_an_edge_and_doubtful_ones_are_left_out():
     confidence = torch.tensor([2.0, 2, 2, 2, 2, 2, 1.0])
     kept = trusted(Matches(xy1, xy2, confidence), (10, 10), (12, 9))
     assert kept.xy1.tolist() == [[3, 3], [6, 6]] and kept.xy2.tolist() == [[4, 4], [5, 5]]
+
+
+def test_maps_without_a_start_pixel_have_no_match():
+    tiny = torch.randn(2, 3, 4)
+    found = symmetric(tiny, tiny, torch.ones(2, 3), torch.ones(2, 3), step=8)
+    assert found.xy1.shape == found.xy2.shape == (0, 2) and found.confidence.shape == (0,)
+    assert len(trusted(found, (2, 3), (2, 3)).xy1) == 0
 
 
 def test_an_unknown_distance_is_refused():

@@ -11,6 +11,7 @@ from PIL import Image
 
 from bench.heads_proof.bodies import body_arrays
 from dune_fast.dali_pipelines.errors import DataError
+from dune_fast.heads.multihmr.bedlam import by_image, people_of, published_intrinsics, upright
 from dune_fast.heads.multihmr.camera import default_intrinsics, project
 from dune_fast.heads.multihmr.folder import PeopleFolder, collate, is_flipped
 from dune_fast.heads.multihmr.people_files import read_people, write_people
@@ -136,3 +137,31 @@ def test_missing_data_say_where_to_ask(tmp_path):
 def test_default_intrinsics_see_sixty_degrees():
     k = default_intrinsics(448)
     assert float(448 / 2 / k[0, 0]) == pytest.approx(np.tan(np.radians(30))) and k[0, 2] == k[1, 2] == 224
+
+
+def test_bedlams_rows_become_people():
+    """Poses are cut at the published columns, the camera's translation is added, images of close-ups are turned."""
+    poses = np.arange(2 * 165, dtype=np.float64).reshape(2, 165)
+    ext = np.tile(np.eye(4), (2, 1, 1))
+    ext[:, :3, 3] = (1, 2, 3)
+    k = np.tile(np.array([[900.0, 0, 640], [0, 900, 360], [0, 0, 1]]), (2, 1, 1))
+    found = people_of(poses, np.zeros((2, 11)), np.array([[0.0, 0, 5], [0, 0, 2]]), ext, k, (1280, 720))
+    assert found["transl"].tolist() == [[1, 2, 5], [1, 2, 8]]  # nearest first
+    starts = {name: found[name][1].flat[0] for name in PARTS}
+    assert starts == {"root": 0, "body": 3, "jaw": 66, "leye": 69, "reye": 72, "left_hand": 75, "right_hand": 120}
+    assert found["right_hand"][1].flat[-1] == 164
+    np.testing.assert_array_equal(found["K"], k[0])  # a centred principal point is kept
+    square = fit_square(Image.new("RGB", (1280, 720)), 448)
+    off = published_intrinsics(np.array([[900.0, 0, 600], [0, 900, 300], [0, 0, 1]]), (1280, 720))
+    np.testing.assert_allclose(square.intrinsics(off)[:2, 2], (600 / 1280 * 448, 300 / 720 * 448), atol=0.5)
+    image = Image.new("RGB", (4, 2))
+    image.putpixel((0, 0), (255, 0, 0))
+    turned = upright(image, "20221011_closeup_suburb/seq_1.png")
+    assert turned.size == (2, 4) and turned.getpixel((1, 0)) == (255, 0, 0)  # clockwise
+    assert upright(image, "seq_1.png") is image
+    assert {name: rows.tolist() for name, rows in by_image(["a", "b", "a"]).items()} == {"a": [0, 2], "b": [1]}
+    with pytest.raises(ValueError, match=r"poses is \[2, 156\], expected \[2, 165\]"):
+        people_of(poses[:, :156], np.zeros((2, 11)), np.zeros((2, 3)), ext, k, (1280, 720))
+    k[1, 0, 0] = 800
+    with pytest.raises(ValueError, match="cam_int differs"):
+        people_of(poses, np.zeros((2, 11)), np.zeros((2, 3)), ext, k, (1280, 720))

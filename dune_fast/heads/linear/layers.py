@@ -36,6 +36,13 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
+def check_whole(**values: Any) -> None:
+    """HeadError unless all are whole numbers above 0."""
+    for name, value in values.items():
+        if type(value) is not int or value < 1:
+            raise HeadError(f"{name} is {value!r}: give a whole number above 0")
+
+
 class LinearHead(Head):
     """A head on the tokens of 1 block or 4. Parameters have the names of DINOv2's files, without `decode_head`."""
 
@@ -46,6 +53,9 @@ class LinearHead(Head):
         super().__init__()
         if layers not in (1, 4):
             raise HeadError(f"layers is {layers!r}: a linear head reads 1 block (the last) or 4")
+        check_whole(width=width, patch_size=patch_size)
+        if not isinstance(projector, str):
+            raise HeadError(f"projector is {projector!r}: give a teacher's name")
         self.width, self.patch_size, self.layers = width, patch_size, layers
         self.with_cls, self.projector = with_cls, projector
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dune_fast.heads.head import HeadError
-from dune_fast.heads.linear.layers import Layer, LinearHead, resize
+from dune_fast.heads.linear.layers import Layer, LinearHead, check_whole, resize
 
 IGNORED = 255
 """Label of pixels that count neither in the loss nor in the metric."""
@@ -47,11 +47,10 @@ class SegmentationHead(LinearHead):
         projector: str = "",
     ) -> None:
         super().__init__(width, patch_size, layers, False, projector)
+        check_whole(classes=classes, window=window, stride=stride)
         if names and len(names) != classes:
             raise HeadError(f"{len(names)} names for {classes} classes: give one each, in the order of the labels")
-        if min(window, stride, classes) < 1:
-            raise HeadError(f"window {window}, stride {stride}, classes {classes}: all are above 0")
-        self.classes, self.names, self.window, self.stride = classes, tuple(names), window, stride
+        self.classes, self.names, self.window, self.stride = classes, tuple(map(str, names)), window, stride
         self.bn = nn.BatchNorm2d(width * layers, eps=1e-5, momentum=0.1)
         self.conv_seg = nn.Conv2d(width * layers, classes, 1)
         nn.init.normal_(self.conv_seg.weight, std=0.01)

@@ -63,7 +63,7 @@ class DecoderBlock(nn.Module):
         self.norm1, self.norm2, self.norm3, self.norm_y = (LayerNorm(dim, eps=LAYER_NORM_EPS) for _ in range(4))
         self.attn = SelfAttention(dim, num_heads)
         self.cross_attn = CrossAttention(dim, num_heads)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.mlp = MLP(dim, round(dim * mlp_ratio))
 
     def forward(self, x: Tensor, y: Tensor, rope_x: Angles, rope_y: Angles) -> Tensor:
         """x [B, N, D], the own stream, and y [B, M, D], the other one -> [B, N, D]."""

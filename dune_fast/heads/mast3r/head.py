@@ -64,6 +64,7 @@ class Mast3rHead(Head):
 
     kind: ClassVar[str] = "mast3r"
     views: ClassVar[int] = 2
+    repeated: ClassVar[tuple[str, ...]] = ("dec_depth",)
 
     def __init__(
         self, width: int, patch_size: int, dec_dim: int = 768, dec_depth: int = 12, dec_heads: int = 12,

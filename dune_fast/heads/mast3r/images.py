@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dune_fast.heads.head import HeadError
+from dune_fast.kernels.nn.vit import VisionTransformer
 
 _LONG_SIDE = 512
 _STEPS = 20
@@ -22,6 +23,12 @@ _STEPS = 20
 def default_long_side(patch_size: int) -> int:
     """The multiple of the patch closest to 512 pixels: 518 for patches of 14, 512 for 16."""
     return max(1, round(_LONG_SIDE / patch_size)) * patch_size
+
+
+def for_encoder(images: Tensor, encoder: VisionTransformer) -> Tensor:
+    """Images with values in [-1, 1], [B, 3, H, W], as MASt3R's interface has them, normalised as the encoder wants."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (encoder.mean, encoder.std))
+    return (images * 0.5 + 0.5 - mean) / std
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,7 @@ class MultiHmrHead(Head):
     """
 
     kind = "multihmr"
+    repeated = ("depth",)
 
     def __init__(
         self, width: int, image_size: int, patch_size: int = 14, num_betas: int = 10, depth: int = 2, heads: int = 8,

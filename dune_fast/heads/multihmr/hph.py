@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dune_fast.heads.multihmr.detection import Cells
+from dune_fast.kernels.attention import cross_attention
 from dune_fast.kernels.nn.block import LayerNorm
 
 NUM_ROTATIONS = 53
@@ -69,9 +70,10 @@ class PatchAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x [B, slots, dim], context [B, N, context_dim]."""
-        q = _heads(self.to_q(x), self.heads)
-        k, v = (_heads(part, self.heads) for part in self.to_kv(context).chunk(2, -1))
-        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)) for part in (self.to_q(x), *self.to_kv(context).chunk(2, -1))
+        )  # [B, n, heads, head_dim]
+        return self.to_out(cross_attention(q, k, v).flatten(2))
 
 
 class FeedForward(nn.Module):
