@@ -159,13 +159,15 @@ def test_a_pair_without_overlap_is_said(photographs, encoder, tmp_path, caplog):
     assert (tmp_path / "out" / "matches.png").is_file()
 
 
-def test_landscape_and_portrait_of_two_sizes(encoder, tmp_path):
+def test_landscape_and_portrait_of_two_sizes(encoder, tmp_path, caplog):
     """A drawn head, whatever it says: every image keeps its own orientation and size."""
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for path, size in zip(paths, ((120, 90), (60, 200)), strict=True):
         Image.new("RGB", size, (90, 20, 200)).save(path)
-    torch.manual_seed(0)
-    run(paths, encoder, Mast3rHead(**OPTIONS).eval().requires_grad_(False), tmp_path, long_side=56)
+    caplog.set_level(logging.INFO, "dune_fast")
+    head = Mast3rHead(**OPTIONS, encoder_name="dune_vitbase_14_448_paper_encoder").eval().requires_grad_(False)
+    run(paths, encoder, head, tmp_path, long_side=56)
+    assert "the head was trained on the encoder dune_vitbase_14_448_paper_encoder" in caplog.text
     with np.load(tmp_path / "pair.npz") as pair:
         assert pair["points1"].shape == (42, 56, 3) and pair["points2"].shape == (56, 14, 3)
         assert np.isfinite(pair["points1"]).all()
