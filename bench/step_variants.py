@@ -24,7 +24,7 @@ from dune_fast.cache.store import MANIFEST, VERSION, Store, Stored, shard_path, 
 from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.devices import autocast_dtype
-from dune_fast.engine.schedules import ema_momenta, scheduled_rates
+from dune_fast.engine.schedules import ema_momenta
 from dune_fast.engine.trainer import Trainer
 from dune_fast.kernels import philox
 from dune_fast.student import build_student
@@ -147,10 +147,7 @@ def _eager(cfg: RunConfig, loader: SyntheticLoader) -> Step:
     student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
     eager = EagerStep(cfg, student, loader.device, autocast_dtype(cfg.train.precision, loader.device))
     optimizer, norms = cfg.optimizer, cfg.standardization
-    peak = optimizer.peak(cfg.train.global_batch)
-    rates = scheduled_rates(
-        optimizer.schedule, cfg.steps, peak, optimizer.min_lr, optimizer.warmup_fraction, optimizer.warmup_start
-    )
+    rates = optimizer.rates(cfg.steps, cfg.train.global_batch)
     momenta = ema_momenta(cfg.steps, norms.ema_start, norms.ema_end)
 
     def step(i: int) -> Tensor:
