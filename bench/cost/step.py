@@ -181,8 +181,8 @@ def measure_steps(results: Path, rounds: int) -> Path:
         f"`python -m bench.cost --step`: `dune_336` {NARROWER} times narrower at {cfg.image_size} px, {BATCH} images, "
         f"three ViT-L and the ViT-B with their depths and projectors; the teachers have "
         f"{100 * found['teachers_share']:.0f} % of the arithmetic. Steps in turns, medians of {rounds} (first to last "
-        f"fifth), processor time on {machine_name()}, which other work shared: one thread for the products, and those that "
-        "read and decode images and cache, whose files lie in the operating system's memory."
+        f"fifth), processor time on {machine_name()}, which other work shared: one thread for the products, and "
+        "those that read and decode images and cache, whose files lie in the operating system's memory."
     )
     ratios = {name: live / one["seconds"] for name, one in found["steps"].items() if name.startswith("cached")}
     results.mkdir(parents=True, exist_ok=True)

@@ -187,6 +187,7 @@ def test_steps_take_turns():
 
 
 def test_a_reduced_step_has_dunes_proportions_and_reads_a_cache(tmp_path, monkeypatch):
+    """Some seconds: three trainers, of a student of 12 blocks and three teachers of 24."""
     read = []
     monkeypatch.setattr(Store, "read", lambda self, views, *a, of=Store.read: read.append(views) or of(self, views, *a))
     cfg = reduced_config(tmp_path, narrower=16, batch=3)
