@@ -28,6 +28,7 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.engine.stages import Stage, at_size, stages
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
 from dune_fast.kernels.nn.routing import PatchSubset
+from dune_fast.kernels.nn.sam import SAMEncoder
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.student import ProjectorConfig
 from dune_fast.teachers.config import TeacherConfig, input_key, network_key, scaled_grid
@@ -134,7 +135,7 @@ def published_network(name: str, cfg: TeacherConfig) -> nn.Module | None:
         with torch.device("meta"):
             if issubclass(family, ViTTeacher):
                 known = dataclasses.replace(cfg, image_size=cfg.image_size or cfg.patch_size)
-                return VisionTransformer(family.architecture(known)).eval()
+                return family.network(family.architecture(known)).eval()
             if cfg.family == "xfeat":
                 from dune_fast.teachers.xfeat import XFeat
 
@@ -154,9 +155,15 @@ def teacher_flops(name: str, cfg: TeacherConfig, grid: int) -> int | None:
     network, grid = published_network(name, cfg), scaled_grid(grid, cfg.scale, cfg.grid_multiple)
     if network is None:
         return None
-    if isinstance(network, VisionTransformer):
+    if isinstance(network, VisionTransformer) and not isinstance(network, SAMEncoder):  # which has windows
         return vit_flops(network.cfg, grid, cfg.layer)
     return _count_or_none(name, network, grid * cfg.patch_size)
+
+
+def loss_patches(cfg: RunConfig, every: int) -> int:
+    """How many of an image's patches the loss is taken on: those that a cache has, and of these `patch_share`."""
+    stored = PatchSubset(cfg.cache.patch_share, 0, 0).count(every) if cfg.cache.folder else every
+    return PatchSubset(cfg.objective.patch_share, 0, 0).count(stored)
 
 
 def share_of_images(cfg: RunConfig, teachers: Sequence[str]) -> float:
@@ -218,7 +225,7 @@ def _flops_at_one_size(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = 
         teachers |= {first: deepest, **dict.fromkeys(others, 0)}
     projectors = 0
     for name, t in cfg.teachers.items():
-        share = cfg.objective.patch_share
+        share = loss_patches(cfg, grid**2) / grid**2
         count = projector_flops(cfg.projector, cfg.student, t.num_features, t.token_types, grid, share)
         projectors += round(count * share_of_images(cfg, [name]))
     return Flops(vit_flops(cfg.student, grid), projectors, {name: teachers.get(name, 0) for name in cfg.teachers})
