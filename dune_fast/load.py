@@ -116,18 +116,25 @@ def load_encoder(
     """
     path = locate(path_or_name)
     if path.is_dir():
+        if (path / "config.yaml").is_file():
+            load_config(path / "config.yaml").head.refuse(path)
         path = _in_folder(path, "encoder.safetensors", "model.safetensors")
     content = read_container(path)
     asked = TeacherConfig(
         num_heads=num_heads, interpolate_offset=interpolate_offset, interpolate_antialias=interpolate_antialias
     )
     name = recognize(container_state(content, path), path) or "dune"
+    family = vit_family(name)
     if name == "dbotft":
         raise TeacherWeightsError(
             f"{path} is dBOT fine-tuned, whose class token is a norm of the patches' mean: an encoder of this kind has "
             "none; use it as a teacher, family: dbotft"
         )
-    family = vit_family(name)
+    if family.network is not VisionTransformer:
+        raise TeacherWeightsError(
+            f"{path} is of the family {name}, whose network is another than a student's encoder; use it as a teacher, "
+            f"family: {name}"
+        )
     config = path.parent / "config.yaml"
     if path.suffix == ".safetensors" and stored_architecture(path) is None and config.is_file():
         state = family.convert(container_state(content, path), path)

@@ -57,6 +57,8 @@ def plan(args: argparse.Namespace) -> int:
     documents: list[dict[str, Any]] = []
     for name in experiments:
         cfg = compose_config([f"experiment={name}", *overrides])
+        if cfg.head.kind:
+            raise ValueError(f"{name} trains a head: what it takes is not worked out here, for distillations alone")
         if machines_wanted:
             lines, found = _for_machines(args, cfg, name, overrides)
             documents += found

@@ -37,7 +37,7 @@ def is_cached(asset: str) -> bool:
 
 def presence(cfg: TeacherConfig) -> str:
     """Whether the weights are here, without fetching anything: "yes", "no", "no, fetch", "drawn"."""
-    from dune_fast.teachers.weights import RANDOM
+    from dune_fast.teachers.config import RANDOM
 
     if cfg.weights.startswith(RANDOM):
         return "drawn"

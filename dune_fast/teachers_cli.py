@@ -61,9 +61,9 @@ def show(args: argparse.Namespace) -> int:
 def fetch(args: argparse.Namespace) -> int:
     """Gets a teacher's weights: resumed after an interruption, checked for their size and hash."""
     from dune_fast.teachers.assets import asset_path
+    from dune_fast.teachers.config import RANDOM
     from dune_fast.teachers.containers import check_archive, read_safetensors
     from dune_fast.teachers.files import DownloadError, cache_dir, download, file_sha256, locked
-    from dune_fast.teachers.weights import RANDOM
 
     cfg = load_teacher_config(args.name)
     if cfg.weights.startswith("asset:"):

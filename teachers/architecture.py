@@ -41,25 +41,29 @@ def infer_vit(
     interpolate_antialias: bool = False,
     pos_embed: str = "learned",
     layer_scale: bool | None = None,
+    cls_token: bool | None = None,
 ) -> ViTConfig:
     """The architecture that an encoder's tensors (names of `dune_fast.kernels.nn.vit`) belong to.
 
     Args:
         num_heads: attention heads; None for channels / 64.
         interpolate_offset, interpolate_antialias: see `ViTConfig`; tensors do not show them.
-        pos_embed: "learned", with a cls token, or "rope2d", without one.
+        pos_embed: "learned" or "rope2d".
+        cls_token: None for one where positions are learned.
         layer_scale: whether blocks have LayerScale; None for whatever the first one has.
 
     Raises:
         TeacherWeightsError: a tensor that says the sizes is missing or impossible, or the network is another.
     """
     swiglu = "blocks.0.mlp.w12.weight" in state
+    learned = pos_embed == "learned"
+    has_cls = learned if cls_token is None else cls_token
     try:
         dim, colours, patch, width = state["patch_embed.proj.weight"].shape
         hidden = state["blocks.0.mlp.w12.weight" if swiglu else "blocks.0.mlp.fc1.weight"].shape[0]
         if swiglu:  # the layer makes gate and value, each with two thirds of the ratio's channels
             hidden *= 3 / 4
-        count = state["pos_embed"].shape[1] - 1 if pos_embed == "learned" else 0
+        count = state["pos_embed"].shape[1] - int(has_cls) if learned else 0
         gain = "blocks.0.ls1.gamma" in state if layer_scale is None else layer_scale
         registers = registers_of(state)
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
@@ -88,7 +92,7 @@ def infer_vit(
         mlp_ratio=hidden / dim,
         num_registers=registers,
         layer_scale=1e-4 if gain else None,
-        cls_token=pos_embed == "learned",
+        cls_token=has_cls,
         pos_embed=pos_embed,
         interpolate_offset=interpolate_offset,
         interpolate_antialias=interpolate_antialias,
@@ -96,14 +100,17 @@ def infer_vit(
     )
 
 
-def random_vit_state(cfg: ViTConfig, seed: int) -> dict[str, Tensor]:
+def random_vit_state(
+    cfg: ViTConfig, seed: int, network: type[VisionTransformer] = VisionTransformer
+) -> dict[str, Tensor]:
     """Weights from a generator of their own, scaled so that every block matters: for tests and benchmarks."""
     with torch.device("meta"):
-        wanted = VisionTransformer(cfg).state_dict()
+        wanted = network(cfg).state_dict()
     draw = torch.Generator().manual_seed(seed)
     state = {}
     for key, value in wanted.items():
-        offset = 1.0 if "norm" in key and key.endswith("weight") else 0.3 if key.endswith("gamma") else 0.0
+        unit = ("norm" in key and key.endswith("weight")) or key.endswith("periods")
+        offset = 1.0 if unit else 0.3 if key.endswith("gamma") else 0.0
         state[key] = torch.randn(value.shape, generator=draw).mul_(0.02).add_(offset)
     return state
 

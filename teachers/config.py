@@ -11,6 +11,9 @@ from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 TOKEN_TYPES = ("cls", "patch")
 PRECISIONS = ("auto", "bf16", "fp8", "fp32")
 STREAMS = ("fp32", "bf16")
+ACTIVATIONS = ("", "gelu", "quick_gelu")
+RANDOM = "random:"
+"""Weights called "random:SEED" are drawn, not read: for tests and benchmarks of the full size."""
 
 
 @dataclass
@@ -68,6 +71,11 @@ class TeacherConfig:
     """ViT: 0 resizes the position table by size, above 0 by the factor (n + offset) / M; null for the family's own."""
     interpolate_antialias: bool | None = None
     """ViT: whether the position table is resized with antialias; null for the family's own."""
+    activation: str = ""
+    """CLIP, OpenCLIP: "gelu" or "quick_gelu", which the tensors do not show; empty for the family's own."""
+    projected: bool = False
+    """Whether tokens pass the layer that the family has behind its blocks, after which they have other channels
+    (`num_features`): CLIP's projection of cls into the space of texts, SAM's neck."""
     model: str = ""
     """Family "timm": the model's name there. Family "module": import path of a factory, "package.module:factory"."""
     model_args: dict[str, Any] = field(default_factory=dict)
@@ -81,8 +89,8 @@ class TeacherConfig:
 
 
 _READING = (
-    "token_types", "mean", "std", "groups", "grid_multiple", "scale", "layer", "norm", "force_precision", "url",
-    "bytes", "sha256",
+    "token_types", "mean", "std", "groups", "grid_multiple", "scale", "layer", "norm", "projected", "force_precision",
+    "url", "bytes", "sha256",
 )  # fmt: skip
 """Fields that say what the network sees and what is read from it, or are bookkeeping."""
 
@@ -90,6 +98,8 @@ _READING = (
 def network_key(cfg: TeacherConfig) -> str:
     """Equal for teachers whose networks are the same and compute in the same way."""
     network = {name: value for name, value in asdict(cfg).items() if name not in _READING}
+    if not cfg.weights.startswith(RANDOM):  # the weights say it, and cls may have other channels than patches
+        del network["num_features"]
     return json.dumps(network, sort_keys=True, default=repr)
 
 
@@ -125,6 +135,7 @@ def check_config(name: str, cfg: TeacherConfig) -> None:
          "give 0 (by size) up to below 1, e.g. 0.1, or null"),
         ("precision", cfg.precision not in PRECISIONS, f"choose one of {', '.join(PRECISIONS)}"),
         ("stream", cfg.stream not in STREAMS, f"choose one of {', '.join(STREAMS)}"),
+        ("activation", cfg.activation not in ACTIVATIONS, f"choose {' or '.join(ACTIVATIONS[1:])}, or leave it empty"),
         ("precision", cfg.precision == "fp32" and lean, "stream=bf16 and epilogue_gelu are for bf16 and fp8"),
         ("layer", cfg.layer is not None and cfg.layer < 1, "count blocks from 1, or give null for the final norm"),
     ]  # fmt: skip

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dune_fast.kernels.moments import moments
+from dune_fast.teachers.config import RANDOM
 from dune_fast.teachers.ensemble import TeacherEnsemble
-from dune_fast.teachers.weights import RANDOM
 
 LIMITS = {"bf16": 1e-3, "fp8": 5e-3}
 """Precision -> largest drift that is not refused."""

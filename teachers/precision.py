@@ -101,8 +101,9 @@ def prepare(name: str, cfg: TeacherConfig, trunk: Trunk, device: torch.device) -
         if isinstance(module, SelfAttention):
             module.backend = cfg.attention
         if cfg.epilogue_gelu and isinstance(module, Block):
-            if not isinstance(module.mlp, MLP):
-                raise ValueError(f"teachers.{name}.epilogue_gelu is true, but its blocks have SwiGLU; set it to false")
+            if not isinstance(module.mlp, MLP) or module.mlp.activation != "gelu":
+                found = "SwiGLU" if not isinstance(module.mlp, MLP) else module.mlp.activation
+                raise ValueError(f"teachers.{name}.epilogue_gelu is true, but its blocks have {found}; set it to false")
             module.mlp.epilogue_gelu = True
     if isinstance(trunk, ViTTrunk) and cfg.precision != "fp32":
         # said outright: where no position table is added, the embedding is bf16, and the stream would be too
@@ -129,7 +130,12 @@ def _quantize(name: str, trunk: ViTTrunk) -> None:
 def _try_attention(name: str, cfg: TeacherConfig, trunk: Trunk, device: torch.device) -> None:
     """One small call, so that a backend which is not to be had here is said now and not in the first step."""
     dtype = torch.float32 if cfg.precision == "fp32" else torch.bfloat16
-    layer = next(module for module in trunk.modules() if isinstance(module, SelfAttention))
+    layer = next((module for module in trunk.modules() if isinstance(module, SelfAttention)), None)
+    if layer is None:
+        raise ValueError(
+            f"teachers.{name}.attention is {cfg.attention!r}, but the family {cfg.family!r} adds positions to its "
+            "scores, which these backends do not take; leave it at auto"
+        )
     head_dim = layer.proj.in_features // layer.num_heads
     qkv = torch.zeros(1, 16, 3, layer.num_heads, head_dim, dtype=dtype, device=device)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Collection, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ class Teacher(ABC):
     """Token types that the family has."""
     statistics: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]] = (IMAGENET_MEAN, IMAGENET_STD)
     """(mean, std) of the images that the family's published weights take. A run obeys the configuration's."""
+    options: ClassVar[Collection[str]] = ()
+    """Which of the fields "activation" and "projected" the family reads; the others refuse them."""
 
     def __init__(self, name: str, config: TeacherConfig, trunks: MutableMapping[str, Trunk] | None = None) -> None:
         check_config(name, config)
@@ -55,6 +57,12 @@ class Teacher(ABC):
                 f"teachers.{name}.token_types asks for {', '.join(lacking)}; "
                 f"the family {config.family!r} has {', '.join(self.token_types)} only"
             )
+        for option in ("activation", "projected"):
+            if getattr(config, option) and option not in self.options:
+                raise ValueError(
+                    f"teachers.{name}.{option} is {getattr(config, option)!r}, but the family {config.family!r} has no "
+                    "such choice; leave it out"
+                )
         self.name = name
         self.config = config
         trunks = {} if trunks is None else trunks
@@ -62,14 +70,18 @@ class Teacher(ABC):
         if key not in trunks:
             trunks[key] = self.build_trunk()
         self.trunk = trunks[key]
-        for key in ("patch_size", "num_features"):
-            given, found = getattr(config, key), getattr(self.trunk, key)
+        for key, found in (("patch_size", self.trunk.patch_size), ("num_features", self.channels())):
+            given = getattr(config, key)
             if given != found:
                 raise ValueError(f"teachers.{name}.{key} is {given}, but the weights {config.weights} have {found}")
 
     @abstractmethod
     def build_trunk(self) -> Trunk:
         """The trunk with its weights loaded."""
+
+    def channels(self) -> int:
+        """Channels of the tokens that the configuration asks for; ValueError if they differ between cls and patch."""
+        return self.trunk.num_features
 
     @abstractmethod
     def tokens(self, features: Any) -> dict[str, Tensor]:

@@ -25,14 +25,23 @@ _FAMILIES = {
     "dbotft": "unic.DBOTFineTunedTeacher",
     "dune": "dune.DUNETeacher",
     "unic": "dune.UNICTeacher",
+    "clip": "clip.CLIPTeacher",
+    "open_clip": "clip.OpenCLIPTeacher",
+    "siglip": "siglip.SigLIPTeacher",
+    "dinov3": "dinov3.DINOv3Teacher",
+    "eupe": "dinov3.EUPETeacher",
+    "sam": "sam.SAMTeacher",
     "timm": "timm_model.TimmTeacher",
     "module": "module_path.ModuleTeacher",
     "onnx_vit": "onnx_vit.OnnxViTTeacher",
     "xfeat": "xfeat.XFeatTeacher",
 }
 
-_RECOGNIZED = ("mast3r", "multihmr", "dune", "deit3", "dbotft", "dinov2", "dino")
-"""ViTs told apart by their names of tensors, the most peculiar first; iBOT's are DINO's, UNIC's DUNE's."""
+_RECOGNIZED = (
+    "clip", "open_clip", "siglip", "sam", "dinov3", "mast3r", "multihmr", "dune", "deit3", "dbotft", "dinov2", "dino",
+)  # fmt: skip
+"""ViTs told apart by their names of tensors, the most peculiar first; iBOT's are DINO's, UNIC's DUNE's, EUPE's
+DINOv3's."""
 
 
 class UnknownTeacherError(ValueError):

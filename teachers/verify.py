@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
-from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import container_state, read_container, state_entry
 from dune_fast.teachers.encoder_names import beside_encoder
@@ -92,7 +92,7 @@ def _inspect_vit(
         report.problem = str(error)
         return
     with torch.device("meta"):
-        wanted = VisionTransformer(report.architecture).state_dict()
+        wanted = family.network(report.architecture).state_dict()
     report.fit = compare(wanted, converted, beside_encoder)
     report.unplaced = report.fit.surplus
     used = {id(value) for key, value in converted.items() if key in wanted}
@@ -100,7 +100,7 @@ def _inspect_vit(
     made = {"reg_token", "pos_embed"}  # renamed or completed, so other tensors by now
     report.fit.surplus = [
         key for key, value in state.items()
-        if key not in wanted and key not in made and id(value) not in used | unplaced
+        if key not in wanted and key not in made and id(value) not in used | unplaced and not family.reads(key)
     ]  # fmt: skip
     mean, std = family.statistics
     report.config = TeacherConfig(

@@ -1,6 +1,7 @@
 """What all ViT teachers have in common: trunk, architecture read off the tensors, readings of the tokens.
 
-A family is a key map on top: `teachers/dinov2.py`, `mast3r.py`, `multihmr.py`, `unic.py`, `dune.py`, `onnx_vit.py`.
+A family is a key map on top: `teachers/dinov2.py`, `mast3r.py`, `multihmr.py`, `unic.py`, `dune.py`, `onnx_vit.py`,
+and those with a network of their own: `clip.py`, `siglip.py`, `dinov3.py`, `sam.py`.
 """
 
 from __future__ import annotations
@@ -16,16 +17,12 @@ from dune_fast.kernels.layer_norm import layer_norm
 from dune_fast.kernels.nn.block import LAYER_NORM_EPS, product_dtype
 from dune_fast.kernels.nn.patches import SharedPatches
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
-from dune_fast.teachers.architecture import HEAD_DIM, infer_vit, random_vit_state, registers_of, stored_architecture
+from dune_fast.teachers.architecture import infer_vit, random_vit_state, registers_of, stored_architecture
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import container_state, read_container
 from dune_fast.teachers.encoder_names import beside_encoder, encoder_state
 from dune_fast.teachers.protocol import Teacher, Trunk
 from dune_fast.teachers.weights import TeacherWeightsError, build_loaded, random_seed, weights_path
-
-_PUBLISHED_DEPTH = {192: 12, 384: 12, 768: 12, 1024: 24, 1536: 40}
-"""Channels of a token -> blocks, in the published sizes ViT-Ti, S, B, L and g."""
-_SWIGLU_CHANNELS = 1536  # of the one published size with SwiGLU blocks, ViT-g
 
 
 class ViTTrunk(Trunk):
@@ -55,6 +52,16 @@ class ViTTeacher(Teacher):
     """Whether the family's blocks have LayerScale; None for whatever a file has, drawn weights have it."""
     pos_embed: ClassVar[str] = "learned"
     """See `ViTConfig.pos_embed`."""
+    cls_token: ClassVar[bool | None] = None
+    """Whether a cls token leads the sequence; None for one where positions are learned."""
+    network: ClassVar[type[VisionTransformer]] = VisionTransformer
+    """What the family's blocks are in. Another than `VisionTransformer` is a teacher alone: no student is like it."""
+    sizes: ClassVar[Mapping[int, tuple[int, int, float]]] = {
+        192: (12, 3, 4), 384: (12, 6, 4), 768: (12, 12, 4), 1024: (24, 16, 4), 1536: (40, 24, 4),
+    }  # fmt: skip
+    """Channels of a token -> (blocks, heads, `ViTConfig.mlp_ratio`) of the published sizes."""
+    swiglu_channels: ClassVar[Collection[int]] = (1536,)
+    """Channels of the published sizes with SwiGLU blocks."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -78,6 +85,17 @@ class ViTTeacher(Teacher):
     def completed(cls, state: dict[str, Tensor], content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         """`convert`'s tensors with those that the container leaves out because they change nothing."""
         return state
+
+    @classmethod
+    def reads(cls, name: str) -> bool:
+        """Whether `convert` makes another tensor out of a file's tensor of this name, than by a new name alone."""
+        return False
+
+    @classmethod
+    def variant(cls, plain: ViTConfig, state: Mapping[str, Tensor], cfg: TeacherConfig) -> ViTConfig:
+        """The configuration of the family's `network`, from the part that all ViTs have; `state` is empty where the
+        weights are drawn."""
+        return plain
 
     @classmethod
     def heads(cls, content: Mapping[str, Any], path: Path) -> int | None:
@@ -105,21 +123,24 @@ class ViTTeacher(Teacher):
         ValueError for a width that no published size has, or if there is no image size.
         """
         learned = cls.pos_embed == "learned"
-        if cfg.num_features not in _PUBLISHED_DEPTH or (cfg.image_size is None and learned):
+        if cfg.num_features not in cls.sizes or (cfg.image_size is None and learned) or cfg.projected:
+            projected = " (with projected, the file is needed)" if cfg.projected else ""
             raise ValueError(
-                f"without a weights file, num_features must be one of {', '.join(map(str, _PUBLISHED_DEPTH))} and "
-                f"image_size be given; they are {cfg.num_features} and {cfg.image_size}"
+                f"without a weights file, num_features must be one of {', '.join(map(str, cls.sizes))} and "
+                f"image_size be given; they are {cfg.num_features} and {cfg.image_size}{projected}"
             )
         registers = cfg.num_registers or 0
         offset, antialias = cls.interpolation(cfg, registers)
-        return ViTConfig(
+        depth, heads, ratio = cls.sizes[cfg.num_features]
+        plain = ViTConfig(
             image_size=cfg.image_size if learned else cfg.patch_size, patch_size=cfg.patch_size,
-            embed_dim=cfg.num_features, depth=_PUBLISHED_DEPTH[cfg.num_features],
-            num_heads=cfg.num_heads or cfg.num_features // HEAD_DIM, num_registers=registers,
-            layer_scale=None if cls.layer_scale is False else 1e-4, cls_token=learned, pos_embed=cls.pos_embed,
+            embed_dim=cfg.num_features, depth=depth, num_heads=cfg.num_heads or heads, mlp_ratio=ratio,
+            num_registers=registers, layer_scale=None if cls.layer_scale is False else 1e-4,
+            cls_token=learned if cls.cls_token is None else cls.cls_token, pos_embed=cls.pos_embed,
             interpolate_offset=offset, interpolate_antialias=antialias,
-            mlp="swiglu" if cfg.num_features == _SWIGLU_CHANNELS else "gelu",
+            mlp="swiglu" if cfg.num_features in cls.swiglu_channels else "gelu",
         )  # fmt: skip
+        return cls.variant(plain, {}, cfg)
 
     @classmethod
     def read_file(cls, path: Path, cfg: TeacherConfig) -> tuple[ViTConfig, dict[str, Tensor]]:
@@ -135,9 +156,12 @@ class ViTTeacher(Teacher):
         if (stored := stored_architecture(path)) is not None:
             asked = {key: getattr(cfg, key) for key in ("num_heads", "interpolate_offset", "interpolate_antialias")}
             return replace(stored, **{key: value for key, value in asked.items() if value is not None}), state
-        heads = cfg.num_heads or cls.heads(content, path)
+        weight = state.get("patch_embed.proj.weight")
+        published = cls.sizes.get(len(weight)) if weight is not None and weight.ndim else None
+        heads = cfg.num_heads or cls.heads(content, path) or (published[1] if published else None)
         resizing = cls.interpolation(cfg, registers_of(state))
-        return infer_vit(state, path, heads, *resizing, cls.pos_embed, cls.layer_scale), state
+        plain = infer_vit(state, path, heads, *resizing, cls.pos_embed, cls.layer_scale, cls.cls_token)
+        return cls.variant(plain, state, cfg), state
 
     def build_trunk(self) -> Trunk:
         seed = random_seed(self.name, self.config.weights)
@@ -146,13 +170,13 @@ class ViTTeacher(Teacher):
             architecture, state = self.read_file(path, self.config)
         else:
             path, architecture = self.config.weights, self.architecture(self.config)
-            state = random_vit_state(architecture, seed)
+            state = random_vit_state(architecture, seed, self.network)
         wanted = self.config.num_registers
         if wanted is not None and wanted != architecture.num_registers:
             raise TeacherWeightsError(
                 f"teachers.{self.name}.num_registers is {wanted}, but {path} has {architecture.num_registers}"
             )
-        return ViTTrunk(build_loaded(lambda: VisionTransformer(architecture), state, path, beside_encoder))
+        return ViTTrunk(build_loaded(lambda: self.network(architecture), state, path, beside_encoder))
 
     def tokens(self, features: dict[int, Tensor]) -> dict[str, Tensor]:
         cls, _, patches = self.trunk.vit.split(self.normed(features[self.block]))  # of [B, P + N, C]

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dune_fast.teachers.assets import asset_path
+from dune_fast.teachers.config import RANDOM
 from dune_fast.teachers.containers import CURE, TeacherWeightsError, container_state, read_container
 from dune_fast.teachers.local_paths import local_path
 from dune_fast.teachers.run_files import CheckpointError, weights_in
 
 Unused = Sequence[str] | Callable[[str], bool]
 """Names of tensors that may have no place: their prefixes, or a function that says so."""
-RANDOM = "random:"
-"""Weights called "random:SEED" are drawn, not read: for tests and benchmarks of the full size."""
 
 
 def weights_path(weights: str) -> Path:

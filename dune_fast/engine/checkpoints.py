@@ -319,7 +319,7 @@ def load_run(run: Path, file: str = STUDENT) -> tuple[RunConfig, Student, Teache
         file: of a finished run, `STUDENT` or `RAW`.
 
     Raises:
-        ConfigError: `run` is not a run's folder.
+        ConfigError: `run` is not a run's folder, or that of a head's run.
         CheckpointError: the checkpoint is damaged.
         TeacherWeightsError: the run has not saved anything yet, or its weights are damaged.
     """
@@ -332,6 +332,7 @@ def load_run(run: Path, file: str = STUDENT) -> tuple[RunConfig, Student, Teache
         cfg = config_of(manifest.config, path)
     else:
         cfg = load_config(path.parent / "config.yaml")
+    cfg.head.refuse(run)
     student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
     statistics = TeacherStatistics(cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps)
     try:

@@ -34,6 +34,7 @@ LIMITS: dict[str, Limit] = {
         "train.images", "train.global_batch",
         "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "evaluation.batch",
         "evaluation.knn_images", "evaluation.knn_k", "evaluation.figure_size", "evaluation.figure_images",
+        "head.threads", "head.ahead",
     ), _COUNT),
     **dict.fromkeys((
         "student.num_registers", "projector.num_inner", "train.drift_images", "objective.cls.cosine",
@@ -46,7 +47,7 @@ LIMITS: dict[str, Limit] = {
     ), _POSITIVE),
     **dict.fromkeys((
         "standardization.ema_start", "standardization.ema_end", "objective.drop_probability",
-        "optimizer.warmup_fraction",
+        "optimizer.warmup_fraction", "optimizer.warmup_start",
     ), _SHARE),
     "student.interpolate_offset": Limit(0, 0.99),
     "objective.patch_share": Limit(0, 1, above=True),
@@ -55,6 +56,7 @@ LIMITS: dict[str, Limit] = {
     "projector.layer_scale": Limit(0, 100),
     "projector.version": Limit(1, 2),
     "optimizer.lr_per_256": Limit(0, 10, above=True),
+    "optimizer.lr": Limit(0, 10, above=True),
     "optimizer.min_lr": Limit(0, 10),
     "optimizer.eps": Limit(0, 1, above=True),
     "optimizer.weight_decay": Limit(0, 10),

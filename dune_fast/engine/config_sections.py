@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dune_fast.cache.formats import FORMATS
@@ -55,6 +56,38 @@ class StartConfig:
     def wanted(self) -> bool:
         """Whether anything is computed."""
         return bool(self.teacher) or self.fit_projectors
+
+
+@dataclass
+class HeadConfig:
+    """A task head on a frozen encoder, which is trained instead of a student (`dune-fast heads train`)."""
+
+    kind: str = ""
+    """"linear_seg", "linear_depth", "mast3r" or "multihmr"; empty for a distillation."""
+    encoder: str = ""
+    """The frozen encoder, as `dune_fast.load_encoder` takes it: the folder of a run, a file, a published name."""
+    weights: str = ""
+    """What the head starts from: a head's file, or the folder of a head's run; empty for drawn weights."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the head, beside what the encoder decides; see the kind's own class."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Where the examples are and how they are made; see the kind's task in `dune_fast/tasks/`."""
+    loss: dict[str, Any] = field(default_factory=dict)
+    """Weights and variants of the loss, where a kind has them."""
+    tf32: bool = True
+    """On a GPU, float32 products in TF32, as the published trainings of these heads have them."""
+    threads: int = 4
+    """Of a rank, that read examples."""
+    ahead: int = 3
+    """Steps whose examples are read ahead."""
+
+    def refuse(self, run: Path) -> None:
+        """ConfigError if a run has trained a head, where a student or an encoder is asked for."""
+        if self.kind:
+            raise ConfigError(
+                f"{run} is the run of a {self.kind} head, which dune_fast.load_head reads; its frozen encoder is "
+                f"{self.encoder}"
+            )
 
 
 @dataclass

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.engine.stages import Stage, at_size, stages
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
 from dune_fast.kernels.nn.routing import PatchSubset
+from dune_fast.kernels.nn.sam import SAMEncoder
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.student import ProjectorConfig
 from dune_fast.teachers.config import TeacherConfig, input_key, network_key, scaled_grid
@@ -137,7 +138,8 @@ def published_network(name: str, cfg: TeacherConfig) -> nn.Module | None:
         with torch.device("meta"):
             if issubclass(family, ViTTeacher):
                 known = dataclasses.replace(cfg, image_size=cfg.image_size or cfg.patch_size)
-                return _meta_vit(*dataclasses.astuple(family.architecture(known)))
+                architecture = family.architecture(known)
+                return _meta_network(family.network, type(architecture), dataclasses.astuple(architecture))
             if cfg.family == "xfeat":
                 from dune_fast.teachers.xfeat import XFeat
 
@@ -153,10 +155,10 @@ def published_network(name: str, cfg: TeacherConfig) -> nn.Module | None:
 
 
 @functools.lru_cache(16)
-def _meta_vit(*fields: Any) -> VisionTransformer:
-    """Of a `ViTConfig`'s fields; a plan asks for the same few a hundred times."""
+def _meta_network(network: Callable[[Any], nn.Module], architecture: type, fields: tuple) -> nn.Module:
+    """Of an architecture's fields; a plan asks for the same few a hundred times."""
     with torch.device("meta"):
-        return VisionTransformer(ViTConfig(*fields)).eval()
+        return network(architecture(*fields)).eval()
 
 
 def teacher_flops(name: str, cfg: TeacherConfig, grid: int) -> int | None:
@@ -164,7 +166,7 @@ def teacher_flops(name: str, cfg: TeacherConfig, grid: int) -> int | None:
     network, grid = published_network(name, cfg), scaled_grid(grid, cfg.scale, cfg.grid_multiple)
     if network is None:
         return None
-    if isinstance(network, VisionTransformer):
+    if isinstance(network, VisionTransformer) and not isinstance(network, SAMEncoder):  # which has windows
         return vit_flops(network.cfg, grid, cfg.layer)
     return _count_or_none(name, network, grid * cfg.patch_size)
 

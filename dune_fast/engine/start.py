@@ -29,6 +29,7 @@ from dune_fast.engine.accumulation import all_ranks
 from dune_fast.engine.checkpoints import write_tensors
 from dune_fast.engine.config import ConfigError, RunConfig
 from dune_fast.engine.warm_start import initial_student
+from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.student import Student, build_student
 from dune_fast.teachers.architecture import architecture_metadata
 from dune_fast.teachers.containers import TeacherWeightsError
@@ -44,7 +45,7 @@ _CHUNK = 64  # images of a forward pass
 
 
 class Opened(Protocol):
-    """What is read here of a run that is about to start; the `Trainer` has it."""
+    """What is read here of a distillation that is about to start."""
 
     cfg: RunConfig
     run_dir: Path
@@ -150,6 +151,8 @@ def _check(run: Opened) -> None:
     teacher = run.teachers.teachers[name]
     if not isinstance(teacher, ViTTeacher):
         raise ConfigError(f"start.teacher={name!r} is of family {teacher.config.family}, not a ViT of ours")
+    if teacher.network is not VisionTransformer:
+        raise ConfigError(f"start.teacher={name!r} is of family {teacher.config.family}, no network of a student")
     try:
         check_pair(run.cfg.student, teacher.trunk.vit.cfg)
     except NarrowingError as error:

@@ -103,7 +103,13 @@ def warm_start(student: Student, source: str) -> WarmStart:
     path = _weights_file(source)
     content = read_container(path)
     state = container_state(content, path)
-    family = vit_family(recognize(state, path) or "dune")
+    name = recognize(state, path) or "dune"
+    family = vit_family(name)
+    if family.network is not VisionTransformer:
+        raise WarmStartError(
+            f"student_weights={source} is of the family {name}, whose network is another than a student's encoder; "
+            "choose weights of DUNE, DINOv2 or a plain ViT of timm"
+        )
     encoder = family.completed(family.convert(state, path), content, path)
     fitted = []
     if "pos_embed" in encoder:

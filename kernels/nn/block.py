@@ -28,6 +28,12 @@ from dune_fast.kernels.rope2d import rope2d, rope2d_
 
 LAYER_NORM_EPS = 1e-6
 MLP_KINDS = ("gelu", "swiglu")
+"""What students may have; "gelu" is exact."""
+ACTIVATIONS = {
+    "quick_gelu": lambda u: torch.sigmoid(1.702 * u).mul_(u),
+    "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
+}
+"""Further kinds, of frozen networks of others: CLIP's approximation of GELU, and that by tanh."""
 
 
 class LayerNorm(nn.LayerNorm):
@@ -86,20 +92,23 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, exact GELU, Linear. x: [..., D]."""
+    """Linear, exact GELU or one of `ACTIVATIONS`, Linear. x: [..., D]."""
 
     epilogue_gelu = False
     """Whether bias and GELU come with the first product, see `linear_gelu`. For frozen models."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, activation: str = "gelu") -> None:
         super().__init__()
+        self.activation = activation
         self.fc1 = Linear(dim, hidden_dim)
         self.fc2 = Linear(hidden_dim, dim)
 
     last = property(lambda self: self.fc2, doc="The layer whose output is the branch's.")
 
     def hidden(self, x: Tensor | FP8Rows) -> Tensor | FP8Rows:
-        """GELU of the first layer's output."""
+        """The activation of the first layer's output."""
+        if self.activation != "gelu":
+            return ACTIVATIONS[self.activation](self.fc1(x))
         if isinstance(self.fc1, FP8Linear):
             return bias_gelu_fp8(self.fc1(x, add_bias=False), self.fc1.bias)
         if self.epilogue_gelu:
@@ -146,20 +155,21 @@ def run_branch(branch: SelfAttention | MLP | SwiGLU, x: Tensor | FP8Rows, *args)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block, with one of `MLP_KINDS`. x: [B, N, D] -> [B, N, D]."""
+    """One pre-norm transformer block; `mlp` is of `MLP_KINDS` or `ACTIVATIONS`. x: [B, N, D] -> [B, N, D]."""
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = 1e-4, mlp: str = "gelu"
-    ) -> None:
+        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = 1e-4, mlp: str = "gelu",
+        norm_eps: float = LAYER_NORM_EPS,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.norm1 = LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm1 = LayerNorm(dim, eps=norm_eps)
         self.attn = SelfAttention(dim, num_heads)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.norm2 = LayerNorm(dim, eps=LAYER_NORM_EPS)
-        if mlp not in MLP_KINDS:
-            raise ValueError(f"mlp is {mlp!r}; choose one of {', '.join(MLP_KINDS)}")
+        self.norm2 = LayerNorm(dim, eps=norm_eps)
+        if mlp not in (kinds := (*MLP_KINDS, *ACTIVATIONS)):
+            raise ValueError(f"mlp is {mlp!r}; choose one of {', '.join(kinds)}")
         gated = mlp == "swiglu"
-        self.mlp = SwiGLU(dim, swiglu_hidden_dim(dim, mlp_ratio)) if gated else MLP(dim, int(dim * mlp_ratio))
+        self.mlp = SwiGLU(dim, swiglu_hidden_dim(dim, mlp_ratio)) if gated else MLP(dim, int(dim * mlp_ratio), mlp)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(

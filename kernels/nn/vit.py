@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -64,9 +65,12 @@ class ViTConfig:
     mlp: str = "gelu"
     """"gelu" (two linear layers) or "swiglu" (gated, as DINOv2's ViT-g)."""
 
+    mlp_kinds: ClassVar[tuple[str, ...]] = MLP_KINDS
+    norm_eps: ClassVar[float] = LAYER_NORM_EPS
+
     def __post_init__(self) -> None:
-        if self.mlp not in MLP_KINDS:
-            raise ValueError(f"mlp is {self.mlp!r}; choose one of {', '.join(MLP_KINDS)}")
+        if self.mlp not in self.mlp_kinds:
+            raise ValueError(f"mlp is {self.mlp!r}; choose one of {', '.join(self.mlp_kinds)}")
         if self.pos_embed not in ("learned", "rope2d"):
             raise ValueError(f"pos_embed is {self.pos_embed!r}; choose 'learned' or 'rope2d'")
         if self.image_size % self.patch_size:
@@ -118,6 +122,8 @@ class VisionTransformer(DINOv2Interface, nn.Module):
     """Whether the backward pass computes each block again instead of keeping what is inside."""
     stream_dtype: torch.dtype | None = None
     """Type of the tokens between blocks; None for the embedding's."""
+    autocast_dtype: torch.dtype | None = None
+    """Type of the products where task heads ask for tokens, `dune_fast.heads.tokens`; None for the caller's own."""
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
@@ -132,9 +138,9 @@ class VisionTransformer(DINOv2Interface, nn.Module):
         if cfg.num_registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, cfg.num_registers, dim))
         self.blocks = nn.ModuleList(
-            Block(dim, cfg.num_heads, cfg.mlp_ratio, cfg.layer_scale, cfg.mlp) for _ in range(cfg.depth)
+            Block(dim, cfg.num_heads, cfg.mlp_ratio, cfg.layer_scale, cfg.mlp, cfg.norm_eps) for _ in range(cfg.depth)
         )
-        self.norm = LayerNorm(dim, eps=LAYER_NORM_EPS) if cfg.final_norm else nn.Identity()
+        self.norm = LayerNorm(dim, eps=cfg.norm_eps) if cfg.final_norm else nn.Identity()
 
     def init_weights(self) -> VisionTransformer:
         """Draws the student's initial weights from torch's generator; see `dune_fast.student.build_student`.

@@ -186,7 +186,7 @@ def test_broken_images_are_passed_over(photos, tmp_path):
     broken.write_bytes(broken.read_bytes()[:50])
     build_cache(composed(folder, tmp_path / "cache"))
     trainer = train(small_run(folder, tmp_path / "run"), *VIEWS, f"cache.folder={tmp_path / 'cache'}")
-    assert trainer.step == 6 and trainer.loader.broken == {"images": 1}
+    assert trainer.step == 6 and trainer.task.loader.broken == {"images": 1}
     store = Store(str(tmp_path / "cache"))
     with pytest.raises(CacheError, match="its image was broken when the cache was built"):
         batch(store, range(40))

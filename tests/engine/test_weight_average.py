@@ -122,7 +122,7 @@ def test_the_average_is_what_is_evaluated(overrides):
 
 def test_a_skipped_step_leaves_the_average_alone(overrides):
     trainer = build(overrides, EMA)
-    batches = trainer.loader.batches(0)
+    batches = trainer.task.loader.batches(0)
     trainer.train_step(next(batches))
     state = trainer.engine.state
     before = [state.tensors(shard)["ema"].clone() for shard in state.shards]
@@ -131,7 +131,7 @@ def test_a_skipped_step_leaves_the_average_alone(overrides):
     trainer.train_step(batch)
     after = [state.tensors(shard)["ema"].clone() for shard in state.shards]
     trainer.train_step(next(batches))
-    trainer.loader.close()
+    trainer.task.loader.close()
     assert all(map(torch.equal, before, after))
     assert not all(torch.equal(x, state.tensors(s)["ema"]) for x, s in zip(after, state.shards, strict=True))
 

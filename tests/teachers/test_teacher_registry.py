@@ -9,7 +9,6 @@ import torch
 from omegaconf import OmegaConf
 
 from dune_fast import teachers
-from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.teachers.config import TeacherConfig, check_config
 from dune_fast.teachers.registry import UnknownTeacherError, build_teacher, families, family_class
 from dune_fast.teachers.vit import ViTTeacher
@@ -17,7 +16,12 @@ from dune_fast.teachers.vit import ViTTeacher
 CONFIGS = sorted((Path(teachers.__file__).resolve().parents[1] / "configs" / "teachers").glob("*.yaml"))
 
 
-PARAMETERS = {384: 22, 768: 86, 1024: 304, 1536: 1136}  # millions, as published for ViT-S, B, L and g
+PARAMETERS = {192: 5.5, 384: 21.6, 768: 86, 1024: 304, 1280: 632, 1536: 1136}  # millions, ViT-T, S, B, L, H and g
+OTHERS = {
+    ("dinov3", 1280): 840, ("dinov3", 4096): 6716, ("sam", 768): 89.7, ("sam", 1024): 308.3, ("sam", 1280): 637,
+    ("siglip", 768): 93, ("siglip", 1152): 428,
+}  # fmt: skip
+"""As published for networks that are larger or other than a plain ViT of their width: gated MLPs, necks, pooling."""
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -33,11 +37,14 @@ def test_configuration_file_has_typed_fields_and_all_that_matter(path):
     assert set(cfg.token_types) <= set(family_class(cfg.family).token_types)
     if issubclass(family_class(cfg.family), ViTTeacher) and not cfg.weights.startswith("asset:"):
         assert (tuple(cfg.mean), tuple(cfg.std)) == family_class(cfg.family).statistics
-        assert cfg.url.startswith("https://") and cfg.image_size is not None
+        assert cfg.url.startswith("https://") or cfg.family == "dinov3"  # for who accepts its terms
+        assert cfg.image_size is not None
         assert cfg.num_registers is not None or path.stem == "unic_vitl14"  # whose publisher does not say
-        parameters = PARAMETERS[cfg.num_features]
+        if cfg.projected:
+            return  # its channels are not those that the sizes go by; the same file without `projected` is another's
+        parameters = OTHERS.get((cfg.family, cfg.num_features)) or PARAMETERS[cfg.num_features]
         with torch.device("meta"):
-            vit = VisionTransformer(family_class(cfg.family).architecture(cfg))
+            vit = family_class(cfg.family).network(family_class(cfg.family).architecture(cfg))
         assert abs(sum(p.numel() for p in vit.parameters()) / 1e6 - parameters) < 0.02 * parameters
 
 
