@@ -16,7 +16,7 @@ from dune_fast.teachers.vit import ViTTeacher
 CONFIGS = sorted((Path(teachers.__file__).resolve().parents[1] / "configs" / "teachers").glob("*.yaml"))
 
 
-PARAMETERS = {192: 5.5, 384: 21.6, 768: 86, 1024: 304, 1280: 632, 1536: 1136}  # millions, ViT-T, S, B, L, H and g
+PARAMETERS = {192: 5.5, 384: 21.8, 768: 86, 1024: 304, 1280: 632, 1536: 1136}  # millions, ViT-T, S, B, L, H and g
 OTHERS = {
     ("dinov3", 1280): 840, ("dinov3", 4096): 6716, ("sam", 768): 89.7, ("sam", 1024): 308.3, ("sam", 1280): 637,
     ("siglip", 768): 93, ("siglip", 1152): 428,
