@@ -19,12 +19,13 @@ from dune_fast.teachers.ensemble import TeacherEnsemble
 from dune_fast.teachers.registry import build_teacher, family_class
 from dune_fast.teachers.verify import inspect_file
 from tests.teachers.test_clip_family import drawn, open_clip_names
+from tests.teachers.test_depth_anything_family import transformers_model as depth_anything_model
 from tests.teachers.test_dinov3_family import released as dinov3_file
 from tests.teachers.test_dinov3_family import transformers_model as dinov3_model
 from tests.teachers.test_sam_family import released as sam_file
 from tests.teachers.test_sam_family import transformers_encoder as sam_encoder
 
-FAMILIES = ("clip", "open_clip", "siglip", "dinov3", "sam")
+FAMILIES = ("clip", "open_clip", "siglip", "dinov3", "sam", "depth_anything")
 
 
 def _clip():
@@ -50,9 +51,11 @@ def _siglip():
     return {f"vision_model.{key}": value for key, value in model.state_dict().items()}
 
 
+CHANNELS = {"depth_anything": 5}
 MAKERS = {
     "clip": _clip, "open_clip": _open_clip, "siglip": _siglip,
     "dinov3": lambda: dinov3_file(dinov3_model(False).state_dict(), False),
+    "depth_anything": lambda: depth_anything_model().state_dict(),
     "sam": lambda: sam_file(sam_encoder().state_dict()),
 }  # fmt: skip
 
@@ -66,7 +69,8 @@ def published(tmp_path):
         save_file({key: value.contiguous() for key, value in MAKERS[family]().items()}, path)
         kind = family_class(family)
         return TeacherConfig(
-            **{"family": family, "weights": str(path), "patch_size": 8, "num_features": 32, "num_heads": 2,
+            **{"family": family, "weights": str(path), "patch_size": 8, "num_features": CHANNELS.get(family, 32),
+               "num_heads": 2,
                "token_types": list(kind.token_types), "mean": list(kind.statistics[0]), "std": list(kind.statistics[1]),
                **fields}
         )  # fmt: skip
@@ -80,7 +84,7 @@ def test_precisions(family, published, images):
     cfg = published(family)
     full = TeacherEnsemble({"a": cfg}, 14)(images)["a"]
     assert set(full) == set(cfg.token_types)
-    assert full["patch"].shape == (2, 4 * 6, 32)
+    assert full["patch"].shape == (2, 4 * 6, cfg.num_features)
     for precision, limit in (("bf16", 3e-2), ("fp8", 0.3)):
         ensemble = TeacherEnsemble({"a": TeacherConfig(**{**vars(cfg), "precision": precision})}, 14)
         for kind, x in ensemble(images)["a"].items():
@@ -102,10 +106,11 @@ def test_verify_recognises_the_file(family, published):
     cfg = published(family)
     report = inspect_file(cfg.weights, num_heads=2)
     assert (report.family, report.sound, report.unplaced) == (family, True, []), report
-    assert report.config.num_features == 32 and report.config.mean == cfg.mean
+    assert report.config.num_features == cfg.num_features and report.config.mean == cfg.mean
     assert set(report.fingerprint) == set(cfg.token_types)
     unused = {"dinov3": {"mask_token", "local_cls_norm.weight", "local_cls_norm.bias"}}
     unused["sam"] = {"mask_decoder.iou_token.weight"}
+    unused["depth_anything"] = {"head.conv3.weight", "head.conv3.bias"}
     assert set(report.fit.surplus) == unused.get(family, set())
 
 
