@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # the oldest torch and triton that pyproject.toml allows
 OLDEST := .venv.oldest
 
-.PHONY: demo proof test test-clusters test-oldest gpu setup lint clean
+.PHONY: demo proof heads-proof test test-clusters test-oldest gpu setup lint clean
 
 demo: $(STAMP)
 	$(BIN)/dune-fast distill experiment=demo train.overwrite=true
@@ -18,6 +18,11 @@ demo: $(STAMP)
 # trains and evaluates on two cores in 90 minutes, a page in bench/results/proof/; or say make proof MINUTES=30
 proof: $(STAMP)
 	$(BIN)/python -m bench.proof $(if $(MINUTES),--minutes $(MINUTES))
+
+# trains MASt3R's and Multi-HMR's heads on drawn data, on two cores in 30 minutes; pages in bench/results/heads/
+heads-proof: $(STAMP)
+	$(BIN)/python -m bench.heads_proof mast3r
+	$(BIN)/python -m bench.heads_proof multihmr
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bench import head_cases_mast3r, head_cases_mast3r_training, head_cases_metrics, head_cases_multihmr
 from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, compare, objective_of, relative_error
 from bench.linear_case import run_linear_depth, run_linear_seg
 from bench.sibling_cases_teachers import TEACHER_RUNNERS
@@ -185,6 +186,18 @@ def run_checkpoint(case: Case) -> list[Check]:
     return compare(ours, {name: value for name, value in case.tensors.items() if name != "image"})
 
 
+CONTAINERS = {**head_cases_mast3r.CONTAINERS, **head_cases_multihmr.CONTAINERS}
+"""`what` of a case of the kind `container` -> what recomputes it."""
+
+
+def run_container(case: Case) -> list[Check]:
+    """A file in the container of an official release of a head."""
+    what = case.info["what"]
+    if what not in CONTAINERS:
+        raise ValueError(f"nothing here computes {what}")
+    return CONTAINERS[what](case)
+
+
 RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "encoder": run_encoder,
     "tp": run_tp,
@@ -197,6 +210,11 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "train": run_train,
     "linear_depth": run_linear_depth,
     "linear_seg": run_linear_seg,
+    "container": run_container,
+    **head_cases_mast3r.RUNNERS,
+    **head_cases_mast3r_training.RUNNERS,
+    **head_cases_metrics.RUNNERS,
+    **head_cases_multihmr.RUNNERS,
     **TEACHER_RUNNERS,
 }
 """Kind of a case -> what recomputes it; a kind that is not here is "not built"."""

@@ -5,15 +5,10 @@ from __future__ import annotations
 import torch
 
 from bench.case import FORWARD, GRADIENT, Case, Check, relative_error
-from dune_fast.evaluate.heads import (
-    LinearDepth,
-    LinearSegmentation,
-    depth_gradient_loss,
-    depth_loss,
-    resize,
-    segmentation_loss,
-)
 from dune_fast.evaluate.metrics import DEPTH_METRICS, ConfusionMatrix, depth_errors
+from dune_fast.heads.linear.depth import DepthHead, depth_gradient_loss, depth_loss
+from dune_fast.heads.linear.layers import resize
+from dune_fast.heads.linear.segmentation import SegmentationHead, segmentation_loss
 
 
 def run_linear_depth(case: Case) -> list[Check]:
@@ -22,9 +17,9 @@ def run_linear_depth(case: Case) -> list[Check]:
         (case[f"in/{i}/patch"].clone().requires_grad_(), case[f"in/{i}/cls"].clone().requires_grad_())
         for i in range(info["layers"])
     ]
-    head = LinearDepth(info["channels"], info["layers"], True, info["max_depth"])
+    head = DepthHead(info["channels"], layers=info["layers"], max_depth=info["max_depth"])
     head.conv_depth.load_state_dict(case.under("state"))
-    truth, small = case["in/gt"], head(layers)
+    truth, small = case["in/gt"], head.from_layers(layers)
     depth, loss = resize(small, truth.shape[-2:]), depth_loss(small, truth)
     loss.backward()
     ours = {"out/depth_small": small, "out/depth": depth, "loss/sig": loss}
@@ -41,12 +36,13 @@ def run_linear_depth(case: Case) -> list[Check]:
 
 def run_linear_seg(case: Case) -> list[Check]:
     info = case.info
-    head = LinearSegmentation(info["channels"], info["classes"])
+    head = SegmentationHead(info["channels"], info["classes"])
     head.load_state_dict(case.under("state"))
     patch, labels = case["in/patch"].clone().requires_grad_(), case["in/label"]
     with torch.no_grad():
-        evaluated = head.eval()([(patch, None)])  # with the statistics of the file, before the step updates them
-    logits = head.train()([(patch, None)])
+        # with the statistics of the file, before the step updates them
+        evaluated = head.eval().from_layers([(patch, None)])
+    logits = head.train().from_layers([(patch, None)])
     loss = segmentation_loss(logits, labels)
     loss.backward()
     ours = {"out/train_logits": logits, "loss/mean_over_all_pixels": loss}

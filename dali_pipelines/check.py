@@ -154,11 +154,11 @@ def _decode(report: Report, source: ImageSource, decoder: Decoder, images: list[
         if isinstance(result, BrokenImage):
             report.broken.append((source.path(*image), str(result)))
         else:
-            good.append((image, *result))
-    encoded = [data for _, data, _ in good]
-    for i, reason in decoder.refused(encoded, whole_images([size for *_, size in good], _SIZE)).items():
+            good.append((image, result))
+    encoded = [result.data for _, result in good]
+    for i, reason in decoder.refused(encoded, whole_images([result.size for _, result in good], _SIZE)).items():
         image = good[i][0]
         if (broken := source.refused(image, encoded[i], reason)) is not None:
             report.broken.append((source.path(*image), str(broken)))
-    sizes += [size for *_, size in good]
+    sizes += [result.size for _, result in good]
     return sum(map(len, encoded))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
+import errno
 import fnmatch
 import glob
 import logging
@@ -141,8 +141,15 @@ def imagefolder_splits(name: str, folder: str) -> tuple[str, str]:
 def _folders(parent: str) -> dict[str, str]:
     """name in small letters -> path or address of all folders in a folder; none where there is no such folder."""
     if not is_url(parent):
-        entries = os.scandir(parent) if os.path.isdir(parent) else ()
-        return {entry.name.lower(): entry.path for entry in entries if entry.is_dir()}
+        try:
+            return {entry.name.lower(): entry.path for entry in os.scandir(parent) if _is(entry.is_dir)}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except OSError as error:
+            raise DataError(
+                f"the folder {parent} cannot be listed ({error.strerror}): see that you may read it and that its "
+                "storage answers, then start the same command again"
+            ) from error
     try:
         found = ask(parent, lambda fs, path: fs.ls(path, detail=True), LISTING)
     except FileNotFoundError:
@@ -181,10 +188,10 @@ def _unlisted(error: OSError) -> None:
     """os.walk would leave the folder out without a word, and ranks would disagree on which images there are."""
     if not isinstance(error, PermissionError):  # such as lost+found
         raise DataError(
-            f"the folder {error.filename} cannot be listed ({error.strerror}): see that its storage answers, then "
-            "start the same command again"
+            f"{error.filename} cannot be listed ({error.strerror}): see that its storage answers, then start the same "
+            "command again"
         ) from error
-    logger.warning("the folder %s may not be listed: what is in it is left out", error.filename)
+    logger.warning("%s may not be listed: what is in it is left out", error.filename)
 
 
 def _glob(folder: str, pattern: str) -> list[str]:
@@ -228,9 +235,13 @@ def _matching(top: str, below: str, globs: list[str]) -> Iterator[str]:
 
 
 def _is(kind: Callable[[], bool]) -> bool:
-    with contextlib.suppress(OSError):  # of a link that leads nowhere
+    """`DirEntry.is_dir` or `is_file`, which themselves answer False for a link that leads nowhere."""
+    try:
         return kind()
-    return False
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # links that lead to each other
+            _unlisted(error)
+        return False
 
 
 def _leads_back(entry: os.DirEntry) -> bool:

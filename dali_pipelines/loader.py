@@ -12,13 +12,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dune_fast.dali_pipelines.batch import Batch, ToDevice
 from dune_fast.dali_pipelines.datasets import DataConfig, Dataset, index_datasets
 from dune_fast.dali_pipelines.decode import Decoded, decode_steps
 from dune_fast.dali_pipelines.errors import DataError
@@ -32,39 +32,7 @@ logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.2  # after which a caller that waits for a batch is asked whether it still wants it
 
-ToDevice = Callable[[torch.device], dict[str, dict[str, Tensor]]]
-"""Features that were read, decoded on a device."""
-
 __all__ = ["Batch", "ImageLoader", "TrainLoader", "ValLoader", "ViewLoader", "group_weights"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One rank's images of one step; B of them; tensors are on the device."""
-
-    images: Tensor
-    """float32 [B, 3, S, S], augmented and normalised with ImageNet's mean and standard deviation."""
-    positions: Tensor
-    """int64 [B], global: the key of all randomness of an image. In validation: the index among all its images."""
-    group: Tensor
-    """int64 [B], index into the loader's `groups`."""
-    dataset: Tensor
-    """int64 [B], index into the loader's `dataset_names`."""
-    paths: list[str]
-    """Where each image came from, for messages."""
-    step: int
-    """Which step of training it belongs to; in validation the number of the batch."""
-    group_on_host: np.ndarray | None = None
-    """`group` where the host can look at it without waiting for the device."""
-    views: np.ndarray | None = None
-    """int64 [B], numbers of the images' fixed views, on the host; with `data.views`."""
-    features: dict[str, dict[str, Tensor]] | None = None
-    """teacher -> token type -> [B, ...] that a cache has of these views, on the device."""
-    positions_on_host: np.ndarray | None = None
-    """The same of `positions`."""
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
 
 class ImageLoader(contextlib.AbstractContextManager):
@@ -93,9 +61,9 @@ class ImageLoader(contextlib.AbstractContextManager):
         """Images in all datasets and over all ranks, broken ones included; in training, those held out not counted."""
         self.waited_s = 0.0
         """Seconds that the caller has waited for batches, since the start: what decoding ahead did not hide."""
-        self.read_views: Callable[[np.ndarray], ToDevice] | None = None
-        """Called ahead, in the decoding thread, with the numbers of a batch's views: what it returns makes
-        `Batch.features` of them, on the device."""
+        self.read_views: Callable[[np.ndarray, np.ndarray, list[str]], ToDevice] | None = None
+        """Called ahead, in the decoding thread, with the numbers of a batch's views, their images' checksums and
+        paths: what it returns makes `Batch.features` of them, on the device."""
         self._source = source
         self._new_decoder = functools.partial(Decoder, batch, image_size, config.num_threads, device)
         self._streams: set[Iterator[Batch]] = set()
@@ -162,8 +130,13 @@ class ImageLoader(contextlib.AbstractContextManager):
         """A decoded step and what is read beside it; None after the last one."""
         if (decoded := next(steps, None)) is None:
             return None
-        views = decoded[0].views
-        return *decoded, None if self.read_views is None or views is None else self.read_views(views)
+        plan = decoded[0]
+        if self.read_views is None or plan.views is None:
+            return *decoded, None
+        return *decoded, self.read_views(plan.views, plan.checksums, self._paths(plan))
+
+    def _paths(self, plan: Plan) -> list[str]:
+        return [self._source.path(*image) for image in plan.images]
 
     def _wait(self, future: Future, wanted: Callable[[float], bool] | None) -> tuple | None:
         """A future's result; None, or an error of `wanted`, once it is not wanted any more."""
@@ -192,10 +165,11 @@ class ImageLoader(contextlib.AbstractContextManager):
         if plan.geometry.turn.any():
             images = torch.where(table[3].bool()[:, None, None, None], images.rot90(-1, (1, 2)), images)
         images = augment_colour(images, None if plan.colour is None else plan.colour.to(self.device))
-        paths = [self._source.path(*image) for image in plan.images]
-        features = None if read is None else read(self.device)
-        on_host = plan.group, plan.views
-        return Batch(images, table[0], table[1], table[2], paths, plan.step, *on_host, features, plan.positions)
+        features, patches = (None, None) if read is None else read(self.device)
+        return Batch(
+            images, table[0], table[1], table[2], self._paths(plan), plan.step, plan.group, plan.views, features,
+            plan.positions, patches, plan.checksums,
+        )  # fmt: skip
 
 
 def _close(loader: weakref.ref[ImageLoader]) -> None:

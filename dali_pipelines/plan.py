@@ -42,6 +42,12 @@ class Plan:
     colour: ColourParams | None
     views: np.ndarray | None = None
     """int64 [B]: number of each image's view, with `data.views`, see `Views`."""
+    checksums: np.ndarray | None = None
+    """int64 [B]: `source.Encoded.checksum` of each image, with `data.views`."""
+
+
+def _checksums(read: Sequence[Encoded]) -> np.ndarray:
+    return np.array([image.checksum for image in read], np.int64)
 
 
 class Groups:
@@ -105,13 +111,14 @@ class ViewPlans:
         images = self.views.images(numbers)
         read = self._source.read_good(images)
         kept = [i for i, result in enumerate(read) if result is not None]
-        images, numbers = [images[i] for i in kept], numbers[kept]
-        sizes = np.array([read[i][1] for i in kept], np.int64).reshape(-1, 2)
+        images, numbers, found = [images[i] for i in kept], numbers[kept], [read[i] for i in kept]
+        sizes = np.array([image.size for image in found], np.int64).reshape(-1, 2)
         words = self.views.words(numbers)
         geometry = train_geometry(words, sizes, self._source.turned(images), self._image_size, self._config)
         colour = None if self._config.fresh_colour else colour_of(words, self._config)
         group = self.groups.of[[dataset for dataset, _ in images]]
-        return Plan(step, images, numbers, group, [read[i][0] for i in kept], geometry, colour, numbers)
+        data, checksums = [image.data for image in found], _checksums(found)
+        return Plan(step, images, numbers, group, data, geometry, colour, numbers, checksums)
 
 
 class TrainPlans:
@@ -145,7 +152,7 @@ class TrainPlans:
         read = self._source.read_good(images)
         for i in (i for i, result in enumerate(read) if result is None):
             images[i], read[i] = self._replacement(group[i : i + 1], draw[i : i + 1])
-        sizes, turned = np.array([size for _, size in read]), self._source.turned(images)
+        sizes, turned = np.array([image.size for image in read]), self._source.turned(images)
         words, views = draw_words(self._seed, positions), None
         at, of = words, words  # crops and colours are drawn from
         if self.views is not None:
@@ -154,7 +161,8 @@ class TrainPlans:
             of = words if self._config.fresh_colour else at
         geometry = train_geometry(at, sizes, turned, self._side(step), self._config)
         colour = colour_of(of, self._config)
-        return Plan(step, images, positions, group, [data for data, _ in read], geometry, colour, views)
+        data, checksums = [image.data for image in read], None if views is None else _checksums(read)
+        return Plan(step, images, positions, group, data, geometry, colour, views, checksums)
 
     def choose(self, step: int) -> tuple[np.ndarray, np.ndarray, list[Image]]:
         """What this rank's part of a step consists of, before any file is read and any broken image replaced.
@@ -206,8 +214,8 @@ class ValPlans:
         images = list(zip(dataset.tolist(), index.tolist(), strict=True))
         read = self._source.read_good(images)
         kept = [i for i, result in enumerate(read) if result is not None]
-        images, encoded = [images[i] for i in kept], [read[i][0] for i in kept]
-        sizes = np.array([read[i][1] for i in kept], np.int64).reshape(-1, 2)
+        images, encoded = [images[i] for i in kept], [read[i].data for i in kept]
+        sizes = np.array([read[i].size for i in kept], np.int64).reshape(-1, 2)
         geometry = validation_geometry(sizes, self._source.turned(images), self._image_size)
         return Plan(step, images, positions[kept], self.groups.of[dataset[kept]], encoded, geometry, None)
 

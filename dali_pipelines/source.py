@@ -11,9 +11,11 @@ import functools
 import hashlib
 import logging
 import os
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,8 +31,18 @@ logger = logging.getLogger(__name__)
 
 Image = tuple[int, int]
 """(dataset, index in it)."""
-Encoded = tuple[np.ndarray, tuple[int, int]]
-"""An image as DALI gets it (see `images.for_dali`), uint8 [length], and its (width, height)."""
+
+
+class Encoded(NamedTuple):
+    """An image that was read."""
+
+    data: np.ndarray
+    """As DALI gets it (see `images.for_dali`), uint8 [length]."""
+    size: tuple[int, int]
+    """Its (width, height)."""
+    checksum: int
+    """With `data.views`: CRC-32 of its bytes as they were read; where a smaller copy is read in its place, the bytes
+    that the image itself has. Else 0."""
 
 
 class ImageSource:
@@ -47,6 +59,7 @@ class ImageSource:
         self._reader = Reader(config.read_patience, threads=config.read_threads)
         self.quarantine = Quarantine([dataset.name for dataset in datasets], self._images, config, folder, rank)
         self._by_pillow: set[Image] = set()  # JPEGs that DALI has refused
+        self._checked = bool(config.views)
         self._pool = ThreadPoolExecutor(config.num_threads, thread_name_prefix="prepare-images")
 
     def sizes(self) -> np.ndarray:
@@ -116,16 +129,20 @@ class ImageSource:
         """An image from its bytes, uint8 [length]; from its smaller copy where they are None."""
         dataset, index = image
         try:
+            checksum = 0
             if data is None:
                 path, cache = self._images[dataset][index], cache_dir() / "shrunk"
-                data = shrunk_bytes(path, self._shorter_side(dataset), cache, self._reader)
-            return for_dali(data, image in self._by_pillow)
+                data, checksum = shrunk_bytes(path, self._shorter_side(dataset), cache, self._reader)
+            elif self._checked:
+                checksum = zlib.crc32(data)
+            return Encoded(*for_dali(data, image in self._by_pillow), checksum)
         except BrokenImage as error:
             return error
 
 
-def shrunk_bytes(path: str, shorter_side: int, cache: Path, reader: Reader) -> np.ndarray:
-    """The encoded bytes, uint8 [length], of an image with at most `shorter_side` pixels on its shorter side.
+def shrunk_bytes(path: str, shorter_side: int, cache: Path, reader: Reader) -> tuple[np.ndarray, int]:
+    """The encoded bytes, uint8 [length], of an image with at most `shorter_side` pixels on its shorter side, and the
+    length of its own file.
 
     Images that are not larger are returned as they are in the file. A copy's name is made of the original's path, size
     and time of change: an image that changes is shrunk again, and several processes may work at once. Raises what
@@ -138,21 +155,21 @@ def shrunk_bytes(path: str, shorter_side: int, cache: Path, reader: Reader) -> n
     key = f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{shorter_side}"
     copy = cache / f"{hashlib.blake2b(os.fsencode(key), digest_size=16).hexdigest()}.jpg"
     if os.access(copy, os.R_OK):  # another user's copy may be there and yet be closed to this one
-        return reader.read(Location(str(copy)))
+        return reader.read(Location(str(copy))), status.st_size
     data = reader.read(Location(path))
     size = plain_jpeg(data.tobytes())
     if size and min(size) <= shorter_side:
-        return data
+        return data, status.st_size
     image = decode(data)
     if min(image.size) <= shorter_side:
-        return data
+        return data, status.st_size
     encoded = encode(shrink(image, shorter_side))
     try:
         cache.mkdir(parents=True, exist_ok=True)
         write_whole(copy, encoded)
     except OSError as error:  # the image is good all the same
         _warn_once(str(cache), str(error))
-    return np.frombuffer(encoded, np.uint8)
+    return np.frombuffer(encoded, np.uint8), status.st_size
 
 
 @functools.cache

@@ -1,17 +1,19 @@
 """Multi-teacher distillation of vision encoders (DUNE, UNIC, AM-RADIO), fast and exact."""
 
+from importlib import import_module
 from typing import Any
 
-__all__ = ["load_encoder", "load_model"]
+_MODULES = {
+    "EncoderWithHeads": "heads.many", "load_encoder": "load", "load_head": "heads.files", "load_model": "load"
+}  # fmt: skip
+__all__ = ["EncoderWithHeads", "load_encoder", "load_head", "load_model"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`load_encoder` and `load_model`, imported when first asked for: the package itself stays light."""
-    if name in __all__:
-        from dune_fast import load
-
-        return getattr(load, name)
+    """The public names, imported when first asked for: the package itself stays light."""
+    if name in _MODULES:
+        return getattr(import_module(f"dune_fast.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'dune_fast' has no attribute {name!r}")
 
 

@@ -18,6 +18,8 @@ from dune_fast import (
     cache_cli,
     data_cli,
     evaluate_cli,
+    heads_cli,
+    infer_cli,
     launch_cli,
     launcher,
     plan_cli,
@@ -133,9 +135,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", **hydra)
     _add_launcher_options(sub)
 
+    heads_cli.add_parser(commands, _add_launcher_options)
     launch_cli.add_parser(commands)
 
     evaluate_cli.add_parsers(commands)
+    infer_cli.add_parser(commands)
 
     sub = add_command(commands, "config", config, "print a configuration")
     sub.add_argument("overrides", **hydra)

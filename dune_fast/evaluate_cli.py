@@ -11,6 +11,8 @@ from dune_fast.teachers.local_paths import local, local_path
 logger = logging.getLogger(__name__)
 
 _TASKS = ("knn", "linear", "segmentation", "depth")
+_MEASURED = ("mapfree", "pose", "hmr")  # on predictions: the keys of `evaluate_predictions.TASKS`
+_MORE = ("body_model", "pose_method", "long_side")  # options of theirs
 _FORMATS = ("npy", "safetensors", "parquet")
 
 EVALUATE = """\
@@ -22,6 +24,10 @@ examples:
   dune-fast evaluate runs/mine --task depth --data /data/nyu            nyu_train.txt and nyu_test.txt
   dune-fast evaluate runs/demo --task segmentation --cached 224 --iterations 500 --data own    quick, on a CPU
   torchrun --nproc-per-node 8 -m dune_fast evaluate runs/mine --task knn --data /data/imagenet
+  dune-fast evaluate --task mapfree --data /data/mapfree/val --predictions submission.zip
+  dune-fast evaluate runs/mine --task mapfree --head mast3r.safetensors --data /data/mapfree/val
+  dune-fast evaluate --task pose --data pairs.txt --predictions poses.txt
+  dune-fast evaluate --task hmr --data /data/people/val --predictions found --body-model SMPLX_NEUTRAL.npz
 
 layouts of segmentation and depth (labels: PNG, 255 for none; depths: PNG of 16 bits in mm, or .npy in metres):
   ade20k      images/{training,validation}, annotations/{training,validation}
@@ -29,6 +35,11 @@ layouts of segmentation and depth (labels: PNG, 255 for none; depths: PNG of 16 
   nyud        nyu_train.txt and nyu_test.txt: an image and its target a line
   scannet     SCENE/{color,depth,label}; scannetv2_{train,val}.txt name the scenes
   plain       images/{train,val}, labels/{train,val} or depth/{train,val}; or train.txt and val.txt as nyud
+
+predictions and truth:
+  mapfree     a folder or zip of pose_SCENE.txt: frame qw qx qy qz tx ty tz confidence; DATA is the benchmark's folder
+  pose        both: lines `first second qw qx qy qz tx ty tz`, two images and the pose of the second camera
+  hmr         both: folders of people files, NAME.npz of NAME.jpg, as `dune-fast infer multihmr` writes them
 """
 FEATURES = """\
 examples:
@@ -50,7 +61,23 @@ def evaluate(args: argparse.Namespace) -> int:
 
     k-NN and linear classification read cls and the mean patch; features are computed once and kept in the cache folder.
     Segmentation and depth train a linear head by the published recipe. An interrupted evaluation goes on where it was.
+    mapfree and pose measure a file of poses, or those that an encoder and its MASt3R head make of the images; hmr the
+    people that a Multi-HMR head finds.
     """
+    if args.task in _MEASURED:
+        from dune_fast.evaluate_predictions import run_measured
+
+        run_measured(
+            args.task, args.run, args.data, args.predictions, args.head, args.out, args.device, args.precision,
+            {name: getattr(args, name) for name in _MORE},
+        )  # fmt: skip
+        return 0
+    if given := [name for name in ("head", "predictions", *_MORE) if getattr(args, name) is not None]:
+        raise ValueError(f"--{given[0].replace('_', '-')} is for the tasks {', '.join(_MEASURED)}")
+    if not args.run:
+        raise ValueError(
+            f"--task {args.task} evaluates an encoder: give it first" if args.task else "give a run, e.g. runs/demo"
+        )
     if not args.task:
         from dune_fast.evaluate.run import evaluate_run
 
@@ -121,13 +148,13 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     about = "evaluate a run or any encoder"
     sub = add_command(commands, "evaluate", evaluate, about, epilog=EVALUATE, formatter_class=raw)
-    sub.add_argument("run", help="folder of a run, e.g. runs/demo; with --task also a weights file, an export, a "
-                     "published name, a teacher's name")  # fmt: skip
+    sub.add_argument("run", nargs="?", default="", help="folder of a run, e.g. runs/demo; with --task also a weights "
+                     "file, an export, a published name, a teacher's name; with --predictions none")  # fmt: skip
     sub.add_argument("--no-figures", action="store_true", help="without --task: numbers only")
     task = sub.add_argument_group("tasks")
-    task.add_argument("--task", choices=_TASKS, help="what to evaluate on")
+    task.add_argument("--task", choices=(*_TASKS, *_MEASURED), help="what to evaluate on")
     task.add_argument("--data", default="", metavar="FOLDER", help="knn, linear: class folders (or a list, shards, "
-                      "asset:NAME); segmentation, depth: one of the layouts")  # fmt: skip
+                      "asset:NAME); segmentation, depth: one of the layouts; the others: the truth")  # fmt: skip
     task.add_argument("--out", type=local, metavar="FILE", help="result as JSON (default: RUN/evaluation/...json)")
     task.add_argument("--projector", default="", metavar="TEACHER", help="read this teacher's projector of a student")
     task.add_argument("--size", type=int, help="side of the images in pixels (default: the encoder's; segmentation: "
@@ -136,6 +163,15 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
                       "processes)")  # fmt: skip
     task.add_argument("--seed", type=int, default=0, help="of splits and heads (default: %(default)s)")
     _add_machine_options(task)
+    measured = sub.add_argument_group("mapfree, pose and hmr")
+    measured.add_argument("--predictions", type=local, metavar="FILE", help="to measure, in place of an encoder")
+    measured.add_argument("--head", type=local, metavar="FILE", help="on the encoder, which makes the predictions: a "
+                          "file of ours or an official container")  # fmt: skip
+    measured.add_argument("--body-model", type=local, metavar="FILE", help="hmr: the user's SMPLX_NEUTRAL.npz, where "
+                          "files hold no vertices")  # fmt: skip
+    measured.add_argument("--pose-method", metavar="NAME", help="pnp or essential (default: pnp)")
+    measured.add_argument("--long-side", type=int, metavar="PX", help="of the images that the head sees, a multiple of "
+                          "the patch (default: about 512)")  # fmt: skip
     dense = sub.add_argument_group("segmentation and depth")
     dense.add_argument("--layout", default="", metavar="NAME", help="ade20k, cityscapes, nyud, scannet or plain "
                        "(default: what the folder looks like)")  # fmt: skip

@@ -1,9 +1,10 @@
 """Trained models by a path or a published name: `dune_fast.load_encoder`, `dune_fast.load_model`.
 
 What a path may be: the folder of a run (its newest checkpoint if it has not ended) or of a checkpoint; a run's
-`encoder.safetensors` or `student.safetensors`; an exported `encoder.safetensors`; a published checkpoint (`.pth`); a
-state dict of a ViT, by itself or below any prefix, as `.pth` or `.safetensors`. A published name stands for
-`<name>.pth` in the folder $DUNE_FAST_WEIGHTS, `weights` by default. Nothing is downloaded and no file can run code.
+`encoder.safetensors`, `student.safetensors` or, beside an average, `student_raw.safetensors`; an exported
+`encoder.safetensors`; a published checkpoint (`.pth`); a state dict of a ViT, by itself or below any prefix, as `.pth`
+or `.safetensors`. A published name stands for `<name>.pth` in the folder $DUNE_FAST_WEIGHTS, `weights` by default.
+Nothing is downloaded and no file can run code.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dune_fast.distill.standardization import TeacherStatistics
-from dune_fast.engine.checkpoints import load_run
+from dune_fast.engine.checkpoints import RAW, STUDENT, load_run
 from dune_fast.engine.config import load_config
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.released import load_released
@@ -115,6 +116,8 @@ def load_encoder(
     """
     path = locate(path_or_name)
     if path.is_dir():
+        if (path / "config.yaml").is_file():
+            load_config(path / "config.yaml").head.refuse(path)
         path = _in_folder(path, "encoder.safetensors", "model.safetensors")
     content = read_container(path)
     asked = TeacherConfig(
@@ -158,12 +161,12 @@ def load_model(path_or_name: str | os.PathLike, device: torch.device | str = "cp
     What `path_or_name` may be, see the top of this file; a file with the encoder alone is refused. Raises as
     `load_encoder`.
     """
-    path = locate(path_or_name)
-    if path.name == "student.safetensors":
-        path = path.parent
+    path, file = locate(path_or_name), STUDENT
+    if path.name in (STUDENT, RAW):
+        path, file = path.parent, path.name
     if path.is_dir():
-        _in_folder(path, "student.safetensors")  # says what is missing
-        _, student, statistics = load_run(path)
+        _in_folder(path, file)  # says what is missing
+        _, student, statistics = load_run(path, file)
     elif path.suffix == ".safetensors":
         raise ModelNotFoundError(
             f"{path} holds an encoder without projectors: load it with load_encoder, or give the folder of its run"

@@ -42,6 +42,7 @@ def plan(args: argparse.Namespace) -> int:
     _positive("tflops", args.tflops, "what one device reaches, e.g. 400")
     _positive("hours", args.hours, "a number of hours, e.g. 72")
     _positive("gpu-memory", args.gpu_memory, "GiB, e.g. 24")
+    _positive("images", args.images, "how many images the datasets have, e.g. 1281167")
     for count in args.gpus or []:
         if count < 1:
             raise ValueError(f"--gpus is {' '.join(map(str, args.gpus))}; give numbers of devices, e.g. 1 8")
@@ -56,6 +57,8 @@ def plan(args: argparse.Namespace) -> int:
     documents: list[dict[str, Any]] = []
     for name in experiments:
         cfg = compose_config([f"experiment={name}", *overrides])
+        if cfg.head.kind:
+            raise ValueError(f"{name} trains a head: what it takes is not worked out here, for distillations alone")
         if machines_wanted:
             lines, found = _for_machines(args, cfg, name, overrides)
             documents += found
@@ -115,7 +118,7 @@ def _for_machines(
             lines += more
             documents.append(about | {"nodes": values})
             continue
-        found = alternatives(cfg, name, overrides, machine, args.hours, disk, args.image_kb)
+        found = alternatives(cfg, name, overrides, machine, args.hours, disk, args.image_kb, args.images or 0)
         lines += output.budget_lines(name, args.hours, found)
         documents.append(about | {"hours": args.hours, "plans": [output.alternative_values(plan) for plan in found]})
     return lines, documents
@@ -167,6 +170,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--gpu", metavar="NAME", help="a GPU of the table, e.g. rtx4090, h100, a100")
     sub.add_argument("--hours", type=float, metavar="H", help="that may be spent (default: the whole recipe)")
     sub.add_argument("--disk", metavar="SIZE", help="that a cache of features may take, e.g. 2TB")
+    help_text = "that the datasets have, for a cache (default: what the recipe's datasets are known to have)"
+    sub.add_argument("--images", type=int, metavar="N", help=help_text)
     sub.add_argument("--gpu-memory", type=float, metavar="GIB", help="of each GPU (default: the table's)")
     help_text = f"measure this machine's device first, for {_STEPS} steps or STEPS"
     sub.add_argument("--calibrate", type=int, nargs="?", const=_STEPS, metavar="STEPS", help=help_text)

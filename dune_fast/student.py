@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dune_fast.kernels.nn.block import Block, init_linear, product_dtype, run_blocks
 from dune_fast.kernels.nn.patches import SharedPatches
-from dune_fast.kernels.nn.routing import PatchSubset, Routes, select
+from dune_fast.kernels.nn.routing import OwnPatches, PatchSubset, Routes, select
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 
 Tokens = Mapping[int, Tensor]
@@ -79,7 +79,7 @@ class TransformerProjector(nn.Module):
         self.linear = nn.Linear(input_dim, output_dim)
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        """[B, 1 + N, D] -> [B, 1 + N, C]; of the tokens `kept` [n], which read all of them, [B, n, C]."""
+        """[B, 1 + N, D] -> [B, 1 + N, C]; of the tokens `kept`, [n] or [B, n], which read all of them, [B, n, C]."""
         *_, tokens = x, *run_blocks(self.blocks, x, last_dtype=product_dtype(x), last_kept=kept)
         return self.linear(tokens)
 
@@ -187,7 +187,7 @@ class Projectors(nn.ModuleDict):
                 raise ValueError(f"projector kind {cfg.kind!r}; choose 'tp', 'lp' or 'sp'")
 
     def forward(
-        self, tokens: Tokens, routes: Routes | None = None, subset: PatchSubset | None = None
+        self, tokens: Tokens, routes: Routes | None = None, subset: PatchSubset | OwnPatches | None = None
     ) -> dict[str, Projection]:
         """{block: [B, 1 + N, D]} -> teacher -> token type -> [B, C] or [B, N, C], of the teacher's images if routed.
 
@@ -199,18 +199,20 @@ class Projectors(nn.ModuleDict):
         projections = {}
         last = tokens[self.blocks[-1]]
         kept = None if subset is None else subset.with_cls(last.shape[1] - 1, last.device)
-        inside = (kept,) if self.kind == "tp" else ()  # its blocks read all tokens
         if self.kind != "tp":
             tokens = {block: select(x, kept) for block, x in tokens.items()}
         for name, projector in self.items():
-            own, nothing = tokens, False
+            own, own_kept, nothing = tokens, kept, False
             if routes is not None:
                 route = routes[name]
                 nothing = not len(route)
                 own = {block: x[:1] if nothing else route.take(x) for block, x in tokens.items()}
+                if kept is not None and kept.ndim == 2:
+                    own_kept = kept[:1] if nothing else route.take(kept)
             if self.kind == "lp":
                 projection = projector(own)
             else:
+                inside = (own_kept,) if self.kind == "tp" else ()  # its blocks read all tokens
                 both = split_cls(projector(own[self.blocks[-1]], *inside))
                 projection = {token: both[token] for token in self.token_types[name]}
             projections[name] = {token: x[:0] for token, x in projection.items()} if nothing else projection
@@ -261,7 +263,7 @@ class Student(nn.Module):
 
     def forward(
         self, images: Tensor, routes: Routes | None = None, patches: SharedPatches | None = None,
-        subset: PatchSubset | None = None,
+        subset: PatchSubset | OwnPatches | None = None,
     ) -> dict[str, Projection]:  # fmt: skip
         """`routes`: which of the images each teacher's projector gets, all by default; `patches`: the step's; `subset`:
         of the patches that are projected, all by default."""

@@ -178,15 +178,25 @@ class Started:
 def train(args: argparse.Namespace, rank: int, started: Started) -> int:
     """Trains and evaluates; returns the exit status. Fills in `started` as soon as it is known."""
     from dune_fast.engine.run_folder import how_to_go_on
+
+    cfg = run_config(args.run, args.overrides)
+    started.output_dir, started.go_on = cfg.output_dir, how_to_go_on(cfg)
+    if not cfg.head.kind:
+        return distill(cfg, rank)
+    from dune_fast.tasks.run import train_head
+
+    return train_head(cfg, rank)
+
+
+def distill(cfg: RunConfig, rank: int) -> int:
+    """Trains a student and evaluates it; returns the exit status."""
     from dune_fast.engine.run_state import FINISHED, write_state
     from dune_fast.engine.trainer import Trainer
     from dune_fast.evaluate.in_run import InRunEvaluation
 
-    cfg = run_config(args.run, args.overrides)
-    started.output_dir, started.go_on = cfg.output_dir, how_to_go_on(cfg)
     with InRunEvaluation(cfg) as evaluate:
         trainer = Trainer(cfg, evaluate)
-        held_out = cfg.evaluation.held_out and any(len(dataset.val) for dataset in trainer.loader.datasets)
+        held_out = cfg.evaluation.held_out and any(len(dataset.val) for dataset in trainer.task.loader.datasets)
         if rank == 0 and cfg.evaluation.held_out and not held_out:
             logger.warning(
                 "no image is held out, so the student will not be compared with its teachers at the end: set "

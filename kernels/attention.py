@@ -3,7 +3,7 @@
     out[b, i, h] = sum_j softmax_j(q[b, i, h] . k[b, j, h] / sqrt(head_dim)) v[b, j, h]
 
 Minimal bytes moved: read qkv, write out: 4 * B * N * H * D elements; nothing of size N x N reaches memory.
-Shapes: qkv [B, N, 3, H, D] -> out [B, N, H, D].
+Shapes: qkv [B, N, 3, H, D] -> out [B, N, H, D]. `cross_attention` takes the keys and values of another sequence.
 """
 
 from __future__ import annotations
@@ -119,15 +119,41 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
         return flash_attn_qkvpacked_func(qkv, deterministic=torch.are_deterministic_algorithms_enabled())
     # unbound before the transposition: the backward then stacks the three gradients as [B, N, 3, H, D], which the
     # linear layer before takes as it is; the other way round they come as [B, H, 3, N, D] and are copied once more
-    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # each [B, H, N, D], views
+    q, k, v = qkv.unbind(2)
     if backend != "auto":
         with sdpa_kernel(_SDP[backend]):
-            out = F.scaled_dot_product_attention(q, k, v)
-    elif qkv.is_cuda and _is_hopper(qkv.device):
+            return _sdpa(q, k, v)
+    return _fastest(q, k, v)
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of queries to the keys and values of another sequence, [B, N, H, D] in the dtype of q.
+
+    Args:
+        q: [B, N, H, D], fp32, bf16 or fp16.
+        k, v: [B, M, H, D], of the same dtype.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    if q.ndim != 4 or k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(
+            "cross_attention takes q [B, N, heads, head_dim], k and v [B, M, heads, head_dim], got "
+            f"{', '.join(str(list(x.shape)) for x in (q, k, v))}"
+        )
+    return _fastest(q, k, v)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's attention, [B, N, H, D] of q [B, N, H, D], k and v [B, M, H, D]; transpositions are views."""
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def _fastest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `_sdpa`, in the order of preference of the device."""
+    if q.is_cuda and _is_hopper(q.device):
         # deterministic algorithms: torch refuses cuDNN; the backward passes of the others add in a fixed order
         order = _HOPPER[1:] if torch.are_deterministic_algorithms_enabled() else _HOPPER
         with sdpa_kernel(order, set_priority=True):
-            out = F.scaled_dot_product_attention(q, k, v)
-    else:
-        out = F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(1, 2)
+            return _sdpa(q, k, v)
+    return _sdpa(q, k, v)

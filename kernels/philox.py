@@ -37,6 +37,8 @@ VIEW = 4
 """Augmentation of fixed views: a = number of the view, b = block of four words."""
 PATCHES = 5
 """Subset of the patches that a step's loss is taken on: a = patch, b = step."""
+VIEW_PATCHES = 6
+"""Patches that a cache keeps of a fixed view: a = number of the view, b = patch."""
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -7,6 +7,7 @@ container names the architecture in a string that its own code evaluates; here i
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,15 +56,23 @@ class MASt3RTeacher(ViTTeacher):
         return heads
 
 
-def parse_call(text: Any, path: Path) -> dict[str, Any]:
-    """The keyword arguments of a call written as a string, "Name(a=1, b='x')"; nothing is evaluated.
+class _Infinity(ast.NodeTransformer):
+    """Makes a number of the bare name `inf`."""
 
-    Arguments that are no literals (`inf`) are left out.
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(math.inf) if node.id == "inf" else node
+
+
+def parse_call(text: Any, path: Path, argument: str = "model") -> dict[str, Any]:
+    """The keyword arguments of a call written as a string, "Name(a=1, b=('x', -inf))"; nothing is evaluated.
+
+    Arguments that are no literals are left out; the bare name `inf` is a number. `argument`: where the string stands,
+    for the message.
 
     Raises:
         TeacherWeightsError: the string is something else.
     """
-    wrong = f"{path}: its argument 'model' is not a plain call like Name(key=value)"
+    wrong = f"{path}: its argument {argument!r} is not a plain call like Name(key=value)"
     if not isinstance(text, str) or len(text) > 10_000:
         raise TeacherWeightsError(wrong)
     try:
@@ -75,7 +84,7 @@ def parse_call(text: Any, path: Path) -> dict[str, Any]:
     options = {}
     for keyword in call.keywords:
         try:
-            options[str(keyword.arg)] = ast.literal_eval(keyword.value)
+            options[str(keyword.arg)] = ast.literal_eval(_Infinity().visit(keyword.value))
         except (ValueError, TypeError, RecursionError, MemoryError):
             continue
     return options

@@ -18,9 +18,10 @@ ROOMS = {
     "distill": {"student"},
     "engine": {"cache", "distill", "heads", "student", "released"},
     "evaluate": {"distill", "engine", "heads", "load", "student"},
+    "tasks": {"distill", "engine", "evaluate", "heads", "load", "student"},
     "cache": set(),
     "heads": set(),
-    "infer": {"heads", "load", "evaluate"},
+    "infer": {"engine", "evaluate", "heads", "load"},
 }
 """What of dune_fast itself, beside their own files, its rooms may import."""
 

@@ -21,6 +21,9 @@ import dune_fast
 from dune_fast import cli, launcher, train
 from dune_fast.cluster.ranks import TRAIN_SCRIPT
 from dune_fast.engine.config import RunConfig, compose_config
+from dune_fast.heads.files import save_head
+from dune_fast.heads.linear.depth import DepthHead
+from dune_fast.heads.linear.segmentation import SegmentationHead
 from tests.engine.conftest import photos, trained_run
 
 __all__ = ["photos", "trained_run"]  # fixtures
@@ -31,7 +34,10 @@ FOLDERS = ("bench", "configs", "dali_pipelines", "docs", "dune_fast", "kernels",
 """What begins a path of this repository in backticks."""
 NEEDS = re.compile(r"#.*\bneeds (a GPU|data|the network|minutes|SLURM|hosts)\b")
 """In the line of a command that is parsed and not run."""
-RUN = {"cache", "config", "data", "evaluate", "export", "features", "figures", "launch", "plan", "teachers"}
+RUN = {
+    "cache", "config", "data", "evaluate", "export", "features", "figures", "heads", "infer", "launch", "plan",
+    "teachers",
+}  # fmt: skip
 """Commands of dune-fast that are run; `distill`, `resume` and `doctor` are run with their last step replaced."""
 
 
@@ -82,7 +88,7 @@ def check_training(arguments: list[str]) -> None:
 def check_dune_fast(arguments: list[str], run: bool, small: dict[str, str], patch: pytest.MonkeyPatch) -> None:
     """Parses and composes; with `run`, runs on the small run and its photographs."""
     parsed = train.parse_mixed(cli.build_parser(), arguments)
-    if parsed.command in ("distill", "launch"):
+    if parsed.command in ("distill", "launch", "heads"):
         compose_config(parsed.overrides)
     elif parsed.command in ("config", "doctor") or getattr(parsed, "data_command", "") in ("shard", "check"):
         compose_config(parsed.overrides, complete=False)
@@ -149,7 +155,12 @@ def small(photos, trained_run, tmp_path_factory) -> dict[str, str]:
     runs = tmp_path_factory.mktemp("runs")
     for name in ("demo", "mine", "dune_336"):
         shutil.copytree(trained_run, runs / name)
+    width = dune_fast.load_encoder(trained_run).cfg.embed_dim
+    for name, head in (("seg", SegmentationHead(width, 3, window=56, stride=42)), ("depth", DepthHead(width))):
+        save_head(head, runs / f"{name}.head.safetensors")
     return {
+        "seg.head.safetensors": str(runs / "seg.head.safetensors"),
+        "depth.head.safetensors": str(runs / "depth.head.safetensors"),
         "runs/": f"{runs}/",
         "/path/to/images": str(photos),
         "holdout=100": "holdout=4",
@@ -214,8 +225,11 @@ def test_python_of_a_page(page, small):
                 assert node.attr in dir(dune_fast)
         if ".pth" not in text:  # a published file
             given = {"images": torch.zeros(2, 3, 56, 56), "pil_image": Image.new("RGB", (80, 60))}
-            exec(text.replace("runs/", small["runs/"]), given)
-            assert given["features"]["x_norm_patchtokens"].ndim == 3
+            for word in ("runs/", "seg.head.safetensors", "depth.head.safetensors"):
+                text = text.replace(f'"{word}', f'"{small[word]}')
+            exec(text, given)
+            assert "features" not in text or given["features"]["x_norm_patchtokens"].ndim == 3
+            assert "metres" not in text or given["metres"].shape == given["found"]["metres"].shape == (2, 1, 16, 16)
 
 
 def test_the_readme_is_short():

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from bench.toy.conv_patchify import toy_teacher
 from dune_fast import cli
@@ -97,6 +100,26 @@ def test_every_target_round_trips(run, published_run, target, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing temporary is left
     # colleagues may read it: the safetensors library makes files that no other user may
     assert {oct(path.stat().st_mode & 0o777) for path in done.files} == {"0o644"}
+
+
+@pytest.mark.parametrize("target", ["safetensors", "timm", "onnx", "dune"])
+def test_an_average_is_marked(published_run, target, tmp_path):
+    """As the run has marked its files (`train.ema`)."""
+    folder = shutil.copytree(published_run, tmp_path / "run")
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as content:
+            about = content.metadata()
+        save_file(load_file(file), file, {**about, "ema": "0.99"})
+    for source, mark in ((folder, "0.99"), (published_run, None)):
+        (path,) = (p for p in export(source, target, tmp_path / "out").files if p.suffix != ".json")
+        if target == "onnx":
+            found = {p.key: p.value for p in pytest.importorskip("onnx").load(str(path)).metadata_props}
+        elif target == "dune":
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                found = torch.load(path, weights_only=True)
+        else:
+            found = safe_open(path, "pt").metadata()
+        assert found.get("ema") == mark
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,9 @@ def test_the_overrides_of_the_table_compose_alone_and_together():
 
 def test_scalars_of_the_page_are_those_that_a_step_gives():
     from dune_fast.distill import step
-    from dune_fast.engine import trainer
+    from dune_fast.engine import distillation, trainer
 
-    source = Path(step.__file__).read_text() + Path(trainer.__file__).read_text()
+    source = "".join(Path(module.__file__).read_text() for module in (step, distillation, trainer))
     for name in ("loss", "share", "kept", "gradient_norm/max", "gradient_norm/global", "ema_momentum"):
         assert name in source and f"`{name}" in PAGE.replace("`/global`", "`gradient_norm/global`")
 

@@ -26,6 +26,7 @@ from bench.proof.packages import fetch_package
 from bench.proof.scenes import SceneConfig
 from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.engine.devices import device_name
+from dune_fast.engine.metrics import read_metrics
 from dune_fast.engine.overrides import packaged_folder
 from dune_fast.engine.start import START_FILE
 from dune_fast.kernels.nn.vit import VisionTransformer
@@ -176,11 +177,14 @@ def run_cell(cell: Cell, settings: Settings, places: Places, mark: str) -> dict[
     values = evaluate(
         make_encoder(cell, cfg, settings, places), places.scenes, places.stereo, settings.evaluation
     )
+    seconds = {"training": trained - began, "evaluation": time.perf_counter() - trained}
+    if command:
+        seconds["steps"] = seconds_of_steps(places.work / "runs" / cell.name / "metrics.jsonl")
     result = {
         "identity": identity(cell, settings, mark),
         "values": values,
         "command": command,
-        "seconds": {"training": round(trained - began, 1), "evaluation": round(time.perf_counter() - trained, 1)},
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "machine": {"device": machine_name(), "threads": torch.get_num_threads(), "torch": torch.__version__,
                     "python": platform.python_version()},
     }  # fmt: skip
@@ -215,6 +219,13 @@ def _train(cell: Cell, settings: Settings, places: Places, wanted: dict[str, Any
             raise RuntimeError(f"{cell.name}: the training ended with status {status} ({log}): {last}")
     shown = [word.replace(f"{places.work}/", "WORK/") for word in overrides]
     return " ".join(["dune-fast distill", *(f"'{word}'" if "~" in word or " " in word else word for word in shown)])
+
+
+def seconds_of_steps(metrics: Path) -> float:
+    """Seconds of a run's steps, without what comes before and after them: waits for another cell's start, for one."""
+    records = [record for record in read_metrics(metrics) if "step_seconds" in record]
+    firsts = [0, *(record["step"] for record in records)]
+    return sum((r["step"] - first) * r["step_seconds"] for r, first in zip(records, firsts, strict=False))
 
 
 def make_encoder(cell: Cell, cfg: RunConfig, settings: Settings, places: Places) -> Encoder:

@@ -78,16 +78,16 @@ def part_table(cells: Sequence[Cell], table: Mapping[str, Mapping[str, Spread]],
 
 
 def with_table(text: str, cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> str:
-    """README's text with the main table between its two markers.
+    """README's text with the main table; ValueError if it has not both markers."""
+    return between(text, "README.md", BEGIN, part_table(cells, rows(cells, results), "main"))
 
-    Raises:
-        ValueError: the text has not both markers.
-    """
-    before, begin, rest = text.partition(BEGIN)
+
+def between(text: str, name: str, begin: str, lines: Sequence[str]) -> str:
+    """A page's text with these lines between the marker `begin` and the next `END`; ValueError if one is not there."""
+    before, found, rest = text.partition(begin)
     _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md lacks the markers {BEGIN} and {END}")
-    lines = part_table(cells, rows(cells, results), "main")
+    if not found or not end:
+        raise ValueError(f"{name} lacks the markers {begin} and {END}")
     return "\n".join([before + begin, *lines, end + after])
 
 
@@ -102,7 +102,7 @@ def page(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> str
     if checks := verdicts(table):
         lines += ["## What it has to show", ""]
         lines += [f"- {'pass' if holds else 'FAIL'}: {sentence}" for holds, sentence in checks] + [""]
-    seconds = sum(sum(result["seconds"].values()) for result in there)
+    seconds = sum(result["seconds"]["training"] + result["seconds"]["evaluation"] for result in there)
     machines = sorted({f"{r['machine']['device']}, {r['machine']['threads']} threads" for r in there})
     missing = [cell.name for cell in cells if cell.name not in results]
     lines += [f"{len(there)} of {len(cells)} cells, {seconds / 60:.0f} minutes of training and evaluation, on "

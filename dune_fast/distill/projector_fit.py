@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dune_fast.distill.phi_s import SecondMoments
-from dune_fast.distill.standardization import Features, Standardizer, TeacherStatistics
+from dune_fast.distill.standardization import FROZEN, Features, Standardizer, TeacherStatistics
 from dune_fast.student import LadderProjector, Student, split_cls
 
 PENALTY = 1e-2
@@ -36,7 +36,7 @@ def fit_projectors(
         student: its encoder and the layers before the last stay as they are.
         batches: ImageNet-normalised images [B, 3, H, W], the teachers' raw features of them, and the images that count
             for each teacher.
-        statistics: whose convention standardizes; rotations and scales of PHI-S are taken from it, those of the other
+        statistics: whose convention standardizes; those of PHI-S and fixed ones are taken from it, those of the other
             conventions from these images.
 
     Returns:
@@ -52,7 +52,7 @@ def fit_projectors(
                 h = inputs[name][token][rows[name]].float()
                 z = torch.cat([h, y[rows[name]].float()], -1)
                 moments.setdefault((name, token), SecondMoments(z.shape[-1], z.device)).add(z)
-    fixed = statistics.running() if statistics.convention == "phi_s" else None
+    fixed = statistics.running() if statistics.convention in FROZEN else None
     explained = {}
     for name, of_token in layers.items():
         by_layer: dict[nn.Linear, list[str]] = {}

@@ -4,6 +4,7 @@
     UNIC   y = (x - mean_run) / (std_run + eps), eps = 1e-6, with the running statistics from before the update; the
            batch deviation that updates them is std + eps
     PHI-S  y = (R x - mean) / max(phi, eps), eps = 1e-6: rotated by R first, see `dune_fast.distill.phi_s`
+    fixed  y = (x - mean_all) / max(std_all, eps), eps = 1e-3: over all training images, known beforehand
 
     running = (1 - m) * running + m * batch,   unbiased std, over all images and patches of all ranks
 
@@ -32,8 +33,10 @@ Features = Mapping[str, Mapping[str, Tensor]]
 AllReduce = Callable[[Tensor], None]
 """Sums a tensor over ranks, in place."""
 
-CONVENTIONS = {"dune": 1e-3, "unic": 1e-6, "phi_s": 1e-6}
+CONVENTIONS = {"dune": 1e-3, "unic": 1e-6, "phi_s": 1e-6, "fixed": 1e-3}
 """convention -> eps"""
+FROZEN = ("phi_s", "fixed")
+"""Those whose statistics are known before the first step and stay."""
 
 
 class Standardizer(NamedTuple):
@@ -50,11 +53,11 @@ class Normalizer(nn.Module):
     std: Tensor
     rotation: Tensor | None
 
-    def __init__(self, channels: int, rotated: bool = False) -> None:
+    def __init__(self, channels: int, rotated: bool = False, frozen: bool = False) -> None:
         super().__init__()
         # statistics that were not estimated must show: NaN makes every loss NaN
-        self.register_buffer("mean", torch.full((channels,), torch.nan) if rotated else torch.zeros(channels))
-        self.register_buffer("std", torch.full((channels,), torch.nan) if rotated else torch.ones(channels))
+        self.register_buffer("mean", torch.full((channels,), torch.nan) if frozen else torch.zeros(channels))
+        self.register_buffer("std", torch.full((channels,), torch.nan) if frozen else torch.ones(channels))
         self.register_buffer("rotation", torch.full((channels, channels), torch.nan) if rotated else None)
 
     def rotate(self, x: Tensor) -> Tensor:
@@ -89,7 +92,7 @@ class TeacherStatistics(nn.Module):
         for name, (channels, token_types) in teachers.items():
             holder = nn.Module()
             holder.normalizers = nn.ModuleDict(
-                {token: Normalizer(channels, convention == "phi_s") for token in token_types}
+                {token: Normalizer(channels, convention == "phi_s", convention in FROZEN) for token in token_types}
             )
             self.add_module(name, holder)
 
@@ -118,10 +121,10 @@ class TeacherStatistics(nn.Module):
         Args:
             features: this rank's raw features, `rotated`; ranks may hold different numbers of rows, also no rows.
             momentum: m of the formula for this step; at 0 the statistics are frozen and the running ones standardize,
-                as in evaluation, whatever the convention. PHI-S has none.
+                as in evaluation, whatever the convention. PHI-S and fixed statistics have none.
             all_reduce: sums a float64 tensor over ranks; None on a single rank.
         """
-        if momentum == 0 or self.convention == "phi_s":
+        if momentum == 0 or self.convention in FROZEN:
             return self.running()
         before = self.running() if self.convention == "unic" else None
         batch = self._batch_statistics(features, all_reduce)
@@ -178,6 +181,14 @@ class TeacherStatistics(nn.Module):
             normalizer.rotation.copy_(rotation)
             normalizer.mean.copy_(rotation @ mean)
             normalizer.std.copy_(scale)
+
+    @torch.no_grad()
+    def fix(self, moments: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> None:
+        """The convention "fixed": takes its statistics, teacher -> token type -> mean and deviation [C]."""
+        assert self.convention == "fixed", self.convention
+        for name, token, normalizer in self.items():
+            for own, given in zip((normalizer.mean, normalizer.std), moments[name][token], strict=True):
+                own.copy_(given)
 
     def _map(self, features: Features, function: Callable[[Normalizer, Tensor], Tensor]) -> Features:
         normalizers = {(name, token): normalizer for name, token, normalizer in self.items()}

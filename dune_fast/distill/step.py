@@ -14,7 +14,7 @@ from dune_fast.distill.objective import ObjectiveConfig, coefficients, combine, 
 from dune_fast.distill.overlap import SideStream
 from dune_fast.distill.standardization import AllReduce, Features, TeacherStatistics
 from dune_fast.kernels.nn.patches import SharedPatches
-from dune_fast.kernels.nn.routing import PatchSubset, Routes, make_routes, select
+from dune_fast.kernels.nn.routing import OwnPatches, PatchSubset, Routes, make_routes, select
 
 
 class PerImage(NamedTuple):
@@ -55,6 +55,12 @@ def of_subset(features: Features, subset: PatchSubset) -> Features:
         name: {token: select(x, index) if token == "patch" else x for token, x in tokens.items()}
         for name, tokens in features.items()
     }
+
+
+def own_patches(kept: Tensor, subset: PatchSubset | None) -> OwnPatches:
+    """Of every image's kept patches [B, n], all, or those at the places that a subset of n patches has."""
+    index = None if subset is None else subset.index(kept.shape[1], kept.device)
+    return OwnPatches(kept if index is None else kept[:, index])
 
 
 def routed(features: Features, routes: Routes) -> Features:
@@ -98,6 +104,7 @@ class DistillationStep:
         groups_on_host: np.ndarray | None = None,
         features: Features | None = None,
         positions_on_host: np.ndarray | None = None,
+        kept: Tensor | None = None,
     ) -> StepOutput:
         """One forward pass.
 
@@ -110,13 +117,15 @@ class DistillationStep:
             groups_on_host: `groups` where the host can look at them; needed with `objective.route_by_dataset`.
             features: of all images, from a cache: the teachers do not run.
             positions_on_host: the same of `positions`; needed with `objective.presample`.
+            kept: the n patches of every image that `features` are of, int64 [B, n], where a cache has not kept all.
         """
         routes = self.routes(images, step, groups_on_host, positions_on_host)
         share = self.objective.patch_share
         subset = PatchSubset(share, self.seed, step) if share < 1 else None
         patches = SharedPatches()
         if features is not None:
-            projections = self.student(images, routes, patches, subset)
+            chosen = subset if kept is None else own_patches(kept, subset)
+            projections = self.student(images, routes, patches, chosen)
             features = features if routes is None else routed(features, routes)
         elif self.side is None:
             projections = self.student(images, routes, patches, subset)  # teacher -> token type -> [B, C] or [B, N, C]

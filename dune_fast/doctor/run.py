@@ -160,8 +160,20 @@ def batch(cfg: RunConfig, processes: int | None = None) -> Finding:
     return Finding("batch", OK, text)
 
 
+def head(cfg: RunConfig) -> Iterator[Finding]:
+    """What a head's training needs: see `tasks.run.needs`."""
+    from dune_fast.tasks.run import needs  # which imports DeepSpeed
+
+    missing = needs(cfg)
+    yield from (Finding("head", FAIL, f"{what}: not found at {where}", ask) for what, where, ask in missing)
+    if not missing:
+        yield Finding("head", OK, f"encoder and data of the {cfg.head.kind} head are there")
+
+
 def checks(cfg: RunConfig) -> list[tuple[str, Check]]:
     """All checks of an experiment."""
+    if cfg.head.kind:
+        return [("head", lambda: list(head(cfg))), ("batch", lambda: batch(cfg)), ("output", lambda: output(cfg))]
     return [
         *((f"teacher {name}", lambda name=name, t=t: teacher(name, t)) for name, t in cfg.teachers.items()),
         ("data", lambda: list(data(cfg))),

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from dune_fast.cache.formats import decode, encode
-from dune_fast.cache.store import MANIFEST, VERSION, Features, shard_path, write_shard
+from dune_fast.cache.store import MANIFEST, VERSION, shard_path, write_shard
 from dune_fast.dali_pipelines.datasets import index_datasets
 from dune_fast.dali_pipelines.loader import Batch, ViewLoader
 from dune_fast.dali_pipelines.storage import write_whole
+from dune_fast.engine.cache_basis import cache_basis
 from dune_fast.engine.cache_fingerprint import fingerprint, refuse_other
+from dune_fast.engine.cache_shard import ShardRows, bytes_per_view
 from dune_fast.engine.config import ConfigError, RunConfig
 from dune_fast.engine.devices import autocast_dtype
 from dune_fast.teachers.ensemble import TeacherEnsemble
@@ -28,17 +28,6 @@ from dune_fast.teachers.progress import Progress
 logger = logging.getLogger(__name__)
 
 _BATCH = 64  # images of a forward pass
-
-
-def bytes_per_view(cfg: RunConfig) -> int:
-    """What the features of one view take on the disk."""
-    patches, total = (cfg.image_size // cfg.student.patch_size) ** 2, 0
-    for teacher in cfg.teachers.values():
-        for kind in teacher.token_types:
-            shape = (1, patches, teacher.num_features) if kind == "patch" else (1, teacher.num_features)
-            stored = encode("x", torch.empty(shape, device="meta"), cfg.cache.format)
-            total += sum(x.numel() * x.element_size() for x in stored.values())
-    return total
 
 
 def build(cfg: RunConfig, part: int = 0, parts: int = 1) -> Path:
@@ -65,7 +54,7 @@ def build(cfg: RunConfig, part: int = 0, parts: int = 1) -> Path:
     views, size = sum(len(dataset.train) for dataset in datasets) * cfg.data.views, bytes_per_view(cfg)
     rows = min(views, max(1, int(cfg.cache.shard_megabytes * 2**20) // size))
     manifest = {
-        "version": VERSION, "format": cfg.cache.format, "views": views, "rows": rows, "bytes_per_view": size,
+        "version": VERSION, "views": views, "rows": rows, "bytes_per_view": size,
         "fingerprint": fingerprint(cfg, datasets, device),
     }  # fmt: skip
     manifest = json.loads(json.dumps(manifest))
@@ -80,7 +69,7 @@ def build(cfg: RunConfig, part: int = 0, parts: int = 1) -> Path:
     if needed > free:
         raise ConfigError(
             f"cache.folder={folder} has {free / 2**30:.1f} GiB free, the cache needs {needed / 2**30:.1f}: choose "
-            "another folder, fewer data.views, or cache.format=int8"
+            "another folder, fewer data.views, cache.format=int8, cache.components or cache.patch_share"
         )
     if not (folder / MANIFEST).exists():
         write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -106,6 +95,9 @@ def _fill(
     views, rows = manifest["views"], manifest["rows"]
     dtype = autocast_dtype(cfg.train.precision, device)
     teachers = TeacherEnsemble(cfg.teachers, cfg.student.patch_size, dtype, device)
+    bases, basis = {}, ""
+    if cfg.cache.components:
+        bases, basis = cache_basis(cfg, folder, datasets, views, teachers, device)
     batches = [
         np.arange(start, min(start + _BATCH, (index + 1) * rows, views))
         for index in todo for start in range(index * rows, min((index + 1) * rows, views), _BATCH)
@@ -115,12 +107,13 @@ def _fill(
     with loader, Progress("caching features", total, "views") as progress:
         began = time.monotonic()
         for index, found in _by_shard(loader.batches(), todo, rows):
-            shard = _Shard(min(rows, views - index * rows), cfg.cache.format)
+            shard = ShardRows(cfg, min(rows, views - index * rows), bases)
             for batch in found:
-                shard.add(batch.views - index * rows, teachers(batch.images))
+                shard.add(index * rows, batch.views, batch.checksums, teachers(batch.images))
                 progress.advance(len(batch))
             seconds, began = time.monotonic() - began, time.monotonic()
-            write_shard(shard_path(folder, index), shard.tensors, shard.present, shard.about(seconds))
+            about = shard.about(seconds, basis)
+            write_shard(shard_path(folder, index), shard.tensors, shard.present, about, shard.moments)
 
 
 def _by_shard(batches: Iterator[Batch], todo: list[int], rows: int) -> Iterator[tuple[int, Iterator[Batch]]]:
@@ -135,33 +128,3 @@ def _by_shard(batches: Iterator[Batch], todo: list[int], rows: int) -> Iterator[
 
     for index in todo:
         yield index, of(index)
-
-
-class _Shard:
-    """Rows of one shard, as they come."""
-
-    def __init__(self, rows: int, form: str) -> None:
-        self._rows, self._form = rows, form
-        self.tensors: dict[str, Tensor] = {}
-        self.present = torch.zeros(rows, dtype=torch.bool)
-        self._cosines: dict[str, float] = {}
-
-    def add(self, at: np.ndarray, features: Features) -> None:
-        """Features of some rows."""
-        rows = torch.from_numpy(at)
-        for teacher, kinds in features.items():
-            for kind, x in kinds.items():
-                name = f"{teacher}/{kind}"
-                stored = encode(name, x, self._form)
-                cosine = torch.cosine_similarity(decode(name, stored).float(), x.float(), dim=-1).mean()
-                self._cosines[name] = self._cosines.get(name, 0.0) + len(at) * float(cosine)
-                for key, value in stored.items():
-                    if key not in self.tensors:
-                        self.tensors[key] = torch.zeros(self._rows, *value.shape[1:], dtype=value.dtype)
-                    self.tensors[key][rows] = value.cpu()
-        self.present[rows] = True
-
-    def about(self, seconds: float) -> dict[str, str]:
-        """Of the shard: images, sums of cosines between stored and live tokens, seconds."""
-        about = {"present": int(self.present.sum()), "cosines": self._cosines, "seconds": seconds}
-        return {"about": json.dumps(about)}

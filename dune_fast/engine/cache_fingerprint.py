@@ -28,6 +28,8 @@ _VIEW = (
     "solarize_probability",
 )  # fmt: skip
 """Fields of `data` that a view depends on."""
+_STORED = ("format", "components", "patch_share")
+"""Fields of `cache` that say what is stored of the features."""
 _PIXELS = ("rotate", "shrink")
 """Fields of a dataset that change its images."""
 _GONE = "not here"
@@ -37,12 +39,13 @@ _SHOWN = 4  # differences that a message lists
 def fingerprint(cfg: RunConfig, datasets: Sequence[Dataset], device: torch.device) -> dict[str, Any]:
     """Field -> value, plain JSON, of everything that the features of a run's views follow from.
 
-    Names of images are compared, of a large dataset some thousand; their contents are not.
+    Names of images are compared, of a large dataset some thousand; their contents when a run reads them (`Store.read`).
     """
     auto = "fp32" if autocast_dtype(cfg.train.precision, device) is None else "bf16"
     found: dict[str, Any] = {
         "image_size": cfg.image_size, "student.patch_size": cfg.student.patch_size, "train.seed": cfg.train.seed,
         **{f"data.{name}": getattr(cfg.data, name) for name in _VIEW},
+        **{f"cache.{name}": getattr(cfg.cache, name) for name in _STORED},
     }  # fmt: skip
     for name, teacher in cfg.teachers.items():
         fields = {k: v for k, v in asdict(teacher).items() if k not in _BOOKKEEPING and (v or k not in _OPTIONS)}

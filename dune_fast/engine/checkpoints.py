@@ -311,18 +311,19 @@ def export(run: Path, cfg: RunConfig, student: Student, statistics: TeacherStati
             partial.unlink(missing_ok=True)
 
 
-def load_run(run: Path) -> tuple[RunConfig, Student, TeacherStatistics]:
+def load_run(run: Path, file: str = STUDENT) -> tuple[RunConfig, Student, TeacherStatistics]:
     """Configuration, student and teachers' statistics of a run, in evaluation mode.
 
     Args:
         run: the folder of a run, finished or not (its newest checkpoint then, which is said), or of a checkpoint.
+        file: of a finished run, `STUDENT` or `RAW`.
 
     Raises:
-        ConfigError: `run` is not a run's folder.
+        ConfigError: `run` is not a run's folder, or that of a head's run.
         CheckpointError: the checkpoint is damaged.
         TeacherWeightsError: the run has not saved anything yet, or its weights are damaged.
     """
-    path = weights_in(run, STUDENT)
+    path = weights_in(run, file)
     if path is None:
         load_config(run / "config.yaml")  # says so where this is no run at all
         raise TeacherWeightsError(f"{run}: the run has not ended, and there is no checkpoint of it yet")
@@ -331,6 +332,7 @@ def load_run(run: Path) -> tuple[RunConfig, Student, TeacherStatistics]:
         cfg = config_of(manifest.config, path)
     else:
         cfg = load_config(path.parent / "config.yaml")
+    cfg.head.refuse(run)
     student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
     statistics = TeacherStatistics(cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps)
     try:

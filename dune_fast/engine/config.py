@@ -1,4 +1,7 @@
-"""The configuration of a run: typed, composed by Hydra from `configs/`, checked, dumped beside the run."""
+"""The configuration of a run: typed, composed by Hydra from `configs/`, checked, dumped beside the run.
+
+More than 300 lines: what is composed, kept and checked is one thing.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from dune_fast.engine.config_sections import (
     ConfigError,
     DeepSpeedConfig,
     EvaluationConfig,
+    HeadConfig,
     LoggingConfig,
     ProgressiveConfig,
     StandardizationConfig,
@@ -43,7 +47,8 @@ from dune_fast.engine.overrides import (
     take_text_literally,
     with_timm_teachers,
 )
-from dune_fast.engine.schedules import iterations, scaled_learning_rate
+from dune_fast.engine.schedules import iterations
+from dune_fast.heads.head import KINDS
 from dune_fast.kernels.nn.vit import ViTConfig, nearest_multiples
 from dune_fast.student import ProjectorConfig
 from dune_fast.teachers.config import TeacherConfig
@@ -53,7 +58,7 @@ from dune_fast.teachers.registry import check_family
 
 @dataclass
 class RunConfig:
-    """One distillation run."""
+    """One run: a distillation or, with `head.kind`, the training of a task head."""
 
     name: str = "run"
     """Name of the run and of its folder."""
@@ -69,6 +74,7 @@ class RunConfig:
     """What the student starts from: the folder of a finished run, a published checkpoint, any encoder of the same
     architecture; positions are resized to `image_size`. Empty for initial weights by `train.seed`."""
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
     start: StartConfig = field(default_factory=StartConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
@@ -197,13 +203,13 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def validate(cfg: RunConfig) -> None:
     """Checks what no single section shows, and the range of every number; ConfigError with a sentence."""
-    if not cfg.teachers:
+    if not cfg.teachers and not cfg.head.kind:
         experiments = ", ".join(sorted(config_names("experiment")))
         raise ConfigError(
             f"no teacher is configured: choose an experiment, e.g. experiment=demo (there are: {experiments})"
         )
     places = {"output_dir": cfg.output_dir, "student_weights": cfg.student_weights}
-    places["cache.folder"] = cfg.cache.folder
+    places |= {"cache.folder": cfg.cache.folder, "head.encoder": cfg.head.encoder, "head.weights": cfg.head.weights}
     places |= {f"teachers.{name}.weights": teacher.weights for name, teacher in cfg.teachers.items()}
     if fault := next(filter(None, (address_fault(place, what) for what, place in places.items())), ""):
         raise ConfigError(fault)
@@ -211,6 +217,43 @@ def validate(cfg: RunConfig) -> None:
         check_family(name, teacher.family)
     if fault := find_fault(flatten(as_dict(cfg))):
         raise ConfigError(fault)
+    peak = cfg.optimizer.peak(cfg.train.global_batch)
+    if cfg.optimizer.min_lr > peak:
+        raise ConfigError(
+            f"optimizer.min_lr={cfg.optimizer.min_lr:g} is above the peak of the learning rate, {peak:.3g} "
+            f"(optimizer.lr, or optimizer.lr_per_256={cfg.optimizer.lr_per_256:g} x train.global_batch / 256): lower it"
+        )
+    if cfg.steps < 2:
+        raise ConfigError(f"the run has {cfg.steps} steps; set train.steps or train.images for at least 2")
+    if cfg.head.kind:
+        _check_head(cfg)
+    else:
+        _check_distillation(cfg)
+
+
+def _check_head(cfg: RunConfig) -> None:
+    """What the training of a head needs, and what of a distillation it has not."""
+    if cfg.head.kind not in KINDS:
+        raise ConfigError(f"head.kind={cfg.head.kind!r}; choose one of {', '.join(KINDS)}")
+    if not cfg.head.encoder:
+        raise ConfigError(
+            "head.encoder is empty: give the frozen encoder, head.encoder=PATH (the folder of a run, a weights file, a "
+            "published name such as dune_vitbase14_448_paper)"
+        )
+    if cfg.train.accumulation == 0:
+        raise ConfigError(
+            "train.accumulation=0: how much memory a head takes is not known beforehand; give the number of parts"
+        )
+    of_distillation = {
+        "teachers": cfg.teachers, "cache.folder": cfg.cache.folder, "progressive": cfg.progressive,
+        "train.compile": cfg.train.compile, "evaluation.knn_dataset": cfg.evaluation.knn_dataset,
+        "start": cfg.start.wanted, "student_weights": cfg.student_weights,
+    }  # fmt: skip
+    if given := [name for name, value in of_distillation.items() if value]:
+        raise ConfigError(f"head.kind={cfg.head.kind} trains a head: {', '.join(given)} belongs to a distillation")
+
+
+def _check_distillation(cfg: RunConfig) -> None:
     sizes, patch = {"image_size": cfg.image_size}, cfg.student.patch_size
     sizes |= {"evaluation.figure_size": cfg.evaluation.figure_size} if cfg.evaluation.figures else {}
     sizes |= {f"progressive[{i}].image_size": entry.image_size for i, entry in enumerate(cfg.progressive)}
@@ -236,6 +279,11 @@ def validate(cfg: RunConfig) -> None:
         raise ConfigError(
             f"cache.folder={cfg.cache.folder!r} with data.views=0: a cache holds fixed views; give data.views the "
             "number that it was built with"
+        )
+    if cfg.standardization.convention == "fixed" and not cfg.cache.folder:
+        raise ConfigError(
+            "standardization.convention=fixed without cache.folder: its statistics are those of a cache; give the "
+            "folder of one, or choose dune, unic or phi_s"
         )
     if cfg.start.teacher:
         if cfg.start.teacher not in cfg.teachers:
@@ -271,14 +319,6 @@ def validate(cfg: RunConfig) -> None:
             raise ConfigError(f"evaluation.knn_dataset={knn!r} is not a dataset of this run; there are: {known}")
         if not cfg.evaluation.every:
             raise ConfigError("evaluation.knn_dataset is set, but evaluation.every=0 evaluates never: set both")
-    peak = scaled_learning_rate(cfg.optimizer.lr_per_256, cfg.train.global_batch)
-    if cfg.optimizer.min_lr > peak:
-        raise ConfigError(
-            f"optimizer.min_lr={cfg.optimizer.min_lr:g} is above the peak of the learning rate, {peak:.3g} "
-            f"(optimizer.lr_per_256={cfg.optimizer.lr_per_256:g} x train.global_batch / 256): lower it"
-        )
-    if cfg.steps < 2:
-        raise ConfigError(f"the run has {cfg.steps} steps; set train.steps or train.images for at least 2")
     _check_progressive(cfg)
 
 

@@ -19,7 +19,7 @@ FREE = (
     "train.notice_seconds", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.resume",
     "train.overwrite", "train.allow_config_change", "train.max_loss", "train.drift_images", "train.timeout_minutes",
     "train.rendezvous_minutes", "train.activation_checkpointing", "train.overlap_teachers", "train.deterministic",
-    "cache.format", "cache.shard_megabytes", "train.ema",
+    "cache.format", "cache.shard_megabytes", "train.ema", "head.threads", "head.ahead",
 )  # fmt: skip
 """Fields and sections that a run may change when it goes on: beyond rounding, they do not change what is computed."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dune_fast.cache.formats import FORMATS
@@ -18,8 +19,9 @@ class StandardizationConfig:
     """How teachers' features are standardized."""
 
     convention: str = "dune"
-    """"dune" (statistics of the current global batch), "unic" (running ones from before the step) or "phi_s" (rotated
-    to equal variances, estimated before the first step and then frozen)."""
+    """"dune" (statistics of the current global batch), "unic" (running ones from before the step), "phi_s" (rotated to
+    equal variances, estimated before the first step and then frozen), or "fixed" (departs from the papers: statistics
+    of all views of the cache that the run reads, frozen, so that parts of a batch are standardized like the whole)."""
     eps: float | None = None
     """Of the convention's formula; null for its own."""
     ema_start: float = 1.0
@@ -57,6 +59,38 @@ class StartConfig:
 
 
 @dataclass
+class HeadConfig:
+    """A task head on a frozen encoder, which is trained instead of a student (`dune-fast heads train`)."""
+
+    kind: str = ""
+    """"linear_seg", "linear_depth", "mast3r" or "multihmr"; empty for a distillation."""
+    encoder: str = ""
+    """The frozen encoder, as `dune_fast.load_encoder` takes it: the folder of a run, a file, a published name."""
+    weights: str = ""
+    """What the head starts from: a head's file, or the folder of a head's run; empty for drawn weights."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the head, beside what the encoder decides; see the kind's own class."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Where the examples are and how they are made; see the kind's task in `dune_fast/tasks/`."""
+    loss: dict[str, Any] = field(default_factory=dict)
+    """Weights and variants of the loss, where a kind has them."""
+    tf32: bool = True
+    """On a GPU, float32 products in TF32, as the published trainings of these heads have them."""
+    threads: int = 4
+    """Of a rank, that read examples."""
+    ahead: int = 3
+    """Steps whose examples are read ahead."""
+
+    def refuse(self, run: Path) -> None:
+        """ConfigError if a run has trained a head, where a student or an encoder is asked for."""
+        if self.kind:
+            raise ConfigError(
+                f"{run} is the run of a {self.kind} head, which dune_fast.load_head reads; its frozen encoder is "
+                f"{self.encoder}"
+            )
+
+
+@dataclass
 class CacheConfig:
     """Teachers' features from a folder instead of from the teachers (`dune-fast cache build`). Departs from the papers,
     which show every image in a new crop: it needs `data.views`."""
@@ -64,7 +98,13 @@ class CacheConfig:
     folder: str = ""
     """The cache; empty for none."""
     format: str = "int8"
-    """How a build stores features: one of `dune_fast.cache.formats.FORMATS`. A run takes what it finds."""
+    """How features are stored: one of `dune_fast.cache.formats.FORMATS`. It and the next two belong to the fingerprint:
+    a run names those of the build."""
+    components: int = 0
+    """Store so many principal components of patch tokens in place of their channels, where a teacher has more; they are
+    decoded to the teacher's channels again. 0 stores all channels."""
+    patch_share: float = 1.0
+    """The share of a view's patches that is stored, random ones, of every view its own; the loss is taken on these."""
     shard_megabytes: float = 256.0
     """Size of a file, about."""
 

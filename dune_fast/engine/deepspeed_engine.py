@@ -173,8 +173,8 @@ class Engine:
         self._indices = torch.tensor([s.index for s in self.state.shards], dtype=torch.long, device=self.device)
         self._backwards = 0
 
-    def __call__(self, *inputs: Any) -> Any:
-        return self.engine(*inputs)
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return self.engine(*inputs, **named)
 
     @property
     def module(self) -> nn.Module:
@@ -194,7 +194,9 @@ class Engine:
             self.state.gradients()  # names those that are missing
             self._average.finish()
 
-    def step(self, learning_rate: float, loss: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+    def step(
+        self, learning_rate: float, loss: Tensor | None = None, skip: Tensor | None = None, beta: float | None = None
+    ) -> Tensor:
         """Clips the gradients, updates the weights, clears the gradients.
 
         Where a gradient or `loss` is not finite on any rank, weights and moments stay what they are on all of them,
@@ -203,6 +205,7 @@ class Engine:
         Args:
             loss: this rank's, a scalar on the device; None to look at the gradients alone.
             skip: bool scalar on the device, the same on all ranks; true skips the step whatever it brings.
+            beta: AdamW's first one in this step; None for the configuration's.
 
         Returns:
             Norms before clipping, float32 [number of trained parameters], in the module's order.
@@ -214,6 +217,8 @@ class Engine:
         self.state.adamw.found_inf = self.skipped.float()  # read by torch's fused kernel on the device
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
+            if beta is not None:
+                group["betas"] = (beta, group["betas"][1])
         self.engine.step()
         return norms
 

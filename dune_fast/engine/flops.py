@@ -161,6 +161,12 @@ def teacher_flops(name: str, cfg: TeacherConfig, grid: int) -> int | None:
     return _count_or_none(name, network, grid * cfg.patch_size)
 
 
+def loss_patches(cfg: RunConfig, every: int) -> int:
+    """How many of an image's patches the loss is taken on: those that a cache has, and of these `patch_share`."""
+    stored = PatchSubset(cfg.cache.patch_share, 0, 0).count(every) if cfg.cache.folder else every
+    return PatchSubset(cfg.objective.patch_share, 0, 0).count(stored)
+
+
 def share_of_images(cfg: RunConfig, teachers: Sequence[str]) -> float:
     """The share of a batch's images that any of these teachers gets: all, unless `route_by_dataset` or `presample` keep
     some back."""
@@ -220,7 +226,7 @@ def _flops_at_one_size(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = 
         teachers |= {first: deepest, **dict.fromkeys(others, 0)}
     projectors = 0
     for name, t in cfg.teachers.items():
-        share = cfg.objective.patch_share
+        share = loss_patches(cfg, grid**2) / grid**2
         count = projector_flops(cfg.projector, cfg.student, t.num_features, t.token_types, grid, share)
         projectors += round(count * share_of_images(cfg, [name]))
     return Flops(vit_flops(cfg.student, grid), projectors, {name: teachers.get(name, 0) for name in cfg.teachers})

@@ -37,8 +37,11 @@ class Names:
     """What the numbers of a step stand for."""
 
     teachers: Sequence[str]
+    """Rows of the losses: teachers, or the head."""
     datasets: Sequence[str]
-    parameters: Sequence[str]
+    parameters: Sequence[str] = ()
+    row: str = "teacher"
+    """What a row is called in messages."""
 
 
 @torch.no_grad()
@@ -109,8 +112,8 @@ class Guard:
         if worst > self.max_loss:
             raise DivergedError(
                 f"the loss rose to {worst:.3g} since it was last looked at (train.max_loss={self.max_loss:g}): the run "
-                f"is stopped, {kept()}. Lower optimizer.lr_per_256, or look at loss/* in metrics.jsonl for the teacher "
-                "that breaks"
+                f"is stopped, {kept()}. Lower the learning rate (optimizer.*), or look at loss/* in metrics.jsonl for "
+                f"the {self.names.row} that breaks"
             )
         return {"skipped_steps": total}
 
@@ -129,7 +132,8 @@ class Guard:
                 where = found["positions"][row & (found["dataset"] == dataset)].tolist()
                 more = f" and {len(where) - _SHOWN} more" if len(where) > _SHOWN else ""
                 shown = ", ".join(map(str, where[:_SHOWN])) + more
-                suspects.append(f"teacher {teacher!r} on dataset {self.names.datasets[dataset]!r}, positions {shown}")
+                named = f"{self.names.row} {teacher!r} on dataset {self.names.datasets[dataset]!r}"
+                suspects.append(f"{named}, positions {shown}")
         if not suspects:
             wrong = [n for n, norm in zip(self.names.parameters, found["norms"], strict=True) if not norm.isfinite()]
             suspects = [f"every image's loss is finite; gradients that are not: {', '.join(wrong[:_SHOWN]) or 'none'}"]

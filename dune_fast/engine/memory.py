@@ -10,6 +10,11 @@ Three things lie on a device:
   norms, qkv, attention, its projection, both sides of GELU, the MLP's output. Added are the projectors, the features
   and their gradients, and the larger of a teacher's forward pass (12 s a value) and the gradients within one block.
 
+With `progressive` the images are those of the last stage, the largest. What a teacher and its projector take is counted
+for the images that they get (`presample`, `route_by_dataset`: the mean share and three deviations of a part's), on the
+patches that the loss is taken on, and for a teacher's own `scale`. A run from a cache has no teachers, unless
+`evaluation.every` loads them; it has their features of the rank's whole batch, twice where that is split into parts.
+
 Workspaces, fragmentation, NCCL, DALI's decoder and DeepSpeed's copies are not in the model: `SPARE` is for them.
 """
 
@@ -23,10 +28,12 @@ import torch
 import torch.distributed as dist
 
 from dune_fast.engine.config import RunConfig
-from dune_fast.engine.flops import published_network, teachers_by_trunk
+from dune_fast.engine.flops import loss_patches, published_network, share_of_images, teachers_by_trunk
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
+from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.student import Student
+from dune_fast.teachers.config import scaled_grid
 
 SPARE = 0.15
 """Share of a device's memory that is left for what the model does not count."""
@@ -77,7 +84,8 @@ def memory_bytes(cfg: RunConfig, ranks: int, low_precision: bool = True) -> dict
     moments, gradients, weights = (ranks if stage >= first else 1 for first in (1, 2, 3))
     auto = "bf16" if low_precision else "fp32"
     teachers: int | None = 0
-    for name, count in teacher_parameters(cfg).items():
+    none = cfg.cache.folder and not cfg.evaluation.every
+    for name, count in ({} if none else teacher_parameters(cfg)).items():
         precision = cfg.teachers[name].precision
         size = _TEACHER_BYTES[auto if precision == "auto" else precision]
         teachers = None if teachers is None or count is None else teachers + count * size
@@ -90,10 +98,13 @@ def memory_bytes(cfg: RunConfig, ranks: int, low_precision: bool = True) -> dict
     }
 
 
-def _block(tokens: int, dim: int, size: int, stream: int, mlp_ratio: float, mlp: str = "gelu") -> int:
-    """Kept of one image in one transformer block."""
+def _block(
+    tokens: int, dim: int, size: int, stream: int, mlp_ratio: float, mlp: str = "gelu", kept: int | None = None
+) -> int:
+    """Kept of one image in one transformer block, of whose tokens `kept` go on after attention."""
     inner = 4 * swiglu_hidden_dim(dim, mlp_ratio) if mlp == "swiglu" else 2 * int(mlp_ratio * dim)
-    return tokens * (2 * stream * dim + size * (8 * dim + inner))
+    kept = tokens if kept is None else kept
+    return tokens * (stream + 6 * size) * dim + kept * ((stream + 2 * size) * dim + size * inner)
 
 
 def _encoder(cfg: ViTConfig, tokens: int, size: int, stream: int, recompute: bool) -> int:
@@ -102,11 +113,14 @@ def _encoder(cfg: ViTConfig, tokens: int, size: int, stream: int, recompute: boo
     return _block(tokens, cfg.embed_dim, size, stream, cfg.mlp_ratio, cfg.mlp) * cfg.depth
 
 
-def _projector(cfg: RunConfig, channels: int, token_types: list[str], patches: int, size: int, stream: int) -> int:
-    """Kept of one image in one teacher's projector, its output included."""
+def _projector(
+    cfg: RunConfig, channels: int, token_types: list[str], every: int, patches: int, size: int, stream: int
+) -> int:
+    """Kept of one image of so many patches in one teacher's projector, its output on some of them included."""
     p, dim, tokens = cfg.projector, cfg.student.embed_dim, patches + 1
     if p.kind == "tp":
-        blocks = p.num_blocks * _block(tokens, dim, size, stream, p.mlp_ratio)
+        blocks = (p.num_blocks - 1) * _block(every + 1, dim, size, stream, p.mlp_ratio)
+        blocks += _block(every + 1, dim, size, stream, p.mlp_ratio, kept=tokens) if p.num_blocks else 0
         return blocks + tokens * ((stream + size) * dim + size * channels)
     if p.kind == "sp":  # norm and GELU in float32, their inputs and outputs
         inner = 1 + (p.num_inner if p.version == 2 else 0)
@@ -125,34 +139,63 @@ def _sizes(cfg: RunConfig, low_precision: bool) -> tuple[int, int]:
     return size, 2 if size == 2 and cfg.train.student_stream == "bf16" else 4
 
 
-def kept_bytes(cfg: RunConfig, low_precision: bool = True) -> int:
-    """Bytes that the student's forward pass keeps for every image of a part, its outputs included."""
+def _peak_share(cfg: RunConfig, teachers: list[str], images: int | None) -> float:
+    """Of a part's images, the most that any of these teachers gets: the mean share and three deviations."""
+    share = share_of_images(cfg, teachers)
+    return min(1.0, share + 3 * (share * (1 - share) / images) ** 0.5) if images else share
+
+
+def kept_bytes(cfg: RunConfig, low_precision: bool = True, images: int | None = None) -> int:
+    """Bytes that the student's forward pass keeps for every image of a part, its outputs included.
+
+    `images` of the part, which decide what share of them a teacher may get; None for the mean share.
+    """
     size, stream = _sizes(cfg, low_precision)
     patches, dim = (cfg.image_size // cfg.student.patch_size) ** 2, cfg.student.embed_dim
     tokens = patches + 1 + cfg.student.num_registers
     total = _encoder(cfg.student, tokens, size, stream, cfg.train.activation_checkpointing)
     read = len(cfg.projector.which_blocks or range(cfg.student.depth)) if cfg.projector.kind == "lp" else 1
     total += stream * dim * (patches + 1) * read  # [cls, patches] without the registers
-    for teacher in cfg.teachers.values():
-        total += _projector(cfg, teacher.num_features, teacher.token_types, patches, size, stream)
+    some = loss_patches(cfg, patches)
+    for name, teacher in cfg.teachers.items():
+        own = _projector(cfg, teacher.num_features, teacher.token_types, patches, some, size, stream)
+        total += round(own * _peak_share(cfg, [name], images))
     return total
 
 
-def image_bytes(cfg: RunConfig, low_precision: bool = True) -> int:
-    """Bytes at the peak of a step for every image of a part: see the head of this file."""
+def image_bytes(cfg: RunConfig, low_precision: bool = True, images: int | None = None) -> int:
+    """Bytes at the peak of a step for every image of a part: see the head of this file. `images`: see `kept_bytes`."""
     size, stream = _sizes(cfg, low_precision)
     grid = cfg.image_size // cfg.student.patch_size
     patches, dim = grid**2, cfg.student.embed_dim
-    tokens = patches + 1 + cfg.student.num_registers
-    total, features, forward = kept_bytes(cfg, low_precision), 0, 0
-    for teacher in cfg.teachers.values():
-        features += patches * size * teacher.num_features
-        forward = max(forward, patches * 12 * size * teacher.num_features)
-        total += 12 * (grid * teacher.patch_size) ** 2 if teacher.patch_size != cfg.student.patch_size else 0
-    backward = features + size * tokens * int(2 * cfg.student.mlp_ratio * dim)
+    some, tokens = loss_patches(cfg, patches), patches + 1 + cfg.student.num_registers
+    total, features, gradients, forward = float(kept_bytes(cfg, low_precision, images)), 0.0, 0.0, 0.0
+    for group in teachers_by_trunk(cfg.teachers):
+        read = cfg.teachers[group[0]]
+        for name in group:
+            of_loss = some * size * cfg.teachers[name].num_features * _peak_share(cfg, [name], images)
+            gradients += of_loss
+            features += of_loss * patches / some if not cfg.cache.folder else 0
+            features += of_loss if cfg.objective.patch_share < 1 else 0  # a copy
+        if cfg.cache.folder:
+            continue
+        share, own = _peak_share(cfg, group, images), scaled_grid(grid, read.scale, read.grid_multiple)
+        forward = max(forward, share * own**2 * 12 * size * max(cfg.teachers[name].num_features for name in group))
+        if own * read.patch_size != cfg.image_size:
+            total += share * len(group) * 12 * (own * read.patch_size) ** 2
+    backward = gradients + size * tokens * int(2 * cfg.student.mlp_ratio * dim)
     if cfg.train.activation_checkpointing:  # one block is whole again
         backward = max(backward, _block(tokens, dim, size, stream, cfg.student.mlp_ratio, cfg.student.mlp))
-    return total + features + max(forward, backward)
+    return round(total + features + max(forward, backward))
+
+
+def cached_bytes(cfg: RunConfig) -> int:
+    """Bytes of one image's features out of a cache, decoded; 0 without a cache."""
+    if not cfg.cache.folder:
+        return 0
+    patches = PatchSubset(cfg.cache.patch_share, 0, 0).count((cfg.image_size // cfg.student.patch_size) ** 2)
+    rows, size = {"patch": patches, "cls": 1}, 4 if cfg.cache.format == "fp32" else 2
+    return sum(size * rows[token] * t.num_features for t in cfg.teachers.values() for token in t.token_types)
 
 
 @dataclass(frozen=True)
@@ -198,9 +241,11 @@ def fit(cfg: RunConfig, ranks: int, available: int, low_precision: bool = True, 
         unknown = tuple(name for name, count in teacher_parameters(cfg).items() if count is None)
     fixed = sum(count or 0 for count in held.values())
     fixed += images * 12 * cfg.image_size**2 * (cfg.data.prefetch + _BATCHES_IN_FLIGHT)
-    each = image_bytes(cfg, low_precision)
     for count in [n for n in range(1, images + 1) if images % n == 0] if parts is None else [parts]:
-        found = Fit(images, count, fixed + images // count * each, available, unknown)
+        part = images // count
+        needed = fixed + part * image_bytes(cfg, low_precision, part)
+        needed += images * cached_bytes(cfg) * (2 if count > 1 else 1)
+        found = Fit(images, count, needed, available, unknown)
         if found.fits:
             break
     return found

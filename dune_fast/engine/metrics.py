@@ -232,6 +232,7 @@ class MetricsLog:
         shown = [f"{teacher} {loss:.4f}" for teacher, loss in losses.items() if "/" not in teacher]
         lines = [f"held-out loss {', '.join(shown)}"] if shown else []
         lines += [f"k-NN {name[4:]} {100 * x:.1f} %" for name, x in values.items() if name.startswith("knn/")]
+        lines += [f"{name[4:]} {x:.4g}" for name, x in values.items() if name.startswith("val/")]
         logger.info("evaluation after step %d  %s  (%s)", step, "  ".join(lines), duration(seconds))
 
     def _seconds_left(self, step: int, seconds: float) -> float:

@@ -6,42 +6,36 @@ import logging
 import math
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from dune_fast.dali_pipelines.loader import TrainLoader
-from dune_fast.engine.config import RunConfig, as_dict
-from dune_fast.engine.deepspeed_engine import Engine
+from dune_fast.engine.config import as_dict
 from dune_fast.engine.devices import device_name, peak_tflops
-from dune_fast.engine.flops import Flops, mean_flops, stage_flops
-from dune_fast.engine.memory import SPARE, Fit
+from dune_fast.engine.flops import Flops
+from dune_fast.engine.memory import SPARE
 from dune_fast.engine.metrics import MetricsLog, Workload
 from dune_fast.engine.provenance import RunRecord
 from dune_fast.engine.stages import Stage
+from dune_fast.engine.task import Place, Task
 from dune_fast.engine.trackers import open_trackers
-from dune_fast.engine.warm_start import WarmStart
-from dune_fast.teachers.ensemble import TeacherEnsemble
 
 logger = logging.getLogger(__name__)
 
 
-class Opened(Protocol):
+class Opened(Place, Protocol):
     """What is read here of a run that is about to start; the `Trainer` has it."""
 
-    cfg: RunConfig
-    run_dir: Path
-    step: int
+    task: Task
     evaluation_due: bool
-    device: torch.device
-    world_size: int
-    engine: Engine
-    teachers: TeacherEnsemble
+
+
+class OpenedDistillation(Protocol):
+    """What is read here of a distillation."""
+
     loader: TrainLoader
-    fit: Fit
     stages: Sequence[Stage]
-    warm_start: WarmStart | None
 
 
 def open_log(run: Opened, where: dict[str, Any]) -> MetricsLog:
@@ -49,25 +43,22 @@ def open_log(run: Opened, where: dict[str, Any]) -> MetricsLog:
     cfg = run.cfg
     record = RunRecord(run.run_dir)
     entry = record.start(run.step, cfg.steps, where)
-    if run.warm_start is not None:
-        record.keep(entry, "warm_start", run.warm_start.as_dict())
+    for key, value in run.task.record().items():
+        record.keep(entry, key, value)
     trackers = open_trackers(
         cfg.logging, cfg.name, run.run_dir, run.step, dict(record.content["trackers"]), as_dict(cfg),
         record.keep_tracker,
     )  # fmt: skip
-    trunks = None if cfg.cache.folder else {name: teacher.trunk for name, teacher in run.teachers.teachers.items()}
-    parts = stage_flops(cfg, trunks)
-    flops = mean_flops(parts).training
-    bf16 = run.engine.module.autocast_dtype is torch.bfloat16
-    peak = peak_tflops(device_name(run.device)) if bf16 else None
-    workload = Workload(cfg.train.global_batch, run.world_size, run.device, flops, peak, _costs(parts))
+    work = run.task.work()
+    peak = peak_tflops(device_name(run.device)) if run.dtype is torch.bfloat16 else None
+    workload = Workload(cfg.train.global_batch, run.world_size, run.device, work.flops, peak, work.stages)
     keep = partial(record.keep, entry, "estimate")
     due, every = run.evaluation_due, cfg.evaluation.every
     return MetricsLog(run.run_dir, run.step, cfg.steps, workload, trackers, keep, due, every)
 
 
-def _costs(parts: Sequence[tuple[Stage, Flops]]) -> tuple[tuple[int, float], ...]:
-    """`Workload.stages`: by operations or, where these are not known, by pixels."""
+def stage_costs(parts: Sequence[tuple[Stage, Flops]]) -> tuple[tuple[int, float], ...]:
+    """`metrics.Workload.stages`: by operations or, where these are not known, by pixels."""
     if len(parts) == 1:
         return ()
     counts = [float(stage.image_size**2 if flops.training is None else flops.training) for stage, flops in parts]
@@ -76,8 +67,8 @@ def _costs(parts: Sequence[tuple[Stage, Flops]]) -> tuple[tuple[int, float], ...
     return tuple((stage.end, count / mean) for (stage, _), count in zip(parts, counts, strict=True))
 
 
-def describe(run: Opened) -> None:
-    """Says in a few lines what is trained, on what, where, in which parts."""
+def describe(run: Place, task: OpenedDistillation) -> None:
+    """Says in a few lines what a distillation trains, on what, where, in which parts."""
     cfg = run.cfg
     student, projectors = (
         sum(math.prod(shape) for name, shape in run.engine.shapes.items() if name.startswith(part))
@@ -86,14 +77,14 @@ def describe(run: Opened) -> None:
     logger.info(
         "%s: %d teachers (%s) into a student of %.1f M (+ %.1f M projectors); %d images in training",
         cfg.name, len(cfg.teachers), ", ".join(cfg.teachers), student / 1e6, projectors / 1e6,
-        run.loader.num_images,
+        task.loader.num_images,
     )  # fmt: skip
     logger.info(
         "%d steps of %d images at %d px on %d x %s, ZeRO %d, %s; results in %s",
         cfg.steps, cfg.train.global_batch, cfg.image_size, run.world_size, run.device.type,
-        run.engine.zero_stage, "bf16" if run.engine.module.autocast_dtype else "fp32", run.run_dir,
+        run.engine.zero_stage, "bf16" if run.dtype else "fp32", run.run_dir,
     )  # fmt: skip
-    for stage in run.stages[:-1]:
+    for stage in task.stages[:-1]:
         logger.info("progressive: steps %d to %d at %d px", stage.first + 1, stage.end, stage.image_size)
     one, several = ("GPU", "GPUs") if run.device.type == "cuda" else ("process", "processes")
     where = f"each of {run.world_size} {several}" if run.world_size > 1 else f"1 {one}"
@@ -104,10 +95,10 @@ def describe(run: Opened) -> None:
             "devices, train.activation_checkpointing=true, deepspeed.zero_stage=2, a smaller student or, for a new "
             "run, a higher train.accumulation or a smaller train.global_batch", 100 * SPARE,
         )  # fmt: skip
-    if cfg.train.global_batch > run.loader.num_images:
+    if cfg.train.global_batch > task.loader.num_images:
         logger.warning(
             "train.global_batch=%d is more than the %d images in training: a step sees images several times",
-            cfg.train.global_batch, run.loader.num_images,
+            cfg.train.global_batch, task.loader.num_images,
         )  # fmt: skip
     if cfg.train.accumulation > 1:
         logger.warning(

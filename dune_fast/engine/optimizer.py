@@ -7,27 +7,47 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from dune_fast.engine.schedules import SCHEDULES, scaled_learning_rate
+
 
 @dataclass
 class OptimizerConfig:
-    """AdamW as published for DUNE."""
+    """AdamW and its schedule; the defaults are those published for DUNE."""
 
     lr_per_256: float = 3e-4
     """Peak learning rate for a global batch of 256; scaled linearly with the batch."""
+    lr: float | None = None
+    """Peak learning rate for any batch; null for that of `lr_per_256`."""
+    schedule: str = "dune"
+    """How the learning rate goes, one of `schedules.SCHEDULES`: "dune", "mast3r", "linear", "cosine", "constant"."""
     min_lr: float = 1e-6
-    """Learning rate that the cosine ends at."""
+    """Learning rate that the schedule ends at."""
     warmup_fraction: float = 0.2
     """Share of the run that warms up."""
+    warmup_start: float = 0.0
+    """"linear", "cosine", "constant": the share of its rate that the warm-up begins with."""
+    cycle_beta: list[float] = field(default_factory=list)
+    """[high, low]: the first beta goes from high to low in the first 30 % of the run, and back; empty for `betas`."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     eps: float = 1e-15
     weight_decay: float = 0.03
     """On tensors of two or more dimensions."""
+    decay_vectors: bool = False
+    """Weight decay on tensors of one dimension, too."""
     clip_per_parameter: float = 1.0
     """L2 norm that each parameter's gradient is clipped to, after averaging over ranks; 0 for none of this kind."""
     clip_global: float = 0.0
     """L2 norm that all gradients together are clipped to; 0 for none of this kind. Set `clip_per_parameter` to 0."""
 
+    def peak(self, global_batch: int) -> float:
+        """The highest learning rate."""
+        return scaled_learning_rate(self.lr_per_256, global_batch) if self.lr is None else self.lr
+
     def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optimizer.schedule={self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
+        if self.cycle_beta and (len(self.cycle_beta) != 2 or not all(0 <= beta < 1 for beta in self.cycle_beta)):
+            raise ValueError(f"optimizer.cycle_beta={list(self.cycle_beta)}; give two numbers from 0 to below 1, or []")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas={list(self.betas)}; give two numbers from 0 to below 1")
         if self.clip_per_parameter and self.clip_global:
@@ -37,18 +57,19 @@ class OptimizerConfig:
             )
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: weight decay on tensors of two or more dimensions, none on the others."""
+def parameter_groups(module: nn.Module, weight_decay: float, vectors: bool = False) -> list[dict]:
+    """Trainable parameters in two groups: tensors of two or more dimensions with weight decay; the others without, or
+    with it for `vectors`."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": weight_decay * vectors},
     ]
 
 
 def build_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
     """torch's fused AdamW (its step count stays on the device: nothing is read by the host)."""
-    groups = parameter_groups(module, cfg.weight_decay)
+    groups = parameter_groups(module, cfg.weight_decay, cfg.decay_vectors)
     return torch.optim.AdamW(groups, lr=0.0, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
 
 

@@ -19,7 +19,6 @@ from dune_fast.dali_pipelines.datasets import Dataset
 from dune_fast.engine.checkpoints import clear_partial
 from dune_fast.engine.config import ConfigError, RunConfig, dump_config
 from dune_fast.engine.config_identity import refuse_changes
-from dune_fast.engine.memory import checkpoint_bytes
 from dune_fast.engine.run_log import open_run_log
 from dune_fast.teachers.run_files import Manifest, complete_steps, folder, newest_good, tag
 
@@ -35,7 +34,9 @@ def how_to_go_on(cfg: RunConfig) -> str:
     return f"`dune-fast resume {shlex.quote(cfg.output_dir)}`{same} goes on from the newest checkpoint"
 
 
-def open_run(cfg: RunConfig, precision: str, parts: Callable[[], int]) -> int | None:
+def open_run(
+    cfg: RunConfig, precision: str, parts: Callable[[], int], checkpoint_bytes: Callable[[], int]
+) -> int | None:
     """Rank 0 prepares the folder; all ranks call it.
 
     Args:
@@ -43,6 +44,7 @@ def open_run(cfg: RunConfig, precision: str, parts: Callable[[], int]) -> int | 
             checkpoint, or `precision` and `parts()` at the start: they are a part of what is computed.
         precision: what "auto" means here, "bf16" or "fp32".
         parts: says into how many a step's images are best split here; called once the precision is known.
+        checkpoint_bytes: says how many a checkpoint takes.
 
     Returns:
         The step of the checkpoint to go on from, None at the start.
@@ -56,7 +58,7 @@ def open_run(cfg: RunConfig, precision: str, parts: Callable[[], int]) -> int | 
     found: list[Any] = [None, None, None, None]
     if dist.get_rank() == 0:
         try:
-            found[0] = _prepare(cfg, precision, parts)
+            found[0] = _prepare(cfg, precision, parts, checkpoint_bytes())
         except (ValueError, OSError) as error:
             found[1] = error
         found[2:] = cfg.train.precision, cfg.train.accumulation
@@ -93,6 +95,7 @@ def _hold(run: Path) -> None:
 _RESULTS = (
     "checkpoints", "tensorboard", "metrics.jsonl", "log.txt", "run.json", "state.json", "config.yaml",
     "encoder.safetensors", "student.safetensors", "student_raw.safetensors", "start.safetensors",
+    "head.safetensors", "head_raw.safetensors",
     "drift.json", "held_out.json", "pca.png",
     "loss.png", "report.html", "quarantine.rank*.jsonl", "nonfinite_step_*.safetensors",
 )  # fmt: skip
@@ -128,7 +131,7 @@ def _settle(cfg: RunConfig, run: Path, step: int | None, precision: str, parts: 
         cfg.train.accumulation = parts()
 
 
-def _prepare(cfg: RunConfig, precision: str, parts: Callable[[], int]) -> int | None:
+def _prepare(cfg: RunConfig, precision: str, parts: Callable[[], int], needed: int) -> int | None:
     if not cfg.output_dir:
         raise ValueError("output_dir is empty; give the run's folder, e.g. output_dir=runs/mine")
     run = Path(cfg.output_dir)
@@ -154,7 +157,7 @@ def _prepare(cfg: RunConfig, precision: str, parts: Callable[[], int]) -> int | 
     clear_partial(run)
     step = newest_good(run)
     _settle(cfg, run, step, precision, parts)
-    free, needed = shutil.disk_usage(run).free, checkpoint_bytes(cfg)
+    free = shutil.disk_usage(run).free
     if free < needed:
         raise ConfigError(
             f"a checkpoint of this run takes {needed / 2**30:.2f} GiB, and {run} has {free / 2**30:.2f} GiB left: make "

@@ -26,6 +26,44 @@ def learning_rates(n: int, base: float, minimum: float = 1e-6, warmup_fraction: 
     return np.concatenate([np.linspace(0.0, base, warmup), cosine(base, minimum, n - warmup)])
 
 
+SCHEDULES = ("dune", "mast3r", "linear", "cosine", "constant")
+"""Of n steps, w of them in the warm-up, i from 0:
+
+    dune      peak i / (w - 1), then a cosine over the other n - w steps to the minimum
+    mast3r    peak i / w, then the same cosine
+    linear    over all n steps to the minimum, times the warm-up's factor
+    cosine    the same by a cosine
+    constant  the peak, times the warm-up's factor
+
+    factor = 1 - (1 - i / w) (1 - start)
+"""
+
+
+def scheduled_rates(
+    schedule: str, n: int, peak: float, minimum: float, warmup_fraction: float, start: float = 0.0
+) -> np.ndarray:
+    """The learning rate of every step by one of `SCHEDULES`, float64 [n]."""
+    if schedule == "dune":
+        return learning_rates(n, peak, minimum, warmup_fraction)
+    warmup = round(warmup_fraction * n)
+    rising = np.arange(warmup) / max(warmup, 1)
+    if schedule == "mast3r":
+        return np.concatenate([peak * rising, cosine(peak, minimum, n - warmup)])
+    falls = {"linear": minimum + (peak - minimum) * (1 - np.arange(n) / n), "cosine": cosine(peak, minimum, n)}
+    rates = falls.get(schedule, np.full(n, peak))
+    rates[:warmup] *= 1 - (1 - rising) * (1 - start)
+    return rates
+
+
+def cycled_beta(n: int, high: float, low: float) -> np.ndarray:
+    """AdamW's first beta in one cycle: high to low over 30 % of the steps and back, by cosines. float64 [n]."""
+    turn = max(1.0, 0.3 * n - 1)
+    i = np.arange(n)
+    down, up = np.minimum(1.0, i / turn), np.clip((i - turn) / max(1.0, n - 1 - turn), 0.0, 1.0)
+    falling, rising = (a + (b - a) * (1 - np.cos(np.pi * x)) / 2 for a, b, x in ((high, low, down), (low, high, up)))
+    return np.where(i <= turn, falling, rising)
+
+
 def ema_momenta(n: int, start: float = 1.0, end: float = 0.001) -> np.ndarray:
     """Momentum of the teachers' running statistics: a cosine from start to end. float64 [n]."""
     return cosine(start, end, n)

@@ -1,6 +1,7 @@
 """What is computed on a run's first images, before the first step trains on them.
 
-PHI-S estimates its rotations and scales; the start in closed form is weights out of a teacher, projectors that fit.
+PHI-S estimates its rotations and scales; the convention "fixed" takes a cache's statistics; the start in closed form is
+weights out of a teacher, projectors that fit.
 Rank 0 computes the start, on images that do not depend on the number of ranks.
 """
 
@@ -18,11 +19,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dune_fast.dali_pipelines.loader import TrainLoader
+from dune_fast.cache.store import Store
+from dune_fast.dali_pipelines.loader import Batch, TrainLoader
 from dune_fast.distill.narrowing import NarrowingError, check_pair, narrow
 from dune_fast.distill.projector_fit import fit_projectors
-from dune_fast.distill.standardization import TeacherStatistics
-from dune_fast.distill.step import DistillationStep
+from dune_fast.distill.standardization import Features, TeacherStatistics
+from dune_fast.distill.step import DistillationStep, routed
 from dune_fast.engine.accumulation import all_ranks
 from dune_fast.engine.checkpoints import write_tensors
 from dune_fast.engine.config import ConfigError, RunConfig
@@ -43,7 +45,7 @@ _CHUNK = 64  # images of a forward pass
 
 
 class Opened(Protocol):
-    """What is read here of a run that is about to start; the `Trainer` has it."""
+    """What is read here of a distillation that is about to start."""
 
     cfg: RunConfig
     run_dir: Path
@@ -51,6 +53,7 @@ class Opened(Protocol):
     world_size: int
     device: torch.device
     loader: TrainLoader
+    cache: Store | None
     teachers: TeacherEnsemble
     statistics: TeacherStatistics
     distill: DistillationStep
@@ -60,24 +63,28 @@ def look_ahead(run: Opened, student: Student) -> None:
     """Statistics and start, as far as the configuration asks for them. All ranks call it; see `compute_start`."""
     if run.cfg.standardization.convention == "phi_s":
         estimate_statistics(run)
+    if run.cfg.standardization.convention == "fixed":
+        assert run.cache is not None  # the configuration was checked
+        run.statistics.fix(run.cache.moments())
     if run.cfg.start.wanted:
         compute_start(run, student)
 
 
 def estimate_statistics(run: Opened) -> None:
-    """PHI-S: looks through the teachers at the run's first batches."""
+    """PHI-S: looks at the teachers' features of the run's first batches, from the cache if there is one."""
     count = run.cfg.standardization.phi_s_batches
     if run.rank == 0:
         logger.info("PHI-S: estimating the covariances of the teachers' features from %d batches", count)
     batches = run.loader.batches(0)
-    features = (  # of the images that each teacher is trained on
-        run.teachers(
-            batch.images,
-            run.distill.routes(batch.images, batch.step, batch.group_on_host, batch.positions_on_host),
-        )
-        for batch in itertools.islice(batches, count)
-    )
-    run.statistics.estimate(features, run.distill.all_reduce)
+
+    def features(batch: Batch) -> Features:
+        """Of the images that each teacher is trained on."""
+        routes = run.distill.routes(batch.images, batch.step, batch.group_on_host, batch.positions_on_host)
+        if batch.features is None:
+            return run.teachers(batch.images, routes)
+        return batch.features if routes is None else routed(batch.features, routes)
+
+    run.statistics.estimate(map(features, itertools.islice(batches, count)), run.distill.all_reduce)
     batches.close()
     for buffer in run.statistics.buffers():  # eigenvectors of equal eigenvalues are a library's choice
         dist.broadcast(buffer, 0)

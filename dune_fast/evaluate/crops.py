@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dune_fast.evaluate.heads import IGNORED
+from dune_fast.heads.linear.segmentation import IGNORED
 from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD
 
 _TRIES = 10  # for a crop in which no class has more than _MAX_SHARE

@@ -13,19 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dune_fast.dali_pipelines.listing import PathList
 from dune_fast.evaluate.crops import DepthCrop, depth_crop, normalized, scaled, segmentation_crop, square_target
 from dune_fast.evaluate.extract import extract, image_identity
-from dune_fast.evaluate.heads import IGNORED, MIN_DEPTH, Layer, resize
 from dune_fast.evaluate.metrics import EIGEN_CROP, ConfusionMatrix, DepthMetrics
 from dune_fast.evaluate.model import FrozenModel, fingerprint
 from dune_fast.evaluate.pairs import CLASSES, Pairs
-from dune_fast.evaluate.probe import Recipe, build_head, train
+from dune_fast.evaluate.probe import Recipe, train
 from dune_fast.evaluate.ranks import Ranks
+from dune_fast.heads.linear.depth import MIN_DEPTH, DepthHead
+from dune_fast.heads.linear.layers import Layer, LinearHead, resize
+from dune_fast.heads.linear.segmentation import IGNORED, SegmentationHead
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class DenseTask:
     recipe: Recipe
     layers: int = 1
     classes: int = 0
-    """Segmentation: 0 for the layout's, or those that the training labels have."""
+    """Segmentation: 0 for as many as have names, the layout's, or those that the training labels have."""
     max_depth: float = 10.0
     """Metres; deeper pixels do not count in the metric."""
     crop: DepthCrop = DepthCrop()
@@ -52,9 +53,11 @@ class DenseTask:
     cached: int = 0
     """Side of the squares whose tokens are computed once; 0: by the recipe."""
     threads: int = 4
+    names: tuple[str, ...] = ()
+    """Segmentation: of the classes, where the dataset says them; the head keeps them."""
 
 
-def run_dense(job: DenseTask, model: FrozenModel, cache: Path, ranks: Ranks) -> tuple[dict[str, float], nn.Module]:
+def run_dense(job: DenseTask, model: FrozenModel, cache: Path, ranks: Ranks) -> tuple[dict[str, float], LinearHead]:
     """Trains a head, or goes on with it, and evaluates it.
 
     Args:
@@ -70,22 +73,17 @@ def run_dense(job: DenseTask, model: FrozenModel, cache: Path, ranks: Ranks) -> 
         DataError: images or targets that cannot be read.
         ValueError: labels that no class has, a batch that ranks cannot share.
     """
-    classes = job.classes or CLASSES.get(job.train.layout, 0)
-    if job.task == "segmentation":
-        job = replace(job, classes=classes or count_classes(job.train, ranks))
-        classes = job.classes
-    if job.task == "segmentation" and classes < 2:
-        raise ValueError(f"there are labels of {classes} class: 2 are needed; set --classes, or look at --data")
+    job = with_classes(job, ranks)
     if job.task == "depth" and job.max_depth <= MIN_DEPTH:
         raise ValueError(f"--max-depth is {job.max_depth}: give metres, above {MIN_DEPTH}")
-    head = build_head(job.task, model, job.layers, classes, job.max_depth, job.recipe.seed).to(ranks.device)
+    head = build_head(job, model).to(ranks.device)
     sources = [
         *image_identity([PathList(file for file, _ in job.train.files)]),
         *image_identity([PathList(target for _, target in job.train.files)]),
     ]
     values = {
         "format": 1, "weights": model.weights_sha256, "reading": model.reading, "recipe": job.recipe,
-        "classes": classes, "max_depth": job.max_depth, "crop": job.crop, "cached": job.cached, "task": job.task,
+        "classes": job.classes, "max_depth": job.max_depth, "crop": job.crop, "cached": job.cached, "task": job.task,
         "layout": job.train.layout, "depth_scale": job.train.depth_scale, "images": sources,
     }  # fmt: skip
     state = cache / "probes" / f"{fingerprint(values)[:24]}.pt"
@@ -94,11 +92,15 @@ def run_dense(job: DenseTask, model: FrozenModel, cache: Path, ranks: Ranks) -> 
         train(head, job.task, job.recipe, len(job.train), None, None, ranks, state, squares)
     else:
         train(
-            head, job.task, job.recipe, len(job.train), lambda *a: _crop(job, *a), model.padded, ranks, state,
+            head, job.task, job.recipe, len(job.train), lambda *a: training_crop(job, *a), model.padded, ranks, state,
             threads=job.threads,
         )  # fmt: skip
-    head.eval()
-    metrics = ConfusionMatrix(classes, ranks.device) if job.task == "segmentation" else DepthMetrics(ranks.device)
+    return measure(job, model, head.eval(), cache, ranks), head
+
+
+def measure(job: DenseTask, model: FrozenModel, head: LinearHead, cache: Path, ranks: Ranks) -> dict[str, float]:
+    """The metrics of a head, in evaluation mode, on the validation images; arguments as of `run_dense`."""
+    metrics = ConfusionMatrix(job.classes, ranks.device) if job.task == "segmentation" else DepthMetrics(ranks.device)
     for prediction, target in _predictions(job, model, head, cache, ranks):
         if isinstance(metrics, ConfusionMatrix):
             metrics.add(prediction, target)
@@ -106,7 +108,31 @@ def run_dense(job: DenseTask, model: FrozenModel, cache: Path, ranks: Ranks) -> 
             window = EIGEN_CROP if job.eigen and target.shape == (480, 640) else ...
             metrics.add(prediction[window], target[window], job.max_depth)
     ranks.add(metrics.counts if isinstance(metrics, ConfusionMatrix) else metrics.sums)
-    return metrics.result(), head
+    return metrics.result()
+
+
+def with_classes(job: DenseTask, ranks: Ranks) -> DenseTask:
+    """The same with the number of classes: the layout's, or counted. ValueError for segmentation with less than 2."""
+    classes = job.classes or len(job.names) or CLASSES.get(job.train.layout, 0)
+    if job.task != "segmentation":
+        return replace(job, classes=classes)
+    classes = classes or count_classes(job.train, ranks)
+    if classes < 2:
+        raise ValueError(f"there are labels of {classes} class: 2 are needed; set --classes, or look at --data")
+    return replace(job, classes=classes)
+
+
+def build_head(job: DenseTask, model: FrozenModel) -> LinearHead:
+    """A head with initial weights that are a function of the recipe's seed."""
+    how = {"patch_size": model.patch_size, "layers": job.layers, "projector": model.reading.get("projector", "")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.recipe.seed)
+        if job.task == "depth":
+            return DepthHead(model.channels, with_cls=model.has_cls, max_depth=job.max_depth, **how)
+        windows = {"window": job.recipe.size, "stride": job.recipe.stride}
+        if job.cached:
+            windows = {"window": job.cached, "stride": job.cached}
+        return SegmentationHead(model.channels, job.classes, names=job.names, **windows, **how)
 
 
 def count_classes(pairs: Pairs, ranks: Ranks) -> int:
@@ -132,7 +158,8 @@ def _read(job: DenseTask, pairs: Pairs, index: int) -> tuple[Tensor, Tensor]:
     return image, target
 
 
-def _crop(job: DenseTask, index: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+def training_crop(job: DenseTask, index: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Crop [3, h, w] and target [h, w] of a training image."""
     image, target = _read(job, job.train, index)
     if job.task == "segmentation":
         return segmentation_crop(image, target, job.recipe.size, random)
@@ -140,26 +167,24 @@ def _crop(job: DenseTask, index: int, random: np.random.Generator) -> tuple[Tens
 
 
 def _predictions(
-    job: DenseTask, model: FrozenModel, head: nn.Module, cache: Path, ranks: Ranks
+    job: DenseTask, model: FrozenModel, head: LinearHead, cache: Path, ranks: Ranks
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(classes or depth, target) of each validation image of this rank, [H, W] each."""
-    mine = range(ranks.rank, len(job.val), ranks.size)
     squares = _Squares(job, model, job.val, cache, ranks) if job.cached else None
-    with ranks.progress("evaluating", len(mine)) as progress, torch.no_grad():
-        for index in mine:
+    for index in ranks.share("evaluating", len(job.val)):
+        with torch.no_grad():
             if squares is not None:
                 layers, targets = squares([index])
-                output, target = resize(head(layers), targets.shape[-2:])[0], targets[0]
-                yield (output.argmax(0) if job.task == "segmentation" else output[0]), target
+                output, target = resize(head.from_layers(layers), targets.shape[-2:])[0], targets[0]
+                prediction = output.argmax(0) if job.task == "segmentation" else output[0]
             else:
                 image, target = _read(job, job.val, index)
                 if job.task == "segmentation":
-                    logits = window_logits(image, model, head, job.recipe, ranks.device)
+                    logits = window_logits(image, model, head, ranks.device)
                     prediction = resized_argmax(logits, target.shape)
                 else:
-                    prediction = flip_averaged_depth(image, model, head, job.max_depth, ranks.device)
-                yield prediction, target.to(ranks.device)
-            progress.advance(1)
+                    prediction = flip_averaged_depth(image, model, head, ranks.device)
+        yield prediction, target.to(ranks.device)
 
 
 def windows(length: int, size: int, stride: int) -> list[int]:
@@ -168,21 +193,22 @@ def windows(length: int, size: int, stride: int) -> list[int]:
     return [max(min(i * stride + size, length) - size, 0) for i in range(count)]
 
 
-def window_logits(image: Tensor, model: FrozenModel, head: nn.Module, cfg: Recipe, device: torch.device) -> Tensor:
-    """Logits [1, classes, h, w] of the image scaled to the recipe's short side: windows' means where they overlap.
+def window_logits(image: Tensor, model: FrozenModel, head: SegmentationHead, device: torch.device) -> Tensor:
+    """Logits [1, classes, h, w] of the image whose short side is scaled to a window: means where windows overlap.
 
     Args:
         image: uint8 [3, H, W].
     """
-    x = normalized(scaled(image, cfg.size)[0]).to(device)
+    x = normalized(scaled(image, head.window)[0]).to(device)
     height, width = x.shape[-2:]
-    places = [(t, s) for t in windows(height, cfg.size, cfg.stride) for s in windows(width, cfg.size, cfg.stride)]
-    size = min(cfg.size, height), min(cfg.size, width)
+    tops, lefts = (windows(length, head.window, head.stride) for length in (height, width))
+    places = [(t, s) for t in tops for s in lefts]
+    size = min(head.window, height), min(head.window, width)
     total, count = None, x.new_zeros(1, 1, height, width)
     for start in range(0, len(places), _WINDOWS):
         chosen = places[start : start + _WINDOWS]
         crops = torch.stack([x[:, t : t + size[0], s : s + size[1]] for t, s in chosen])
-        logits = resize(head(model.padded(crops)), size)
+        logits = resize(head.from_layers(model.padded(crops)), size)
         total = x.new_zeros(1, logits.shape[1], height, width) if total is None else total
         for part, (t, s) in zip(logits, chosen, strict=True):
             total[0, :, t : t + size[0], s : s + size[1]] += part
@@ -203,14 +229,12 @@ def resized_argmax(logits: Tensor, size: Sequence[int]) -> Tensor:
     return found
 
 
-def flip_averaged_depth(
-    image: Tensor, model: FrozenModel, head: nn.Module, max_depth: float, device: torch.device
-) -> Tensor:
+def flip_averaged_depth(image: Tensor, model: FrozenModel, head: DepthHead, device: torch.device) -> Tensor:
     """Depth [H, W] in metres of an image uint8 [3, H, W], the mean of its own and that of its mirror image."""
     x = normalized(image).to(device)[None]
     depths = []
     for each in (x, x.flip(-1)):
-        depth = head(model.padded(each)).clamp(MIN_DEPTH, max_depth)
+        depth = head.from_layers(model.padded(each)).clamp(MIN_DEPTH, head.max_depth)
         depths.append(resize(depth, image.shape[-2:])[0, 0])
     return (depths[0] + depths[1].flip(-1)) / 2
 
@@ -239,9 +263,3 @@ class _Squares:
         patch = self.patch[indices].to(self.device).float().permute(0, 3, 1, 2)
         cls = None if self.cls is None else self.cls[indices].to(self.device).float()
         return [(patch, cls)], self.targets[indices].to(self.device)
-
-
-def head_bytes(head: nn.Module) -> bytes:
-    """The head as a safetensors file, by the names of the published heads."""
-    state = {f"decode_head.{name}": x.detach().cpu().contiguous() for name, x in head.state_dict().items()}
-    return safetensors.torch.save(state)

@@ -143,7 +143,7 @@ class InRunEvaluation:
         student = self._copy(trainer)
         values: dict[str, float] = {}
         try:
-            if any(len(dataset.val) for dataset in trainer.loader.datasets):
+            if any(len(dataset.val) for dataset in trainer.task.loader.datasets):
                 values |= self._held_out(trainer, student)
             if self._labelled is not None:
                 values[f"knn/{self.cfg.evaluation.knn_dataset}"] = self._knn(trainer, student)
@@ -165,11 +165,11 @@ class InRunEvaluation:
 
     def _held_out(self, trainer: Trainer, student: Student) -> dict[str, float]:
         teachers = {name: tokens for name, (_, tokens) in self.cfg.teacher_features.items()}
-        sums = HeldOutLoss(teachers, trainer.loader.dataset_names, trainer.device)
-        statistics = trainer.statistics
+        sums = HeldOutLoss(teachers, trainer.task.loader.dataset_names, trainer.device)
+        statistics = trainer.task.statistics
         standardizers = statistics.running()
-        for batch in self._batches(trainer, "held-out images", trainer.loader.datasets):
-            features = statistics.rotated(trainer.teachers(batch.images))
+        for batch in self._batches(trainer, "held-out images", trainer.task.loader.datasets):
+            features = statistics.rotated(trainer.task.teachers(batch.images))
             sums.add(student(batch.images), features, standardizers, self.cfg.objective, batch.dataset)
         sum_over_ranks(sums.sums)
         return sums.result()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dune_fast.evaluate.heads import IGNORED, MIN_DEPTH
+from dune_fast.heads.linear.depth import MIN_DEPTH
+from dune_fast.heads.linear.segmentation import IGNORED
 
 EIGEN_CROP = (slice(45, 471), slice(41, 601))
 """Rows and columns of a 480x640 image of NYUd that count."""

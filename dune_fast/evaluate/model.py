@@ -20,15 +20,13 @@ from torch import Tensor, nn
 
 from dune_fast.engine.devices import autocast_dtype
 from dune_fast.evaluate.exported import load_exported
-from dune_fast.evaluate.heads import Layer
+from dune_fast.heads.head import HeadError
+from dune_fast.heads.linear.layers import Layer, blocks_read
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.load import PUBLISHED, PUBLISHED_ENCODERS, ModelNotFoundError, load_encoder, load_model
 from dune_fast.teachers.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
 from dune_fast.teachers.ensemble import TeacherEnsemble
 from dune_fast.teachers.vit import ViTTeacher
-
-_FOUR_LAYERS = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23)}
-"""Depth -> blocks of the four-layer depth head, from 0; other depths take the ends of their quarters."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +66,18 @@ class FrozenModel:
 
     @functools.cached_property
     def weights_sha256(self) -> str:
-        """Over names, types, shapes and values of all tensors, so a file and its copy by another name are the same."""
-        digest = hashlib.sha256()
-        for name, x in sorted(self.module.state_dict().items()):
-            digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
-            values = x.detach().cpu().contiguous()
-            digest.update(values.reshape(-1).view(torch.uint8).numpy() if values.numel() else np.empty(0, np.uint8))
-        return digest.hexdigest()
+        """Of its tensors, so a file and its copy by another name are the same."""
+        return tensors_sha256(self.module)
+
+
+def tensors_sha256(module: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and values of a module's tensors."""
+    digest = hashlib.sha256()
+    for name, x in sorted(module.state_dict().items()):
+        digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
+        values = x.detach().cpu().contiguous()
+        digest.update(values.reshape(-1).view(torch.uint8).numpy() if values.numel() else np.empty(0, np.uint8))
+    return digest.hexdigest()
 
 
 def open_model(
@@ -129,11 +132,10 @@ def frozen_encoder(
 ) -> FrozenModel:
     """An encoder that is loaded already; see `open_model` for `how`."""
     how = {"norm": True, "layers": 1, "precision": str(dtype or torch.float32), "projector": ""} if how is None else how
-    depth = len(encoder.blocks)
-    quarters = tuple(round(depth * i / 4) - 1 for i in (1, 2, 3, 4))
-    blocks = _FOUR_LAYERS.get(depth, quarters) if how["layers"] == 4 else (depth - 1,)
-    if len(set(blocks)) != len(blocks) or min(blocks) < 0:
-        raise ValueError(f"--layers 4: {name} has {depth} blocks alone; read the last one")
+    try:
+        blocks = blocks_read(len(encoder.blocks), how["layers"])
+    except HeadError as error:
+        raise HeadError(f"{name}: {error}") from error
     device = next(encoder.parameters()).device
     own, imagenet = (torch.tensor(x, device=device).view(2, 3, 1, 1) for x in (
         [encoder.mean, encoder.std], [IMAGENET_MEAN, IMAGENET_STD],

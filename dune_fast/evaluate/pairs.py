@@ -6,6 +6,7 @@
     scannet     ROOT/SCENE/color/*.jpg with depth/*.png or label/*.png, ROOT/scannetv2_{train,val}.txt name the scenes
     plain       ROOT/images/{train,val}/..., ROOT/labels/{train,val}/... (or depth/...); or train.txt, val.txt as nyud
 
+ROOT/classes.txt may name the classes of labels, one a line; ADE20K's objectInfo150.txt is read too.
 Labels are PNGs of classes. Depths are PNGs of 16 bits in millimetres (`depth_scale`), or .npy in metres; 0: not known.
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from dune_fast.dali_pipelines.errors import BrokenImage, DataError
 from dune_fast.dali_pipelines.images import SUFFIXES, decode
-from dune_fast.evaluate.heads import IGNORED
+from dune_fast.heads.linear.segmentation import IGNORED
 
 LAYOUTS = ("ade20k", "cityscapes", "nyud", "scannet", "plain")
 TASKS = ("segmentation", "depth")
@@ -109,7 +110,9 @@ def guess_layout(root: Path) -> str:
     return "ade20k" if (root / "annotations" / "training").is_dir() else "plain"
 
 
-def open_pairs(root: Path, task: str, layout: str = "", depth_scale: float = 1000.0) -> tuple[Pairs, Pairs]:
+def open_pairs(
+    root: Path, task: str, layout: str = "", depth_scale: float = 1000.0, name: str = "--data"
+) -> tuple[Pairs, Pairs]:
     """Training and validation images.
 
     Args:
@@ -117,12 +120,13 @@ def open_pairs(root: Path, task: str, layout: str = "", depth_scale: float = 100
         task: "segmentation" or "depth".
         layout: one of `LAYOUTS`; "" for what the folder looks like.
         depth_scale: units of a depth PNG in a metre.
+        name: of `root`, for messages.
 
     Raises:
         DataError: no such folder or layout, or no images there.
     """
     if not root.is_dir():
-        raise DataError(f"--data {root}: there is no such folder")
+        raise DataError(f"{name} {root}: there is no such folder")
     layout = layout or guess_layout(root)
     if layout not in LAYOUTS:
         raise DataError(f"--layout {layout}: choose one of {', '.join(LAYOUTS)}")
@@ -131,7 +135,7 @@ def open_pairs(root: Path, task: str, layout: str = "", depth_scale: float = 100
         files = _FINDERS[layout](root, split, task)
         if not files:
             shown = next(line.strip() for line in (__doc__ or "").splitlines() if line.strip().startswith(layout))
-            raise DataError(f"--data {root}: no images with {task} for {split}; expected is the layout {shown}")
+            raise DataError(f"{name} {root}: no images with {task} for {split}; expected is the layout {shown}")
         found.append(Pairs(layout, task, tuple(sorted(files)), depth_scale))
     return found[0], found[1]
 
@@ -211,3 +215,16 @@ def _plain(root: Path, split: str, task: str) -> list[tuple[str, str]]:
 _FINDERS: dict[str, Callable[[Path, str, str], list[tuple[str, str]]]] = {
     "ade20k": _ade20k, "cityscapes": _cityscapes, "nyud": _nyud, "scannet": _scannet, "plain": _plain,
 }  # fmt: skip
+
+
+def class_names(root: Path) -> tuple[str, ...]:
+    """The names of the classes, in the order of the labels, as the dataset says them; empty where it does not."""
+    plain, ade20k = root / "classes.txt", root / "objectInfo150.txt"
+    try:
+        if plain.is_file():
+            return tuple(line.strip() for line in plain.read_text().splitlines() if line.strip())
+        if ade20k.is_file():  # Idx, Ratio, Train, Val, Stuff, Name
+            return tuple(line.split("\t")[-1].strip() for line in ade20k.read_text().splitlines()[1:] if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the names of the classes in {root} cannot be read: {error}") from error
+    return ()

@@ -23,16 +23,10 @@ from torch import Tensor, nn
 
 from dune_fast.dali_pipelines.order import Permutation
 from dune_fast.dali_pipelines.storage import write_whole
-from dune_fast.evaluate.heads import (
-    WARM_UP_STEPS,
-    Layer,
-    LinearDepth,
-    LinearSegmentation,
-    depth_loss,
-    segmentation_loss,
-)
-from dune_fast.evaluate.model import FrozenModel
 from dune_fast.evaluate.ranks import Ranks
+from dune_fast.heads.linear.depth import WARM_UP_STEPS, depth_loss
+from dune_fast.heads.linear.layers import Layer, LinearHead
+from dune_fast.heads.linear.segmentation import segmentation_loss
 
 logger = logging.getLogger(__name__)
 
@@ -111,15 +105,6 @@ def recipe(task: str, **given: float | None) -> Recipe:
     return Recipe(**values)
 
 
-def build_head(task: str, model: FrozenModel, layers: int, classes: int, max_depth: float, seed: int) -> nn.Module:
-    """A head with initial weights that are a function of the seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if task == "segmentation":
-            return LinearSegmentation(model.channels * layers, classes)
-        return LinearDepth(model.channels, layers, model.has_cls, max_depth)
-
-
 def sample(count: int, position: int, seed: int) -> tuple[int, np.random.Generator]:
     """The image at a position of the training, each once a pass, and the random numbers that belong to it."""
     index = Permutation(count, seed, 0, position // count)(np.array([position % count]))[0]
@@ -127,7 +112,7 @@ def sample(count: int, position: int, seed: int) -> tuple[int, np.random.Generat
 
 
 def train(
-    head: nn.Module,
+    head: LinearHead,
     task: str,
     cfg: Recipe,
     count: int,
@@ -167,7 +152,7 @@ def train(
     with ranks.progress(f"training the {task} head", cfg.iterations, "steps", first) as progress:
         for layers, targets in _batches(cfg, count, crops, encode, ranks, first, share, cached, threads):
             head.train()
-            output = head(layers)
+            output = head.from_layers(layers)
             if task == "segmentation":
                 loss = segmentation_loss(output, targets)
             else:

@@ -37,6 +37,14 @@ class Ranks:
         """A progress bar of rank 0's; see `Progress`."""
         return _Silent() if self.rank else Progress(title, total, unit, done)
 
+    def share(self, title: str, count: int) -> Iterator[int]:
+        """This rank's of `count` images, by their indices, with a progress bar. All ranks call it."""
+        mine = range(self.rank, count, self.size)
+        with self.progress(title, len(mine)) as progress:
+            for index in mine:
+                yield index
+                progress.advance(1)
+
     def barrier(self) -> None:
         """Waits until every rank is here."""
         if self.size > 1:

@@ -19,11 +19,12 @@ from dune_fast.engine.devices import device_name
 from dune_fast.engine.provenance import versions
 from dune_fast.evaluate.classify import chance, classes_of, features_of, knn_task, linear_task, logistic_regression
 from dune_fast.evaluate.crops import DepthCrop
-from dune_fast.evaluate.dense import DenseTask, head_bytes, run_dense
+from dune_fast.evaluate.dense import DenseTask, run_dense
 from dune_fast.evaluate.model import FrozenModel, check_size, open_model
-from dune_fast.evaluate.pairs import open_pairs
+from dune_fast.evaluate.pairs import class_names, open_pairs
 from dune_fast.evaluate.probe import RECIPES, recipe
 from dune_fast.evaluate.ranks import Ranks
+from dune_fast.heads.files import head_bytes
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.files import cache_dir
 from dune_fast.teachers.local_paths import local_path
@@ -146,7 +147,8 @@ def _classify(model: FrozenModel, options: TaskOptions, ranks: Ranks) -> tuple[d
 
 def _dense(model: FrozenModel, options: TaskOptions, ranks: Ranks) -> tuple[dict[str, float], dict, bytes]:
     task = options.task
-    train, val = open_pairs(local_path(options.data, "--data"), task, options.layout, options.depth_scale)
+    root = local_path(options.data, "--data")
+    train, val = open_pairs(root, task, options.layout, options.depth_scale)
     given = {"iterations": options.iterations, "lr": options.lr, "batch": options.batch, "seed": options.seed}
     if task == "segmentation":
         given["size"] = options.size
@@ -157,7 +159,7 @@ def _dense(model: FrozenModel, options: TaskOptions, ranks: Ranks) -> tuple[dict
     cached = check_size(model, options.cached) if options.cached else 0
     job = DenseTask(
         task, train, val, cfg, options.layers, options.classes, options.max_depth, crop, train.layout == "nyud",
-        cached, options.threads,
+        cached, options.threads, class_names(root) if task == "segmentation" else (),
     )  # fmt: skip
     metrics, head = run_dense(job, model, cache_dir(), ranks)
     plain = RECIPES[task]

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from safetensors import safe_open
+
 from dune_fast.engine.config import load_config
 from dune_fast.export import TARGETS, to_dune, to_hf, to_onnx, to_safetensors, to_timm
 from dune_fast.export.check import ExportError, compare, encoder_outputs, sizes
 from dune_fast.export.dinov2_alike import resizes_alike
 from dune_fast.load import load_encoder, load_model, locate
 from dune_fast.teachers.local_paths import local_path
-from dune_fast.teachers.run_files import Manifest, is_checkpoint
+from dune_fast.teachers.run_files import AVERAGE, Manifest, is_checkpoint
 from dune_fast.teachers.weights import folder_weights
 
 _MODULES = {"timm": to_timm, "hf": to_hf, "onnx": to_onnx, "safetensors": to_safetensors, "dune": to_dune}
@@ -89,12 +91,25 @@ def _steps(path: Path) -> int:
     return Manifest.read(found).step if found.is_dir() else load_config(path / "config.yaml").steps
 
 
+def _average(path: Path) -> dict[str, str]:
+    """Metadata that the weights are an average (`train.ema`), as the run's files have it; none where they are not."""
+    if path.is_dir():
+        path = folder_weights(path, "encoder.safetensors", "model.safetensors")
+    if path.is_dir():
+        manifest = Manifest.read(path)
+        return {AVERAGE: str(manifest.config["train"]["ema"])} if manifest.averaged else {}
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        return {key: value for key, value in (file.metadata() or {}).items() if key == AVERAGE}
+
+
 def _write_and_compare(path: Path, target: str, part: Path) -> tuple[float, bool, tuple[str, ...]]:
     """(largest relative difference, whether all sizes were compared, what to say)."""
     notes: list[str] = []
     if target == "dune":
         model = load_model(path)
-        to_dune.write(model, part, _steps(path))
+        to_dune.write(model, part, _steps(path), _average(path))
         encoder, reference = model.encoder, to_dune.dune_outputs(model)
         if others := [name for name in model.teachers if name not in to_dune.TEACHERS]:
             notes.append(
@@ -102,7 +117,7 @@ def _write_and_compare(path: Path, target: str, part: Path) -> tuple[float, bool
             )
     else:
         encoder = load_encoder(path)
-        _MODULES[target].write(encoder, part)
+        _MODULES[target].write(encoder, part, _average(path))
         reference = partial(encoder_outputs, encoder)
     every_size = target not in ("timm", "hf") or resizes_alike(encoder.cfg)
     if not every_size:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.export.check import ExportError, Reader, encoder_outputs
+from dune_fast.export.to_safetensors import PLAIN
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.load import DistilledModel
 from dune_fast.released import load_released
@@ -72,8 +73,9 @@ def _refuse_unlike(model: DistilledModel) -> None:
             raise ExportError(f"DUNE's published container needs {what}: export this run to safetensors instead")
 
 
-def write(model: DistilledModel, folder: Path, step: int = 0) -> None:
-    """Writes `dune.pth`: {"model", "args", "iter", "preprocessing"}; its only type besides torch's is a Namespace.
+def write(model: DistilledModel, folder: Path, step: int = 0, about: Mapping[str, str] = PLAIN) -> None:
+    """Writes `dune.pth`: {"model", "args", "iter", "preprocessing"} and `about`; its only type besides torch's is a
+    Namespace.
 
     The published loader builds encoder and projectors from `args` alone, so they hold every option.
     """
@@ -92,7 +94,7 @@ def write(model: DistilledModel, folder: Path, step: int = 0) -> None:
         dune_args="{'last_enc_norm': False}",
     )  # fmt: skip
     preprocessing = asdict(model.encoder.transform)
-    content = {"model": published_state(model), "args": args, "iter": step, "preprocessing": preprocessing}
+    content = {"model": published_state(model), "args": args, "iter": step, "preprocessing": preprocessing, **about}
     torch.save(content, folder / FILE)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dune_fast.export.check import ExportError, Outputs, Reader
 from dune_fast.export.dinov2_alike import CONFIG, WEIGHTS, refuse_unlike
-from dune_fast.export.to_safetensors import save
+from dune_fast.export.to_safetensors import PLAIN, save
 from dune_fast.kernels.nn.block import LAYER_NORM_EPS
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.teachers.timm_model import import_timm
@@ -44,8 +44,11 @@ def hf_state(encoder: VisionTransformer) -> dict[str, Tensor]:
     return state
 
 
-def write(encoder: VisionTransformer, folder: Path) -> None:
-    """Writes both configurations and `model.safetensors`, of a Dinov2WithRegisters or, without registers, a Dinov2."""
+def write(encoder: VisionTransformer, folder: Path, about: Mapping[str, str] = PLAIN) -> None:
+    """Writes both configurations and `model.safetensors`, of a Dinov2WithRegisters or, without registers, a Dinov2.
+
+    `about` is metadata of the latter.
+    """
     cfg = encoder.cfg
     refuse_unlike(encoder, "transformers")
     if cfg.layer_scale is None:
@@ -68,7 +71,7 @@ def write(encoder: VisionTransformer, folder: Path) -> None:
         config["num_register_tokens"] = cfg.num_registers
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(json.dumps(encoder.transform.transformers(), indent=2) + "\n")
-    save(folder / WEIGHTS, hf_state(encoder), {"format": "pt"})
+    save(folder / WEIGHTS, hf_state(encoder), {"format": "pt", **about})
 
 
 def read(folder: Path) -> Reader:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from dune_fast.export.check import ExportError, Reader
+from dune_fast.export.to_safetensors import PLAIN
 from dune_fast.kernels.nn.block import LAYER_NORM_EPS, Block
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.teachers.architecture import ARCHITECTURE, PREPROCESSING
@@ -146,8 +148,8 @@ def _block(g: Graph, x: str, block: Block, name: str) -> str:
     return g.branch(x, out, block.ls2, f"{name}.ls2")
 
 
-def build_graph(encoder: VisionTransformer) -> Any:
-    """The whole model as a `ModelProto`, checked.
+def build_graph(encoder: VisionTransformer, about: Mapping[str, str] = PLAIN) -> Any:
+    """The whole model as a `ModelProto`, checked; `about` is further metadata.
 
     Raises:
         ExportError: the package onnx is missing, or the encoder is none that this writer knows.
@@ -184,7 +186,7 @@ def build_graph(encoder: VisionTransformer) -> Any:
     opsets = [onnx.helper.make_opsetid("", OPSET)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="dune_fast")
     properties = {ARCHITECTURE: json.dumps(asdict(cfg)), PREPROCESSING: encoder.transform.as_json()}
-    onnx.helper.set_model_props(model, properties)
+    onnx.helper.set_model_props(model, properties | about)
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -201,9 +203,9 @@ def _refuse(encoder: VisionTransformer) -> None:
         raise ExportError(f"an ONNX file holds at most 2 GiB and this encoder has {size / 2**30:.1f} GiB of weights")
 
 
-def write(encoder: VisionTransformer, folder: Path) -> None:
-    """Writes `encoder.onnx`."""
-    (folder / FILE).write_bytes(build_graph(encoder).SerializeToString())
+def write(encoder: VisionTransformer, folder: Path, about: Mapping[str, str] = PLAIN) -> None:
+    """Writes `encoder.onnx`; `about` is further metadata."""
+    (folder / FILE).write_bytes(build_graph(encoder, about).SerializeToString())
 
 
 def read(folder: Path) -> Reader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from dune_fast.load import load_encoder
 from dune_fast.teachers.architecture import PREPROCESSING, architecture_metadata
 
 FILE = "encoder.safetensors"
+PLAIN: Mapping[str, str] = MappingProxyType({})
 
 
 def save(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -22,9 +24,9 @@ def save(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     write_tensors(path, {key: value.detach().cpu().contiguous() for key, value in state.items()}, metadata)
 
 
-def write(encoder: VisionTransformer, folder: Path) -> None:
-    """Writes `encoder.safetensors`."""
-    metadata = architecture_metadata(encoder.cfg) | {PREPROCESSING: encoder.transform.as_json()}
+def write(encoder: VisionTransformer, folder: Path, about: Mapping[str, str] = PLAIN) -> None:
+    """Writes `encoder.safetensors`; `about` is further metadata."""
+    metadata = architecture_metadata(encoder.cfg) | {PREPROCESSING: encoder.transform.as_json()} | about
     save(folder / FILE, encoder.state_dict(), metadata)
 
 

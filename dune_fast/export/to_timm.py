@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from dune_fast.export.check import ExportError, Reader
 from dune_fast.export.dinov2_alike import CONFIG, WEIGHTS, refuse_unlike
-from dune_fast.export.to_safetensors import save
+from dune_fast.export.to_safetensors import PLAIN, save
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.teachers.containers import read_safetensors
 from dune_fast.teachers.timm_model import import_timm
@@ -34,8 +35,8 @@ def timm_architecture(cfg: ViTConfig) -> tuple[str, dict]:
     return f"vit_{size}_patch14_reg4_dinov2", arguments
 
 
-def write(encoder: VisionTransformer, folder: Path) -> None:
-    """Writes `config.json` and `model.safetensors`."""
+def write(encoder: VisionTransformer, folder: Path, about: Mapping[str, str] = PLAIN) -> None:
+    """Writes `config.json` and `model.safetensors`; `about` is metadata of the latter."""
     cfg = encoder.cfg
     refuse_unlike(encoder, "timm")
     name, arguments = timm_architecture(cfg)
@@ -50,7 +51,7 @@ def write(encoder: VisionTransformer, folder: Path) -> None:
         },
     }  # fmt: skip
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    save(folder / WEIGHTS, timm_state(encoder), {"format": "pt"})
+    save(folder / WEIGHTS, timm_state(encoder), {"format": "pt", **about})
 
 
 def read(folder: Path) -> Reader:

@@ -31,10 +31,20 @@ class Head(nn.Module):
     """Channels of the encoder that it reads."""
     patch_size: int
     """Of that encoder, in pixels."""
+    views: ClassVar[int] = 1
+    """Images that belong together: 2 where `forward` takes the tokens of a first and of a second image."""
+    repeated: ClassVar[tuple[str, ...]] = ()
+    """Options that say how often a part is there; a file of fewer tensors is refused before anything is built."""
+    projector: str = ""
+    """The teacher whose projector's output it reads; "" for the encoder's own tokens."""
 
     def options(self) -> dict[str, Any]:
         """Plain JSON: the arguments that rebuild it."""
         raise NotImplementedError
+
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        """Blocks of an encoder of `depth` blocks that it reads beside the last one, as `tokens.encode` takes them."""
+        return ()
 
 
 def head_class(kind: str) -> type[Head]:
@@ -46,7 +56,12 @@ def head_class(kind: str) -> type[Head]:
 
 
 def check_encoder(head: Head, encoder: VisionTransformer) -> None:
-    """HeadError if an encoder's tokens are not those that a head was trained on."""
+    """HeadError if an encoder's tokens are not those that a head was trained on, by their channels and patches."""
+    if head.projector:
+        raise HeadError(
+            f"the {head.kind} head reads the projector of {head.projector}, not the encoder: train one without "
+            "--projector, or use it by `dune-fast infer`"
+        )
     found, wanted = (encoder.cfg.embed_dim, encoder.cfg.patch_size), (head.width, head.patch_size)
     if found != wanted:
         raise HeadError(

@@ -1,4 +1,4 @@
-"""The same hours spent otherwise: FP8 teachers, a smaller student, a start, smaller images first, features from disk.
+"""The same hours spent otherwise: less of the teachers, a smaller student, a start, smaller images first, a cache.
 
 What is known of the quality has its source; all else is "not known".
 """
@@ -6,106 +6,108 @@ What is known of the quality has its source; all else is "not known".
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
 
 from omegaconf import OmegaConf
 
 from dune_fast.distill.narrowing import NarrowingError, check_pair
-from dune_fast.engine.config import ConfigError, RunConfig, compose_config
-from dune_fast.engine.flops import published_network
+from dune_fast.engine.config import RunConfig, compose_config
+from dune_fast.engine.flops import published_network, run_flops
 from dune_fast.engine.overrides import config_names
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
-from dune_fast.planner.budget import Machine, Schedule, image_flops, longest, mildest, step_seconds
-from dune_fast.planner.numbers import ESTIMATED, Number
+from dune_fast.planner.budget import Alternative, Machine, longest
+from dune_fast.planner.cached import cached
+from dune_fast.planner.numbers import COUNTED, Number
+from dune_fast.teachers.config import TeacherConfig
 
-_PROOF = "docs/training_well.md: a ViT-Ti/14 at 112 px, three seeds"
+_MEASURED = "measured on a small student and a short schedule: docs/training_well.md"
 QUALITY = {
     "live, whole": "the recipe's own; no recipe has been run in full (docs/one_gpu.md)",
-    "live": "weaker than the whole recipe; by how much is not known, no number is published for a shorter schedule. "
-    f"From 120 to 400 steps IoU rose from 0.573 to 0.587, matching from 0.487 to 0.518 ({_PROOF})",
-    "FP8 teachers": "not known. Two ViT-S/14 teachers differ by 1 - cosine of 4.8e-3 to 1.5e-2 from float32 "
-    "(bench/NOTES.md, Teachers); the limit is 5e-3, and `dune-fast teachers drift` measures yours",
+    "live": "weaker than the whole recipe; by how much is not known, no number is published for a shorter schedule",
+    "FP8 teachers": "not known. `dune-fast teachers drift` measures the features; bench/NOTES.md, \"Teachers\", has "
+    "two small ones",
     "smaller student": "not known",
-    "start": f"after 120 steps k-NN 0.393 instead of 0.211, IoU 0.573 instead of 0.317 ({_PROOF}); on long schedules "
-    "a start matters less, by how much is not known",
-    "progressive": "not known",
-    "cached": "not known: the papers show every image in a new crop",
+    "start": f"better on short schedules, {_MEASURED}",
+    "warm start": "not known; the papers start from drawn weights",
+    "progressive": f"{_MEASURED}, \"Spending less\"",
+    "presample": f"{_MEASURED}, \"Spending less on the teachers\"",
+    "teachers' scale": f"{_MEASURED}, \"Spending less on the teachers\"",
+    "cached": "the papers show every image in a new crop; measured on a small student: bench/NOTES.md, \"Features from "
+    "a cache\". What components and a share of the patches lose is not known; the report says how close they are",
 }
 """What is known of the quality of each alternative, and from where."""
-_NO_CACHE = "`dune-fast cache build` makes it, with data.views = the views on disk / the number of your images"
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """One way to spend the hours."""
-
-    name: str
-    about: str
-    quality: str
-    schedule: Schedule | None = None
-    numbers: dict[str, Number] = field(default_factory=dict)
-    command: str = ""
-    """Empty where there is none, and `why` says why."""
-    why: str = ""
-
-
-def _composed(experiment: str, overrides: Sequence[str]) -> RunConfig | None:
-    """The configuration; None where this version does not have an option."""
-    try:
-        return compose_config([f"experiment={experiment}", *overrides])
-    except ConfigError:
-        return None
+SCALE = 0.75
+"""Of teachers' images."""
 
 
 def alternatives(
     cfg: RunConfig, experiment: str, overrides: Sequence[str], machine: Machine, hours: float | None,
-    disk: float | None, image_kb: float | None,
+    disk: float | None, image_kb: float | None, images: int = 0,
 ) -> list[Alternative]:  # fmt: skip
     """The recipe as it is, then what else the hours buy.
 
     Args:
         disk: bytes that a cache of features may take; None leaves it out.
         image_kb: mean size of an image file.
+        images: that the datasets have; 0 for the number that the configuration expects.
     """
     found: list[Alternative] = []
+    whole = run_flops(cfg).training
 
-    def add(name: str, about: str, more: list[str], quality: str | None = None) -> None:
-        own = [*overrides, *more]
-        changed = _composed(experiment, own) if more else cfg
-        assert changed is not None, own
-        text = QUALITY[quality or name]
+    def add(name: str, about: str, more: list[str]) -> None:
+        own, text = [*overrides, *more], QUALITY[name]
         try:
+            changed = compose_config([f"experiment={experiment}", *own]) if more else cfg
             schedule = longest(changed, experiment, own, machine, hours, image_kb)
         except ValueError as error:
             found.append(Alternative(name, about, text, why=str(error)))
             return
         if name == "live" and schedule.full:
             text = QUALITY["live, whole"]
-        found.append(Alternative(name, about, text, schedule, schedule.numbers, schedule.command))
+        flops, numbers = run_flops(changed).training, schedule.numbers
+        if whole and flops:
+            numbers = {"arithmetic": Number(100 * flops / whole, "% of the arithmetic an image", COUNTED)} | numbers
+        found.append(Alternative(name, about, text, schedule, numbers, schedule.command))
 
-    add("live", "the recipe, teachers on every image", [])
-    eight = [f"teachers.{name}.precision=fp8" for name in _vits(cfg)]
+    add("live", "the recipe, teachers on every image" if not cfg.cache.folder else "the recipe, from its cache", [])
+    if not cfg.cache.folder:
+        _less_of_the_teachers(cfg, machine, add, found)
+    if smaller := _smaller_student(cfg):
+        add("smaller student", f"student={smaller}", [f"student={smaller}"])
+    if not cfg.student_weights and not cfg.start.teacher:
+        if teacher := _start_teacher(cfg):
+            more = [f"start.teacher={teacher}", "start.fit_projectors=true"]
+            add("start", "first weights out of a teacher in closed form, as many steps", more)
+        if weights := _student_weights(cfg):
+            about = f"first weights from {weights[0]} (`dune-fast teachers fetch {weights[0]}`), as many steps"
+            add("warm start", about, [f"student_weights={weights[1]}"])
+    if not cfg.progressive and not cfg.cache.folder:
+        side = _smaller_side(cfg)
+        option = f"progressive=[{{until: 0.5, image_size: {side}}}]"
+        add("progressive", f"{side} px for the first half of the steps, then {cfg.image_size}", [option])
+        text = QUALITY["cached"]
+        found.append(cached(cfg, experiment, overrides, machine, hours, disk, image_kb, images, text))
+    return found
+
+
+def _less_of_the_teachers(cfg: RunConfig, machine: Machine, add: Callable, found: list[Alternative]) -> None:
+    """Options that take less of the teachers' arithmetic in every step."""
+    eight = [f"teachers.{name}.precision=fp8" for name in _vits(cfg) if cfg.teachers[name].precision != "fp8"]
     if eight and (machine.table is None or machine.table.fp8 is None):
         why = f"{machine.name} has no FP8 in the table of GPUs"
         found.append(Alternative("FP8 teachers", "teachers' products in float8", QUALITY["FP8 teachers"], why=why))
     elif eight:
         add("FP8 teachers", "teachers' products in float8, at 0.69 of their time in bf16", eight)
-    if smaller := _smaller_student(cfg):
-        add("smaller student", f"student={smaller}", [f"student={smaller}"])
-    if not cfg.student_weights and not cfg.start.teacher and (teacher := _start_teacher(cfg)):
-        more = [f"start.teacher={teacher}", "start.fit_projectors=true"]
-        add("start", "first weights out of a teacher in closed form, as many steps", more)
-    if not cfg.progressive and not cfg.cache.folder:
-        found.append(_progressive(cfg, experiment, overrides, machine, hours, image_kb))
-        found.append(_cached(cfg, machine, hours, disk))
-    return found
+    objective = cfg.objective
+    if objective.sharing == "full" and objective.drop_probability and not objective.presample:
+        add("presample", "each image's teachers drawn before they run", ["objective.presample=true"])
+    if scaled := [f"teachers.{name}.scale={SCALE}" for name in _vits(cfg) if cfg.teachers[name].scale == 1]:
+        add("teachers' scale", f"teachers' images of {SCALE} of the side", scaled)
 
 
 def _vits(cfg: RunConfig) -> list[str]:
-    """Teachers whose blocks are ours, which can be in FP8, and are not yet."""
-    names = [name for name, t in cfg.teachers.items() if t.precision != "fp8"]
-    return [name for name in names if isinstance(published_network(name, cfg.teachers[name]), VisionTransformer)]
+    """Teachers whose blocks are ours: they can be in FP8, and take images of any size."""
+    return [name for name, t in cfg.teachers.items() if isinstance(published_network(name, t), VisionTransformer)]
 
 
 def _smaller_student(cfg: RunConfig) -> str | None:
@@ -132,75 +134,22 @@ def _start_teacher(cfg: RunConfig) -> str | None:
     return None
 
 
-def _progressive(
-    cfg: RunConfig, experiment: str, overrides: Sequence[str], machine: Machine, hours: float | None,
-    image_kb: float | None,
-) -> Alternative:  # fmt: skip
-    """Two thirds of the side for the first half of the steps."""
+def _student_weights(cfg: RunConfig) -> tuple[str, str] | None:
+    """A published encoder of the student's architecture, by its name in `configs/teachers`, and its file."""
+    own = cfg.student
+    for name, path in config_names("teachers").items():
+        stored = OmegaConf.load(path)
+        if stored.get("family") != "dinov2" or stored.get("num_features") != own.embed_dim:
+            continue
+        network = published_network(name, TeacherConfig(**OmegaConf.to_container(stored, resolve=True)))
+        assert isinstance(network, VisionTransformer), name
+        fields = ("embed_dim", "depth", "num_heads", "patch_size", "num_registers")
+        if all(getattr(network.cfg, field) == getattr(own, field) for field in fields):
+            return name, stored.weights
+    return None
+
+
+def _smaller_side(cfg: RunConfig) -> int:
+    """Two thirds of the images' side, as the patches of student and teachers allow; the smallest that they take."""
     unit = math.lcm(*(t.grid_multiple for t in cfg.teachers.values())) * cfg.student.patch_size
-    side = max(unit, round(cfg.image_size * 2 / 3 / unit) * unit)
-    about = f"{side} px for the first half of the steps, then {cfg.image_size}"
-    text = QUALITY["progressive"]
-    if side >= cfg.image_size:
-        return Alternative(
-            "progressive", about, text, why=f"{cfg.image_size} px are the smallest that all teachers take"
-        )
-    scale = (1 + sum(image_flops(replace(cfg, image_size=side))) / sum(image_flops(cfg))) / 2
-    try:
-        schedule = longest(cfg, experiment, overrides, machine, hours, image_kb, scale)
-    except ValueError as error:
-        return Alternative("progressive", about, text, why=str(error))
-    option = f"progressive=[{{until:0.5,image_size:{side}}}]"
-    if _composed(experiment, [*overrides, option]) is None:
-        why = "no command: this version has no option for it"
-        return Alternative("progressive", about, text, schedule, schedule.numbers, why=why)
-    command = schedule.command.replace(f"experiment={experiment}", f"experiment={experiment} '{option}'")
-    return Alternative("progressive", about, text, schedule, schedule.numbers, command)
-
-
-def view_bytes(cfg: RunConfig) -> int:
-    """Bytes of one view's features: a byte a value of a patch and a float32 scale a channel; cls in bfloat16."""
-    patches = (cfg.image_size // cfg.student.patch_size) ** 2
-    sizes = {"patch": patches + 4, "cls": 2}
-    return sum(sizes[token] * t.num_features for t in cfg.teachers.values() for token in t.token_types)
-
-
-def _cached(cfg: RunConfig, machine: Machine, hours: float | None, disk: float | None) -> Alternative:
-    """Teachers once over as many views as the disk holds, then the student alone."""
-    about, text = "teachers once over fixed views, their features from disk", QUALITY["cached"]
-    size = view_bytes(cfg)
-    numbers = {"disk a view": Number(size / 1e6, "MB in int8", ESTIMATED)}
-    if disk is None:
-        return Alternative("cached", about, text, numbers=numbers, why="give --disk, e.g. 2TB, to plan it")
-    found = mildest(cfg, machine.gpus, machine.memory)
-    if found is None:
-        return Alternative("cached", about, text, numbers=numbers, why="it does not fit the GPUs' memory")
-    changed, _, _ = found
-    _, frozen = image_flops(changed)
-    rate = machine.gpus * machine.tflops.value * 1e12
-    trained = step_seconds(changed, machine, teachers=False)
-    batch = changed.train.global_batch
-    whole = changed.steps * (trained + batch * frozen / rate)
-    seconds = whole if hours is None else hours * 3600
-    views = min(int(disk // size), int(seconds / (frozen / rate + trained / batch)))
-    building = views * frozen / rate
-    steps = min(changed.steps, int((seconds - building) / trained))
-    if views < batch or steps < 2:
-        return Alternative("cached", about, text, numbers=numbers, why="disk or hours do not hold one step's features")
-    numbers |= {
-        "views": Number(views, "views on disk", ESTIMATED),
-        "disk": Number(views * size / 1e9, "GB", ESTIMATED),
-        "building": Number(building / 3600, "h", ESTIMATED),
-        "images": Number(steps * batch, "images", ESTIMATED),
-        "passes": Number(steps * batch / views, "times every view", ESTIMATED),
-        "share of the recipe": Number(100 * steps / changed.steps, "%", ESTIMATED),
-        "speed": Number(batch / trained, "images/s", ESTIMATED),
-        "features": Number(batch / trained * size / 1e6, "MB/s from disk", ESTIMATED),
-        "hours": Number((building + steps * trained) / 3600, "h", ESTIMATED),
-    }
-    if machine.table is not None:
-        watts = machine.gpus * machine.table.watts
-        numbers["energy"] = Number(numbers["hours"].value * watts / 1e3, "kWh at most", ESTIMATED)
-    return Alternative(
-        "cached", about, text, numbers=numbers, why=_NO_CACHE
-    )
+    return max(unit, round(cfg.image_size * 2 / 3 / unit) * unit)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.flops import TRAINED, run_flops
 from dune_fast.engine.memory import Fit, fit
+from dune_fast.planner.beside import beside
 from dune_fast.planner.gpus import EFFICIENCY, FP8_TEACHER, GPU, LINK_SHARE, PCIE_GB_S
 from dune_fast.planner.numbers import COUNTED, ESTIMATED, Number
 from dune_fast.planner.scale import exposed_seconds, sent_bytes
@@ -98,6 +101,22 @@ class Schedule:
     fit: Fit
 
 
+@dataclass(frozen=True)
+class Alternative:
+    """One way to spend the hours."""
+
+    name: str
+    about: str
+    quality: str
+    schedule: Schedule | None = None
+    numbers: dict[str, Number] = field(default_factory=dict)
+    command: str = ""
+    """Empty where there is none, and `why` says why."""
+    why: str = ""
+    build: str = ""
+    """What is to be run before the command."""
+
+
 def too_small(cfg: RunConfig, experiment: str, machine: Machine) -> ValueError:
     """For a machine on which nothing fits."""
     return ValueError(
@@ -107,17 +126,11 @@ def too_small(cfg: RunConfig, experiment: str, machine: Machine) -> ValueError:
     )
 
 
-def step_seconds(cfg: RunConfig, machine: Machine, teachers: bool = True, scale: float = 1.0) -> float:
-    """Of one step: compute, and the part of the gradients' transfer that nothing hides.
-
-    Args:
-        cfg: with its accumulation.
-        teachers: whether they run.
-        scale: factor of the arithmetic.
-    """
+def step_seconds(cfg: RunConfig, machine: Machine) -> float:
+    """Of one step: compute, and the part of the gradients' transfer that nothing hides. `cfg` has its accumulation."""
     trained, frozen = image_flops(cfg)
     images, rate = cfg.train.global_batch / machine.gpus, machine.tflops.value * 1e12
-    compute = images * (trained + (frozen if teachers else 0)) * scale / rate
+    compute = images * (trained + frozen) / rate
     link = (machine.table.link if machine.table else PCIE_GB_S) * LINK_SHARE * 1e9
     backward = images * trained * 2 / 3 / rate / max(1, cfg.train.accumulation)
     return compute + exposed_seconds(cfg, sent_bytes(cfg, machine.gpus), link, backward)
@@ -130,7 +143,6 @@ def longest(
     machine: Machine,
     hours: float | None,
     image_kb: float | None = None,
-    scale: float = 1.0,
 ) -> Schedule:
     """The longest schedule, at most the recipe's own; ValueError if the machine is too small or the time too short.
 
@@ -138,7 +150,6 @@ def longest(
         cfg: the recipe's, with `overrides`, which belong into the command.
         hours: None for the whole recipe.
         image_kb: mean size of an image file.
-        scale: factor of the arithmetic, for schedules whose images are smaller for a part of the run.
     """
     batch = cfg.train.global_batch
     if batch % machine.gpus:
@@ -150,13 +161,16 @@ def longest(
     if found is None:
         raise too_small(cfg, experiment, machine)
     cfg, lies, remedies = found
-    seconds = step_seconds(cfg, machine, scale=scale)
-    steps = cfg.steps if hours is None else min(cfg.steps, int(hours * 3600 / seconds) // 2 * 2)
+    seconds, other = step_seconds(cfg, machine), beside(cfg, machine.gpus, machine.gpus * machine.tflops.value * 1e12)
+    left = math.inf if hours is None else (hours * 3600 - other.once) / (seconds + other.step)
+    steps = int(min(cfg.steps, left)) // 2 * 2
     if steps < 2:
         raise ValueError(
-            f"{hours:g} hours are not enough for 2 steps of {experiment}, one of which takes about {seconds:.0f} s"
+            f"{hours:g} hours are not enough for 2 steps of {experiment}, one of which takes about {seconds:.2g} s, "
+            f"and {other.once / 60:.2g} minutes beside them"
         )
-    how, images, taken = machine.how, steps * batch, steps * seconds / 3600
+    besides = (other.once + steps * other.step) / 3600
+    how, images, taken = machine.how, steps * batch, steps * seconds / 3600 + besides
     rate, kb = batch / seconds, IMAGE_KB if image_kb is None else image_kb
     length_how = COUNTED if steps == cfg.steps else how
     numbers = {
@@ -170,11 +184,12 @@ def longest(
         "speed": Number(rate, "images/s", how),
         "storage": Number(rate * kb / 1e3, "MB/s", how if image_kb is not None else ESTIMATED),
         "decoding": Number(rate * DECODE_MS / 1e3, "CPU cores", ESTIMATED),
+        "beside the steps": Number(besides, "h for start-up, evaluations and checkpoints", ESTIMATED),
         "hours": Number(taken, "h", how),
     }
     if machine.table is not None:
         numbers["energy"] = Number(taken * machine.gpus * machine.table.watts / 1e3, "kWh at most", ESTIMATED)
     length = f"train.steps={steps}" if cfg.train.steps is not None else f"train.images={images}"
     own = [*overrides, *([length] if steps < cfg.steps else []), f"train.accumulation={lies.parts}", *remedies]
-    command = f"dune-fast distill -n {machine.gpus} experiment={experiment} {' '.join(own)}"
+    command = f"dune-fast distill -n {machine.gpus} experiment={experiment} {shlex.join(own)}"
     return Schedule(experiment, machine, steps, images, steps == cfg.steps, command, numbers, lies)

@@ -16,6 +16,7 @@ from dune_fast.distill.objective import ownership
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep
 from dune_fast.engine.config import RunConfig
+from dune_fast.engine.config_sections import CacheConfig, StandardizationConfig
 from dune_fast.engine.deepspeed_engine import Engine, init_distributed
 from dune_fast.engine.devices import autocast_dtype, device_name
 from dune_fast.engine.flops import run_flops, teachers_by_trunk
@@ -67,6 +68,9 @@ def calibrate(cfg: RunConfig, steps: int, gpus: int = 1) -> Calibration:
     Images are not read: storage and decoding are not in it. ValueError if a teacher's arithmetic is not known, or a
     part of one image does not fit.
     """
+    if cfg.cache.folder:  # the rate is that of a step with its teachers
+        own = StandardizationConfig() if cfg.standardization.convention == "fixed" else cfg.standardization
+        cfg = dataclasses.replace(cfg, cache=CacheConfig(), standardization=own)
     total = run_flops(cfg).training
     if total is None:
         raise ValueError("a teacher's arithmetic is not known without its weights, so a calibration gives no rate")

@@ -11,7 +11,6 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.engine.flops import run_flops, stage_flops
 from dune_fast.engine.memory import SPARE, disk_bytes, fit, memory_bytes, teacher_parameters, trained_parameters
 from dune_fast.engine.metrics import duration
-from dune_fast.engine.schedules import scaled_learning_rate
 from dune_fast.planner.budget import mildest
 
 _GPU_GIB = (16, 24, 40, 80)
@@ -32,7 +31,7 @@ def describe(cfg: RunConfig, experiment: str, gpus: Sequence[int], tflops: float
     networks = "not known" if None in frozen else f"{sum(count or 0 for count in frozen) / 1e6:.0f} M"
     batch, images = cfg.train.global_batch, cfg.steps * cfg.train.global_batch
     teachers = ", ".join(f"{name} {_tera(count)}" for name, count in flops.teachers.items())
-    peak, warmup = scaled_learning_rate(cfg.optimizer.lr_per_256, batch), int(cfg.optimizer.warmup_fraction * cfg.steps)
+    peak, warmup = cfg.optimizer.peak(batch), int(cfg.optimizer.warmup_fraction * cfg.steps)
     lines = [
         f"{experiment}: {cfg.steps:,} steps of {batch:,} images at {cfg.image_size} px = {images:,} images",
         f"  learning rate: warm-up to {peak:.3g} over {warmup:,} steps, cosine to {cfg.optimizer.min_lr:.3g}",

@@ -17,7 +17,8 @@ FP8_TEACHER = 0.69
 LINK_SHARE = 0.5
 """Of a link's published rate that collectives are taken to reach; not measured."""
 PCIE_GB_S = 31.5
-"""PCIe 4.0 x16, one direction: what a GPU that is not in the table is taken to have."""
+"""PCIe 4.0 x16, one direction (16 lanes of 16 GT/s, 128 of 130 bits): what a GPU that is not in the table is taken to
+have. PCIe 5.0 has twice that."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ GPUS = {
     ),
     "rtx4090": GPU("GeForce RTX 4090", 24, 1008, 330.3, 450, 31.5, "NVIDIA Ada GPU Architecture whitepaper, RTX 4090"),
     "rtx5090": GPU(
-        "GeForce RTX 5090", 32, 1792, 419.0, 575, 63.0, "NVIDIA RTX Blackwell GPU Architecture whitepaper, RTX 5090"
+        "GeForce RTX 5090", 32, 1792, 419.0, 575, 63.0,
+        "NVIDIA RTX Blackwell GPU Architecture whitepaper, RTX 5090; its FP8 rate is unverified",
     ),
     "l4": GPU("L4", 24, 300, 242.5, 72, 31.5, "NVIDIA L4 Tensor Core GPU datasheet"),
     "l40s": GPU("L40S", 48, 864, 733.0, 350, 31.5, "NVIDIA L40S datasheet"),
@@ -61,7 +63,7 @@ GPUS = {
     "a100": GPU("A100-SXM4-80GB", 80, 2039, None, 400, 300.0, "NVIDIA A100 Tensor Core GPU datasheet, 80 GB SXM"),
     "h100": GPU("H100 80GB HBM3", 80, 3350, 1979.0, 700, 450.0, "NVIDIA H100 Tensor Core GPU datasheet, SXM"),
     "h200": GPU("H200", 141, 4800, 1979.0, 700, 450.0, "NVIDIA H200 Tensor Core GPU datasheet, SXM"),
-    "b200": GPU("B200", 180, 8000, 4500.0, 1000, 900.0, "NVIDIA DGX B200 datasheet, an eighth of the system"),
+    "b200": GPU("B200", 180, 8000, 4500.0, 1000, 900.0, "NVIDIA DGX B200 datasheet, an eighth; HGX B200 at 1000 W"),
 }
 """By the name that `dune-fast plan --gpu` takes."""
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dune_fast.planner.alternatives import Alternative
-from dune_fast.planner.budget import Machine
+from dune_fast.planner.budget import Alternative, Machine
 from dune_fast.planner.gpus import EFFICIENCY, GPU
 from dune_fast.planner.numbers import Number
 from dune_fast.planner.scale import Scaled
 
-_SIDE_BY_SIDE = ("images", "share of the recipe", "speed", "hours", "energy")
+_SIDE_BY_SIDE = ("arithmetic", "images", "share of the recipe", "speed", "hours", "energy")
+_OF_A_CACHE = ("disk a view", "views", "disk", "building", "passes", "features")
 
 
 def machine_lines(machine: Machine) -> list[str]:
@@ -51,10 +51,11 @@ def budget_lines(recipe: str, hours: float | None, found: Sequence[Alternative])
         if shown:
             lines.append(f"    {', '.join(shown)}")
         if extra := [
-            f"{n}: {v}" for n, v in other.numbers.items() if n in ("disk a view", "disk", "building", "passes")
+            f"{n}: {v}" for n, v in other.numbers.items() if n in _OF_A_CACHE
         ]:
             lines.append(f"    {', '.join(extra)}")
-        lines += [f"    quality: {other.quality}", f"    {other.command or other.why}"]
+        commands = [f"    {line}" for line in (other.build, other.command or other.why) if line]
+        lines += [f"    quality: {other.quality}", *commands]
     return lines
 
 
@@ -84,8 +85,8 @@ def plain(value: Any) -> Any:
 
 def alternative_values(found: Alternative) -> dict[str, Any]:
     """One alternative."""
-    about = {"name": found.name, "about": found.about, "quality": found.quality, "command": found.command or None}
-    return about | {"why": found.why or None, "numbers": plain(found.numbers)}
+    about = {"name": found.name, "about": found.about, "quality": found.quality, "build": found.build or None}
+    return about | {"command": found.command or None, "why": found.why or None, "numbers": plain(found.numbers)}
 
 
 def machine_values(machine: Machine) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Bytes that each of n ranks sends in a step, with f = (n - 1) / n, G bytes of gradients (in `deepspeed.gradient_dtype`),
 W bytes of float32 weights, p parts (`train.accumulation`):
 
-    ZeRO 0    2 f G                  an all-reduce, hidden behind the backward pass of the last part
+    ZeRO 0    2 f G                  an all-reduce, partly hidden behind the backward pass of the last part
     ZeRO 1    2 f G + f W            after the backward pass; then each rank's weights to all
     ZeRO 2    2 f G p + f W          the same after every part
     ZeRO 3    (2 f W + f G) p        weights before both passes, gradients to their owner
@@ -22,6 +22,9 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.engine.gradient_average import FEWEST, LARGEST
 from dune_fast.engine.memory import trained_parameters
 
+OVERLAP_SHARE = 0.5
+"""Of the link's rate that a transfer reaches beside a backward pass. Two hosts whose two cores compute and send at once
+reached 0.61 at 1 Gbit/s and 0.34 at 500 Mbit/s (bench/NOTES.md, "Two hosts"). Not measured on GPUs."""
 LATENCY_S = 10e-6
 """Of one hop of a collective, an assumption."""
 
@@ -47,15 +50,23 @@ def sent_bytes(cfg: RunConfig, ranks: int) -> float:
 def exposed_seconds(cfg: RunConfig, sent: float, link: float, backward: float) -> float:
     """Of the transfer of `sent` bytes over `link` bytes/s, what the step waits for.
 
-    Under ZeRO 0 it hides behind `backward` seconds, all but its last bucket; under the others nothing hides.
+    Under ZeRO 0 a part of it hides behind `backward` seconds, see `overlapped`; under the others nothing does.
     """
     seconds = sent / link
     if cfg.deepspeed.zero_stage:
         return seconds
     size = 2 if cfg.deepspeed.gradient_dtype == "bf16" else 4
-    gradients = sum(trained_parameters(cfg)) * size
-    last = seconds * min(LARGEST / gradients, 1 / FEWEST)
-    return max(last, seconds - backward)
+    return overlapped(seconds, backward, max(FEWEST, sum(trained_parameters(cfg)) * size / LARGEST))
+
+
+def overlapped(seconds: float, backward: float, buckets: float) -> float:
+    """What a step waits for of a transfer of `seconds`, in equal buckets that the backward pass completes in turn.
+
+    The transfer begins with the first bucket, reaches `OVERLAP_SHARE` of the link's rate until the backward pass ends,
+    and all of it then. The last bucket has nothing to hide behind.
+    """
+    hidden = OVERLAP_SHARE * backward * (1 - 1 / buckets)
+    return max(seconds / buckets, seconds - hidden)
 
 
 def statistics_bytes(cfg: RunConfig) -> int:

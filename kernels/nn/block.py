@@ -184,7 +184,7 @@ class Block(nn.Module):
             normed: norm1(x), where the block before has made it.
             next_norm: the next block's `norm1`.
             next_dtype: of next_norm(x), this block's `input_dtype` by default; without `next_norm` of x, its own.
-            kept: int64 [n], the tokens that go on after attention; all by default.
+            kept: int64 [n] or, of every image its own, [B, n]: the tokens that go on after attention; all by default.
         """
         dtype = self.input_dtype(x)
         if normed is None:

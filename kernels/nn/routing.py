@@ -71,9 +71,38 @@ class PatchSubset:
         return None if index is None else F.pad(index + 1, (1, 0))
 
 
+@dataclass(frozen=True)
+class OwnPatches:
+    """Patches of every image's own, which a cache has features of; read as a `PatchSubset` is."""
+
+    indices: Tensor
+    """int64 [B, n], ascending in each row, each once."""
+
+    def index(self, patches: int, device: torch.device) -> Tensor:
+        """int64 [B, n]."""
+        return self.indices
+
+    def with_cls(self, patches: int, device: torch.device) -> Tensor:
+        """The same among tokens of which the first is the cls token, which stays: int64 [B, 1 + n]."""
+        return F.pad(self.indices + 1, (1, 0))
+
+
+def patches_of_views(share: float, seed: int, views: Tensor, patches: int) -> Tensor:
+    """Random patches of fixed views, a share of them (see `PatchSubset.count`): int64 [B, n], ascending.
+
+    Args:
+        views: int64 [B], their numbers, which with the seed decide.
+        patches: of an image.
+    """
+    drawn = philox.words(seed, philox.VIEW_PATCHES, views[:, None], torch.arange(patches, device=views.device))[..., 0]
+    return drawn.argsort(stable=True)[:, : PatchSubset(share, seed, 0).count(patches)].sort(-1).values
+
+
 def select(x: Tensor, index: Tensor | None) -> Tensor:
-    """The tokens [B, n, C] of x [B, N, C], a copy; x itself without an index."""
-    return x if index is None else x.index_select(1, index)
+    """The tokens [B, n, C] of x [B, N, C], a copy, by an index [n] for all images or [B, n]; x itself without one."""
+    if index is None:
+        return x
+    return x.index_select(1, index) if index.ndim == 1 else x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def make_routes(indices: Mapping[str, np.ndarray], batch: int, device: torch.device) -> dict[str, Route]:

@@ -122,6 +122,8 @@ class VisionTransformer(DINOv2Interface, nn.Module):
     """Whether the backward pass computes each block again instead of keeping what is inside."""
     stream_dtype: torch.dtype | None = None
     """Type of the tokens between blocks; None for the embedding's."""
+    autocast_dtype: torch.dtype | None = None
+    """Type of the products where task heads ask for tokens, `dune_fast.heads.tokens`; None for the caller's own."""
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dune_fast.dali_pipelines.datasets import DataConfig, DataError, DatasetConfig, index_dataset, index_datasets
-from dune_fast.dali_pipelines.listing import PathList
+from dune_fast.dali_pipelines.listing import PathList, _is
 
 
 def names(paths) -> list[str]:
@@ -62,11 +62,38 @@ def test_folder_that_cannot_be_listed_is_not_left_out_without_a_word(photos, mon
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DataError, match=r"folder .*/more cannot be listed \(Stale file handle\).*start the same"):
+    with pytest.raises(DataError, match=r"/more cannot be listed \(Stale file handle\).*start the same"):
         index_dataset("d", DatasetConfig(root=str(photos), pattern=pattern))
     reason[0] = errno.EACCES  # lost+found, say
     assert len(index_dataset("d", DatasetConfig(root=str(photos), pattern=pattern)).train) == 24
     assert f"{photos}/more may not be listed" in caplog.text
+
+
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.ESTALE])
+def test_an_entry_that_cannot_be_looked_at_is_not_taken_for_nothing(photos, caplog, reason):
+    """A link into a folder that is closed to us, or whose storage is gone; one that leads nowhere is nothing."""
+
+    def look() -> bool:
+        raise OSError(reason, os.strerror(reason), "album")
+
+    if reason == errno.EACCES:
+        assert not _is(look) and "album may not be listed: what is in it is left out" in caplog.text
+    else:
+        with pytest.raises(DataError, match="album cannot be listed"):
+            _is(look)
+    (photos / "x").symlink_to(photos / "y")
+    (photos / "y").symlink_to(photos / "x")
+    assert len(index_dataset("d", DatasetConfig(root=str(photos), pattern="*")).train) == 24
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_an_imagefolder_that_cannot_be_listed_is_a_sentence(tmp_path, monkeypatch, code):
+    def refuse(path):
+        raise OSError(code, os.strerror(code), path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=rf"the folder {tmp_path} cannot be listed \({os.strerror(code)}\): see that"):
+        index_dataset("d", DatasetConfig(root=f"imagefolder:{tmp_path}"))
 
 
 @pytest.mark.parametrize("pattern", ["", "**/*.jpg"])

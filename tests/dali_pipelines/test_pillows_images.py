@@ -70,7 +70,7 @@ def test_all_that_pillow_opens_is_pillows_image_and_nothing_ends_the_process(cor
             continue
         opened.add(path)
         if path in decoded:
-            ((encoded, size),) = source.read_all([(0, index)])
+            ((encoded, size, _),) = source.read_all([(0, index)])
             assert size == theirs.shape[1::-1], path
             ours, side = largest_squares(encoded, size), min(size)
             if (difference := np.abs(ours - [theirs[:side, :side], theirs[-side:, -side:]]).max()) > 2:

@@ -9,7 +9,7 @@ import torch
 from dune_fast.distill.objective import ObjectiveConfig, presampled
 from dune_fast.kernels.distill_loss import distill_loss_reference
 from dune_fast.kernels.moments import moments
-from dune_fast.kernels.nn.routing import PatchSubset
+from dune_fast.kernels.nn.routing import PatchSubset, patches_of_views, select
 from dune_fast.kernels.teacher_drop import drop_uniforms
 from tests.distill.test_routing import TEACHERS, Distillation
 
@@ -143,6 +143,49 @@ def test_the_loss_on_a_subset_is_that_of_whole_projections_there(projector, imag
     for name, p in economical.student.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("projector", PROJECTORS)
+@pytest.mark.parametrize(
+    "objective", [{}, {"patch_share": 0.5}, {"presample": True, "drop_probability": 0.5}], ids=["all", "some", "routed"]
+)
+def test_every_image_may_have_patches_of_its_own(projector, objective, images):
+    """Those that a cache has kept: the loss is that of whole projections there."""
+    economical = Distillation(False, "full", projector=projector, **{"drop_probability": 0.0} | objective)
+    kept = patches_of_views(0.5, 3, torch.arange(9), 16)
+    every = economical.teachers(images)
+    features = {
+        name: {kind: select(x, kept) if kind == "patch" else x for kind, x in kinds.items()}
+        for name, kinds in every.items()
+    }
+    on_device = torch.zeros(9, dtype=torch.long), torch.arange(9)
+    found = economical.step(images, *on_device, 0, 0.0, None, features, np.arange(9), kept)
+    found.loss.backward()
+    index = kept[:, PatchSubset(0.5, 0, 0).index(8, CPU)] if "patch_share" in objective else kept
+    projections, standardizers = economical.student(images), economical.statistics.running()
+    mask = torch.ones(3, 9)
+    if "presample" in objective:
+        drawn = presampled(np.arange(9), 3, 0, 0, ObjectiveConfig(**objective))
+        mask = torch.from_numpy(drawn).float()
+    for i, (name, tokens) in enumerate(every.items()):
+        losses = []
+        for token, x in tokens.items():
+            y = projections[name][token]
+            x, y = (x, y) if token == "cls" else (select(x, index), select(y, index))
+            losses.append(distill_loss_reference(y, x, *standardizers[name][token]).total)
+        expected = torch.stack(losses).mean(0) * mask[i]
+        torch.testing.assert_close(found.images.losses[i], expected.detach())
+    assert all(p.grad.isfinite().all() for p in economical.student.parameters() if p.requires_grad)
+
+
+def test_patches_of_a_view_are_of_its_number_and_the_seed():
+    views = torch.arange(400) + 2**33
+    kept = patches_of_views(0.5, 3, views, 16)
+    assert kept.shape == (400, 8) and torch.equal(kept, kept.sort(-1).values)
+    assert torch.equal(patches_of_views(0.5, 3, views[7:9], 16), kept[7:9])
+    assert not torch.equal(patches_of_views(0.5, 4, views, 16), kept)
+    counts = kept.flatten().bincount(minlength=16)
+    assert (counts - 200).abs().max() < 50  # all take turns: five deviations
 
 
 @pytest.mark.parametrize(("projector", "tokens"), [("tp", (17, 9, 9)), ("sp", (9, 9)), ("lp", (8, 8))])

@@ -157,7 +157,7 @@ def test_a_step_does_not_wait_for_the_disk(overrides, monkeypatch):
     gate, plain = threading.Event(), checkpoints.write_tensors
     monkeypatch.setattr(checkpoints, "write_tensors", lambda *arguments: (gate.wait(30), plain(*arguments))[1])
     trainer = build(overrides, "logging.conflicts=false")
-    batches = trainer.loader.batches(0)
+    batches = trainer.task.loader.batches(0)
     trainer.train_step(next(batches))
     then = {name: p.detach().clone() for name, p in trainer.engine.module.named_parameters()}
     trainer._save()
@@ -165,7 +165,7 @@ def test_a_step_does_not_wait_for_the_disk(overrides, monkeypatch):
     assert not gate.is_set()
     gate.set()
     assert trainer.saver.wait()
-    trainer.loader.close()
+    trainer.task.loader.close()
     held = load_file(trainer.run_dir / "checkpoints" / "step_0000001" / "rank_00000.safetensors")
     for name in trainer.engine.shapes:
         assert torch.equal(held[f"weight/{name}"], then[name].flatten())

@@ -38,14 +38,14 @@ def test_parts_and_ranks_drop_what_one_rank_drops(overrides, tmp_path):
     common = [*overrides, *ECONOMIES, *frozen]
     one = build(common, f"output_dir={folders['one']}")
     outputs = []
-    plain = one.distill.__class__.__call__
+    plain = one.task.distill.__class__.__call__
 
     def kept(self, *arguments):
         outputs.append(plain(self, *arguments))
         return outputs[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(one.distill.__class__, "__call__", kept)
+        patch.setattr(one.task.distill.__class__, "__call__", kept)
         one.run()
     train(common, f"output_dir={folders['parts']}", "train.accumulation=2")
     run_ranks(2, "dune_fast/train.py", *common, f"output_dir={folders['two']}", "deepspeed=zero2")

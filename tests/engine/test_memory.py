@@ -11,6 +11,7 @@ from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.engine.memory import (
     SPARE,
     Fit,
+    cached_bytes,
     device_memory,
     fit,
     image_bytes,
@@ -18,6 +19,7 @@ from dune_fast.engine.memory import (
     memory_bytes,
     trained_parameters,
 )
+from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.student import Student
 from tests.engine.fake_tensors import faked
 
@@ -58,8 +60,10 @@ def kept(cfg: RunConfig, images: int) -> int:
         storages[x.untyped_storage()._cdata] = x.untyped_storage()
         return x
 
+    share = cfg.objective.patch_share
+    subset = PatchSubset(share, 0, 0) if share < 1 else None
     with faked(student) as (call,), torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
-        for tokens in call(torch.empty(images, 3, cfg.image_size, cfg.image_size)).values():
+        for tokens in call(torch.empty(images, 3, cfg.image_size, cfg.image_size), None, None, subset).values():
             for x in tokens.values():
                 save(x)
         return sum(storage.nbytes() for storage in storages.values())
@@ -71,6 +75,7 @@ def kept(cfg: RunConfig, images: int) -> int:
         ["experiment=dune_336"], ["experiment=dune_336", "student=vit_small14"], ["experiment=dune_sp"],
         ["experiment=dune_336", "train.activation_checkpointing=true"], ["experiment=dune_lp"], ["experiment=unic"],
         ["experiment=dune_336", "train.student_stream=bf16"],
+        ["experiment=dune_336", "objective.patch_share=0.25"], ["experiment=dune_sp", "objective.patch_share=0.25"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -100,6 +105,43 @@ def test_memory_of_teachers_by_precision(overrides, low_precision, each):
     cfg = compose_config(["experiment=dune_336", *overrides])
     three = 3 * 304e6  # ViT-L encoders
     assert memory_bytes(cfg, 1, low_precision)["teachers"] == pytest.approx(each * three, rel=0.01)
+
+
+def test_a_run_from_a_cache_has_features_in_place_of_teachers():
+    live = compose_config(["experiment=dune_336"])
+    cached = compose_config(["experiment=dune_336", "data.views=2", "cache.folder=x"])
+    assert memory_bytes(cached, 1)["teachers"] == 0
+    evaluated = compose_config(["experiment=dune_336", "data.views=2", "cache.folder=x", "evaluation.every=100"])
+    assert memory_bytes(evaluated, 1)["teachers"] == memory_bytes(live, 1)["teachers"]
+    values = 3 * 576 * 1024 + 1024  # patches of all teachers, one cls
+    assert cached_bytes(cached) == 2 * values and cached_bytes(live) == 0
+    whole, parts = (fit(cached, 8, 80 * GIB, parts=parts).needed for parts in (1, 2))
+    each = image_bytes(cached)
+    assert whole - parts == 64 * each - 128 * 2 * values
+    features, forward, inputs = 3 * 576 * 2 * 1024, 12 * 576 * 2 * 1024, 12 * 384**2
+    backward = features + 2 * 581 * 2 * 4 * 768  # their gradients, those of an MLP
+    assert image_bytes(live) - each == features + inputs + forward - backward
+    some = compose_config(["experiment=dune_336", "data.views=2", "cache.folder=x", "cache.patch_share=0.5"])
+    assert cached_bytes(some) == pytest.approx(values, rel=1e-3) and image_bytes(some) < each
+
+
+def test_economies_take_less():
+    live = compose_config(["experiment=dune_336"])
+    drawn = compose_config(["experiment=dune_336", "objective.presample=true"])
+    saved = kept_bytes(live) - kept_bytes(drawn)
+    projectors = kept_bytes(live) - 12 * 581 * 768 * (2 * 4 + 2 * 16) - 4 * 768 * 577
+    assert saved == pytest.approx((1 - 0.5417) * projectors, rel=1e-3)  # 1 - p + p^3 / 3
+    assert kept_bytes(drawn, images=1) == kept_bytes(live)  # its one image may be every teacher's
+    assert kept_bytes(drawn) < kept_bytes(drawn, images=128) < kept_bytes(drawn, images=32) < kept_bytes(live)
+    scaled = [f"teachers.{name}.scale=0.5" for name in live.teachers]
+    half, grid = compose_config(["experiment=dune_336", *scaled]), 24
+    inputs = {14: 0, 16: 12 * (grid * 16) ** 2}  # of a teacher that has the student's patches: its images
+    before = sum(inputs[t.patch_size] for t in live.teachers.values())
+    after = sum(12 * (grid // 2 * t.patch_size) ** 2 for t in half.teachers.values())
+    gradients = 3 * grid**2 * 2 * 1024 + 2 * 581 * 2 * 4 * 768  # of the backward pass: larger than a quarter
+    quarter = 12 * 2 * 1024 * grid**2 // 4
+    peaks = [max(gradients, size) for size in (quarter, 4 * quarter)]
+    assert image_bytes(half) - image_bytes(live) == after - before + peaks[0] - peaks[1]
 
 
 def test_float32_takes_more_than_bf16_and_less_than_twice_as_much():

@@ -21,6 +21,11 @@ def test_weight_decay_on_tensors_of_two_or_more_dimensions_only():
     assert not any(name.startswith("encoder.norm.") for name in in_plain)  # frozen
 
 
+def test_vectors_decay_on_demand():
+    decayed, vectors = parameter_groups(torch.nn.Linear(2, 3), 0.1, vectors=True)
+    assert decayed["weight_decay"] == vectors["weight_decay"] == 0.1 and len(vectors["params"]) == 1
+
+
 def test_no_clipping():
     pieces = [torch.full((4,), 3.0), torch.tensor([0.1, 0.2])]
     scale_gradients(pieces, torch.tensor([6.0, 0.2]), torch.tensor([0, 1]), OptimizerConfig(clip_per_parameter=0.0))

@@ -31,16 +31,16 @@ def statistics_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_the_first_batches_have_mean_0_and_variance_1(phi_s):
     trainer = build(phi_s)
-    batches = trainer.loader.batches(0)
+    batches = trainer.task.loader.batches(0)
     rows: dict[tuple[str, str], list] = {}
-    standardizers = trainer.statistics.running()
+    standardizers = trainer.task.statistics.running()
     for _ in range(2):
-        features = trainer.statistics.rotated(trainer.teachers(next(batches).images))
+        features = trainer.task.statistics.rotated(trainer.task.teachers(next(batches).images))
         for name, tokens in features.items():
             for token, x in tokens.items():
                 y = standardize(x, *standardizers[name][token])
                 rows.setdefault((name, token), []).append(y.double().flatten(0, -2))
-    trainer.loader.close()
+    trainer.task.loader.close()
     assert rows.keys() == {("one", "cls"), ("one", "patch"), ("two", "patch")}
     for y in map(torch.cat, rows.values()):
         assert y.mean(0).abs().max() < 1e-4
@@ -52,7 +52,8 @@ def test_a_resumed_run_keeps_its_statistics_and_ends_bit_identical(phi_s, tmp_pa
     train(phi_s, f"output_dir={whole}")
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / checkpoints.tag(6))
-    monkeypatch.setattr("dune_fast.engine.trainer.look_ahead", lambda *_: pytest.fail("a resumed run estimated again"))
+    again = "dune_fast.engine.distillation.look_ahead"
+    monkeypatch.setattr(again, lambda *_: pytest.fail("a resumed run estimated again"))
     again = build(phi_s, f"output_dir={parts}")
     assert again.step == 3
     again.run()

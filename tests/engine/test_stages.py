@@ -62,13 +62,13 @@ def test_a_run_goes_on_within_a_stage_and_at_a_border(progressive, photos, tmp_p
 def test_another_size_in_the_next_stage_does_not_build_another_decoder(overrides):
     """One DALI pipeline, with its threads, serves all sizes."""
     trainer, made = build(overrides, PROGRESSIVE, "data.prefetch=1"), []
-    new_decoder = trainer.loader._new_decoder
-    trainer.loader._new_decoder = lambda *a: made.append(new_decoder(*a)) or made[-1]
-    batches = trainer.loader.batches(0)
+    new_decoder = trainer.task.loader._new_decoder
+    trainer.task.loader._new_decoder = lambda *a: made.append(new_decoder(*a)) or made[-1]
+    batches = trainer.task.loader.batches(0)
     for size in SIZES:
         assert next(batches).images.shape[-2:] == (size, size)
     batches.close()
-    trainer.loader.close()
+    trainer.task.loader.close()
     assert len(made) == 1
 
 
@@ -126,8 +126,8 @@ def test_operations_and_hours_count_every_stage_by_its_size(progressive):
 
 def test_the_position_table_of_a_small_stage_gets_gradients(overrides):
     trainer = build(overrides, PROGRESSIVE)
-    trainer.train_step(next(trainer.loader.batches(0)))
-    trainer.loader.close()
+    trainer.train_step(next(trainer.task.loader.batches(0)))
+    trainer.task.loader.close()
     state = trainer.engine.state
     (moment,) = (state.tensors(shard)["exp_avg"] for shard in state.shards if shard.parameter.endswith("pos_embed"))
     assert torch.count_nonzero(moment) > 0.9 * moment.numel()

@@ -49,7 +49,7 @@ def test_a_run_starts_from_what_it_keeps_and_resumes_without_computing_it_again(
     trainer.run()
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / checkpoints.tag(6))
-    monkeypatch.setattr("dune_fast.engine.trainer.look_ahead", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("dune_fast.engine.distillation.look_ahead", lambda *_: pytest.fail("computed again"))
     train(started, f"output_dir={parts}")
     assert same_weights(parts, whole)
 

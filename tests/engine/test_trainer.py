@@ -135,7 +135,7 @@ def test_a_broken_image_is_skipped_counted_and_named(overrides, photos, tmp_path
     with caplog.at_level(logging.WARNING):
         trainer = train(overrides, *more, before_step=lambda _, batch: seen.append(batch))
     assert all(len(batch) == 8 for batch in seen)
-    assert trainer.loader.broken == {"images": 2}
+    assert trainer.task.loader.broken == {"images": 2}
     assert "05.jpg" in caplog.text and "07.jpg" in caplog.text
     assert not any("05.jpg" in path or "07.jpg" in path for batch in seen for path in batch.paths)
 
@@ -170,10 +170,10 @@ def test_a_routed_run_trains_and_its_teachers_see_their_own_images(overrides, ph
     plain = trainer.train_step
     trainer.train_step = lambda batch: (wanted.append((batch.group == 1, batch.group_on_host)), plain(batch))[1]
     for name in cfg.teachers:
-        trunk = trainer.teachers.teachers[name].trunk
+        trunk = trainer.task.teachers.teachers[name].trunk
         trunk.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, len(args[0]))))
     trainer.run()
-    assert trainer.loader.groups == ["3d", "generic"]
+    assert trainer.task.loader.groups == ["3d", "generic"]
     assert seen[:2] == [("one", 1), ("two", 1)]  # what counts the operations, before the first step
     for (generic, on_host), of_one, of_two in zip(wanted, seen[2::2], seen[3::2], strict=True):
         assert on_host.tolist() == generic.long().tolist()

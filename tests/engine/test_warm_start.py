@@ -148,17 +148,17 @@ def test_a_run_starts_warm_and_goes_on_without_the_source(overrides, tmp_path):
     trainer = build(overrides, *more)
     ours, theirs = trainer.engine.module.state_dict(), first.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs if key != "encoder.pos_embed")
-    batches = trainer.loader.batches(0)
+    batches = trainer.task.loader.batches(0)
     trainer.train_step(next(batches))
     trainer.train_step(next(batches))
     trainer._save()
     trainer.saver.finish(trainer.device)
-    trainer.loader.close()
+    trainer.task.loader.close()
     source.unlink()
     again = build(overrides, *more)
     assert again.step == 2
     assert all(torch.equal(v, ours[k]) for k, v in again.engine.module.state_dict().items())
-    again.loader.close()
+    again.task.loader.close()
 
 
 def test_what_was_taken_and_what_not_is_said(tmp_path, caplog):
@@ -208,4 +208,4 @@ def test_the_report_is_in_the_record_of_the_run(overrides, tmp_path):
     trainer.run()
     found = json.loads((trainer.run_dir / "run.json").read_text())["starts"][0]["warm_start"]
     assert found["source"].endswith("first.safetensors") and found["drawn"] == ["one", "two"]
-    assert found == trainer.warm_start.as_dict()
+    assert found == trainer.task.warm_start.as_dict()

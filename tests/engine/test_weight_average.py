@@ -16,7 +16,7 @@ from dune_fast.engine.memory import checkpoint_bytes, memory_bytes, trained_para
 from dune_fast.engine.schedules import average_decay
 from dune_fast.engine.trainer import Trainer
 from dune_fast.evaluate.in_run import InRunEvaluation
-from dune_fast.load import load_encoder
+from dune_fast.load import load_encoder, load_model
 from tests.engine.conftest import build, same_weights, small_run, timeless, train
 
 EMA = "train.ema=0.3"
@@ -59,6 +59,9 @@ def test_the_training_is_the_same_and_the_average_is_exported(averaged, trained_
     raw, mean = load_encoder(run / "student_raw.safetensors"), load_encoder(run)
     assert torch.equal(mean.cls_token, student["encoder.cls_token"])
     assert not torch.equal(raw.cls_token, mean.cls_token)
+    whole = load_model(run / "student_raw.safetensors")
+    assert whole.teachers == ["one", "two"] and torch.equal(whole.encoder.cls_token, raw.cls_token)
+    assert torch.equal(load_model(run / "student.safetensors").encoder.cls_token, mean.cls_token)
 
 
 def test_a_resumed_run_and_a_checkpoint_have_the_average(averaged, photos, tmp_path):
@@ -119,7 +122,7 @@ def test_the_average_is_what_is_evaluated(overrides):
 
 def test_a_skipped_step_leaves_the_average_alone(overrides):
     trainer = build(overrides, EMA)
-    batches = trainer.loader.batches(0)
+    batches = trainer.task.loader.batches(0)
     trainer.train_step(next(batches))
     state = trainer.engine.state
     before = [state.tensors(shard)["ema"].clone() for shard in state.shards]
@@ -128,7 +131,7 @@ def test_a_skipped_step_leaves_the_average_alone(overrides):
     trainer.train_step(batch)
     after = [state.tensors(shard)["ema"].clone() for shard in state.shards]
     trainer.train_step(next(batches))
-    trainer.loader.close()
+    trainer.task.loader.close()
     assert all(map(torch.equal, before, after))
     assert not all(torch.equal(x, state.tensors(s)["ema"]) for x, s in zip(after, state.shards, strict=True))
 

@@ -48,7 +48,7 @@ def trainer(overrides: list[str], folder: Path, stage: int) -> Trainer:
 
 def train_to(run: Trainer, step: int) -> None:
     """Trains up to a step and saves there, as a run that is then killed."""
-    batches = run.loader.batches(run.step)
+    batches = run.task.loader.batches(run.step)
     while run.step < step:
         run.train_step(next(batches))
         with run.engine.evaluated_weights():  # the average and back, which the training does not notice
@@ -56,7 +56,7 @@ def train_to(run: Trainer, step: int) -> None:
     run._save()
     assert run.saver.wait()
     batches.close()
-    run.loader.close()
+    run.task.loader.close()
     dist.barrier()
 
 
@@ -97,14 +97,14 @@ def skipped(folder: Path, overrides: list[str]) -> None:
     changed = {}
     for stage in STAGES:
         run = trainer(overrides, folder / f"skipped_{stage}", stage)
-        batches = run.loader.batches(0)
+        batches = run.task.loader.batches(0)
         run.train_step(next(batches))
 
         def state(run: Trainer = run) -> list[torch.Tensor]:
             held = [x.clone() for shard in run.engine.state.shards for x in run.engine.state.tensors(shard).values()]
             with run.engine.whole_weights() as module:
                 held += [x.clone() for x in module.state_dict().values()]
-            return held + [x.clone() for x in run.statistics.buffers()] + [run.engine.state.updates().clone()]
+            return held + [x.clone() for x in run.task.statistics.buffers()] + [run.engine.state.updates().clone()]
 
         before = state()
         batch = next(batches)
@@ -116,7 +116,7 @@ def skipped(folder: Path, overrides: list[str]) -> None:
         moved = not all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
         changed[stage] |= not moved
         batches.close()
-        run.loader.close()
+        run.task.loader.close()
     (folder / f"skipped_{dist.get_rank()}.json").write_text(json.dumps(changed))
 
 

@@ -12,19 +12,21 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
+import dune_fast
 from dune_fast import cli
 from dune_fast.engine.launch import free_port
 from dune_fast.evaluate import probe
 from dune_fast.evaluate.crops import DepthCrop, normalized
 from dune_fast.evaluate.dense import DenseTask, flip_averaged_depth, resized_argmax, run_dense, window_logits, windows
-from dune_fast.evaluate.heads import LinearDepth, LinearSegmentation, resize
 from dune_fast.evaluate.model import open_model
 from dune_fast.evaluate.pairs import open_pairs
 from dune_fast.evaluate.probe import RECIPES, recipe, sample
 from dune_fast.evaluate.ranks import Ranks
 from dune_fast.evaluate.task import result_table
+from dune_fast.heads.linear.depth import DepthHead
+from dune_fast.heads.linear.layers import resize
+from dune_fast.heads.linear.segmentation import SegmentationHead
 from tests.evaluate.conftest import write_encoder
 
 
@@ -58,18 +60,14 @@ def test_windows_cover_the_image():
 
 
 def test_logits_are_means_where_windows_overlap(model):
-    head, image = LinearSegmentation(48, 3).eval(), torch.randint(256, (3, 28, 70), dtype=torch.uint8)
-    cfg = recipe("segmentation", size=28)  # stride 18
-    seen = []
-
-    def head_of(layers):
-        seen.append(len(layers[0][0]))
-        return head(layers)
+    head, seen = SegmentationHead(48, 3, window=28, stride=18).eval(), []
+    image = torch.randint(256, (3, 28, 70), dtype=torch.uint8)
+    head.bn.register_forward_hook(lambda module, args, output: seen.append(len(output)))
 
     with torch.no_grad():
-        ours = window_logits(image, model, head_of, cfg, torch.device("cpu"))
-        assert sum(seen) == len(windows(70, 28, cfg.stride)) and ours.shape == (1, 3, 28, 70)
-        alone = resize(head(model.padded(normalized(image[:, :, :28])[None])), (28, 28))
+        ours = window_logits(image, model, head, torch.device("cpu"))
+        assert sum(seen) == len(windows(70, 28, 18)) and ours.shape == (1, 3, 28, 70)
+        alone = resize(head.from_layers(model.padded(normalized(image[:, :, :28])[None])), (28, 28))
     torch.testing.assert_close(ours[..., :18], alone[..., :18])  # one window alone
 
 
@@ -86,10 +84,10 @@ def test_images_of_any_size_are_padded_in_the_middle(model):
 
 
 def test_depth_is_averaged_with_the_mirror_image(model):
-    head, image = LinearDepth(48).eval(), torch.randint(256, (3, 28, 42), dtype=torch.uint8)
+    head, image = DepthHead(48).eval(), torch.randint(256, (3, 28, 42), dtype=torch.uint8)
     with torch.no_grad():
-        ours = flip_averaged_depth(image, model, head, 10.0, torch.device("cpu"))
-        mirrored = flip_averaged_depth(image.flip(-1), model, head, 10.0, torch.device("cpu"))
+        ours = flip_averaged_depth(image, model, head, torch.device("cpu"))
+        mirrored = flip_averaged_depth(image.flip(-1), model, head, torch.device("cpu"))
     assert ours.shape == (28, 42)
     torch.testing.assert_close(ours, mirrored.flip(-1))
 
@@ -149,15 +147,16 @@ def test_the_command_and_its_files(encoder_file, squares, tmp_path, capsys):
     result = json.loads(out.read_text())
     assert result["recipe"]["stride"] == 37 and result["layout"] == "plain" and result["images"] == [12, 4]
     assert result["changed"] == ["iterations", "batch", "size"] and 0 < result["metrics"]["miou"] < 1
-    head = load_file(out.with_suffix(".head.safetensors"))
-    assert head["decode_head.conv_seg.weight"].shape == (2, 48, 1, 1)
+    head = dune_fast.load_head(out.with_suffix(".head.safetensors"))
+    assert (head.kind, head.width, head.classes, head.window, head.stride) == ("linear_seg", 48, 2, 56, 37)
     assert "miou" in capsys.readouterr().out
     out = tmp_path / "depth.json"
     more = ["--task", "depth", "--cached", "56", "--iterations", "3", "--max-depth", "6", "--out", str(out)]
     assert cli.main([*command, *more]) == 0
     result = json.loads(out.read_text())
     assert result["reading"]["norm"] is False and result["metrics"]["rmse"] > 0
-    assert load_file(out.with_suffix(".head.safetensors"))["decode_head.conv_depth.weight"].shape == (256, 96, 1, 1)
+    head = dune_fast.load_head(out.with_suffix(".head.safetensors"))
+    assert (head.kind, head.width, head.with_cls, head.max_depth) == ("linear_depth", 48, True, 6.0)
 
 
 def test_segmentation_reads_a_projector_as_the_paper_does(finished, squares):
@@ -165,7 +164,8 @@ def test_segmentation_reads_a_projector_as_the_paper_does(finished, squares):
     assert cli.main([*command, "--size", "56", "--iterations", "2", "--batch", "4", "--threads", "1"]) == 0
     (path,) = (finished / "evaluation").glob("*.head.safetensors")
     assert path.name == f"segmentation_tw_{squares.name}.head.safetensors"
-    assert load_file(path)["decode_head.conv_seg.weight"].shape == (2, 32, 1, 1)  # channels of the teacher `two`
+    head = dune_fast.load_head(path)
+    assert head.width == 32 and head.projector == "two"  # which `tw` is the beginning of
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image
 from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.evaluate import crops
 from dune_fast.evaluate.crops import DepthCrop, depth_crop, photometric, scaled, segmentation_crop, square_target
-from dune_fast.evaluate.pairs import mapped_labels, open_pairs
+from dune_fast.evaluate.pairs import class_names, mapped_labels, open_pairs
 from dune_fast.kernels.nn.preprocessing import Preprocessing
 
 
@@ -171,3 +171,15 @@ def test_a_square_target_is_cut_as_the_image_is():
     ours = square_target(labels, 30)
     assert ours.shape == (30, 30)
     assert (cut[0] * labels.numel() - ours).abs().max() < 100  # less than two rows of 90
+
+
+def test_a_dataset_names_its_classes(tmp_path):
+    assert class_names(tmp_path) == ()
+    rows = (["Idx", "Ratio", "Train", "Val", "Stuff", "Name"], list("1234") + ["wall"], list("1234") + ["sky, air"])
+    (tmp_path / "objectInfo150.txt").write_text("\n".join("\t".join(row) for row in rows) + "\n")
+    assert class_names(tmp_path) == ("wall", "sky, air")
+    (tmp_path / "classes.txt").write_text("dark\n\nbright one\n")
+    assert class_names(tmp_path) == ("dark", "bright one")
+    (tmp_path / "classes.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(DataError, match="the names of the classes in .* cannot be read"):
+        class_names(tmp_path)

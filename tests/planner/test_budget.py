@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 
 from dune_fast import cli
+from dune_fast.engine.cache_shard import bytes_per_view
 from dune_fast.engine.config import compose_config
 from dune_fast.engine.devices import peak_tflops
 from dune_fast.engine.flops import run_flops
 from dune_fast.engine.memory import fit
-from dune_fast.planner.alternatives import QUALITY, alternatives, view_bytes
+from dune_fast.planner.alternatives import QUALITY, alternatives
+from dune_fast.planner.beside import START_S, beside
 from dune_fast.planner.budget import image_flops, longest, of_table
 from dune_fast.planner.gpus import EFFICIENCY, FP8_TEACHER, GPUS, find_gpu, gpu_of_device
 from dune_fast.planner.numbers import COUNTED, ESTIMATED
@@ -67,7 +69,10 @@ def test_recomputing_is_counted_as_time(dune):
 
 def test_alternatives_change_the_parts_that_they_name(dune, all_plans):
     found = all_plans
-    assert set(found) == {"live", "FP8 teachers", "smaller student", "start", "progressive", "cached"}
+    assert set(found) == {
+        "live", "FP8 teachers", "presample", "teachers' scale", "smaller student", "start", "warm start", "progressive",
+        "cached",
+    }  # fmt: skip
     trained, frozen = image_flops(dune)
     live, eight, small = (found[name] for name in ("live", "FP8 teachers", "smaller student"))
     gain = eight.schedule.images / live.schedule.images
@@ -77,6 +82,15 @@ def test_alternatives_change_the_parts_that_they_name(dune, all_plans):
     assert composed(found["start"].command).start.teacher == "dino2reg_vitlarge_14"
     (first,) = composed(found["progressive"].command).progressive
     assert (first.until, first.image_size) == (0.5, 224)
+    assert composed(found["presample"].command).objective.presample
+    assert composed(found["teachers' scale"].command).teachers["dino2reg_vitlarge_14"].scale == 0.75
+    assert composed(found["warm start"].command).student_weights.endswith("dinov2_vitb14_reg4_pretrain.pth")
+    arithmetic = {name: a.numbers["arithmetic"].value for name, a in found.items() if "arithmetic" in a.numbers}
+    assert arithmetic["live"] == arithmetic["FP8 teachers"] == arithmetic["warm start"] == 100
+    assert arithmetic["presample"] == pytest.approx(64, abs=1) and arithmetic["teachers' scale"] < 70
+    for name in ("presample", "teachers' scale", "progressive"):
+        more = found[name].schedule.images / live.schedule.images
+        assert more == pytest.approx(100 / arithmetic[name], rel=0.02)
     for alternative in found.values():
         assert alternative.quality in QUALITY.values()
         if alternative.command:
@@ -85,20 +99,58 @@ def test_alternatives_change_the_parts_that_they_name(dune, all_plans):
             assert alternative.why
 
 
-def test_a_cache_pays_its_building_and_stays_on_its_disk(dune, all_plans):
-    cached = all_plans["cached"]
-    values = {name: number.value for name, number in cached.numbers.items()}
-    assert view_bytes(dune) == 3 * 1024 * (576 + 4) + 1024 * 2
-    assert 0.999 < values["views"] * view_bytes(dune) / 2e12 <= 1
+def test_a_cache_pays_its_building_and_stays_on_its_disk(dune):
+    images = 400_000
+    found = {a.name: a for a in alternatives(dune, "dune_336", [], two(), 72.0, 2e12, None, images)}["cached"]
+    values = {name: number.value for name, number in found.numbers.items()}
+    assert bytes_per_view(dune) == 3 * 1024 * (576 + 4) + 1024 * 2
+    assert values["views"] == 2 * images and values["disk"] == 2 * images * bytes_per_view(dune) / 1e9 < 2000
     frozen, rate = image_flops(dune)[1], 2 * EFFICIENCY * 165.2e12
     assert values["building"] == pytest.approx(values["views"] * frozen / rate / 3600)
-    assert values["hours"] <= 72 and all(number.how == ESTIMATED for number in cached.numbers.values())
+    assert values["hours"] <= 72 and values["passes"] > 4
+    cfg = composed(found.command)
+    assert cfg.cache.folder == "cache" and cfg.data.views == 2 and cfg.steps == found.schedule.steps
+    loop, build = found.build.split("; do CUDA_VISIBLE_DEVICES=$((i-1)) ")
+    assert loop == "for i in $(seq 2)" and build.endswith(" --part $i/2 & done; wait")
+    words = shlex.split(build.removesuffix(" --part $i/2 & done; wait"))
+    assert words[:3] == ["dune-fast", "cache", "build"]
+    built = compose_config(words[3:])
+    assert (built.cache, built.data, built.teachers) == (cfg.cache, cfg.data, cfg.teachers)
+
+
+def test_a_cache_that_is_too_large_is_made_smaller_or_says_so(dune, all_plans):
+    """The recipe's 20.7 million images are known to the configuration."""
+    few = all_plans["cached"]
+    assert not few.command and "fewer than the 20," in few.why and few.numbers["views"].value < 20e6
+    weeks = {a.name: a for a in alternatives(dune, "dune_336", [], two("h100", 8), 2000.0, 4e13, None)}["cached"]
+    assert "cache." not in weeks.command.replace("cache.folder=cache", "")  # 37 TB
+    less = {a.name: a for a in alternatives(dune, "dune_336", [], two("h100", 8), 2000.0, 1e13, None)}["cached"]
+    cfg = composed(less.command)
+    assert cfg.cache.components == 256 and cfg.data.views == 1
+    assert less.numbers["disk"].value < 1e4 and less.numbers["features"].value > 1
+    assert less.numbers["disk"].value == pytest.approx(20_728_949 * bytes_per_view(cfg) / 1e9, rel=0.01)
+
+
+def test_hours_hold_what_is_beside_the_steps(dune):
+    """Start-up, checkpoints and evaluations; more of them leave fewer steps."""
+    plain = longest(dune, "dune_336", [], two(), 72.0)
+    often = ["train.checkpoint_every=10", "evaluation.every=100"]
+    busy = longest(compose_config(["experiment=dune_336", *often]), "dune_336", often, two(), 72.0)
+    other = plain.numbers["beside the steps"]
+    assert START_S / 3600 < other.value < 2 and other.how == ESTIMATED
+    assert busy.steps < plain.steps and busy.numbers["hours"].value <= 72
+    evaluated = compose_config(["experiment=dune_336", "evaluation.every=100"])
+    look = (beside(evaluated, 2, 1e14).step - beside(dune, 2, 1e14).step) * 100 * 1e14
+    held_out = sum(d.holdout or d.expected_val for d in dune.data.datasets.values() if not d.evaluation_only)
+    flops = run_flops(dune)
+    assert held_out > 1000
+    assert look == pytest.approx(held_out * (flops.student + flops.projectors + flops.all_teachers), rel=1e-6)
 
 
 def test_a_gpu_without_fp8_is_not_offered_it(dune):
     found = {a.name: a for a in alternatives(dune, "dune_336", [], two("a100"), 72.0, None, None)}
     eight, cached = found["FP8 teachers"], found["cached"]
-    whole = alternatives(dune, "dune_336", [], two("a100"), None, 2e12, None)[-1]
+    whole = alternatives(dune, "dune_336", [], two("a100"), None, 2e12, None, 10**6)[-1]
     assert whole.numbers["share of the recipe"].value == 100  # without a limit of hours
     assert "--disk" in cached.why and not cached.command
     assert "no FP8" in eight.why and not eight.command and not eight.numbers

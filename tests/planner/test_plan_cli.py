@@ -79,6 +79,8 @@ def test_a_calibration_takes_the_place_of_the_assumption():
     assert machine.name == found.device and machine.gpus == 2
     plan = longest(cfg, "small", [], found.machine(1), 1e3)
     assert plan.numbers["speed"].value == pytest.approx(4 / found.seconds)
+    own = calibrate(compose_config([*SMALL, "data.views=1", "cache.folder=x", "standardization.convention=fixed"]), 2)
+    assert own.tflops * own.seconds == pytest.approx(found.tflops * found.seconds)  # of the step with its teacher
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,7 @@ def test_a_calibration_takes_the_place_of_the_assumption():
         (["--hours", "72"], "which GPU?"),
         (["--gpu", "h100", "--hours", "0"], "--hours is 0"),
         (["--gpu", "h100", "--disk", "much"], "e.g. 2TB"),
+        (["--gpu", "h100", "--images", "0"], "--images is 0"),
         (["--gpu", "h100", "--nodes", "x"], "--nodes x"),
         (["--gpu", "h100", "--calibrate"], "leave --gpu"),
         (["--gpu", "h100", "--gpu-memory", "-1"], "--gpu-memory is -1"),

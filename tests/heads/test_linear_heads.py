@@ -8,8 +8,9 @@ import torch
 
 from bench.case import Case
 from bench.cases import RUNNERS
-from dune_fast.evaluate.heads import LinearDepth, LinearSegmentation, depth_loss, segmentation_loss
 from dune_fast.evaluate.metrics import DEPTH_METRICS, ConfusionMatrix, DepthMetrics, depth_errors
+from dune_fast.heads.linear.depth import DepthHead, depth_loss
+from dune_fast.heads.linear.segmentation import SegmentationHead, segmentation_loss
 
 
 @pytest.mark.parametrize("name", ["linear_depth/one_layer", "linear_depth/four_layers", "linear_seg/eleven_classes"])
@@ -69,12 +70,12 @@ def test_depth_metrics_are_means_over_images_that_have_depths():
 
 
 def test_a_crop_without_a_label_or_depth_trains_nothing():
-    head = LinearSegmentation(4, 3)
-    loss = segmentation_loss(head([(torch.randn(2, 4, 3, 3), None)]), torch.full((2, 6, 6), 255))
+    head = SegmentationHead(4, 3)
+    loss = segmentation_loss(head.from_layers([(torch.randn(2, 4, 3, 3), None)]), torch.full((2, 6, 6), 255))
     loss.backward()
     assert loss == 0 and all(torch.isfinite(p.grad).all() for p in head.parameters())
-    head = LinearDepth(4, with_cls=False)
-    loss = depth_loss(head([(torch.randn(2, 4, 3, 3), None)]), torch.zeros(2, 1, 6, 6))
+    head = DepthHead(4, with_cls=False)
+    loss = depth_loss(head.from_layers([(torch.randn(2, 4, 3, 3), None)]), torch.zeros(2, 1, 6, 6))
     loss.backward()
     assert loss == 0 and all(torch.isfinite(p.grad).all() for p in head.parameters())
 

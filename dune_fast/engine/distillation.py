@@ -1,0 +1,177 @@
+"""The distillation as a run's task: teachers, student, statistics, and the walk of a batch through them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dune_fast.cache.teachers import LateTeachers
+from dune_fast.dali_pipelines.loader import Batch, TrainLoader
+from dune_fast.distill.objective import ownership
+from dune_fast.distill.overlap import SideStream
+from dune_fast.distill.standardization import TeacherStatistics
+from dune_fast.distill.step import DistillationStep, StepOutput
+from dune_fast.engine import checkpoints
+from dune_fast.engine.accumulation import part_momentum, split
+from dune_fast.engine.cache_fingerprint import open_cache
+from dune_fast.engine.config import RunConfig
+from dune_fast.engine.conflicts import TeacherConflicts
+from dune_fast.engine.deepspeed_engine import Engine, sum_over_ranks
+from dune_fast.engine.drift import check_teachers
+from dune_fast.engine.flops import mean_flops, stage_flops
+from dune_fast.engine.guards import Names
+from dune_fast.engine.memory import Fit, checkpoint_bytes, fit
+from dune_fast.engine.opening import describe, stage_costs
+from dune_fast.engine.run_folder import count_images, refuse_other_images
+from dune_fast.engine.same_ranks import refuse_other_data
+from dune_fast.engine.schedules import ema_momenta
+from dune_fast.engine.stages import stage_at, stages
+from dune_fast.engine.start import look_ahead
+from dune_fast.engine.task import Place, Work
+from dune_fast.engine.warm_start import initial_student
+from dune_fast.student import build_student
+from dune_fast.teachers.ensemble import TeacherEnsemble
+
+logger = logging.getLogger(__name__)
+
+
+class Distillation:
+    """A `task.Task`: a student from many teachers.
+
+    Args:
+        cfg: the run's.
+    """
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self.cfg = cfg
+
+    def check(self) -> None:
+        """`build` says what is missing of teachers and images, where it reads them."""
+
+    def checkpoint_bytes(self) -> int:
+        return checkpoint_bytes(self.cfg)
+
+    def fit(self, ranks: int, available: int, low_precision: bool, parts: int | None = None) -> Fit:
+        return fit(self.cfg, ranks, available, low_precision, parts)
+
+    def build(self, run: Place, resume_step: int | None) -> nn.Module:
+        """Data, teachers, student and the walk of a batch through them."""
+        cfg, self.run, self.device = self.cfg, run, run.device
+        self.rank, self.world_size, self.run_dir = run.rank, run.world_size, run.run_dir
+        self.stages = stages(cfg)
+        self.loader = TrainLoader(
+            cfg.data, cfg.image_size, cfg.train.global_batch, run.rank, run.world_size, cfg.train.seed, run.device,
+            folder=run.run_dir, sizes=lambda step: stage_at(self.stages, step).image_size,
+        )  # fmt: skip
+        self.cache = open_cache(cfg, self.loader.datasets, run.device) if cfg.cache.folder else None
+        self.loader.read_views = None if self.cache is None else self.cache.read
+        refuse_other_data(self.loader.datasets, run.hosts)
+        if run.evaluate is not None:
+            run.evaluate.check(self.loader.datasets)
+        groups = {name: teacher.groups for name, teacher in cfg.teachers.items()}
+        own = ownership(groups, self.loader.groups, cfg.objective, run.device)
+        build = functools.partial(TeacherEnsemble, cfg.teachers, cfg.student.patch_size, run.dtype, run.device)
+        self.teachers = LateTeachers(build) if cfg.cache.folder else build()
+        self.warm_start = None
+        if resume_step is not None:  # the checkpoint's weights follow: the source of a warm start may be gone
+            student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
+        else:
+            student, self.warm_start = initial_student(cfg)
+        student.compute_in(run.dtype, cfg.train.student_stream)
+        student.encoder.activation_checkpointing = cfg.train.activation_checkpointing
+        self.statistics = TeacherStatistics(
+            cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps
+        ).to(run.device)
+        self.all_reduce = sum_over_ranks if run.world_size > 1 else None
+        side = SideStream(run.device) if cfg.train.overlap_teachers else None
+        self.distill = DistillationStep(
+            student, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed, self.all_reduce, side
+        )
+        if resume_step is None:
+            look_ahead(self, student)
+            if cfg.cache.folder:
+                self.teachers.release()
+        if cfg.train.compile:
+            student.compile_blocks()
+        self.momenta = ema_momenta(cfg.steps, cfg.standardization.ema_start, cfg.standardization.ema_end)
+        self.conflicts = None
+        if cfg.logging.conflicts and len(cfg.teachers) > 1:
+            self.conflicts = TeacherConflicts(list(cfg.teachers), cfg.train.log_every, run.device, run.world_size)
+        self.names = Names(list(cfg.teachers), self.loader.dataset_names)
+        return student
+
+    def use(self, module: Engine) -> None:
+        self.distill.student = module
+
+    def resume(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any], allowed: bool) -> None:
+        prefix = "statistics/"
+        found = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        checkpoints.load_statistics(self.statistics, found)
+        refuse_other_images(about.get("images", {}), count_images(self.loader.datasets), allowed)
+
+    def describe(self) -> None:
+        describe(self.run, self)
+
+    def record(self) -> dict[str, Any]:
+        return {} if self.warm_start is None else {"warm_start": self.warm_start.as_dict()}
+
+    def work(self) -> Work:
+        cached = bool(self.cfg.cache.folder)
+        trunks = None if cached else {name: teacher.trunk for name, teacher in self.teachers.teachers.items()}
+        parts = stage_flops(self.cfg, trunks)
+        return Work(mean_flops(parts).training, stage_costs(parts))
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that the run has waited for images."""
+        return self.loader.waited_s
+
+    def batches(self, step: int, wanted: Callable[[float], bool]) -> Iterator[Batch]:
+        return self.loader.batches(step, wanted)
+
+    def begin(self, step: int, batch: Batch) -> None:
+        """Checks the teachers' precision at the first step; says where a stage begins."""
+        images = self.cfg.train.drift_images
+        if step == 0 and images and not self.cfg.cache.folder:
+            check_teachers(self.teachers, batch.images[:images], self.run_dir)
+        if self.rank == 0 and (stage := stage_at(self.stages, step)).first == step > 0:
+            logger.info("step %d to %d at %d px", stage.first + 1, stage.end, stage.image_size)
+
+    def split(self, batch: Batch) -> Sequence[Batch]:
+        return split(batch, self.cfg.train.accumulation)
+
+    def forward(self, part: Batch, step: int) -> StepOutput:
+        momentum = part_momentum(float(self.momenta[step]), self.cfg.train.accumulation)
+        inputs = part.images, part.group, part.positions, step, momentum, part.group_on_host, part.features
+        return self.distill(*inputs, part.positions_on_host, part.patches)
+
+    def live(self) -> Sequence[Tensor]:
+        return list(self.statistics.buffers())
+
+    def stepped(self, metrics: Mapping[str, Tensor]) -> None:
+        if self.conflicts is not None:
+            self.conflicts.add([metrics[f"loss/{name}"] for name in self.conflicts.teachers])
+
+    def readings(self, step: int) -> dict[str, float]:
+        conflicts = {} if self.conflicts is None else self.conflicts.read(self.all_reduce)
+        return {"ema_momentum": float(self.momenta[step - 1])} | conflicts
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"statistics/{name}": x for name, x in self.statistics.state_dict().items()}
+
+    def about(self) -> dict[str, Any]:
+        return {"images": count_images(self.loader.datasets)}
+
+    def export(self, module: nn.Module, raw: bool) -> None:
+        checkpoints.export(self.run_dir, self.cfg, module, self.statistics, raw)
+
+    def finish(self) -> None:
+        if self.rank == 0 and any(self.loader.broken.values()):
+            logger.warning("broken images that were skipped, by dataset: %s", self.loader.broken)
+
+    def close(self) -> None:
+        self.loader.close()
