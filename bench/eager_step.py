@@ -136,7 +136,7 @@ def check_plain(cfg: RunConfig, student: Student, teachers: dict[str, object]) -
         if not isinstance(teacher, ViTTeacher) or teacher.network is not VisionTransformer
     ]  # fmt: skip
     if others:
-        raise ValueError(f"the eager baseline has teachers of plain ViTs only; {', '.join(others)} is of another family")
+        raise ValueError(f"the eager baseline has plain ViT teachers only; {', '.join(others)} is of another family")
     if not all(isinstance(p, TransformerProjector) for p in student.projectors.children()):
         raise ValueError(
             f"the eager baseline has transformer projectors only, projector.kind is {cfg.projector.kind!r}"
