@@ -146,7 +146,7 @@ def _ours(cfg: RunConfig, loader: SyntheticLoader) -> Step:
     """The trainer's own step: what a user's run does between two batches."""
     with tempfile.TemporaryDirectory() as folder:
         cfg = dataclasses.replace(cfg, output_dir=folder)
-        with mock.patch("dune_fast.engine.trainer.TrainLoader", lambda *_, **__: loader):
+        with mock.patch("dune_fast.engine.distillation.TrainLoader", lambda *_, **__: loader):
             trainer = Trainer(cfg)
 
     def step(i: int) -> Tensor:
