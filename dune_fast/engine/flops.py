@@ -12,9 +12,11 @@ have formulas, because to count three ViT-L on fake tensors takes a second; othe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -128,7 +130,8 @@ def count_flops(module: nn.Module, image_size: tuple[int, int]) -> int:
 def published_network(name: str, cfg: TeacherConfig) -> nn.Module | None:
     """A teacher's network on the meta device, from its configuration alone; None where that does not say it.
 
-    ViTs are taken to be of the published size for their width. UnknownTeacherError: no such family.
+    ViTs are taken to be of the published size for their width; teachers of one architecture get the same module.
+    UnknownTeacherError: no such family.
     """
     check_family(name, cfg.family)
     family = family_class(cfg.family)
@@ -136,7 +139,8 @@ def published_network(name: str, cfg: TeacherConfig) -> nn.Module | None:
         with torch.device("meta"):
             if issubclass(family, ViTTeacher):
                 known = dataclasses.replace(cfg, image_size=cfg.image_size or cfg.patch_size)
-                return family.network(family.architecture(known)).eval()
+                architecture = family.architecture(known)
+                return _meta_network(family.network, type(architecture), dataclasses.astuple(architecture))
             if cfg.family == "xfeat":
                 from dune_fast.teachers.xfeat import XFeat
 
@@ -149,6 +153,13 @@ def published_network(name: str, cfg: TeacherConfig) -> nn.Module | None:
     except Exception as error:  # timm's factories raise anything; a run and a plan can do without the numbers
         logger.debug("the network of teacher %s is not known: %s", name, error)
     return None
+
+
+@functools.lru_cache(16)
+def _meta_network(network: Callable[[Any], nn.Module], architecture: type, fields: tuple) -> nn.Module:
+    """Of an architecture's fields; a plan asks for the same few a hundred times."""
+    with torch.device("meta"):
+        return network(architecture(*fields)).eval()
 
 
 def teacher_flops(name: str, cfg: TeacherConfig, grid: int) -> int | None:
