@@ -13,20 +13,26 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from bench.proof.cells import machine_name
-from bench.step_variants import ROUTED, SyntheticLoader, Variant, build, configure, synthetic_config
+from bench.step_variants import ROUTED, Variant, configure, synthetic_config
+from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig
 from dune_fast.dali_pipelines.storage import write_whole
+from dune_fast.engine.cache_build import build
 from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.engine.deepspeed_engine import init_distributed
 from dune_fast.engine.flops import run_flops
 from dune_fast.engine.stages import at_size
+from dune_fast.engine.trainer import Trainer
 from dune_fast.teachers.architecture import architecture_metadata, random_vit_state
 from dune_fast.teachers.ensemble import TeacherEnsemble
 from dune_fast.teachers.registry import family_class
@@ -37,15 +43,17 @@ LIVE = "live"
 
 VARIANTS = (
     Variant(LIVE, "every teacher on every image"),
-    *(Variant(f"cached, {form}", "features from a cache", cache=form) for form in ("fp32", "bf16", "int8")),
     Variant("routed", "each teacher on its own images", objective=ROUTED),
     Variant("pre-sampled", "teachers dropped before they run", objective={"presample": True}),
     Variant("one teacher an image", "the same", objective={"presample": True, "drop_probability": 1.0}),
     Variant("half scale", "teachers at half the size", teachers={"scale": 0.5}),
     Variant("half of the patches", "the loss on half of the patches", objective={"patch_share": 0.5}),
 )
+CACHES = ("fp32", "bf16", "int8")
+"""Formats of caches that a step reads."""
 STAGES = {"progressive, 1/3 of the side": 3, "progressive, 2/3 of the side": 1.5}
 """Name -> what the images' side is divided by: a step of each stage of 112, 224, 336 px."""
+_GROUPS, _IMAGES, _SIDE = ("generic", "3d", "human"), 8, 192
 
 
 def reduced_config(
@@ -75,7 +83,19 @@ def reduced_config(
     cfg = synthetic_config(dataclasses.replace(cfg, image_size=size, student=student, teachers=teachers), batch, 1000)
     for name, weights in files.items():
         cfg.teachers[name].weights = weights
-    return cfg
+    return dataclasses.replace(cfg, data=_images(folder / "images"))
+
+
+def _images(folder: Path) -> DataConfig:
+    """A few photographs of smooth noise for each group."""
+    for i, group in enumerate(_GROUPS):
+        (folder / group).mkdir(parents=True)
+        for j in range(_IMAGES):
+            coarse = np.random.default_rng(i * _IMAGES + j).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+            image = Image.fromarray(coarse).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+            image.save(folder / group / f"{j}.jpg", quality=92)
+    datasets = {group: DatasetConfig(root=str(folder / group), group=group) for group in _GROUPS}
+    return DataConfig(datasets=datasets, num_threads=1)
 
 
 def in_turns(steps: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
@@ -91,28 +111,50 @@ def in_turns(steps: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[str
 
 
 def time_variants(
-    cfg: RunConfig, variants: Sequence[Variant], stages: Mapping[str, float], rounds: int
-) -> dict[str, Any]:
-    """Name -> seconds, their range (first to last fifth) and the live step's arithmetic over its own."""
+    cfg: RunConfig, folder: Path, variants: Sequence[Variant], caches: Sequence[str], stages: Mapping[str, float],
+    rounds: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Name -> seconds, their range (first to last fifth) and the live step's arithmetic over its own. The first variant
+    is the live step; runs and caches are written to `folder`."""
     device = init_distributed()
-    batch, trunks = cfg.train.global_batch, _trunks(cfg, device)
-    loader = SyntheticLoader(batch, cfg.image_size, device)
-    steps = {variant.name: build(cfg, variant, loader) for variant in variants}
-    flops = {variant.name: _training(configure(cfg, variant), trunks) for variant in variants}
+    configs = {variant.name: configure(copy.deepcopy(cfg), variant) for variant in variants}
+    for form in caches:
+        cache = dataclasses.replace(cfg.cache, folder=str(folder / f"cache_{form}"), format=form)
+        data = dataclasses.replace(cfg.data, views=1)
+        configs[f"cached, {form}"] = dataclasses.replace(copy.deepcopy(cfg), cache=cache, data=data)
+        build(configs[f"cached, {form}"])
     for name, divisor in stages.items():
-        patch = cfg.student.patch_size
-        smaller = at_size(cfg, round(cfg.image_size / divisor / patch) * patch)
         # the table of positions stays that of the whole size
-        steps[name] = build(smaller, variants[0], SyntheticLoader(batch, smaller.image_size, device))
-        flops[name] = _training(smaller, trunks)
-    shares = run_flops(cfg, trunks)
+        patch = cfg.student.patch_size
+        configs[name] = at_size(copy.deepcopy(cfg), round(cfg.image_size / divisor / patch) * patch)
+    trunks = _trunks(cfg, device)
+    shares, live = run_flops(cfg, trunks), _training(cfg, trunks)
     result: dict[str, Any] = {"teachers_share": shares.all_teachers / shares.training, "steps": {}}
-    for name, values in in_turns(steps, rounds).items():
+    with ExitStack() as stack:
+        steps = {
+            name: _step(dataclasses.replace(one, output_dir=str(folder / f"run_{i}")), stack)
+            for i, (name, one) in enumerate(configs.items())
+        }
+        times = in_turns(steps, rounds)
+    for name, values in times.items():
         cuts = quantiles(values, n=5) if len(values) > 1 else values * 4
         result["steps"][name] = {
-            "seconds": median(values), "range": [cuts[0], cuts[-1]], "arithmetic": flops[LIVE] / flops[name],
+            "seconds": median(values), "range": [cuts[0], cuts[-1]],
+            "arithmetic": live / _training(configs[name], trunks),
         }  # fmt: skip
     return result
+
+
+def _step(cfg: RunConfig, stack: ExitStack) -> Callable[[int], None]:
+    """The trainer's own step, with the reading and decoding of its images and of its cache."""
+    trainer = Trainer(cfg)
+    stack.callback(trainer.task.loader.close)
+    batches = trainer.task.loader.batches(0)
+
+    def step(i: int) -> None:
+        trainer.train_step(next(batches))
+
+    return step
 
 
 def _trunks(cfg: RunConfig, device: torch.device) -> dict[str, torch.nn.Module]:
@@ -133,14 +175,14 @@ def measure_steps(results: Path, rounds: int) -> Path:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         cfg = reduced_config(Path(folder))
-        found = time_variants(cfg, VARIANTS, STAGES, rounds)
+        found = time_variants(cfg, Path(folder), VARIANTS, CACHES, STAGES, rounds)
     live = found["steps"][LIVE]["seconds"]
     about = (
         f"`python -m bench.cost --step`: `dune_336` {NARROWER} times narrower at {cfg.image_size} px, {BATCH} images, "
         f"three ViT-L and the ViT-B with their depths and projectors; the teachers have "
         f"{100 * found['teachers_share']:.0f} % of the arithmetic. Steps in turns, medians of {rounds} (first to last "
-        f"fifth), processor time of one thread on {machine_name()}, which other work shared. Images are in memory, the "
-        "cache's files in the operating system's."
+        f"fifth), processor time on {machine_name()}, which other work shared: one thread for the products, and "
+        "those that read and decode images and cache, whose files lie in the operating system's memory."
     )
     ratios = {name: live / one["seconds"] for name, one in found["steps"].items() if name.startswith("cached")}
     results.mkdir(parents=True, exist_ok=True)

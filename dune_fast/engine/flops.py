@@ -29,6 +29,7 @@ from dune_fast.distill.objective import ownership
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.stages import Stage, at_size, stages
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
+from dune_fast.kernels.nn.depth_anything import DepthAnything
 from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.kernels.nn.sam import SAMEncoder
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
@@ -166,7 +167,7 @@ def teacher_flops(name: str, cfg: TeacherConfig, grid: int) -> int | None:
     network, grid = published_network(name, cfg), scaled_grid(grid, cfg.scale, cfg.grid_multiple)
     if network is None:
         return None
-    if isinstance(network, VisionTransformer) and not isinstance(network, SAMEncoder):  # which has windows
+    if isinstance(network, VisionTransformer) and not isinstance(network, SAMEncoder | DepthAnything):
         return vit_flops(network.cfg, grid, cfg.layer)
     return _count_or_none(name, network, grid * cfg.patch_size)
 
