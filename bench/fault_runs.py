@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -16,13 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dune_fast.dali_pipelines.datasets import DataConfig, DatasetConfig
 from dune_fast.dali_pipelines.sharding import ShardSettings, shard_dataset
 from dune_fast.engine import checkpoints
 from dune_fast.engine.launch import free_port
 from dune_fast.engine.metrics import read_metrics
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.teachers.architecture import architecture_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVE_EVERY = 60, 5
@@ -87,7 +90,8 @@ class Bench:
     work: Path
     draw: random.Random
     images: str = "shards"
-    """What runs read from now on: "shards", which stay open, or "photos", which a fault can take away."""
+    """What runs read from now on: "shards", which stay open, or "photos", which a fault can take away; "labels": the
+    run trains a head, on photographs with labels."""
     whole: dict[tuple[str, int], Path] = field(default_factory=dict)
     """(images, ranks) -> folder of the uninterrupted run."""
 
@@ -105,6 +109,41 @@ class Bench:
         shard_dataset("images", config, self.work / "shards", ShardSettings(megabytes=0.02), 1)
         return self.work / "shards"
 
+    @cached_property
+    def labels(self) -> tuple[Path, Path]:
+        """Photographs whose dark pixels are class 1, in the plain layout; a drawn encoder."""
+        root = self.work / "labels"
+        for split, part in (("train", slice(0, 20)), ("val", slice(20, None))):
+            for kind in ("images", "labels"):
+                (root / kind / split).mkdir(parents=True)
+            for path in sorted((self.work / "photos").glob("*.jpg"))[part]:
+                shutil.copy(path, root / "images" / split)
+                dark = np.array(Image.open(path).convert("L")) < 128
+                Image.fromarray(dark.astype(np.uint8)).save(root / "labels" / split / f"{path.stem}.png")
+        cfg = ViTConfig(56, embed_dim=96, depth=2, num_heads=3)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            state = VisionTransformer(cfg).init_weights().state_dict()
+        save_file(state, root / "encoder.safetensors", architecture_metadata(cfg))
+        return root, root / "encoder.safetensors"
+
+    def _trained(self) -> list[str]:
+        """Overrides that say what is trained, on what."""
+        if self.images == "labels":
+            root, encoder = self.labels
+            return [
+                "experiment=seg_ade20k", f"head.encoder='{encoder}'", f"head.data.root='{root}'",
+                "head.data.layout=plain", "head.data.size=56", "head.data.stride=56", "evaluation.every=0",
+            ]  # fmt: skip
+        return [
+            "+teachers@teachers.one=conv_patchify", "teachers.one.weights=random:1", "teachers.one.num_features=24",
+            "+teachers@teachers.two=conv_patchify", "teachers.two.weights=random:2", "teachers.two.num_features=32",
+            "teachers.two.patch_size=16", "teachers.two.token_types=[patch]", "student=vit_tiny14", "student.depth=2",
+            "student.embed_dim=96", "image_size=56", "data=folder", "data.num_threads=1",
+            f"data.datasets.images.root='{self.shards.with_name(self.images)}'", "data.read_patience=1",
+            "optimizer.lr_per_256=0.05",
+        ]  # fmt: skip
+
     def start(
         self, run: Path, ranks: int, more: Sequence[str] = (), piped: bool = False,
         folders: Sequence[Path] = (ROOT, ROOT),
@@ -119,14 +158,9 @@ class Bench:
             folders: the working folder of each rank.
         """
         overrides = [
-            "+teachers@teachers.one=conv_patchify", "teachers.one.weights=random:1", "teachers.one.num_features=24",
-            "+teachers@teachers.two=conv_patchify", "teachers.two.weights=random:2", "teachers.two.num_features=32",
-            "teachers.two.patch_size=16", "teachers.two.token_types=[patch]", "student=vit_tiny14", "student.depth=2",
-            "student.embed_dim=96", "image_size=56", "data=folder", "data.num_threads=1", f"deepspeed=zero{ranks - 1}",
-            f"data.datasets.images.root='{self.shards.with_name(self.images)}'", "data.read_patience=1",
-            "train.global_batch=8", f"train.steps={STEPS}", "train.log_every=1", "train.precision=fp32",
-            f"train.checkpoint_every={SAVE_EVERY}", "optimizer.lr_per_256=0.05", "evaluation.held_out=false",
-            "logging.tensorboard=false", f"output_dir='{run}'", *more,
+            *self._trained(), f"deepspeed=zero{ranks - 1}", "train.global_batch=8", f"train.steps={STEPS}",
+            "train.log_every=1", "train.precision=fp32", f"train.checkpoint_every={SAVE_EVERY}",
+            "evaluation.held_out=false", "logging.tensorboard=false", f"output_dir='{run}'", *more,
         ]  # fmt: skip
         run.mkdir(parents=True, exist_ok=True)
         port, number = str(free_port()), len(list(run.glob("log_*")))
@@ -162,7 +196,8 @@ class Bench:
             self.finish(whole, ranks)
             self.whole[self.images, ranks] = whole
         whole = self.whole[self.images, ranks]
-        ours, theirs = (load_file(folder / "student.safetensors") for folder in (run, whole))
+        name = "head.safetensors" if self.images == "labels" else "student.safetensors"
+        ours, theirs = (load_file(folder / name) for folder in (run, whole))
         if wrong := [name for name in theirs if not torch.equal(ours[name], theirs[name])]:
             raise Lost(f"{len(wrong)} of {len(theirs)} tensors differ from those of the uninterrupted run")
         ours, theirs = (

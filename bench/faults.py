@@ -299,6 +299,8 @@ def faults(kills: int) -> list[Fault]:
         Fault("SIGTERM at frozen storage", lambda *run: lose_photos(*run, frozen=True, told=True), images="photos"),
         Fault("lost storage", lambda *run: lose_photos(*run, frozen=False), images="photos"),
         Fault("a run's folder for each rank", own_folders, 2),
+        Fault("kill a head's training", lambda bench, run: kill(bench, run, kills), images="labels"),
+        Fault("SIGTERM for a head's ranks", lambda bench, run: preempt(bench, run, 2), 2, images="labels"),
     ]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,7 +20,8 @@ from bench.case import Case, Check, compare
 from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.foundation_vit import centred_angles
 from dune_fast.kernels.nn.sam import relative_table
-from dune_fast.kernels.nn.vit import resize_positions
+from dune_fast.kernels.nn.vit import VisionTransformer, resize_positions
+from dune_fast.teachers.clip import CLIP_MEAN, CLIP_STD
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.ensemble import TeacherEnsemble
 
@@ -99,6 +101,47 @@ def run_sam(case: Case) -> list[Check]:
     return compare(ours, {name: case[name] for name in ours})
 
 
+def run_depth_anything(case: Case) -> list[Check]:
+    """`depth_anything`: the head's feature before its last ReLU, whole and at the nearest pixels of a grid."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "model.safetensors")
+        save_file({key: value.contiguous() for key, value in case.under("state").items()}, path)
+        cfg = TeacherConfig(
+            "depth_anything", path, case.info["patch_size"], case.info["head"], ["patch"], num_heads=case.info["heads"]
+        )
+        vit = TeacherEnsemble({"teacher": cfg}, cfg.patch_size).trunks[0].vit
+    with torch.no_grad():
+        feature = vit(case["image"])
+        tokens = VisionTransformer.block_outputs(vit, case["image"], vit.cfg.outputs)
+    ours = {f"backbone/{i}": vit.norm(x) for i, x in enumerate(tokens.values())}
+    size = case["nearest_16"].shape[-2:]
+    ours |= {"head_feature": feature, "nearest_16": F.interpolate(feature, size=size, mode="nearest")}
+    return compare(ours, {name: case[name] for name in ours})
+
+
+def run_radio(case: Case) -> list[Check]:
+    """`radio_model`, the backbone's summary and features of whole attention; heads and windows are not built here."""
+    info, path = case.info, _file(case)
+    summary = case["out0/NLC/backbone/summary"].shape[-1]
+    width = case["out0/NLC/backbone/features"].shape[-1]
+    shared = {"num_heads": info["num_heads"], "num_registers": info["num_registers"]}
+    shared |= {"mean": list(CLIP_MEAN), "std": list(CLIP_STD)}
+    configs = {
+        kind: TeacherConfig("radio", path, info["patch_size"], channels, [kind], **shared)
+        for kind, channels in (("cls", summary), ("patch", width))
+    }
+    ensemble = TeacherEnsemble(configs, info["patch_size"])
+    assert len(ensemble.trunks) == 1
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    checks = []
+    for i, _ in enumerate(info["images"]):
+        found = ensemble((case[f"image{i}"] - mean) / std)
+        ours = {"summary": found["cls"]["cls"], "features": found["patch"]["patch"]}
+        under = f"out{i}/NLC/backbone/"
+        checks += compare(ours, {name: case[under + name] for name in ours}, under=under)
+    return checks
+
+
 def run_sam_table_resize(case: Case) -> list[Check]:
     """`sam_table_resize`: positions of another grid, relative tables of another side."""
     height, width = case.info["target_grid"]
@@ -149,6 +192,8 @@ TEACHER_RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "siglip_vision": run_siglip,
     "dinov3_vit": run_dinov3,
     "sam_encoder": run_sam,
+    "depth_anything": run_depth_anything,
+    "radio_model": run_radio,
     "sam_table_resize": run_sam_table_resize,
 }
 """Kind of a case -> what recomputes it."""

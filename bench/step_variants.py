@@ -17,7 +17,7 @@ from bench.eager_step import EagerStep
 from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.devices import autocast_dtype
-from dune_fast.engine.schedules import ema_momenta, learning_rates, scaled_learning_rate
+from dune_fast.engine.schedules import ema_momenta
 from dune_fast.engine.trainer import Trainer
 from dune_fast.kernels import philox
 from dune_fast.student import build_student
@@ -132,8 +132,7 @@ def _eager(cfg: RunConfig, loader: SyntheticLoader) -> Step:
     student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
     eager = EagerStep(cfg, student, loader.device, autocast_dtype(cfg.train.precision, loader.device))
     optimizer, norms = cfg.optimizer, cfg.standardization
-    peak = scaled_learning_rate(optimizer.lr_per_256, cfg.train.global_batch)
-    rates = learning_rates(cfg.steps, peak, optimizer.min_lr, optimizer.warmup_fraction)
+    rates = optimizer.rates(cfg.steps, cfg.train.global_batch)
     momenta = ema_momenta(cfg.steps, norms.ema_start, norms.ema_end)
 
     def step(i: int) -> Tensor:
@@ -147,7 +146,7 @@ def _ours(cfg: RunConfig, loader: SyntheticLoader) -> Step:
     """The trainer's own step: what a user's run does between two batches."""
     with tempfile.TemporaryDirectory() as folder:
         cfg = dataclasses.replace(cfg, output_dir=folder)
-        with mock.patch("dune_fast.engine.trainer.TrainLoader", lambda *_, **__: loader):
+        with mock.patch("dune_fast.engine.distillation.TrainLoader", lambda *_, **__: loader):
             trainer = Trainer(cfg)
 
     def step(i: int) -> Tensor:

@@ -26,7 +26,8 @@ from dune_fast.teachers.run_files import CheckpointError, checkpoint_state, is_c
 from dune_fast.teachers.safe_types import ALLOWED, UnreadTypeError, plain
 
 STATE_ENTRIES = (
-    "model", "model_state_dict", "state_dict", "teacher", "student", "encoder", "module", "backbone", "network", "net",
+    "model", "model_state_dict", "state_dict", "state_dict_ema", "teacher", "student", "encoder", "module", "backbone",
+    "network", "net",
 )  # fmt: skip
 """Entries that a container keeps its state dict under, in the order in which they are looked for."""
 

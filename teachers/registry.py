@@ -31,6 +31,9 @@ _FAMILIES = {
     "dinov3": "dinov3.DINOv3Teacher",
     "eupe": "dinov3.EUPETeacher",
     "sam": "sam.SAMTeacher",
+    "depth_anything": "depth_anything.DepthAnythingTeacher",
+    "depth_anything_v2": "depth_anything.DepthAnythingV2Teacher",
+    "radio": "radio.RADIOTeacher",
     "timm": "timm_model.TimmTeacher",
     "module": "module_path.ModuleTeacher",
     "onnx_vit": "onnx_vit.OnnxViTTeacher",
@@ -38,10 +41,11 @@ _FAMILIES = {
 }
 
 _RECOGNIZED = (
-    "clip", "open_clip", "siglip", "sam", "dinov3", "mast3r", "multihmr", "dune", "deit3", "dbotft", "dinov2", "dino",
+    "clip", "open_clip", "siglip", "sam", "dinov3", "depth_anything", "radio", "mast3r", "multihmr", "dune", "deit3",
+    "dbotft", "dinov2", "dino",
 )  # fmt: skip
 """ViTs told apart by their names of tensors, the most peculiar first; iBOT's are DINO's, UNIC's DUNE's, EUPE's
-DINOv3's."""
+DINOv3's, those of Depth Anything V2 the first version's."""
 
 
 class UnknownTeacherError(ValueError):

@@ -105,8 +105,8 @@ def _inspect_vit(
     mean, std = family.statistics
     report.config = TeacherConfig(
         family=name, weights=str(report.path), patch_size=report.architecture.patch_size,
-        num_features=report.architecture.embed_dim, token_types=list(family.token_types), mean=list(mean),
-        std=list(std), num_heads=report.architecture.num_heads,
+        num_features=family.width(report.architecture), token_types=list(family.alike(report.architecture)),
+        mean=list(mean), std=list(std), num_heads=report.architecture.num_heads,
     )  # fmt: skip
 
 

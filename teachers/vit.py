@@ -92,6 +92,16 @@ class ViTTeacher(Teacher):
         return False
 
     @classmethod
+    def width(cls, architecture: ViTConfig) -> int:
+        """Channels of the tokens that a network of the family gives."""
+        return architecture.embed_dim
+
+    @classmethod
+    def alike(cls, architecture: ViTConfig) -> Collection[str]:
+        """Token types that have `width` channels, and so go into one teacher."""
+        return cls.token_types
+
+    @classmethod
     def variant(cls, plain: ViTConfig, state: Mapping[str, Tensor], cfg: TeacherConfig) -> ViTConfig:
         """The configuration of the family's `network`, from the part that all ViTs have; `state` is empty where the
         weights are drawn."""

@@ -270,6 +270,9 @@ def test_fields_and_choices_exist(page):
         group = ROOT / "configs" / key
         if group.is_dir():
             assert value in ("mine", "NAME") or (group / f"{value}.yaml").is_file(), word
+        elif key.startswith(("head.data.", "head.options.", "head.loss.")):  # a kind's own
+            files = map(OmegaConf.load, (ROOT / "configs" / "experiment").glob("*.yaml"))
+            assert any(OmegaConf.select(content, key) is not None for content in files), word
         elif "." in key and not key.startswith(("teachers.", "data.datasets.")):
             parent, _, leaf = key.rpartition(".")
             assert leaf in OmegaConf.select(schema, parent), word

@@ -148,8 +148,8 @@ def time_variants(
 def _step(cfg: RunConfig, stack: ExitStack) -> Callable[[int], None]:
     """The trainer's own step, with the reading and decoding of its images and of its cache."""
     trainer = Trainer(cfg)
-    stack.callback(trainer.loader.close)
-    batches = trainer.loader.batches(0)
+    stack.callback(trainer.task.loader.close)
+    batches = trainer.task.loader.batches(0)
 
     def step(i: int) -> None:
         trainer.train_step(next(batches))

@@ -12,9 +12,11 @@ have formulas, because to count three ViT-L on fake tensors takes a second; othe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +29,7 @@ from dune_fast.distill.objective import ownership
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.stages import Stage, at_size, stages
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
+from dune_fast.kernels.nn.depth_anything import DepthAnything
 from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.kernels.nn.sam import SAMEncoder
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
@@ -127,7 +130,8 @@ def count_flops(module: nn.Module, image_size: tuple[int, int]) -> int:
 def published_network(name: str, cfg: TeacherConfig) -> nn.Module | None:
     """A teacher's network on the meta device, from its configuration alone; None where that does not say it.
 
-    ViTs are taken to be of the published size for their width. UnknownTeacherError: no such family.
+    ViTs are taken to be of the published size for their width; teachers of one architecture get the same module.
+    UnknownTeacherError: no such family.
     """
     check_family(name, cfg.family)
     family = family_class(cfg.family)
@@ -135,7 +139,8 @@ def published_network(name: str, cfg: TeacherConfig) -> nn.Module | None:
         with torch.device("meta"):
             if issubclass(family, ViTTeacher):
                 known = dataclasses.replace(cfg, image_size=cfg.image_size or cfg.patch_size)
-                return family.network(family.architecture(known)).eval()
+                architecture = family.architecture(known)
+                return _meta_network(family.network, type(architecture), dataclasses.astuple(architecture))
             if cfg.family == "xfeat":
                 from dune_fast.teachers.xfeat import XFeat
 
@@ -150,12 +155,19 @@ def published_network(name: str, cfg: TeacherConfig) -> nn.Module | None:
     return None
 
 
+@functools.lru_cache(16)
+def _meta_network(network: Callable[[Any], nn.Module], architecture: type, fields: tuple) -> nn.Module:
+    """Of an architecture's fields; a plan asks for the same few a hundred times."""
+    with torch.device("meta"):
+        return network(architecture(*fields)).eval()
+
+
 def teacher_flops(name: str, cfg: TeacherConfig, grid: int) -> int | None:
     """One teacher where the student has grid x grid patches of an image; see `published_network`."""
     network, grid = published_network(name, cfg), scaled_grid(grid, cfg.scale, cfg.grid_multiple)
     if network is None:
         return None
-    if isinstance(network, VisionTransformer) and not isinstance(network, SAMEncoder):  # which has windows
+    if isinstance(network, VisionTransformer) and not isinstance(network, SAMEncoder | DepthAnything):
         return vit_flops(network.cfg, grid, cfg.layer)
     return _count_or_none(name, network, grid * cfg.patch_size)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dune_fast.engine.schedules import SCHEDULES, scaled_learning_rate
+from dune_fast.engine.schedules import SCHEDULES, scaled_learning_rate, scheduled_rates
 
 
 @dataclass
@@ -42,6 +43,12 @@ class OptimizerConfig:
     def peak(self, global_batch: int) -> float:
         """The highest learning rate."""
         return scaled_learning_rate(self.lr_per_256, global_batch) if self.lr is None else self.lr
+
+    def rates(self, steps: int, global_batch: int) -> np.ndarray:
+        """The learning rate of every step of a run, float64 [steps]."""
+        return scheduled_rates(
+            self.schedule, steps, self.peak(global_batch), self.min_lr, self.warmup_fraction, self.warmup_start
+        )
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:

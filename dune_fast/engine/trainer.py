@@ -38,7 +38,7 @@ from dune_fast.engine.provenance import world
 from dune_fast.engine.run_folder import how_to_go_on, open_run
 from dune_fast.engine.run_state import RUNNING, STOPPED, fail, write_state
 from dune_fast.engine.same_ranks import meet, refuse_own_folders
-from dune_fast.engine.schedules import average_decay, cycled_beta, scheduled_rates
+from dune_fast.engine.schedules import average_decay, cycled_beta
 from dune_fast.engine.task import Task
 from dune_fast.engine.trackers import check_packages
 from dune_fast.engine.watchdog import Watchdog
@@ -127,11 +127,8 @@ class Trainer:
     def _build_loop(self, resume_step: int | None) -> None:
         """What goes round the step: schedules, checkpoints, guards; loads the checkpoint."""
         cfg, train = self.cfg, self.cfg.train
-        optimizer, peak = cfg.optimizer, cfg.optimizer.peak(train.global_batch)
-        self.lr = scheduled_rates(
-            optimizer.schedule, cfg.steps, peak, optimizer.min_lr, optimizer.warmup_fraction, optimizer.warmup_start
-        )
-        self.betas = cycled_beta(cfg.steps, *optimizer.cycle_beta) if optimizer.cycle_beta else None
+        self.lr = cfg.optimizer.rates(cfg.steps, train.global_batch)
+        self.betas = cycled_beta(cfg.steps, *cfg.optimizer.cycle_beta) if cfg.optimizer.cycle_beta else None
         timeout = 60.0 * train.timeout_minutes
         self.stop = Stop(self.world_size, timeout, train.notice_seconds)
         self.saver = checkpoints.Saver(

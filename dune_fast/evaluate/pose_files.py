@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -109,10 +110,10 @@ def read_submission(path: Path) -> dict[str, str]:
                 raise PoseFileError(f"{path} has {fault}; it is not read")
             members = {Path(m.filename).stem.removeprefix("pose_"): m for m in archive.infolist()
                        if re.fullmatch(r"(?:.*/)?pose_[^/]+\.txt", m.filename)}  # fmt: skip
-            if large := [m.filename for m in members.values() if m.file_size > _LARGEST]:
-                raise PoseFileError(f"{path}: {large[0]} would have more than {_LARGEST >> 20} MiB; it is not read")
+            if sum(m.file_size for m in members.values()) > _LARGEST:
+                raise PoseFileError(f"{path} would have more than {_LARGEST >> 20} MiB of poses; it is not read")
             return {scene: archive.read(member).decode(errors="replace") for scene, member in members.items()}
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise PoseFileError(f"{path} is no zip file that can be read ({error}): make it again") from error
 
 

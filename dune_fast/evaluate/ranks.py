@@ -6,13 +6,18 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dune_fast.engine.launch import place
+from dune_fast.engine.rendezvous import join
 from dune_fast.teachers.progress import Progress
+
+_MEET_MINUTES = 10.0
+_PATIENCE = timedelta(hours=2)  # of a collective: rank 0 may fit a classifier while the others wait
 
 
 class _Silent(contextlib.nullcontext):
@@ -79,7 +84,7 @@ def open_ranks(device: str | None = None) -> Iterator[Ranks]:
         device: "cpu", "cuda", "cuda:1"; None for the rank's own GPU where there is one.
 
     Raises:
-        LaunchError: the launcher's environment is incomplete.
+        LaunchError: the launcher's environment is incomplete, or not all processes came.
         ValueError: a device that is not there.
     """
     here = place(os.environ)
@@ -93,8 +98,7 @@ def open_ranks(device: str | None = None) -> Iterator[Ranks]:
     if here.world_size == 1:
         yield Ranks(device=own)
         return
-    backend = "nccl" if own.type == "cuda" else "gloo"
-    dist.init_process_group(backend, here.init_method, rank=here.rank, world_size=here.world_size)
+    join(here, own, _MEET_MINUTES, _PATIENCE)
     try:
         yield Ranks(here.rank, here.world_size, own)
     finally:

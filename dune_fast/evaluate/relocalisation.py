@@ -70,7 +70,7 @@ def measure_mapfree(data: Path, predictions: Path) -> dict[str, Any]:
         predictions: the submission, a folder or a zip file.
 
     Returns:
-        "metrics", by the benchmark's names; "frames" that count; "scenes" and "missing_scenes".
+        "metrics", by the benchmark's names; "frames" that count, "missing" ones; "scenes"; "missing_scenes", names.
 
     Raises:
         PoseFileError: no scene, no file of a scene, a truth that cannot be read, or a file that is no zip.
@@ -104,7 +104,9 @@ def measure_mapfree(data: Path, predictions: Path) -> dict[str, Any]:
             errors.append(scene_errors([estimated[f] for f in both], [counted[f] for f in both], intrinsics))
     metrics = mapfree_metrics(errors, missing)
     frames = missing + sum(len(scene.confidence) for scene in errors)
-    return {"metrics": metrics, "frames": frames, "scenes": len(scenes), "missing_scenes": absent}
+    return {
+        "metrics": metrics, "frames": frames, "missing": missing, "scenes": len(scenes), "missing_scenes": absent
+    }  # fmt: skip
 
 
 def mapfree_scenes(data: Path) -> list[Path]:

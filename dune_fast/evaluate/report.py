@@ -95,7 +95,8 @@ def _state(run: Path, cfg: RunConfig | None, records: Records) -> str:
     """How far the run is, and when that was."""
     last = max((record["step"] for record in records), default=0)
     total = f" of {cfg.steps:,}" if cfg else ""
-    ended = (run / "student.safetensors").is_file() and (cfg is None or last >= cfg.steps)
+    exported = "head.safetensors" if cfg and cfg.head.kind else "student.safetensors"
+    ended = (run / exported).is_file() and (cfg is None or last >= cfg.steps)
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return f"{'Finished' if ended else 'Not finished'}, step {last:,}{total}; report of {now}"
 
@@ -131,7 +132,16 @@ def _read_json(path: Path) -> Any:
 
 def _configuration(run: Path, cfg: RunConfig | None) -> str:
     parts = []
-    if cfg is not None:
+    if cfg is not None and cfg.head.kind:
+        rows = [
+            ("head", cfg.head.kind),
+            ("frozen encoder", cfg.head.encoder),
+            ("starts from", cfg.head.weights or f"initial weights, seed {cfg.train.seed}"),
+            ("length", f"{cfg.steps:,} steps of {cfg.train.global_batch:,} examples"),
+            ("learning rate", f"{cfg.optimizer.peak(cfg.train.global_batch):g}, schedule {cfg.optimizer.schedule}"),
+        ]
+        parts.append(_table((), rows))
+    elif cfg is not None:
         s, projector = cfg.student, f"{cfg.projector.kind}, {cfg.objective.sharing} data sharing"
         narrowed = f"{cfg.start.blocks} blocks out of teacher {cfg.start.teacher}" if cfg.start.teacher else ""
         weights = cfg.student_weights or narrowed or f"initial weights, seed {cfg.train.seed}"

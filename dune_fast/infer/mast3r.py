@@ -69,6 +69,8 @@ def run(
     _check(images, pose_method, long_side, step, head.patch_size)
     given = None if intrinsics is None else _two_cameras(intrinsics)
     opencv()  # without it, say so before the work
+    if head.encoder_name:  # another one of its width would be taken, and give nonsense
+        logger.info("the head was trained on the encoder %s", head.encoder_name)
     # the released MASt3R was not trained on square images, DUNE's is used on them
     views = [prepare(read_image(Path(p)), head.patch_size, long_side, square_ok=head.norm is not None) for p in images]
     seen = look_at(*views, encoder, head)

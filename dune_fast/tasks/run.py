@@ -13,6 +13,7 @@ from dune_fast.dali_pipelines.datasets import Dataset
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.run_state import FINISHED, write_state
 from dune_fast.engine.trainer import Trainer
+from dune_fast.evaluate.live_report import LiveReport
 from dune_fast.evaluate.ranks import Ranks
 from dune_fast.heads.files import load_head
 from dune_fast.heads.head import check_encoder
@@ -69,6 +70,8 @@ def train_head(cfg: RunConfig, rank: int) -> int:
     """Trains a head, or goes on with it; returns the exit status."""
     trainer = Trainer(cfg, HeadEvaluation(), HeadTraining(cfg))
     trainer.run()
+    if rank == 0:
+        LiveReport(trainer.run_dir).write(finished=not trainer.stopped)
     if rank == 0 and not trainer.stopped:
         write_state(Path(cfg.output_dir), FINISHED, cfg.steps, cfg.steps)
         logger.info("done: %s holds the head; in Python dune_fast.load_head(%r)", cfg.output_dir, cfg.output_dir)

@@ -79,7 +79,7 @@ def test_a_start_asks_the_teachers(photos, cache, tmp_path):
     cached = train(small_run(photos, tmp_path / "cached"), *VIEWS, *more, f"cache.folder={cache}")
     for one, other in zip(losses(tmp_path / "live"), losses(tmp_path / "cached"), strict=True):
         assert other == pytest.approx(one, rel=1e-3)
-    assert "ensemble" not in vars(cached.teachers)
+    assert "ensemble" not in vars(cached.task.teachers)
 
 
 def test_views_take_turns_and_repeat(photos):

@@ -97,7 +97,7 @@ def test_a_run_from_components_and_some_patches(photos, cache, tmp_path):
     run = [*small_run(photos, tmp_path / "run"), *VIEWS, *more, f"cache.folder={folder}"]
     trainer = train(run, "standardization.convention=fixed", "objective.patch_share=0.5", "train.accumulation=2")
     moments = Store(str(cache)).moments()
-    for name, token, normalizer in trainer.statistics.items():
+    for name, token, normalizer in trainer.task.statistics.items():
         assert torch.allclose(normalizer.mean.double(), moments[name][token].mean, atol=1e-5)
         assert torch.allclose(normalizer.std.double(), moments[name][token].std, rtol=1e-5)
     assert losses(tmp_path / "run")[-1]["loss"] < losses(tmp_path / "run")[0]["loss"]

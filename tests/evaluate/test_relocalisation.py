@@ -141,7 +141,7 @@ def test_what_is_missing_counts(scenes, tmp_path):
     lines += ["seq1/frame_00005.jpg nan 0 0 0 0 0 0 1", "seq1/frame_00005.jpg 0 0 0 0 0 0 0 1", "# a remark"]
     (folder / "pose_s00460.txt").write_text("\n".join(lines))
     found = measure_mapfree(scenes, folder)
-    assert found["missing_scenes"] == ["s00461"] and found["frames"] == 3 + 11
+    assert found["missing_scenes"] == ["s00461"] and (found["frames"], found["missing"]) == (3 + 11, 1 + 11)
     metrics = found["metrics"]
     assert metrics["Average Median Translation Error"] == pytest.approx(0.5)
     assert metrics["Precision @ Pose Error < (25.0cm, 5deg)"] == 0
@@ -162,6 +162,15 @@ def test_files_that_cannot_be_measured_are_named(scenes, tmp_path, caplog):
     with zipfile.ZipFile(bad, "w") as archive:
         archive.writestr("../pose_s00460.txt", "")
     with pytest.raises(PoseFileError, match="it is not read"):
+        measure_mapfree(scenes, bad)
+    whole = submission_bytes({"s00460": estimate()})
+    for wrong in (whole[:45] + bytes(20) + whole[65:], whole[:-30]):  # the stream, then the table of members
+        bad.write_bytes(wrong)
+        with pytest.raises(PoseFileError, match="is no zip file that can be read"):
+            measure_mapfree(scenes, bad)
+    with zipfile.ZipFile(bad, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("pose_s00460.txt", bytes(65 << 20))
+    with pytest.raises(PoseFileError, match="would have more than 64 MiB of poses; it is not read"):
         measure_mapfree(scenes, bad)
     bad.write_bytes(submission_bytes({"s00999": estimate()}))
     with pytest.raises(PoseFileError, match="has no pose_SCENE.txt of the scenes of .*such as s00460"):

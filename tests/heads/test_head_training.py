@@ -23,9 +23,13 @@ from dune_fast.engine import checkpoints
 from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.engine.metrics import read_metrics
 from dune_fast.engine.run_state import read_state
-from dune_fast.engine.schedules import cycled_beta, scheduled_rates
+from dune_fast.engine.schedules import cycled_beta
 from dune_fast.engine.trainer import Trainer
-from dune_fast.evaluate.probe import RECIPES
+from dune_fast.evaluate.dense import DenseTask, run_dense
+from dune_fast.evaluate.model import open_model
+from dune_fast.evaluate.pairs import open_pairs
+from dune_fast.evaluate.probe import RECIPES, recipe
+from dune_fast.evaluate.ranks import Ranks
 from dune_fast.tasks.linear import SharedBatchNorm
 from dune_fast.tasks.run import HeadEvaluation
 from dune_fast.tasks.training import HeadTraining
@@ -74,14 +78,13 @@ def whole(encoder_file, squares, tmp_path_factory) -> Path:
 
 def test_schedules_of_the_experiments_are_the_recipes():
     for name, task in (("seg_ade20k", "segmentation"), ("depth_nyud", "depth")):
-        cfg, recipe = compose_config([f"experiment={name}"]), RECIPES[task]
+        cfg, wanted = compose_config([f"experiment={name}"]), RECIPES[task]
         o, n = cfg.optimizer, cfg.steps
-        assert n == recipe.iterations and cfg.train.global_batch == recipe.batch
-        assert (o.weight_decay, o.clip_global, o.clip_per_parameter) == (recipe.weight_decay, recipe.clip, 0.0)
-        rates = scheduled_rates(o.schedule, n, o.lr, o.min_lr, o.warmup_fraction, o.warmup_start)
-        np.testing.assert_allclose(rates, [recipe.rate(i) for i in range(n)], rtol=1e-9, atol=1e-16)
+        assert n == wanted.iterations and cfg.train.global_batch == wanted.batch
+        assert (o.weight_decay, o.clip_global, o.clip_per_parameter) == (wanted.weight_decay, wanted.clip, 0.0)
+        np.testing.assert_allclose(o.rates(n, 16), [wanted.rate(i) for i in range(n)], rtol=1e-9, atol=1e-16)
         betas = cycled_beta(n, *o.cycle_beta) if o.cycle_beta else np.full(n, o.betas[0])
-        np.testing.assert_allclose(betas, [recipe.momentum(i) for i in range(n)], rtol=1e-12)
+        np.testing.assert_allclose(betas, [wanted.momentum(i) for i in range(n)], rtol=1e-12)
 
 
 def test_a_head_learns_and_is_written(overrides, whole, tmp_path):
@@ -96,6 +99,15 @@ def test_a_head_learns_and_is_written(overrides, whole, tmp_path):
     assert set(saved) == {f"{kind}/{name}" for kind in kinds for name in parameters}, "the encoder is in no checkpoint"
     started = json.loads((whole / "run.json").read_text())["starts"][0]
     assert len(started["encoder"]["sha256"]) == 64
+
+
+def test_the_head_is_that_of_the_evaluation(encoder_file, squares, whole, tmp_path):
+    """`dune-fast evaluate --task segmentation` draws, orders, cuts, weighs and steps alike, by code of its own."""
+    train_pairs, val_pairs = open_pairs(squares, "segmentation", "plain")
+    how = recipe("segmentation", iterations=10, lr=0.01, batch=4, size=42, stride=28, seed=0)
+    model = open_model(str(encoder_file), torch.device("cpu"), precision="fp32")
+    _, head = run_dense(DenseTask("segmentation", train_pairs, val_pairs, how), model, tmp_path, Ranks())
+    torch.testing.assert_close(dict(head.state_dict()), load_file(whole / HEAD), rtol=1e-4, atol=1e-6)
 
 
 def test_evaluations_and_averages_in_the_run_change_nothing(overrides, whole, tmp_path):
@@ -120,15 +132,19 @@ def test_a_signal_stops_and_the_command_goes_on_bit_by_bit(overrides, whole, tmp
     assert train.main(["--run", str(run)]) == 0
     assert "going on from step 4 of 10" in caplog.text and read_state(run)["state"] == "finished"
     assert same_weights(run, whole, HEAD) and timeless(run) == timeless(whole)
+    page = (run / "report.html").read_text()
+    assert "Finished, step 10 of 10" in page and "linear_seg" in page and "drawn before" not in page
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_costs_nothing(overrides, whole, tmp_path):
-    run, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    """A process of its own, of 5 s."""
+    run = tmp_path / "run"
     command = [sys.executable, "dune_fast/train.py", *overrides]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 7):
-        time.sleep(0.01)
+    while process.poll() is None and not checkpoints.complete_steps(run):
+        time.sleep(0.002)
     process.kill()
     said = process.communicate()[1]
     assert checkpoints.complete_steps(run), said

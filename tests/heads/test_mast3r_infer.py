@@ -15,6 +15,7 @@ from torch import Tensor
 from dune_fast.heads.head import HeadError
 from dune_fast.heads.mast3r.head import Mast3rHead
 from dune_fast.heads.mast3r.images import Prepared, default_long_side, estimated_intrinsics, prepare
+from dune_fast.heads.mast3r.two_views import look_at
 from dune_fast.infer.files import InferenceError, read_image
 from dune_fast.infer.mast3r import run
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
@@ -52,17 +53,18 @@ def descriptors(points: np.ndarray) -> Tensor:
 
 
 class ExactHead(Mast3rHead):
-    """Says of two views what is true; the second call is in the other order."""
+    """Says of two views what is true, in either order; the first call's first view is the first one."""
 
     def __init__(self, views: list[Prepared], ks: list[np.ndarray], desc_conf: float = 2.0) -> None:
         super().__init__(**OPTIONS)
-        self.calls, self.desc_conf = 0, desc_conf
+        self.calls, self.first, self.desc_conf = 0, None, desc_conf
         cameras = [view.intrinsics(k) for view, k in zip(views, ks, strict=True)]
         poses = zip(cameras, views, WORLD_TO_CAMERA, strict=True)
         self.world = [corner(k, view.size, pose) for k, view, pose in poses]
 
     def forward(self, view1, view2):
-        order = (0, 1) if self.calls == 0 else (1, 0)
+        self.first = view1.raw_patch if self.first is None else self.first
+        order = (0, 1) if torch.equal(view1.raw_patch, self.first) else (1, 0)
         self.calls += 1
         r, t = WORLD_TO_CAMERA[order[0]]
         results = []
@@ -134,6 +136,18 @@ def test_points_matches_and_pose_come_back(photographs, encoder, tmp_path, caplo
     assert ("focal lengths, read off the points: 210" in said) is not known
 
 
+@pytest.mark.parametrize("method, passes", [("pnp", 1), ("essential", 2)])
+def test_the_head_runs_once_where_that_is_enough(photographs, encoder, method, passes):
+    views = prepared(photographs)
+    head = ExactHead(views, [K, K])
+    seen = look_at(*views, encoder, head)
+    pose = seen.relative_pose(seen.matches(), [view.intrinsics(K) for view in views], method)
+    assert not pose.reason and head.calls == passes
+    assert seen.relative_pose(seen.matches(), [None, None], method).reason.startswith("the points show no focal length")
+    with pytest.raises(HeadError, match="pose method 'icp' is unknown"):
+        seen.relative_pose(seen.matches(), [K, K], "icp")
+
+
 def test_a_pair_without_overlap_is_said(photographs, encoder, tmp_path, caplog):
     caplog.set_level(logging.INFO, "dune_fast")
     head = ExactHead(prepared(photographs), [K, K], desc_conf=0.5)
@@ -145,13 +159,15 @@ def test_a_pair_without_overlap_is_said(photographs, encoder, tmp_path, caplog):
     assert (tmp_path / "out" / "matches.png").is_file()
 
 
-def test_landscape_and_portrait_of_two_sizes(encoder, tmp_path):
+def test_landscape_and_portrait_of_two_sizes(encoder, tmp_path, caplog):
     """A drawn head, whatever it says: every image keeps its own orientation and size."""
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for path, size in zip(paths, ((120, 90), (60, 200)), strict=True):
         Image.new("RGB", size, (90, 20, 200)).save(path)
-    torch.manual_seed(0)
-    run(paths, encoder, Mast3rHead(**OPTIONS).eval().requires_grad_(False), tmp_path, long_side=56)
+    caplog.set_level(logging.INFO, "dune_fast")
+    head = Mast3rHead(**OPTIONS, encoder_name="dune_vitbase_14_448_paper_encoder").eval().requires_grad_(False)
+    run(paths, encoder, head, tmp_path, long_side=56)
+    assert "the head was trained on the encoder dune_vitbase_14_448_paper_encoder" in caplog.text
     with np.load(tmp_path / "pair.npz") as pair:
         assert pair["points1"].shape == (42, 56, 3) and pair["points2"].shape == (56, 14, 3)
         assert np.isfinite(pair["points1"]).all()

@@ -3,6 +3,7 @@ the truth."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from dune_fast.heads.mast3r import scenes
 from dune_fast.heads.mast3r.correspondences import back_project
 from dune_fast.heads.mast3r.head import Mast3rHead
 from dune_fast.heads.mast3r.loss import Mast3rLoss, Mast3rLossConfig
-from dune_fast.heads.mast3r.pair_folders import PairDatasetConfig, open_pairs
+from dune_fast.heads.mast3r.pair_folders import PairDatasetConfig, open_pairs, write_pairs
 from dune_fast.heads.mast3r.pairs import PairDataConfig
 from dune_fast.heads.mast3r.training import both_orders_outputs, truth
 from dune_fast.heads.tokens import encode
@@ -61,7 +62,9 @@ def overrides(encoder_file, rooms, tmp_path) -> list[str]:
 
 
 def test_a_head_learns(overrides, rooms, tmp_path):
-    cfg = compose_config([*overrides, f"+head.data.validation.rooms.root={rooms}", "evaluation.every=12"])
+    shutil.copytree(rooms, tmp_path / "val")
+    write_pairs(tmp_path / "val", open_pairs("rooms", PairDatasetConfig(str(rooms))).pairs[:1])
+    cfg = compose_config([*overrides, f"+head.data.validation.rooms.root={tmp_path / 'val'}", "evaluation.every=12"])
     Trainer(cfg, HeadEvaluation(), HeadTraining(cfg)).run()
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     losses = [r["loss"] for r in records if "loss" in r]

@@ -13,6 +13,8 @@ from dune_fast.heads.multihmr.head import MultiHmrHead, place_bodies
 from dune_fast.heads.multihmr.loss import LossWeights, detection_loss, if_finite, losses
 from dune_fast.heads.multihmr.smplx import BodyModel
 from dune_fast.heads.multihmr.targets import PARTS, Targets, make_targets
+from dune_fast.heads.tokens import EncoderTokens
+from tests.heads.test_mast3r_loss import HostReads
 
 SMALL = {"width": 12, "image_size": 84, "depth": 1, "heads": 2, "head_dim": 8, "dim": 24, "hidden": 20}
 
@@ -139,3 +141,19 @@ def test_dropped_people_send_no_gradient_even_where_they_are_nan(head, body):
 def test_wrong_weights_are_refused():
     with pytest.raises(ValueError, match="the weight j3d=-1.0"):
         LossWeights(j3d=-1.0)
+
+
+def test_nothing_in_a_step_waits_for_the_device(head, body):
+    """Targets, head, bodies, losses and the backward pass; how many people an image has is known before."""
+    patch, k = torch.randn(2, 36, 12, requires_grad=True), default_intrinsics(84)[None].expand(2, 3, 3)
+    truth = people([(0.0, 0.0, 4.0), (0.01, 0.0, 4.1), (1.4, 0.0, 3.0)])
+    image, slot = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0])
+    with HostReads() as reads:
+        targets = make_targets(truth, image, slot, 2, k, body, head)
+        found = head.decode(patch, k, targets.cells)
+        terms = losses(found, place_bodies(found, body), targets, 84, True, LossWeights())
+        terms["total"].backward()
+    assert reads.found == [] and patch.grad.abs().sum() > 0
+    with HostReads() as reads:  # it would see them
+        head(EncoderTokens(None, patch, None, patch, (6, 6)), k)
+    assert reads.found

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench.heads_proof.bodies import PARENTS, body_arrays, joints
+from dune_fast.heads.multihmr import npz
 from dune_fast.heads.multihmr.body_file import BodyModelError, read_body_file
 from dune_fast.heads.multihmr.rotations import matrix_from_axis_angle
 from dune_fast.heads.multihmr.smplx import VERTEX_JOINTS, BodyModel, load_body_model
@@ -191,6 +192,14 @@ def test_claims_beyond_the_files_bytes_are_refused(tmp_path, arrays):
                 new.writestr(member, data)
         with pytest.raises(BodyModelError, match=message):
             load_body_model(tmp_path / "model.npz")
+
+
+def test_a_small_file_that_unpacks_to_a_large_one_is_refused(tmp_path, arrays, monkeypatch):
+    """Zeros compress without end; nothing of them is unpacked."""
+    np.savez_compressed(tmp_path / "model.npz", **arrays | {"posedirs": np.zeros((9000, 3, 486), np.float32)})
+    monkeypatch.setattr(npz, "_UNPACKED_FLOOR", 1 << 20)
+    with pytest.raises(BodyModelError, match="bytes are said to unpack to 5[0-9]{7}"):
+        load_body_model(tmp_path / "model.npz")
 
 
 def test_vertices_that_are_joints(arrays):

@@ -137,7 +137,7 @@ def test_open_clip_resizes_positions_with_antialias_and_clip_without(clip, tmp_p
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"projected": True, "num_features": 12}, r"cls has 12 channels after the projection, patches have 32; name two"),
+        ({"projected": True, "num_features": 12}, "cls has 12 channels after the projection, patches have 32; name"),
         ({"projected": True, "token_types": ["cls"]}, r"num_features is 32, but the weights .* have 12"),
         ({"projected": True, "token_types": ["cls"], "num_features": 12, "layer": 1}, "the projection reads the last"),
         ({"num_features": 12, "token_types": ["cls"]}, r"num_features is 12, but the weights .* have 32"),

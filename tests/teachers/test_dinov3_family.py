@@ -30,7 +30,8 @@ def transformers_model(gated):
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-    made = DINOv3ViTConfig(**sizes, image_size=32, patch_size=8, num_register_tokens=4, use_gated_mlp=gated)
+    sizes |= {"use_gated_mlp": gated, "hidden_act": "silu" if gated else "gelu"}
+    made = DINOv3ViTConfig(**sizes, image_size=32, patch_size=8, num_register_tokens=4)
     model = DINOv3ViTModel(made).eval()
     draw = torch.Generator().manual_seed(0)
     for key, value in model.state_dict().items():

@@ -70,7 +70,8 @@ def test_a_tower_alone_is_the_same(siglip, tmp_path):
     save_file(model.state_dict(), tmp_path / "tower.safetensors")
     images = torch.randn(1, 3, 32, 32)
     one, other = (TeacherEnsemble({"a": config(p)}, 8)(images)["a"] for p in (path, tmp_path / "tower.safetensors"))
-    assert torch.equal(one["cls"], other["cls"]) and torch.equal(one["patch"], other["patch"])
+    assert relative(one["cls"], other["cls"]) < TOLERANCE  # memory of another alignment adds in another order
+    assert relative(one["patch"], other["patch"]) < TOLERANCE
 
 
 def test_so400m_has_the_published_heads_and_hidden_channels():

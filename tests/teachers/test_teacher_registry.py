@@ -16,10 +16,11 @@ from dune_fast.teachers.vit import ViTTeacher
 CONFIGS = sorted((Path(teachers.__file__).resolve().parents[1] / "configs" / "teachers").glob("*.yaml"))
 
 
-PARAMETERS = {192: 5.5, 384: 21.6, 768: 86, 1024: 304, 1280: 632, 1536: 1136}  # millions, ViT-T, S, B, L, H and g
+PARAMETERS = {192: 5.5, 384: 21.8, 768: 86, 1024: 304, 1280: 632, 1536: 1136}  # millions, ViT-T, S, B, L, H and g
 OTHERS = {
     ("dinov3", 1280): 840, ("dinov3", 4096): 6716, ("sam", 768): 89.7, ("sam", 1024): 308.3, ("sam", 1280): 637,
-    ("siglip", 768): 93, ("siglip", 1152): 428,
+    ("siglip", 768): 93, ("siglip", 1152): 428, ("depth_anything", 384): 24.8, ("depth_anything", 768): 97.5,
+    ("depth_anything", 1024): 335.3,
 }  # fmt: skip
 """As published for networks that are larger or other than a plain ViT of their width: gated MLPs, necks, pooling."""
 
@@ -39,12 +40,14 @@ def test_configuration_file_has_typed_fields_and_all_that_matter(path):
         assert (tuple(cfg.mean), tuple(cfg.std)) == family_class(cfg.family).statistics
         assert cfg.url.startswith("https://") or cfg.family == "dinov3"  # for who accepts its terms
         assert cfg.image_size is not None
-        assert cfg.num_registers is not None or path.stem == "unic_vitl14"  # whose publisher does not say
+        assert cfg.num_registers is not None or path.stem == "unic_vitl14" or cfg.family == "radio"  # not published
         if cfg.projected:
             return  # its channels are not those that the sizes go by; the same file without `projected` is another's
-        parameters = OTHERS.get((cfg.family, cfg.num_features)) or PARAMETERS[cfg.num_features]
         with torch.device("meta"):
             vit = family_class(cfg.family).network(family_class(cfg.family).architecture(cfg))
+        width = vit.cfg.embed_dim
+        parameters = OTHERS.get((cfg.family.removesuffix("_v2"), width)) or PARAMETERS[width]
+        assert family_class(cfg.family).width(vit.cfg) == cfg.num_features
         assert abs(sum(p.numel() for p in vit.parameters()) / 1e6 - parameters) < 0.02 * parameters
 
 

@@ -130,8 +130,9 @@ def reciprocal(
 
 
 def symmetric(
-    map1: Tensor, map2: Tensor, conf1: Tensor, conf2: Tensor, step: int = 8, distance: str = "dot", block: int | None = None
-) -> Matches:
+    map1: Tensor, map2: Tensor, conf1: Tensor, conf2: Tensor, step: int = 8, distance: str = "dot",
+    block: int | None = None,
+) -> Matches:  # fmt: skip
     """Matches found from the start pixels of either view; conf1 and conf2 [H, W] give their confidence."""
     width1, width2 = map1.shape[1], map2.shape[1]
     a1, a2 = reciprocal(map1, map2, step, distance=distance, block=block)

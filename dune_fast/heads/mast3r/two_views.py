@@ -1,11 +1,13 @@
 """Two photographs through encoder and head: points, matches, cameras, the relative pose.
 
-The head runs twice, once in each order: the second pass gives view 2's points in the frame of its own camera, of which
-its depths and, without intrinsics, its focal length are read.
+Where view 2's points are wanted in the frame of its own camera, for its depths or its focal length, the head runs a
+second time, in the other order.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,20 +25,25 @@ from dune_fast.kernels.nn.vit import VisionTransformer
 POSE_METHODS = ("pnp", "essential")
 
 
-@dataclass(frozen=True)
+@dataclass
 class TwoViews:
     """What the head says of a pair; of each entry [view 1, view 2], on the CPU."""
 
     points: list[np.ndarray]
     """float32 [h, w, 3], in the frame of camera 1."""
-    own_points: list[np.ndarray]
-    """float32 [h, w, 3], in the frame of the view's own camera."""
     conf: list[np.ndarray]
     """float32 [h, w], of `points`."""
     desc: list[Tensor]
     """[h, w, d], on the head's device."""
     desc_conf: list[Tensor]
     """[h, w], on the head's device."""
+    second_alone: Callable[[], np.ndarray]
+    """Makes view 2's points in the frame of its own camera, float32 [h, w, 3]."""
+
+    @functools.cached_property
+    def own_points(self) -> list[np.ndarray]:
+        """float32 [h, w, 3], in the frame of the view's own camera."""
+        return [self.points[0], self.second_alone()]
 
     @property
     def depths(self) -> list[np.ndarray]:
@@ -83,15 +90,20 @@ def look_at(view1: Prepared, view2: Prepared, encoder: VisionTransformer, head: 
     device = next(head.parameters()).device
     tokens = [encode(encoder, for_encoder(view.image[None].to(device), encoder)) for view in (view1, view2)]
     result1, result2 = head(*tokens)
-    swapped, _ = head(*tokens[::-1])
-    maps = {
-        "points": (result1["pts3d"], result2["pts3d_in_other_view"]),
-        "own_points": (result1["pts3d"], swapped["pts3d"]),
-        **{name: (result1[name], result2[name]) for name in ("conf", "desc", "desc_conf")},
-    }
-    for name, values in maps.items():
-        if not all(bool(x.isfinite().all()) for x in values):
-            raise HeadError(f"the head's {name} are not finite: its weights do not fit the encoder, or are damaged")
-    one = {name: [x[0] for x in values] for name, values in maps.items()}
-    plain = {name: [x.float().cpu().numpy() for x in one[name]] for name in ("points", "own_points", "conf")}
-    return TwoViews(**plain, desc=one["desc"], desc_conf=one["desc_conf"])
+    points = [_finite("points", x) for x in (result1["pts3d"], result2["pts3d_in_other_view"])]
+    conf, desc, desc_conf = (
+        [_finite(name, result[name]) for result in (result1, result2)] for name in ("conf", "desc", "desc_conf")
+    )
+
+    @torch.no_grad()
+    def second_alone() -> np.ndarray:
+        return _finite("points", head(*tokens[::-1])[0]["pts3d"]).cpu().numpy()
+
+    return TwoViews(*([x.cpu().numpy() for x in part] for part in (points, conf)), desc, desc_conf, second_alone)
+
+
+def _finite(name: str, values: Tensor) -> Tensor:
+    """The one image of a batch; HeadError if an output of the head is not finite."""
+    if not bool(values.isfinite().all()):
+        raise HeadError(f"the head's {name} are not finite: its weights do not fit the encoder, or are damaged")
+    return values[0]

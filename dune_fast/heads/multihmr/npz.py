@@ -1,7 +1,7 @@
 """Archives of arrays (`.npz`) from anywhere, read without unpickling anything.
 
 Members, shapes and sizes are checked by the arrays' headers before an array is unpacked; arrays that nobody asked for
-are never touched.
+are never touched, and a small file that is said to unpack to a large one is refused.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from dune_fast.teachers.files import member_fault
 
 Shape = tuple[int | str, ...]
 """Sizes of an array; a letter stands for a size that the file chooses, the same in all of its arrays."""
+
+
+_UNPACKED_FACTOR = 20  # the official body model's is 2; people that stand still compress to a tenth
+_UNPACKED_FLOOR = 1 << 26  # bytes
 
 
 class NpzError(ValueError):
@@ -49,6 +53,9 @@ def read_npz(
             if missing := [name for name in shapes if f"{name}.npy" not in names]:
                 raise NpzError(f"it lacks the arrays {', '.join(missing)}")
             wanted = {**shapes, **{name: shape for name, shape in optional.items() if f"{name}.npy" in names}}
+            unpacked = sum(names[f"{name}.npy"].file_size for name in wanted)
+            if unpacked > max(_UNPACKED_FACTOR * path.stat().st_size, _UNPACKED_FLOOR):
+                raise NpzError(f"{path.stat().st_size} bytes are said to unpack to {unpacked}")
             sizes: dict[str, int] = {}
             arrays = {}
             for name, shape in wanted.items():

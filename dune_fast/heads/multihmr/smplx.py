@@ -126,13 +126,14 @@ class BodyModel(nn.Module):
 
     def _chain(self, rotations: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         """Every joint's rotation [P, 55, 3, 3] and place [P, 55, 3] after those of its ancestors, level by level."""
-        turns: list[Tensor] = [rotations[:, 0]] * JOINTS
-        places: list[Tensor] = [rest[:, 0]] * JOINTS
+        own, still = rotations.unbind(1), rest.unbind(1)  # lists of numbers as indices would be copied to the device
+        turns: list[Tensor] = [own[0]] * JOINTS
+        places: list[Tensor] = [still[0]] * JOINTS
         for level in self.levels:
             parents = [self.parents[i] for i in level]
             above = torch.stack([turns[p] for p in parents], 1)
-            bone = rest[:, level] - rest[:, parents]
-            turned = above @ rotations[:, level]
+            bone = torch.stack([still[i] - still[p] for i, p in zip(level, parents, strict=True)], 1)
+            turned = above @ torch.stack([own[i] for i in level], 1)
             moved = torch.stack([places[p] for p in parents], 1) + (above @ bone[..., None])[..., 0]
             for k, i in enumerate(level):
                 turns[i], places[i] = turned[:, k], moved[:, k]
