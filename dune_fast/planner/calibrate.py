@@ -5,6 +5,7 @@ ViT teachers have random weights, so that no file is needed; others have their o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from dataclasses import dataclass
@@ -32,13 +33,21 @@ from dune_fast.teachers.vit import ViTTeacher
 
 
 def _random_teachers(cfg: RunConfig) -> dict[str, TeacherConfig]:
-    """ViT teachers without weights files, others as they are; what reads one trunk still does."""
+    """ViT teachers without weights files, others as they are; what reads one trunk still does.
+
+    A ViT whose network its configuration does not say keeps its file: one of no published size, or a reading with
+    channels of its own (`projected`, RADIO's summary).
+    """
     seeds = {name: seed for seed, group in enumerate(teachers_by_trunk(cfg.teachers), 1) for name in group}
     grid, found = cfg.image_size // cfg.student.patch_size, dict(cfg.teachers)
     for name, teacher in cfg.teachers.items():
-        if issubclass(family_class(teacher.family), ViTTeacher):
+        family = family_class(teacher.family)
+        if issubclass(family, ViTTeacher):
             side = teacher.image_size or grid * teacher.patch_size  # the size of its position table
-            found[name] = dataclasses.replace(teacher, weights=f"random:{seeds[name]}", image_size=side)
+            drawn = dataclasses.replace(teacher, weights=f"random:{seeds[name]}", image_size=side)
+            with contextlib.suppress(ValueError):
+                family.architecture(drawn)
+                found[name] = drawn
     return found
 
 

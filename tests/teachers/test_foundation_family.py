@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import dune_fast
+from bench.eager_step import check_plain
+from dune_fast.engine import start
+from dune_fast.engine.cache_fingerprint import fingerprint as cache_fingerprint
+from dune_fast.engine.config import ConfigError, RunConfig
 from dune_fast.engine.flops import count_flops, published_network, teacher_flops, vit_flops
 from dune_fast.engine.warm_start import WarmStartError, warm_start
 from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.planner.calibrate import _random_teachers
 from dune_fast.student import ProjectorConfig, build_student
 from dune_fast.teacher_files import load_teacher_config
 from dune_fast.teachers.config import TeacherConfig
@@ -138,6 +145,39 @@ def test_operations_of_published_sizes(name, grid):
     else:
         assert counted == vit_flops(network.cfg, grid)
         assert abs(count_flops(network, (grid * cfg.patch_size,) * 2) - counted) < 0.02 * counted
+
+
+def test_a_student_cannot_start_from_another_network(published):
+    teacher = build_teacher("a", published("clip"))
+    opened = SimpleNamespace(
+        cfg=SimpleNamespace(start=SimpleNamespace(teacher="a")), teachers=SimpleNamespace(teachers={"a": teacher})
+    )
+    with pytest.raises(ConfigError, match="start.teacher='a' is of family clip, no network of a student"):
+        start._check(opened)
+    with pytest.raises(ValueError, match="the eager baseline has plain ViT teachers only; a is of another family"):
+        check_plain(None, None, {"a": teacher})
+
+
+def test_calibration_draws_what_the_configuration_says():
+    """Readings with channels of their own do not say the network's size."""
+    names = ("clip_vitl14", "open_clip_dfn5b_vith14_378_summary", "sam_vith16_neck", "dinov3_vitb16")
+    cfg = SimpleNamespace(
+        teachers={name: load_teacher_config(name) for name in names}, image_size=224,
+        student=SimpleNamespace(patch_size=14),
+    )  # fmt: skip
+    drawn = {name for name, teacher in _random_teachers(cfg).items() if teacher.weights.startswith("random:")}
+    assert drawn == {"clip_vitl14", "dinov3_vitb16"}
+
+
+def test_a_cache_of_an_older_version_is_still_known():
+    """Fields that it does not have are left out of its fingerprint where they are empty."""
+    teacher = TeacherConfig("clip", "random:0", 16, 768, image_size=32)
+    run = RunConfig(teachers={"a": teacher})
+    plain = cache_fingerprint(run, [], torch.device("cpu"))
+    assert not {key for key in plain if "activation" in key or "projected" in key}
+    teacher.activation = "gelu"
+    other = cache_fingerprint(run, [], torch.device("cpu"))
+    assert {key for key in other if plain.get(key) != other[key]} == {"teachers.a.activation"}
 
 
 def test_drawn_weights_need_an_image_size_and_no_projection():
