@@ -56,7 +56,8 @@ LIMITS: dict[str, dict[str, float]] = {
     "rooms": {"match_px": 8.0, "rotation_deg": 15.0},
     "stereo": {"match_px": 20.0},
 }
-"""What the trained head has to reach at most, on each of the sets to measure on."""
+"""What the trained head has to reach at most, on each of the sets to measure on. Set before a run of this length was
+measured; untrained heads have 50 px and 47 px."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,17 @@ class Settings:
     rooms: SceneConfig = field(default_factory=lambda: SceneConfig(seed=1, size=(216, 162)))
     test_seed: int = 2
     """Of the rooms to measure on: other textures, other places."""
-    train: int = 30
+    train: int = 60
     """Rooms to train on."""
     test: int = 5
     """Rooms to measure on."""
     size: tuple[int, int] = (112, 84)
-    steps: int = 160
+    steps: int = 1200
     batch: int = 1
     lr: float = 1e-3
     n_corres: int = 512
+    matching_weight: float = 1.0
+    """The published 0.075 left descriptors at chance after 160 steps."""
 
 
 def write_encoder(path: Path) -> None:
@@ -108,7 +111,8 @@ def overrides(cfg: Settings, places: dict[str, Path], run: Path) -> list[str]:
         "experiment=mast3r_dune", "name=mast3r_proof", f"output_dir={run}", f"head.encoder={places['encoder']}",
         f"+head.data.datasets.rooms.root={places['train']}", *options,
         f"head.data.sizes=[[{cfg.size[0]},{cfg.size[1]}]]", f"head.data.n_corres={cfg.n_corres}",
-        f"optimizer.lr={cfg.lr}", "optimizer.warmup_fraction=0.1", f"train.steps={cfg.steps}",
+        f"head.loss.matching_weight={cfg.matching_weight}", f"optimizer.lr={cfg.lr}",
+        "optimizer.warmup_fraction=0.1", f"train.steps={cfg.steps}",
         f"train.global_batch={cfg.batch}", "train.log_every=10", "train.checkpoint_every=50",
         "train.keep_checkpoints=1", "train.precision=fp32", "evaluation.every=0", "logging.tensorboard=false",
         "deepspeed=zero0",
@@ -191,7 +195,8 @@ def page(result: dict[str, Any]) -> str:
         f"`python -m bench.heads_proof mast3r`: {cfg['steps']} steps, pairs of a step in both orders: {cfg['batch']}; "
         f"{cfg['size'][0]} x {cfg['size'][1]} px, {result['seconds']['all']} s in all. A head of "
         f"{result['parameters'] / 1e6:.1f} M parameters reads the demo's ViT-S/14 after its tenth block. It is trained "
-        f"on {pairs['train']} pairs of rendered rooms by MASt3R's criterion, by `dune-fast heads train`.", "",
+        f"on {pairs['train']} pairs of rendered rooms by MASt3R's criterion, the matching's weight "
+        f"{cfg['matching_weight']:g}.", "",
         f"Measured on {pairs['rooms']} pairs of rooms with other textures and photographs, and on {pairs['stereo']} "
         "pairs of windows of a stereo pair of photographs. Match: distance of the nearest descriptor from the true "
         "place, median; within 5 px: share; pose by PnP, medians; points: mean distance without scale and shift.", "",

@@ -79,7 +79,7 @@ def test_the_page_says_what_fails():
     checks = [{"set": "rooms", "metric": "match_px", "limit": limit, "untrained": 40.0, "trained": 3.0}
               for limit in (4.0, 2.0)]  # fmt: skip
     result = {
-        "settings": {"steps": 3, "batch": 2, "size": (168, 126)},
+        "settings": {"steps": 3, "batch": 2, "size": (168, 126), "matching_weight": 1.0},
         "seconds": {"all": 9}, "parameters": 2_000_000, "checks": checks,
         "pairs": dict.fromkeys(("train", "rooms", "stereo"), 5),
         "metrics": {row: dict.fromkeys(mast3r.LIMITS, values) for row in ("untrained", "trained")},
