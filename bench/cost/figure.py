@@ -65,11 +65,11 @@ def draw(rows: Mapping[str, Row]) -> bytes:
             text = f"from drawn weights: {mean(rows[DRAWN].values[key].values()):.3f}"
             axis.text(0.03, 0.02, f"↓ {text}", transform=axis.transAxes, fontsize=9, color="0.35")
         axis.set(title=title, xlabel="teachers' operations of the run, 10$^{12}$")
-    lines = [f"{numbers[row.name]:>2}  {textwrap.fill(row.name, 34, subsequent_indent='      ')}" for row in shown]
-    axes[-1].text(0, 1, "\n".join(lines), va="top", fontsize=10, linespacing=1.35, transform=axes[-1].transAxes)
-    note = "orange: reads a cache, its build is not in\nline and band: live, and what is level with it\n"
-    axes[-1].text(0, 0, note + "bars: deviation of the difference from live", va="bottom", fontsize=9, color="0.35",
-                  transform=axes[-1].transAxes)  # fmt: skip
+    lines = [f"{numbers[row.name]:>2}  {textwrap.fill(row.name, 44, subsequent_indent='      ')}" for row in shown]
+    note = ["", "orange: reads a cache, its build is not in", "line and band: live, and what is level with it",
+            "bars: deviation of the difference from live"]  # fmt: skip
+    text = "\n".join([*lines, *note])
+    axes[-1].text(0, 1, text, va="top", fontsize=9, linespacing=1.25, transform=axes[-1].transAxes)
     axes[-1].axis("off")
     file = io.BytesIO()
     figure.savefig(file, dpi=110, format="png")
@@ -87,7 +87,7 @@ def _panel(
     low, high = float((y - bars).min()), float((y + bars).max())
     margin = 0.12 * max(high - low, 1e-3)
     wide = max(x.max(), 1e-3)
-    axis.set(xlim=(-0.1 * wide, 1.14 * wide), ylim=(low - 1.5 * margin, high + margin))
+    axis.set(xlim=(-0.1 * wide, 1.18 * wide), ylim=(low - 1.5 * margin, high + margin))
     for row, at, value, bar in zip(shown, x, y, bars, strict=True):
         colour = "black" if row.name == LIVE else _COLOURS[bool(row.arithmetic.build)]
         axis.errorbar(at, value, bar, fmt="o", ms=4.5, color=colour, ecolor=colour, elinewidth=0.7, alpha=0.8)
