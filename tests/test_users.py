@@ -44,8 +44,8 @@ def test_another_users_checkout_has_its_commit_recorded(tmp_path, monkeypatch):
 def test_another_users_shrunk_copy_that_is_closed_to_this_one_is_made_again(tmp_path, monkeypatch):
     photograph = tmp_path / "a.jpg"
     Image.effect_noise((400, 300), 50).convert("RGB").save(photograph)
-    first = shrunk_bytes(str(photograph), 100, tmp_path / "cache", Reader(0))
+    first, _ = shrunk_bytes(str(photograph), 100, tmp_path / "cache", Reader(0))
     (copy,) = (tmp_path / "cache").iterdir()
     copy.write_bytes(b"another user's")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
-    assert shrunk_bytes(str(photograph), 100, tmp_path / "cache", Reader(0)).tobytes() == first.tobytes()
+    assert shrunk_bytes(str(photograph), 100, tmp_path / "cache", Reader(0))[0].tobytes() == first.tobytes()

@@ -16,7 +16,7 @@ from dune_fast.dali_pipelines.storage import Reader
 
 
 def shrunk(path, cache) -> bytes:
-    return shrunk_bytes(str(path), 100, cache, Reader(0)).tobytes()
+    return shrunk_bytes(str(path), 100, cache, Reader(0))[0].tobytes()
 
 
 def test_large_image_is_shrunk_once_and_looks_the_same(tmp_path, photo):
