@@ -30,10 +30,10 @@ QUALITY = {
     "start": f"better on short schedules, {_MEASURED}",
     "warm start": "not known; the papers start from drawn weights",
     "progressive": f"{_MEASURED}, \"Spending less\"",
-    "presample": f"{_MEASURED}, \"Spending less on the teachers\"",
-    "teachers' scale": f"{_MEASURED}, \"Spending less on the teachers\"",
-    "cached": "the papers show every image in a new crop; measured on a small student: bench/NOTES.md, \"Features from "
-    "a cache\". What components and a share of the patches lose is not known; the report says how close they are",
+    "presample": f"{_MEASURED}, \"Spending less\"",
+    "teachers' scale": f"{_MEASURED}, \"Spending less\"",
+    "cached": f"the papers show every image in a new crop; {_MEASURED}, "
+    "\"Spending less\". What components and a share of the patches lose is not known; the report says how close they are",
 }
 """What is known of the quality of each alternative, and from where."""
 SCALE = 0.75

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -180,3 +182,9 @@ def test_other_chips_of_a_name_are_not_taken_for_it():
     assert peak_tflops("NVIDIA GeForce RTX 4090 Laptop GPU") is None
     assert peak_tflops("NVIDIA GeForce RTX 4090 D") is None and peak_tflops("NVIDIA GeForce RTX 3090 Ti") is None
     assert gpu_of_device("NVIDIA GeForce RTX 4090 Laptop GPU") is None
+
+
+@pytest.mark.parametrize("quality", [text for text in QUALITY.values() if ", \"" in text])
+def test_a_section_that_a_quality_comes_from_exists(quality):
+    for page, section in re.findall(r'(\S+[.]md), "([^"]+)"', quality):
+        assert f"\n## {section}" in (Path(__file__).parents[2] / page).read_text()
