@@ -33,7 +33,8 @@ QUALITY = {
     "presample": f"{_MEASURED}, \"Spending less\"",
     "teachers' scale": f"{_MEASURED}, \"Spending less\"",
     "cached": f"the papers show every image in a new crop; {_MEASURED}, "
-    "\"Spending less\". What components and a share of the patches lose is not known; the report says how close they are",
+    "\"Spending less\". What components and a share of the patches lose is not known; the report says how close they "
+    "are",
 }
 """What is known of the quality of each alternative, and from where."""
 SCALE = 0.75
