@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ import torch
 from PIL import Image
 
 from dune_fast.dali_pipelines.errors import DataError
-from dune_fast.heads.mast3r import scenes
 from dune_fast.heads.mast3r.correspondences import back_project, project, sample
 from dune_fast.heads.mast3r.crops import PosedView, candidate_boxes, resize_and_cut, warp
 from dune_fast.heads.mast3r.pair_check import check_pairs
@@ -86,16 +86,9 @@ def test_sampled_correspondences():
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """Two scenes with three views."""
-    folder = tmp_path_factory.mktemp("pairs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scenes, "_BANK", 3)
-        patch.setattr(scenes, "_TEXELS", 64)
-        scenes.make_textures.cache_clear()
-        scenes.write_scenes(folder, 2, scenes.SceneConfig(size=(56, 42), views=3, samples=1))
-        scenes.make_textures.cache_clear()
-    return folder
+def root(rooms, tmp_path_factory):
+    """A copy of the rooms, which tests may change."""
+    return shutil.copytree(rooms, tmp_path_factory.mktemp("pairs") / "rooms")
 
 
 def source(root, batch: int = 4, seed: int = 3, cfg: PairDataConfig = CFG) -> PairSource:

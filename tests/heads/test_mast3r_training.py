@@ -4,7 +4,6 @@ the truth."""
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.engine.metrics import read_metrics
 from dune_fast.engine.trainer import Trainer
 from dune_fast.evaluate.ranks import Ranks
-from dune_fast.heads.mast3r import scenes
 from dune_fast.heads.mast3r.correspondences import back_project
 from dune_fast.heads.mast3r.head import Mast3rHead
 from dune_fast.heads.mast3r.loss import Mast3rLoss, Mast3rLossConfig
@@ -34,19 +32,6 @@ from tests.evaluate.conftest import encoder_file, own_cache
 __all__ = ["encoder_file", "own_cache"]  # fixtures
 
 TINY = {"dec_dim": 16, "dec_depth": 4, "dec_heads": 2, "desc_dim": 4, "feature_dim": 8, "last_dim": 8}
-
-
-@pytest.fixture(scope="module")
-def rooms(tmp_path_factory) -> Path:
-    """Two scenes with three views."""
-    folder = tmp_path_factory.mktemp("rooms")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scenes, "_BANK", 3)
-        patch.setattr(scenes, "_TEXELS", 64)
-        scenes.make_textures.cache_clear()
-        scenes.write_scenes(folder, 2, scenes.SceneConfig(size=(56, 42), views=3, samples=1))
-        scenes.make_textures.cache_clear()
-    return folder
 
 
 @pytest.fixture
