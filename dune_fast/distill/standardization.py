@@ -26,13 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from dune_fast.distill.phi_s import SecondMoments, phi_s
+from dune_fast.distill.phi_s_running import AllReduce, RunningPhiS
 from dune_fast.kernels.moments import moments
 
 Features = Mapping[str, Mapping[str, Tensor]]
 """teacher -> token type -> [B, C] or [B, N, C]"""
-AllReduce = Callable[[Tensor], None]
-"""Sums a tensor over ranks, in place."""
-
 CONVENTIONS = {"dune": 1e-3, "unic": 1e-6, "phi_s": 1e-6, "fixed": 1e-3}
 """convention -> eps"""
 FROZEN = ("phi_s", "fixed")

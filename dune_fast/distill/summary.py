@@ -15,14 +15,11 @@ State is buffers, of all ranks' vectors: checkpoints keep it, a step that is ski
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-AllReduce = Callable[[Tensor], None]
-"""Sums a tensor over ranks, in place."""
+from dune_fast.distill.standardization import AllReduce
 
 ANGLE_SAMPLES, TANGENT_SAMPLES = 10_000_000, 16_384
 """Vectors that the published losses take into their statistics."""
