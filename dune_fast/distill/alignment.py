@@ -1,6 +1,6 @@
 """A teacher's and the student's patches on one grid, which of them count, and how much every image then counts.
 
-    G(M, h x w)   points (x, y, 1), x and y from -1 to 1 with both ends, times M^T, divided by the third coordinate
+    G(M, h x w)                             `dune_fast.kernels.nn.homography.grid`
     teacher sees what the student sees      both maps are resized to one grid
     teacher has a view of its own, M        M: coordinates of the teacher's view -> of the student's. The student's map
                                             is sampled at G(M, teacher's grid), or the teacher's at G(M^-1, student's)
@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dune_fast.kernels.nn.homography import grid
 
 
 class View(NamedTuple):
@@ -70,19 +72,6 @@ class Aligned(NamedTuple):
     weight: Tensor | None
 
 
-def sampling_grid(transform: Tensor, height: int, width: int) -> Tensor:
-    """G(M, h x w) of the head of this file: [B, h, w, 2], x before y.
-
-    Args:
-        transform: [B, 3, 3].
-    """
-    options = {"device": transform.device, "dtype": transform.dtype}
-    x, y = torch.linspace(-1, 1, width, **options), torch.linspace(-1, 1, height, **options)
-    points = torch.stack([x.expand(height, width), y[:, None].expand(height, width), torch.ones_like(x + y[:, None])])
-    mapped = (transform @ points.flatten(1)).unflatten(2, (height, width))  # [B, 3, h, w]
-    return (mapped[:, :2] / mapped[:, 2:]).permute(0, 2, 3, 1)
-
-
 def token_mask(valid: Tensor, height: int, width: int, whole: bool = False) -> Tensor:
     """Which tokens of a grid are valid, float32 [B, h, w], 0 or 1, of a mask of pixels [B, H, W].
 
@@ -108,19 +97,19 @@ def align(student: Tensor, teacher: Tensor, rule: Rule, view: View | None = None
     transform, own, theirs = view.transform.float(), view.student_valid, view.teacher_valid
     if rule.to_teacher or teacher.shape[-1] <= student.shape[-1]:
         size = teacher.shape[-2:]
-        grid = sampling_grid(transform, *size)
-        student, sampled = _sample(student, grid), _sample_mask(own, grid)
+        points = grid(transform, size)
+        student, sampled = _sample(student, points), _sample_mask(own, points)
         kept = torch.ones_like(sampled) if theirs is None else token_mask(theirs, *size, rule.whole)
     else:
         size = student.shape[-2:]
-        grid = sampling_grid(torch.linalg.inv_ex(transform).inverse, *size)
+        points = grid(torch.linalg.inv_ex(transform).inverse, size)
         of_tokens = None if theirs is None else token_mask(theirs, *teacher.shape[-2:], rule.whole)
-        teacher, sampled = _sample(teacher, grid), _sample_mask(of_tokens, grid)
+        teacher, sampled = _sample(teacher, points), _sample_mask(of_tokens, points)
         pooled = None if own is None else F.adaptive_avg_pool2d(own[:, None].float(), size)[:, 0]
         kept = torch.ones_like(sampled) if pooled is None else pooled
     weight = sampled * kept * (1 - rule.floor) + rule.floor
     if rule.inside:
-        weight = weight.masked_fill((grid.abs() > 1).any(-1), 0.0)
+        weight = weight.masked_fill((points.abs() > 1).any(-1), 0.0)
     return Aligned(student, teacher, weight)
 
 
@@ -132,14 +121,14 @@ def _resized(student: Tensor, teacher: Tensor, rule: Rule) -> tuple[Tensor, Tens
     return tuple(resized)
 
 
-def _sample(x: Tensor, grid: Tensor) -> Tensor:
-    return F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+def _sample(x: Tensor, points: Tensor) -> Tensor:
+    return F.grid_sample(x.float(), points, mode="bilinear", padding_mode="zeros", align_corners=True)
 
 
-def _sample_mask(valid: Tensor | None, grid: Tensor) -> Tensor:
+def _sample_mask(valid: Tensor | None, points: Tensor) -> Tensor:
     if valid is None:
-        return torch.ones_like(grid[..., 0])
-    return _sample(valid[:, None], grid)[:, 0]
+        return torch.ones_like(points[..., 0])
+    return _sample(valid[:, None], points)[:, 0]
 
 
 def sums_of(weight: Tensor, rule: Rule) -> Tensor:
