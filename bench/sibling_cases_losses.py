@@ -76,7 +76,7 @@ def _scalar(
 def run_spatial(case: Case) -> list[Check]:
     rule = RULES[REVISIONS[case.info["version"], case.info.get("partitioned", False)]]
     student = case["student"].clone().requires_grad_()
-    masks = [case[name] if name in case else None for name in ("transform", "student_valid", "teacher_valid")]
+    masks = [case.tensors.get(name) for name in ("transform", "student_valid", "teacher_valid")]
     aligned = align(student, case["teacher"], rule, View(*masks))
     loss = spatial_loss(case.info["loss"], aligned.student, aligned.teacher, aligned.weight, rule)
     checks = _scalar(case, loss, student)
@@ -123,13 +123,13 @@ def run_phi_s(case: Case) -> list[Check]:
         square = ours.alpha.square() * torch.eye(info["dim"], dtype=torch.float64)
         checks.append(Check(f"step{step}/P P^T", relative_error(ours.whiten @ ours.whiten.T, square), STATISTICS))
         own, given = ours.whiten.clone(), case[f"step{step}/whiten"]
-        checks += compare({"inverse": ours.inverse}, {"inverse": torch.linalg.inv(own)}, STATISTICS, f"step{step}/")
+        checks += compare({"inverse": ours.unwhiten}, {"inverse": torch.linalg.inv(own)}, STATISTICS, f"step{step}/")
         ours.whiten.copy_(given)
         out = ours.rotate(_tokens(x))
-        found = {"out": out, "back": ours.rotate_back(out)}
+        found = {"out": out, "back": ours.restore(out)}
         found = {name: y.transpose(1, 2).unflatten(2, x.shape[2:]) for name, y in found.items()}
         checks += compare(found, {name: case[f"step{step}/{name}"] for name in found}, under=f"step{step}/")
-        folded = ours.inverse, ours.mean
+        folded = ours.unwhiten, ours.mean
         ours.whiten.copy_(own)
     for name in ("linear", "linear_up"):
         weight, bias = case[f"{name}/weight_in"], case[f"{name}/bias_in"]

@@ -11,6 +11,7 @@ are what the papers and NVIDIA's two published revisions do; `RULES` has them by
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -98,19 +99,47 @@ def align(student: Tensor, teacher: Tensor, rule: Rule, view: View | None = None
     if rule.to_teacher or teacher.shape[-1] <= student.shape[-1]:
         size = teacher.shape[-2:]
         points = grid(transform, size)
-        student, sampled = _sample(student, points), _sample_mask(own, points)
+        student, sampled = _sample(student, points), _sample_mask(own, student, points)
         kept = torch.ones_like(sampled) if theirs is None else token_mask(theirs, *size, rule.whole)
     else:
         size = student.shape[-2:]
         points = grid(torch.linalg.inv_ex(transform).inverse, size)
         of_tokens = None if theirs is None else token_mask(theirs, *teacher.shape[-2:], rule.whole)
-        teacher, sampled = _sample(teacher, points), _sample_mask(of_tokens, points)
+        teacher, sampled = _sample(teacher, points), _sample_mask(of_tokens, teacher, points)
         pooled = None if own is None else F.adaptive_avg_pool2d(own[:, None].float(), size)[:, 0]
         kept = torch.ones_like(sampled) if pooled is None else pooled
     weight = sampled * kept * (1 - rule.floor) + rule.floor
     if rule.inside:
         weight = weight.masked_fill((points.abs() > 1).any(-1), 0.0)
     return Aligned(student, teacher, weight)
+
+
+def align_tokens(
+    student: Tensor, teacher: Tensor, rule: Rule, view: View | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`align` of patch tokens of square grids: [B, n, C], [B, n, C'], weight [B, n] or None.
+
+    Args:
+        student: [B, N, C].
+        teacher: [B, M, C'].
+
+    Raises:
+        ValueError: a grid that is not square.
+    """
+    if student.shape[1] == teacher.shape[1] and (view is None or all(part is None for part in view)):
+        return student, teacher, None
+    maps = (x.transpose(1, 2).unflatten(2, (side_of(x), -1)) for x in (student, teacher))
+    aligned = align(*maps, rule, view)
+    tokens = (x.flatten(2).transpose(1, 2) for x in aligned[:2])
+    return *tokens, None if aligned.weight is None else aligned.weight.flatten(1)
+
+
+def side_of(tokens: Tensor) -> int:
+    """Rows of the square grid of patch tokens [B, N, C]; ValueError if N is no square."""
+    side = math.isqrt(tokens.shape[1])
+    if side * side != tokens.shape[1]:
+        raise ValueError(f"{tokens.shape[1]} patches are no square grid: objective.align lays square maps on another")
+    return side
 
 
 def _resized(student: Tensor, teacher: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -125,9 +154,9 @@ def _sample(x: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(x.float(), points, mode="bilinear", padding_mode="zeros", align_corners=True)
 
 
-def _sample_mask(valid: Tensor | None, points: Tensor) -> Tensor:
-    if valid is None:
-        return torch.ones_like(points[..., 0])
+def _sample_mask(valid: Tensor | None, like: Tensor, points: Tensor) -> Tensor:
+    """A mask at points; where there is none, all of the map `like` is valid, and what lies outside of it is not."""
+    valid = torch.ones_like(like[:, 0], dtype=torch.float32) if valid is None else valid
     return _sample(valid[:, None], points)[:, 0]
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dune_fast.distill.normalizers import Standardizer
 from dune_fast.distill.phi_s import SecondMoments, phi_s
 
 AllReduce = Callable[[Tensor], None]
@@ -36,6 +37,7 @@ class RunningPhiS(nn.Module):
         eps: the least phi.
     """
 
+    convention = "phi_s_running"
     count: Tensor
     total: Tensor
     scatter: Tensor
@@ -103,8 +105,17 @@ class RunningPhiS(nn.Module):
         if steps % self.period == 0:
             self._rotate(all_reduce, leads)
 
+    def running(self) -> Standardizer:
+        """What `rotate` leaves to be done: nothing."""
+        ones = torch.ones_like(self.total, dtype=torch.float32)
+        return Standardizer(torch.zeros_like(ones), ones)
+
+    def inverse(self) -> tuple[Tensor, Tensor]:
+        """As `Normalizer.inverse`."""
+        return self.unwhiten, self.mean
+
     def _rotate(self, all_reduce: AllReduce | None, leads: bool) -> None:
-        """P and alpha of the covariance so far; as they were of fewer than two rows, NaN of rows that are not finite."""
+        """P and alpha of the covariance so far; of fewer than two rows, as they were."""
         covariance = self.scatter / (self.count - 1).clamp_min(1)
         finite = covariance.isfinite().all()  # eigh refuses what is not: then the loss is NaN, and the step is skipped
         rotation, phi = phi_s(covariance.where(finite, torch.eye(len(covariance)).to(covariance)))
@@ -126,13 +137,13 @@ class RunningPhiS(nn.Module):
         wide = x if x.dtype == torch.float64 else x.float()
         return ((wide - self.mean.to(wide.dtype)) @ self.whiten.T.to(wide.dtype)).to(x.dtype)
 
-    def rotate_back(self, y: Tensor) -> Tensor:
+    def restore(self, y: Tensor) -> Tensor:
         """The inverse of `rotate`."""
         wide = y if y.dtype == torch.float64 else y.float()
-        return (wide @ self.inverse.T.to(wide.dtype) + self.mean.to(wide.dtype)).to(y.dtype)
+        return (wide @ self.unwhiten.T.to(wide.dtype) + self.mean.to(wide.dtype)).to(y.dtype)
 
     @property
-    def inverse(self) -> Tensor:
+    def unwhiten(self) -> Tensor:
         """P^-1, float64 [C, C]."""
         return self.whiten.T / self.alpha.square()
 

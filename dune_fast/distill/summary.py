@@ -58,6 +58,10 @@ class AngleDispersion(nn.Module):
         self.register_buffer("direction", torch.zeros(channels, dtype=torch.float64))
         self.register_buffer("squares", torch.zeros((), dtype=torch.float64))
 
+    def live(self) -> list[Tensor]:
+        """What a skipped step gives back."""
+        return list(self.buffers())
+
     @torch.no_grad()
     def update(self, teacher: Tensor, slots: Tensor, all_reduce: AllReduce | None = None) -> None:
         """Takes a rank's part of a global batch in.
