@@ -73,7 +73,7 @@ class TeacherStatistics(nn.Module):
         of_token = {"cls": cls or convention, "patch": patch or convention}
         self.leads = True
         """Whether this is the rank whose eigenvectors all take."""
-        for name, (channels, token_types) in teachers.items():
+        for name, (channels, token_types, *_) in teachers.items():
             holder, normalizers = nn.Module(), {}
             for token in token_types:
                 chosen = of_token[token]

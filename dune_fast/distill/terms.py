@@ -79,7 +79,7 @@ class TermStates(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.batch = batch
-        for name, (channels, token_types) in teachers.items():
+        for name, (channels, token_types, *_) in teachers.items():
             if "cls" not in token_types:
                 continue
             states = nn.ModuleDict()
