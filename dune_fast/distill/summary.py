@@ -92,8 +92,8 @@ class TangentSphere(nn.Module):
     """The tangent-sphere loss of one teacher; see the head of this file.
 
     State: `count`; `samples` [max_samples + batch + 1, C], unit vectors, the first `count` of them (the last row is
-    nobody's), none once the statistics stay; `pole` and `tangent_mean` [C], `alpha`. float64, but for the samples, which
-    are float32, and the count, int64.
+    nobody's), none once the statistics stay; `pole` and `tangent_mean` [C], `alpha`. The count is int64, samples are
+    float32, the rest is float64.
 
     Args:
         channels: C.
