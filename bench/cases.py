@@ -14,6 +14,7 @@ from bench import head_cases_mast3r, head_cases_mast3r_training, head_cases_metr
 from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, compare, objective_of, relative_error
 from bench.linear_case import run_linear_depth, run_linear_seg
 from bench.sibling_cases_teachers import TEACHER_RUNNERS
+from bench.sibling_cases_views import VIEW_RUNNERS
 from bench.teacher_case import run_teacher
 from bench.train_case import run_train
 from dune_fast.distill.objective import coefficients, combine, teacher_losses
@@ -216,5 +217,6 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     **head_cases_metrics.RUNNERS,
     **head_cases_multihmr.RUNNERS,
     **TEACHER_RUNNERS,
+    **VIEW_RUNNERS,
 }
 """Kind of a case -> what recomputes it; a kind that is not here is "not built"."""
