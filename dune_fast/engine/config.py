@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dune_fast.dali_pipelines.datasets import DataConfig
 from dune_fast.distill.objective import ObjectiveConfig
 from dune_fast.distill.phi_s import HadamardError, hadamard_base
+from dune_fast.engine.config_inputs import check_own_grids, check_sizes
 from dune_fast.engine.config_limits import find_fault
 from dune_fast.engine.config_sections import (
     CacheConfig,
@@ -49,7 +50,7 @@ from dune_fast.engine.overrides import (
 )
 from dune_fast.engine.schedules import iterations
 from dune_fast.heads.head import KINDS
-from dune_fast.kernels.nn.vit import ViTConfig, nearest_multiples
+from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.student import ProjectorConfig
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.local_paths import address_fault
@@ -257,19 +258,9 @@ def _check_distillation(cfg: RunConfig) -> None:
     sizes, patch = {"image_size": cfg.image_size}, cfg.student.patch_size
     sizes |= {"evaluation.figure_size": cfg.evaluation.figure_size} if cfg.evaluation.figures else {}
     sizes |= {f"progressive[{i}].image_size": entry.image_size for i, entry in enumerate(cfg.progressive)}
-    for field_name, size in sizes.items():
-        if size % patch:
-            raise ConfigError(
-                f"{field_name}={size} is not a multiple of the student's patch size {patch}; the nearest are "
-                f"{nearest_multiples(size, patch)}"
-            )
-        for name, teacher in cfg.teachers.items():
-            if size // patch % teacher.grid_multiple:
-                raise ConfigError(
-                    f"{field_name}={size} gives a grid of {size // patch} patches, but teacher {name!r} needs a "
-                    f"multiple of {teacher.grid_multiple}; the nearest image sizes are "
-                    f"{nearest_multiples(size, patch * teacher.grid_multiple)}"
-                )
+    check_sizes(sizes, patch, cfg.teachers)
+    shares = {"objective.patch_share": cfg.objective.patch_share}
+    check_own_grids(cfg.teachers, shares | ({"cache.patch_share": cfg.cache.patch_share} if cfg.cache.folder else {}))
     if cfg.cache.folder and cfg.progressive:
         raise ConfigError(
             f"cache.folder={cfg.cache.folder!r} with progressive: a cache holds features of one image size; leave one "
