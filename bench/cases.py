@@ -19,6 +19,7 @@ from bench import (
 )
 from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, compare, objective_of, relative_error
 from bench.linear_case import run_linear_depth, run_linear_seg
+from bench.sibling_cases_losses import LOSS_RUNNERS
 from bench.sibling_cases_teachers import TEACHER_RUNNERS
 from bench.sibling_cases_views import VIEW_RUNNERS
 from bench.teacher_case import run_teacher
@@ -224,6 +225,7 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     **head_cases_metrics.RUNNERS,
     **head_cases_multihmr.RUNNERS,
     **TEACHER_RUNNERS,
+    **LOSS_RUNNERS,
     **VIEW_RUNNERS,
     **sibling_cases_heads.RUNNERS,
 }
