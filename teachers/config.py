@@ -137,6 +137,14 @@ def scaled_grid(patches: int, scale: float, multiple: int = 1) -> int:
     return patches if scale == 1 else max(1, round(patches * scale / multiple)) * multiple
 
 
+def teachers_by_input(teachers: Mapping[str, TeacherConfig]) -> list[list[str]]:
+    """Names of teachers, those of one file that see the same pixels together: all that might share a trunk's pass."""
+    shared: dict[tuple, list[str]] = {}
+    for name, cfg in teachers.items():
+        shared.setdefault((cfg.family, cfg.weights, cfg.model, input_key(cfg)), []).append(name)
+    return list(shared.values())
+
+
 class Seen(NamedTuple):
     """What a teacher's network gets where the student has a square grid."""
 

@@ -89,7 +89,8 @@ class DistillationStep:
     """The student, wrapped or not: images, routes or None, patches, subset of patches or None -> teacher -> token type
     -> projection."""
     teachers: Callable[..., Features]
-    """The frozen teachers: images, routes or None, patches -> teacher -> token type -> raw features."""
+    """The frozen teachers: images, routes or None, patches, and pictures if there are some -> teacher -> token type ->
+    raw features."""
     statistics: TeacherStatistics
     """Updated in place by every step."""
     own: Tensor
@@ -118,6 +119,7 @@ class DistillationStep:
         positions_on_host: np.ndarray | None = None,
         kept: Tensor | None = None,
         views: Mapping[str, View] | None = None,
+        pictures: Mapping[str, Tensor] | None = None,
     ) -> StepOutput:
         """One forward pass.
 
@@ -132,21 +134,22 @@ class DistillationStep:
             positions_on_host: the same of `positions`; needed with `objective.presample`.
             kept: the n patches of every image that `features` are of, int64 [B, n], where a cache has not kept all.
             views: of the teachers that see other crops than the student, of all B images.
+            pictures: teacher -> what it sees in place of `images`, [B, 3, h, w].
         """
         routes = self.routes(images, step, groups_on_host, positions_on_host)
         share = self.objective.patch_share
         subset = PatchSubset(share, self.seed, step) if share < 1 else None
-        patches = SharedPatches()
+        patches, own = SharedPatches(), (pictures,) if pictures else ()
         if features is not None:
             chosen = subset if kept is None else own_patches(kept, subset)
             projections = self.student(images, routes, patches, chosen)
             features = features if routes is None else routed(features, routes)
         elif self.side is None:
             projections = self.student(images, routes, patches, subset)  # teacher -> token type -> [B, C] or [B, N, C]
-            features = self.teachers(images, routes, patches)
+            features = self.teachers(images, routes, patches, *own)
         else:
             with self.side.fork():  # with patches of their own: the student's belong to the other stream
-                features = self.teachers(images, routes, SharedPatches())
+                features = self.teachers(images, routes, SharedPatches(), *own)
             projections = self.student(images, routes, patches, subset)
             self.side.join()
         if subset is not None:

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dune_fast.dali_pipelines.datasets import DataConfig
 from dune_fast.distill.objective import ObjectiveConfig
-from dune_fast.engine.config_inputs import check_own_grids, check_sizes
+from dune_fast.engine.config_inputs import check_crops, check_own_grids, check_sizes
 from dune_fast.engine.config_limits import find_fault
 from dune_fast.engine.config_objective import check_objective, check_standardization
 from dune_fast.engine.config_sections import (
@@ -270,6 +270,7 @@ def _check_distillation(cfg: RunConfig) -> None:
     check_sizes(sizes, patch, cfg.teachers)
     shares = {"objective.patch_share": cfg.objective.patch_share}
     check_own_grids(cfg.teachers, shares | ({"cache.patch_share": cfg.cache.patch_share} if cfg.cache.folder else {}))
+    check_crops(cfg.data, cfg.objective.align, cfg.cache.folder)
     if cfg.cache.folder and cfg.progressive:
         raise ConfigError(
             f"cache.folder={cfg.cache.folder!r} with progressive: a cache holds features of one image size; leave one "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dune_fast.dali_pipelines.datasets import DataConfig
 from dune_fast.engine.config_sections import ConfigError
 from dune_fast.kernels.nn.vit import nearest_multiples
 from dune_fast.teachers.config import TeacherConfig, seen
@@ -48,3 +49,18 @@ def check_own_grids(teachers: Mapping[str, TeacherConfig], shares: Mapping[str, 
                     f"teachers.{name}.grid=own with {field}={share:g}: a share of the patches is one of the student's "
                     "grid; set it to 1, or the teacher's grid to student"
                 )
+
+
+def check_crops(data: DataConfig, align: str, cache: str) -> None:
+    """ConfigError if teachers' own crops do not go with the loss, `objective.align`, or with the folder of a cache."""
+    if data.teacher_views and cache:
+        raise ConfigError(
+            f"data.teacher_views=true with cache.folder={cache!r}: a cache holds features of the student's crops; "
+            "leave one of them out"
+        )
+    if data.moves_teachers and not align:
+        raise ConfigError(
+            f"data.teacher_views=true with teacher_zoom={list(data.teacher_zoom)} and teacher_shift="
+            f"{data.teacher_shift:g}: teachers see other parts of an image than the student; choose objective.align, "
+            "which compares what both see, e.g. objective.align=teacher"
+        )

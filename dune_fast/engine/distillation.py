@@ -32,6 +32,7 @@ from dune_fast.engine.schedules import ema_momenta
 from dune_fast.engine.stages import stage_at, stages
 from dune_fast.engine.start import look_ahead
 from dune_fast.engine.task import Place, Work
+from dune_fast.engine.teacher_crops import TeacherCrops
 from dune_fast.engine.warm_start import initial_student
 from dune_fast.student import build_student
 from dune_fast.teachers.ensemble import TeacherEnsemble
@@ -62,10 +63,11 @@ class Distillation:
         """Data, teachers, student and the walk of a batch through them."""
         cfg, self.run, self.device = self.cfg, run, run.device
         self.rank, self.world_size, self.run_dir = run.rank, run.world_size, run.run_dir
-        self.stages = stages(cfg)
+        self.stages, self.crops = stages(cfg), TeacherCrops(cfg)
         self.loader = TrainLoader(
             cfg.data, cfg.image_size, cfg.train.global_batch, run.rank, run.world_size, cfg.train.seed, run.device,
             folder=run.run_dir, sizes=lambda step: stage_at(self.stages, step).image_size,
+            crops=self.crops.crops, patch=cfg.student.patch_size,
         )  # fmt: skip
         self.cache = open_cache(cfg, self.loader.datasets, run.device) if cfg.cache.folder else None
         self.loader.read_views = None if self.cache is None else self.cache.read
@@ -153,7 +155,8 @@ class Distillation:
     def forward(self, part: Batch, step: int) -> StepOutput:
         momentum = part_momentum(float(self.momenta[step]), self.cfg.train.accumulation)
         inputs = part.images, part.group, part.positions, step, momentum, part.group_on_host, part.features
-        return self.distill(*inputs, part.positions_on_host, part.patches)
+        views, pictures = self.crops.views(part), self.crops.pictures(part)
+        return self.distill(*inputs, part.positions_on_host, part.patches, views, pictures)
 
     def live(self) -> Sequence[Tensor]:
         return [*self.statistics.buffers(), *self.states.live()]

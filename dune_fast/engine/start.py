@@ -28,6 +28,7 @@ from dune_fast.distill.step import DistillationStep, routed
 from dune_fast.engine.accumulation import all_ranks
 from dune_fast.engine.checkpoints import write_tensors
 from dune_fast.engine.config import ConfigError, RunConfig
+from dune_fast.engine.teacher_crops import TeacherCrops
 from dune_fast.engine.warm_start import initial_student
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.student import Student, build_student
@@ -57,6 +58,7 @@ class Opened(Protocol):
     teachers: TeacherEnsemble
     statistics: TeacherStatistics
     distill: DistillationStep
+    crops: TeacherCrops
 
 
 def look_ahead(run: Opened, student: Student) -> None:
@@ -81,7 +83,7 @@ def estimate_statistics(run: Opened) -> None:
         """Of the images that each teacher is trained on."""
         routes = run.distill.routes(batch.images, batch.step, batch.group_on_host, batch.positions_on_host)
         if batch.features is None:
-            return run.teachers(batch.images, routes)
+            return run.teachers(batch.images, routes, None, run.crops.pictures(batch))
         return batch.features if routes is None else routed(batch.features, routes)
 
     run.statistics.estimate(map(features, itertools.islice(batches, count)), run.distill.all_reduce)
