@@ -5,7 +5,6 @@ More than 300 lines: what is composed, kept and checked is one thing.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 from dune_fast.dali_pipelines.datasets import DataConfig
 from dune_fast.distill.objective import ObjectiveConfig
 from dune_fast.engine.config_inputs import check_crops, check_own_grids, check_sizes
-from dune_fast.engine.config_stages import check_partitions, check_stages
 from dune_fast.engine.config_limits import find_fault
 from dune_fast.engine.config_objective import check_objective, check_standardization
 from dune_fast.engine.config_sections import (
@@ -36,6 +34,7 @@ from dune_fast.engine.config_sections import (
     StartConfig,
     TrainConfig,
 )
+from dune_fast.engine.config_stages import check_partitions, check_stages
 from dune_fast.engine.optimizer import OptimizerConfig
 from dune_fast.engine.overrides import (
     config_names,
@@ -269,7 +268,8 @@ def _check_head(cfg: RunConfig) -> None:
         "teachers": cfg.teachers, "cache.folder": cfg.cache.folder, "progressive": cfg.progressive,
         "partitions": cfg.partitions,
         "train.compile": cfg.train.compile, "evaluation.knn_dataset": cfg.evaluation.knn_dataset,
-        "start": cfg.start.wanted, "student_weights": cfg.student_weights,
+        "optimizer.frozen_trunk_steps": cfg.optimizer.frozen_trunk_steps, "start": cfg.start.wanted,
+        "student_weights": cfg.student_weights,
     }  # fmt: skip
     if given := [name for name, value in of_distillation.items() if value]:
         raise ConfigError(f"head.kind={cfg.head.kind} trains a head: {', '.join(given)} belongs to a distillation")

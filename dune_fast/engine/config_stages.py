@@ -49,11 +49,13 @@ def check_stages(cfg: Staged) -> None:
     border, size, count = 0, 0, len(cfg.progressive)
     for i, entry in enumerate(cfg.progressive):
         end = round(entry.until * cfg.steps)
-        last = i == count - 1 and entry.until == 1
+        largest = max(entry.image_sizes, default=entry.image_size)
+        last = i == count - 1 and entry.until == 1 and largest == cfg.image_size
         if not 0 < entry.until <= 1 or end <= border or (end >= cfg.steps and not last):
             raise ConfigError(
                 f"progressive[{i}].until={entry.until:g} ends its stage at step {end} of {cfg.steps}, after one that "
-                f"ends at {border}; it is a share of the steps, between 0 and 1, that leaves every stage a step"
+                f"ends at {border}; it is a share of the steps, between 0 and 1, that leaves every stage a step; "
+                f"1 ends the run, in a last entry whose largest size is image_size={cfg.image_size}"
             )
         _check_teachers(cfg, f"progressive[{i}].teachers", entry.teachers)
         _check_sizes(cfg, f"progressive[{i}]", entry.image_size, entry.image_sizes, entry.weights)
@@ -63,7 +65,7 @@ def check_stages(cfg: Staged) -> None:
                 f"progressive[{i}].image_size={entry.image_size}; sizes rise, from above {size} to below "
                 f"image_size={cfg.image_size}, which comes last"
             )
-        border, size = end, max(entry.image_sizes, default=entry.image_size)
+        border, size = end, largest
     if unknown := [name for name in cfg.stage_restarts if name not in RESTARTS]:
         raise ConfigError(f"stage_restarts has {unknown[0]!r}; choose from {', '.join(RESTARTS)}")
     stay = {cfg.standardization.of(token) for token in ("cls", "patch")} & set(ESTIMATED)
@@ -87,8 +89,8 @@ def _check_sizes(cfg: Staged, where: str, size: int, several: Sequence[int], wei
         raise ConfigError(f"{where} has image_size={size} and image_sizes={list(several)}; give one of them")
     if weights and (len(weights) != len(several) or min(weights) < 0 or not sum(weights)):
         raise ConfigError(
-            f"{where}.weights={list(weights)}; give one for each of image_sizes={list(several)}, none negative, or none "
-            "at all, for sizes that take turns"
+            f"{where}.weights={list(weights)}; give one for each of image_sizes={list(several)}, none negative, or "
+            "none at all, for sizes that take turns"
         )
     if not 0 < (largest := max(several, default=size)) <= cfg.image_size or min(several, default=1) < 1:
         raise ConfigError(
