@@ -45,7 +45,8 @@ LIMITS: dict[str, Limit] = {
         *(f"objective.{token}.{term}" for token in ("cls", "patch") for term in (
             "mse", "dampened_mse", "map_cosine", "angle", "tangent_sphere",
         )),
-        "optimizer.clip_per_parameter", "optimizer.clip_global", "train.steps", "cache.components",
+        "optimizer.clip_per_parameter", "optimizer.clip_global", "optimizer.frozen_trunk_steps", "train.steps",
+        "cache.components",
     ), Limit()),
     **dict.fromkeys((
         "student.mlp_ratio", "projector.mlp_ratio", "standardization.eps", "train.max_loss", "train.timeout_minutes",
