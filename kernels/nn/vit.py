@@ -178,11 +178,20 @@ class VisionTransformer(DINOv2Interface, nn.Module):
                 )
         return height // patch, width // patch
 
+    @property
+    def table_prefix(self) -> int:
+        """Rows of the position table that stand for no patch."""
+        return int(self.cfg.cls_token)
+
+    def registers(self) -> Tensor:
+        """What the registers are before the first block, [1, R, D]."""
+        return self.register_tokens
+
     def positions(self, height: int, width: int) -> Tensor:
         """The position table for a grid of height x width patches, [1, cls + height * width, D]."""
         cfg = self.cfg
         return resize_positions(
-            self.pos_embed, height, width, int(cfg.cls_token), cfg.interpolate_offset, cfg.interpolate_antialias
+            self.pos_embed, height, width, self.table_prefix, cfg.interpolate_offset, cfg.interpolate_antialias
         )
 
     def embed(self, images: Tensor, patches: SharedPatches | None = None) -> Tensor:
@@ -195,7 +204,7 @@ class VisionTransformer(DINOv2Interface, nn.Module):
         # the patches' type
         table, at = self.positions(height, width), int(self.cfg.cls_token)
         cls = [self.cls_token + table[:, :1]] if self.cfg.cls_token else []
-        registers = [self.register_tokens] if self.cfg.num_registers else []
+        registers = [self.registers()] if self.cfg.num_registers else []
         return F.pad(x, (0, 0, self.num_prefix_tokens, 0)) + torch.cat([*cls, *registers, table[:, at:]], dim=1)
 
     def stream(self, x: Tensor) -> torch.dtype:
