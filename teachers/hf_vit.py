@@ -39,7 +39,7 @@ PARTS = ("query.", "key.", "value.")
 
 
 class HFViTTeacher(ViTTeacher):
-    """cls and patch tokens after the final norm. `mean` and `std` are those of Google's weights; DeiT has ImageNet's."""
+    """cls and patch tokens after the final norm. `mean` and `std` are Google's; DeiT's are ImageNet's."""
 
     statistics = (HALF, HALF)
     network = TheiaViT
