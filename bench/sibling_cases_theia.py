@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bench.case import FORWARD, GRADIENT, Case, Check, compare, relative_error
+from dune_fast.distill.stored_statistics import FeatureMoments, bf16_standardized
 from dune_fast.projectors.theia import ConvHead, MLPHead, SharedAdapter, SharedDecoder, TransformerHead
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.registry import recognize, vit_family
@@ -79,8 +80,26 @@ def run_student(case: Case) -> list[Check]:
     return [Check("out", relative_error(ours, case["out"]), FORWARD)]
 
 
+def run_feature_norm(case: Case) -> list[Check]:
+    """`theia_feature_norm`, bit for bit."""
+    ours = bf16_standardized(case["in"], case["mean"], case["std"])
+    same = torch.equal(ours, case["out"]) and torch.equal(ours.bfloat16(), case["out_bf16"])
+    return [Check("out", 0.0 if same else float("inf"), 0.0)]
+
+
+def run_feature_stats(case: Case) -> list[Check]:
+    """`theia_feature_stats`: mean and deviation over batches of several sizes."""
+    sums = FeatureMoments()
+    for i, _ in enumerate(case.info["batches"]):
+        sums.add(case[f"batch{i}"])
+    mean, std = sums.finish()
+    return compare({"mean": mean, "std": std}, {name: case[name] for name in ("mean", "std")}, 1e-6)
+
+
 THEIA_RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "theia_translator": run_translator,
     "theia_student": run_student,
+    "theia_feature_norm": run_feature_norm,
+    "theia_feature_stats": run_feature_stats,
 }
 """Kind of a case -> what recomputes it."""
