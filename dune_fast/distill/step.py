@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dune_fast.distill.objective import ObjectiveConfig, coefficients, combine, presampled, teacher_losses
+from dune_fast.distill.objective import (
+    ObjectiveConfig,
+    coefficients,
+    combine,
+    drawn_teachers,
+    presampled,
+    teacher_losses,
+)
 from dune_fast.distill.overlap import SideStream
 from dune_fast.distill.standardization import AllReduce, Features, TeacherStatistics
 from dune_fast.kernels.nn.patches import SharedPatches
@@ -154,6 +161,8 @@ class DistillationStep:
         if self.objective.presample:
             assert positions_on_host is not None, "objective.presample needs the positions on the host"
             kept = presampled(positions_on_host, len(names), step, self.seed, self.objective)
+        elif count := self.objective.teachers_per_step:
+            kept = np.repeat(drawn_teachers(len(names), count, step, self.seed)[:, None], len(images), axis=1)
         elif self._own_on_host is not None:
             assert groups_on_host is not None, "objective.route_by_dataset needs the groups on the host"
             kept = self._own_on_host[:, groups_on_host]

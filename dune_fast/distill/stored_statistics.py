@@ -50,7 +50,7 @@ class FeatureMoments:
     def finish(self) -> tuple[Tensor, Tensor]:
         """Mean and unbiased deviation, float32 [C]; ValueError for fewer than two rows."""
         if self.count < 2:
-            raise ValueError(f"deviations need at least two rows of features, there were {self.count}: give more images")
+            raise ValueError(f"deviations need two rows of features, there were {self.count}: give more images")
         return self.mean.float(), (self.squares / (self.count - 1)).sqrt().float()
 
 
@@ -103,7 +103,7 @@ def read_statistics(
                 pair, source = [ours[key] for key in keys], file
             if any(x.shape != (channels,) for x in pair) or not bool(torch.stack(pair).isfinite().all()):
                 shapes = " and ".join(str(list(x.shape)) for x in pair)
-                raise ValueError(f"{source}: {name} has {channels} channels, the statistics {shapes}; or one is not finite")
+                raise ValueError(f"{source}: {name} has {channels} channels, they are {shapes}, or not all finite")
             if not bool((pair[1] > 0).all()):
                 raise ValueError(f"{source}: the deviation of a channel of {name}'s {token} tokens is 0 or negative")
             found.setdefault(name, {})[token] = (pair[0], pair[1])

@@ -308,6 +308,10 @@ def _check_distillation(cfg: RunConfig) -> None:
         )
     compiled = [f"teachers.{name}.compile" for name, teacher in cfg.teachers.items() if teacher.compile]
     compiled += ["train.compile"] if cfg.train.compile else []
+    if (drawn := cfg.objective.teachers_per_step) >= len(cfg.teachers):
+        raise ConfigError(
+            f"objective.teachers_per_step={drawn} of {len(cfg.teachers)} teachers: give fewer, or 0 for all of them"
+        )
     if cfg.objective.presample and compiled:
         raise ConfigError(
             f"objective.presample=true with {compiled[0]}=true: in every step a teacher gets another number of images, "

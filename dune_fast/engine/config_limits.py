@@ -40,6 +40,7 @@ LIMITS: dict[str, Limit] = {
         "student.num_registers", "projector.num_inner", "train.drift_images", "objective.cls.cosine",
         "objective.cls.smooth_l1", "objective.patch.cosine", "objective.patch.smooth_l1", "objective.beta",
         "optimizer.clip_per_parameter", "optimizer.clip_global", "train.steps", "cache.components",
+        "objective.teachers_per_step",
     ), Limit()),
     **dict.fromkeys((
         "student.mlp_ratio", "projector.mlp_ratio", "standardization.eps", "train.max_loss", "train.timeout_minutes",
