@@ -16,13 +16,14 @@ images. Weights start as PyTorch's layers do. Parameter names behind `patch.` ar
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TRANSLATORS = ("lconv", "conv", "mlp", "transformer")
+from dune_fast.kernels.nn.routing import select
+from dune_fast.projectors.base import Projection, Projector, StudentShape, TeacherFeatures, Tokens
+from dune_fast.projectors.config import ProjectorConfig
+
 UPSCALED = {14: 16}
 """Grids that a transposed convolution enlarges before the others."""
 
@@ -131,41 +132,118 @@ class SharedAdapter(nn.Module):
 class SharedDecoder(SharedAdapter):
     """What `transformer` has once for all teachers: the adapter, and a decoder without final norm.
 
-    Args:
-        input_dim, hidden: channels of the student, and of the decoder.
-        source: side of the student's grid.
-        num_layers, num_heads: of the decoder.
-        dropout: in its layers, while it trains.
+    Its layers have no dropout, where the published ones have 0.1: what is random in a step of ours is a function of
+    seed and step alone.
     """
 
-    def __init__(
-        self, input_dim: int, hidden: int, source: int, num_layers: int = 2, num_heads: int = 8, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, input_dim: int, hidden: int, source: int, num_layers: int = 2, num_heads: int = 8) -> None:
         super().__init__(input_dim, hidden)
         self.decode_tokens = nn.Parameter(torch.randn(1, source * source, hidden))
         layer = nn.TransformerDecoderLayer(
-            hidden, num_heads, 2 * hidden, dropout, activation=F.gelu, batch_first=True, norm_first=True
+            hidden, num_heads, 2 * hidden, 0.0, activation=F.gelu, batch_first=True, norm_first=True
         )
         self.translator_stem = nn.TransformerDecoder(layer, num_layers)
 
-    def decode(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Patches [B, N, D] as the teacher of `embedding` [1, 1, hidden] wants them, [B, N, hidden]."""
         queries = torch.cat([self.decode_tokens, embedding], dim=1).expand(len(x), -1, -1)
-        return self.translator_stem(queries, self(x))[:, 1:]  # as published: the first goes, the embedding's row stays
+        memory = self.backbone_adapter(x)
+        return self.translator_stem(queries, memory)[:, 1:]  # as published: the first goes, the embedding's row stays
 
 
-class TransformerHead(nn.Module):
-    """A teacher's part of `transformer`: its embedding, and an MLP of two layers. [B, s^2, D] -> [B, t^2, C]."""
+class Translator(Projector):
+    """One teacher's translator: `patch`, and for its cls token a linear layer, `cls`.
 
-    def __init__(self, hidden: int, output_dim: int, source: int, target: int) -> None:
+    ValueError for grids that its convolutions do not lead to, a translator that does not exist, or cls tokens of
+    another one than lconv.
+    """
+
+    reads_all_tokens = True
+
+    def __init__(self, cfg: ProjectorConfig, student: StudentShape, teacher: TeacherFeatures) -> None:
         super().__init__()
-        self.embedding = nn.Parameter(torch.randn(1, 1, hidden))
-        self.head = MLPHead(hidden, output_dim, source, target, num_layers=2)
+        kind, dim, channels = cfg.translator, student.embed_dim, teacher.channels
+        self.token_types, self.first = tuple(teacher.token_types), int(student.cls)
+        self.source, self.target = student.grid, teacher.grid or student.grid
+        if "cls" in self.token_types:
+            if kind != "lconv":
+                raise ValueError(
+                    f"projector.translator={kind} has no cls tokens: choose lconv, or teachers.NAME.token_types=[patch]"
+                )
+            self.cls = nn.Linear(dim, channels)
+        if "patch" not in self.token_types:
+            return
+        hidden, grids = cfg.hidden_dim, (self.source, self.target)
+        if kind == "lconv":
+            self.patch: nn.Module = ConvHead(dim, int(dim * cfg.hidden_factor), channels, *grids)
+            return
+        if kind == "transformer":
+            self.shared: nn.Module = SharedDecoder(
+                dim, hidden, self.source, cfg.translator_layers, cfg.translator_heads
+            )  # fmt: skip
+            self.embedding = nn.Parameter(torch.randn(1, 1, hidden))
+            self.patch = MLPHead(hidden, channels, *grids, num_layers=2)
+            return
+        self.shared = SharedAdapter(dim, hidden)
+        conv = kind == "conv"
+        self.patch = (
+            ConvHead(hidden, 2 * hidden, channels, *grids, linear=False) if conv else MLPHead(hidden, channels, *grids)
+        )
+
+    def share(self, first: Projector) -> None:
+        """Takes what is shared of the first teacher's, which alone has it as a part."""
+        if self is first or not hasattr(self, "shared"):
+            return
+        own, theirs = ({key: x.shape for key, x in module.shared.state_dict().items()} for module in (self, first))
+        if own != theirs:
+            raise ValueError(
+                "projector.teachers gives teachers translators of different hidden_dim, translator_layers or "
+                "translator_heads, which they share: leave these fields to projector itself"
+            )
+        del self.shared
+        self._of_first = (first.shared,)  # in a tuple: no part of this module
+
+    def forward(self, tokens: Tokens, kept: Tensor | None = None, grid: tuple[int, int] | None = None) -> Projection:
+        x = tokens[max(tokens)]
+        projection = {}
+        if "cls" in self.token_types:
+            projection["cls"] = self.cls(x[:, 0])
+        if "patch" in self.token_types:
+            patches = x[:, self.first :]
+            if patches.shape[1] != self.source**2 or (grid is not None and grid != (self.source, self.source)):
+                got = f"{patches.shape[1]} patches" if grid is None else f"{grid[0]} x {grid[1]} patches"
+                raise ValueError(
+                    f"Theia's translators are for {self.source} x {self.source} patches, and got {got}: train and use "
+                    "them with square images of student.image_size"
+                )
+            projection["patch"] = self._translated(patches, kept)
+        return projection
+
+    def _translated(self, patches: Tensor, kept: Tensor | None) -> Tensor:
+        """[B, s^2, D] -> [B, t^2, C], or of the tokens `kept`."""
+        if (shared := self._shared()) is not None:
+            own = (self.embedding,) if hasattr(self, "embedding") else ()
+            patches = shared(patches, *own)
+        out = self.patch(patches)
+        if kept is None:
+            return out
+        if self.source != self.target:
+            raise ValueError("a subset of patches is one of the student's grid: set objective.patch_share to 1")
+        return select(out, kept[..., self.first :] - self.first)
+
+    def _shared(self) -> nn.Module | None:
+        return getattr(self, "_of_first", (getattr(self, "shared", None),))[0]
+
+    def last_layers(self) -> dict[str, nn.Linear]:
+        layers = {"cls": getattr(self, "cls", None), "patch": self.patch.adapter[-1] if hasattr(self, "patch") else None}
+        if "patch" in self.token_types and not isinstance(layers["patch"], nn.Linear):
+            raise ValueError(
+                "start.fit_projectors fits linear layers, and projector.translator=conv ends with a convolution: set it "
+                "to false"
+            )
+        return {token: layers[token] for token in self.token_types}
 
 
-def square_side(tokens: int) -> int:
-    """The side of a square grid of so many patches; ValueError for another."""
-    side = math.isqrt(tokens)
-    if side * side != tokens:
-        raise ValueError(f"Theia's translators take square grids of patches, not {tokens} patches: use square images")
-    return side
+def theia_translator(cfg: ProjectorConfig, student: StudentShape, teacher: TeacherFeatures) -> Projector:
+    """See `projectors.base.KINDS`."""
+    return Translator(cfg, student, teacher)
