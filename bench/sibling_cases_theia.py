@@ -12,7 +12,7 @@ from torch import nn
 
 from bench.case import FORWARD, GRADIENT, Case, Check, compare, relative_error
 from dune_fast.distill.stored_statistics import FeatureMoments, bf16_standardized
-from dune_fast.projectors.theia import ConvHead, MLPHead, SharedAdapter, SharedDecoder, TransformerHead
+from dune_fast.projectors.theia import ConvHead, MLPHead, SharedAdapter, SharedDecoder
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.registry import recognize, vit_family
 from dune_fast.teachers.weights import build_loaded
@@ -38,9 +38,9 @@ def run_translator(case: Case) -> list[Check]:
             head.adapter = nn.Sequential(nn.Linear(dim, channels))
             heads[name] = lambda x, head=head: head.adapter(x[:, 0])
         elif kind == "transformer":
-            part = TransformerHead(hidden, channels, source, sides[0])
-            whole.target_model_emb[key], head = part.embedding, part.head
-            heads[name] = lambda x, part=part: part.head(whole.decode(x[:, patches:], part.embedding))
+            whole.target_model_emb[key] = nn.Parameter(torch.zeros(1, 1, hidden))
+            head, embedding = MLPHead(hidden, channels, source, sides[0], 2), whole.target_model_emb[key]
+            heads[name] = lambda x, head=head, own=embedding: head(whole(x[:, patches:], own))
         elif linear:
             inner = int(dim * info.get("hidden_size_factor", 1.0))
             head = ConvHead(dim, inner, channels, source, sides[0])

@@ -9,14 +9,13 @@ statistics that the teachers' features were standardized with are not in there: 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dune_fast.distill.standardization import TeacherStatistics
-from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.kernels.nn.vit import plain
 from dune_fast.projectors.base import TeacherFeatures
 from dune_fast.projectors.config import ProjectorConfig
 from dune_fast.student import Student, StudentConfig
@@ -35,7 +34,7 @@ PUBLISHED = {
     "depth_anything": "LiheYoung/depth-anything-large-hf",
 }
 """Teacher of `experiment=theia` -> its name in the containers; others keep their own."""
-_OURS = {name: ours for ours, name in PUBLISHED.items()}
+OURS = {name: ours for ours, name in PUBLISHED.items()}
 
 
 def load_theia(path: Path) -> tuple[Student, TeacherStatistics]:
@@ -48,20 +47,21 @@ def load_theia(path: Path) -> tuple[Student, TeacherStatistics]:
     state = container_state(content, path)
     architecture, encoder = TheiaTeacher.read_content(content, path, TeacherConfig())
     if beside := sorted(key for key in state if key.startswith(TRANSLATOR) and not key.startswith(HEADS)):
-        raise TeacherWeightsError(f"{path} has {beside[0]}, which is of another translator than lconv, the released one")
+        raise TeacherWeightsError(f"{path} has {beside[0]}, which is of another translator than lconv")
     heads: dict[str, dict[str, Tensor]] = {}
     for key, value in below(state, HEADS).items():
         name, _, rest = key.partition(".")
         heads.setdefault(name, {})[rest] = value
     if not heads:
-        raise TeacherWeightsError(f"{path} has no translators ({HEADS}*); dune_fast.load_encoder reads its encoder alone")
+        raise TeacherWeightsError(f"{path} has no translators ({HEADS}*); dune_fast.load_encoder reads its encoder")
     teachers: dict[str, TeacherFeatures] = {}
     weights = {f"encoder.{key}": value for key, value in encoder.items()}
     factors = set()
     for name, tensors in sorted(heads.items(), key=lambda item: not item[0].endswith(CLS)):  # cls before patch
         where = f"{path}, translator of {name}"
         of_cls = _tensor(tensors, "adapter.0.weight", where).ndim == 2
-        ours = _OURS.get(name.removesuffix(CLS) if of_cls else name, name.removesuffix(CLS) if of_cls else name)
+        base = name.removesuffix(CLS) if of_cls else name
+        ours = OURS.get(base, base)
         known = teachers.get(ours, TeacherFeatures(0, ()))
         if of_cls:
             channels, grid, token = len(tensors["adapter.0.weight"]), known.grid, "cls"
@@ -74,9 +74,7 @@ def load_theia(path: Path) -> tuple[Student, TeacherStatistics]:
         weights |= {f"projectors.{ours}.{key}": value for key, value in renamed.items()}
     if len(factors) > 1:
         raise TeacherWeightsError(f"{path} has translators of several hidden sizes, {sorted(factors)} of the encoder's")
-    cfg = StudentConfig(
-        **{field.name: getattr(architecture, field.name) for field in fields(ViTConfig)}, family="theia", normed=True
-    )
+    cfg = StudentConfig(**asdict(plain(architecture)), family="theia", normed=True)
     projector = ProjectorConfig("theia", hidden_factor=factors.pop() if factors else 1.0)
     student = build_loaded(lambda: Student(cfg, projector, teachers), weights, path)
     assert isinstance(student, Student)
@@ -96,7 +94,7 @@ def _sizes(tensors: Mapping[str, Tensor], where: str) -> tuple[int, int, int]:
     last = _tensor(tensors, f"adapter.{layers[-1]}.weight", where)
     norms = [x for layer in layers if (x := tensors[f"adapter.{layer}.weight"]).ndim == 3]
     if last.ndim != 2 or len(norms) < 2:
-        raise TeacherWeightsError(f"{where} is not an lconv: convolutions between LayerNorms of maps, then a linear layer")
+        raise TeacherWeightsError(f"{where} is no lconv: LayerNorms of maps around convolutions, then a linear layer")
     return last.shape[0], norms[-1].shape[-1], norms[-1].shape[0]
 
 
@@ -113,8 +111,10 @@ def published_state(student: Student) -> dict[str, Tensor]:
     for name, projector in student.projectors.items():
         head = HEADS + PUBLISHED.get(name, name).replace(".", "_")
         for key, value in projector.state_dict().items():
-            theirs = f"{CLS}.adapter.0.{key.removeprefix('cls.')}" if key.startswith("cls.") else key.removeprefix("patch")
-            state[head + theirs] = value
+            if key.startswith("cls."):
+                state[f"{head}{CLS}.adapter.0.{key.removeprefix('cls.')}"] = value
+            else:
+                state[head + key.removeprefix("patch")] = value
     return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
 
 

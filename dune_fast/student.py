@@ -59,6 +59,7 @@ class Projectors(nn.ModuleDict):
             raise ValueError(f"projector.teachers has {', '.join(unknown)}; there are: {', '.join(teachers)}")
         for name, features in teachers.items():
             self[name] = build_projector(cfg.of(name), student, TeacherFeatures(*features))
+            self[name].share(next(iter(self.values())))
 
     def forward(
         self, tokens: Tokens, routes: Routes | None = None, subset: PatchSubset | OwnPatches | None = None,

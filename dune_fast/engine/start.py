@@ -120,7 +120,7 @@ def compute_start(run: Opened, student: Student) -> None:
             dist.broadcast(x, 0)
     if run.rank == 0:
         kept = {name: x.detach().cpu().contiguous() for name, x in state.items()}
-        write_tensors(run.run_dir / START_FILE, kept, architecture_metadata(cfg.student))
+        write_tensors(run.run_dir / START_FILE, kept, architecture_metadata(student.encoder.cfg))
         logger.info("the start took %.0f s", time.perf_counter() - began)
 
 

@@ -235,13 +235,13 @@ class Translator(Projector):
         return getattr(self, "_of_first", (getattr(self, "shared", None),))[0]
 
     def last_layers(self) -> dict[str, nn.Linear]:
-        layers = {"cls": getattr(self, "cls", None), "patch": self.patch.adapter[-1] if hasattr(self, "patch") else None}
-        if "patch" in self.token_types and not isinstance(layers["patch"], nn.Linear):
+        layers = {token: self.cls if token == "cls" else self.patch.adapter[-1] for token in self.token_types}
+        if not all(isinstance(layer, nn.Linear) for layer in layers.values()):
             raise ValueError(
-                "start.fit_projectors fits linear layers, and projector.translator=conv ends with a convolution: set it "
-                "to false"
+                "start.fit_projectors fits linear layers, and projector.translator=conv ends with a convolution: set "
+                "it to false"
             )
-        return {token: layers[token] for token in self.token_types}
+        return layers
 
 
 def theia_translator(cfg: ProjectorConfig, student: StudentShape, teacher: TeacherFeatures) -> Projector:

@@ -8,12 +8,13 @@ order, so tokens are the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig, resize_positions
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig, plain
 
 
 @dataclass
@@ -29,6 +30,8 @@ class TheiaConfig(ViTConfig):
     norm_eps: float = 1e-12
     """Epsilon of every LayerNorm."""
 
+    family: ClassVar[str] = "theia"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pos_embed != "learned":
@@ -39,6 +42,7 @@ class TheiaViT(VisionTransformer):
     """See the top of the file; `forward` and `block_outputs` are `VisionTransformer`'s."""
 
     cfg: TheiaConfig
+    config = TheiaConfig
 
     def __init__(self, cfg: TheiaConfig) -> None:
         super().__init__(cfg)
@@ -48,11 +52,8 @@ class TheiaViT(VisionTransformer):
             self.register_positions = nn.Parameter(torch.zeros(1, cfg.num_registers, cfg.embed_dim))
 
     @classmethod
-    def for_student(cls, cfg: ViTConfig, num_cls: int = 1) -> TheiaViT:
-        """The encoder of a student's configuration, without weights yet; ValueError for several cls tokens."""
-        if num_cls > 1:
-            raise ValueError("Theia's encoder has one cls token; for one per teacher choose student.family=radio")
-        return cls(TheiaConfig(**{field.name: getattr(cfg, field.name) for field in fields(ViTConfig)}))
+    def student_config(cls, cfg: ViTConfig) -> TheiaConfig:
+        return TheiaConfig(**asdict(plain(cfg)))
 
     def init_weights(self) -> TheiaViT:
         """Truncated normal 0.02 for all weights, positions and tokens, the patch projection too; zero biases."""
@@ -67,11 +68,8 @@ class TheiaViT(VisionTransformer):
     table_prefix = 1
 
     def positions(self, height: int, width: int) -> Tensor:
-        cfg = self.cfg
-        table = resize_positions(
-            self.pos_embed, height, width, 1, cfg.interpolate_offset, cfg.interpolate_antialias
-        )  # fmt: skip
-        return table if cfg.cls_token else table[:, 1:]
+        table = super().positions(height, width)
+        return table if self.cfg.cls_token else table[:, 1:]
 
     def registers(self) -> Tensor:
         return self.register_tokens + self.register_positions
