@@ -33,9 +33,9 @@ Features = Mapping[str, Mapping[str, Tensor]]
 AllReduce = Callable[[Tensor], None]
 """Sums a tensor over ranks, in place."""
 
-CONVENTIONS = {"dune": 1e-3, "unic": 1e-6, "phi_s": 1e-6, "fixed": 1e-3, "stored": 0.0}
+CONVENTIONS = {"dune": 1e-3, "unic": 1e-6, "phi_s": 1e-6, "fixed": 1e-3}
 """convention -> eps"""
-FROZEN = ("phi_s", "fixed", "stored")
+FROZEN = ("phi_s", "fixed")
 """Those whose statistics are known before the first step and stay."""
 
 
@@ -184,8 +184,8 @@ class TeacherStatistics(nn.Module):
 
     @torch.no_grad()
     def fix(self, moments: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> None:
-        """The conventions "fixed" and "stored": takes its statistics, teacher -> token type -> mean and deviation [C]."""
-        assert self.convention in ("fixed", "stored"), self.convention
+        """The convention "fixed": takes its statistics, teacher -> token type -> mean and deviation [C]."""
+        assert self.convention == "fixed", self.convention
         for name, token, normalizer in self.items():
             for own, given in zip((normalizer.mean, normalizer.std), moments[name][token], strict=True):
                 own.copy_(given)
