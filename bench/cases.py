@@ -21,6 +21,7 @@ from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, compare, ob
 from bench.linear_case import run_linear_depth, run_linear_seg
 from bench.sibling_cases_losses import LOSS_RUNNERS
 from bench.sibling_cases_teachers import TEACHER_RUNNERS
+from bench.sibling_cases_theia import THEIA_RUNNERS
 from bench.sibling_cases_views import VIEW_RUNNERS
 from bench.teacher_case import run_teacher
 from bench.train_case import run_train
@@ -225,6 +226,7 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     **head_cases_metrics.RUNNERS,
     **head_cases_multihmr.RUNNERS,
     **TEACHER_RUNNERS,
+    **THEIA_RUNNERS,
     **LOSS_RUNNERS,
     **VIEW_RUNNERS,
     **sibling_cases_heads.RUNNERS,

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bench.case import FORWARD, GRADIENT, Case, Check, compare, relative_error
+from dune_fast.distill.objective import ObjectiveConfig, combine, teacher_losses
 from dune_fast.distill.stored_statistics import FeatureMoments, bf16_standardized
+from dune_fast.distill.terms import TermWeights
 from dune_fast.projectors.theia import ConvHead, MLPHead, SharedAdapter, SharedDecoder
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.registry import recognize, vit_family
@@ -80,6 +82,32 @@ def run_student(case: Case) -> list[Check]:
     return [Check("out", relative_error(ours, case["out"]), FORWARD)]
 
 
+def run_loss(case: Case) -> list[Check]:
+    """`theia_loss`: by the objective of a run, 0.9 of the maps' cosine and 0.1 of smooth L1, or the squared error."""
+    names, weight = case.info["teachers"], case.info["target_weight"]
+    student = {name: {"patch": case[f"student/{name}"].clone().requires_grad_()} for name in names}
+    teacher = {name: {"patch": case[f"teacher/{name}"]} for name in names}
+    checks = []
+    for main_loss in ("cos_l1", "mse"):  # both metrics come out of every case
+        share = 1.0 if weight is None else weight * len(names)
+        of = {"mse": TermWeights(0.0, 0.0, mse=1.0), "cos_l1": TermWeights(0.0, 0.1 * share, map_cosine=0.9)}
+        losses, parts = teacher_losses(student, teacher, None, ObjectiveConfig(patch=of[main_loss]))
+        terms = {"mse": "mse"} if main_loss == "mse" else {"cos": "map_cosine", "l1": "smooth_l1"}
+        for theirs, ours in terms.items():
+            found = torch.stack([parts[f"{name}/patch/{ours}"].mean() for name in names])
+            metric = share * found.mean() if theirs == "l1" else found.mean()
+            checks.append(Check(f"metrics/{theirs}", relative_error(metric, case[f"metrics/{theirs}"]), FORWARD))
+            for name, value in zip(names, found, strict=True):
+                key = f"per_teacher/{name}/{theirs}"
+                checks.append(Check(key, relative_error(value, case[key]), FORWARD))
+        if main_loss == case.info["main_loss"]:
+            loss = combine(losses, torch.ones_like(losses))
+            checks.append(Check("loss", relative_error(loss.detach(), case["loss"]), FORWARD))
+            loss.backward()
+    gradients = {name: student[name]["patch"].grad for name in names}
+    return checks + compare(gradients, {name: case[f"grad/{name}"] for name in names}, GRADIENT, "grad/")
+
+
 def run_feature_norm(case: Case) -> list[Check]:
     """`theia_feature_norm`, bit for bit."""
     ours = bf16_standardized(case["in"], case["mean"], case["std"])
@@ -99,6 +127,7 @@ def run_feature_stats(case: Case) -> list[Check]:
 THEIA_RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "theia_translator": run_translator,
     "theia_student": run_student,
+    "theia_loss": run_loss,
     "theia_feature_norm": run_feature_norm,
     "theia_feature_stats": run_feature_stats,
 }
