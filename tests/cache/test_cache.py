@@ -14,7 +14,7 @@ from dune_fast import cli
 from dune_fast.cache.formats import FORMATS, decode, encode
 from dune_fast.cache.store import IMAGES, CacheError, Store, Stored, shard_path
 from dune_fast.dali_pipelines.datasets import index_datasets
-from dune_fast.dali_pipelines.plan import TrainPlans
+from dune_fast.dali_pipelines.plan import Part, TrainPlans
 from dune_fast.dali_pipelines.source import ImageSource
 from dune_fast.engine.cache_build import build as build_cache
 from dune_fast.engine.cache_shard import bytes_per_view
@@ -85,7 +85,7 @@ def test_a_start_asks_the_teachers(photos, cache, tmp_path):
 def test_views_take_turns_and_repeat(photos):
     cfg = composed(photos, photos.with_name("none"))
     source = ImageSource(index_datasets(cfg.data), "train", cfg.data)
-    plans = TrainPlans(source, cfg.data, lambda step: 56, 20, slice(0, 20), 0)  # a pass is one step
+    plans = TrainPlans(source, cfg.data, lambda step: 56, 20, [Part(slice(0, 20))], 0)  # a pass is one step
     seen = [plans(step) for step in range(4)]
     windows = [{image: tuple(plan.geometry.window[i]) for i, image in enumerate(plan.images)} for plan in seen]
     assert windows[0] == windows[2] and windows[1] == windows[3] and windows[0] != windows[1]
@@ -93,7 +93,7 @@ def test_views_take_turns_and_repeat(photos):
     colours = [dict(zip(plan.images, plan.colour.brightness.tolist(), strict=True)) for plan in seen]
     assert colours[0] == colours[2] != colours[1]
     cfg.data.fresh_colour = True
-    fresh = TrainPlans(source, cfg.data, lambda step: 56, 20, slice(0, 20), 0)
+    fresh = TrainPlans(source, cfg.data, lambda step: 56, 20, [Part(slice(0, 20))], 0)
     first, third = fresh(0), fresh(2)
     assert sorted(first.views) == sorted(third.views)
     assert sorted(first.colour.brightness.tolist()) != sorted(third.colour.brightness.tolist())
