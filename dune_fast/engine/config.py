@@ -293,8 +293,8 @@ def _check_distillation(cfg: RunConfig) -> None:
                 f"start.teacher={cfg.start.teacher!r} and student_weights={cfg.student_weights!r} exclude each other: "
                 "the student starts from the one or from the other"
             )
-    check_standardization(cfg)
-    check_objective(cfg)
+    check_standardization(cfg.standardization, cfg.teachers, cfg.cache, cfg.start)
+    check_objective(cfg.objective, cfg.teachers, cfg.cache)
     if cfg.train.compile and cfg.deepspeed.zero_stage == 3:
         raise ConfigError(
             "train.compile=true with deepspeed.zero_stage=3: the compiler does not see DeepSpeed gather weights; "
