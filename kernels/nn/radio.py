@@ -125,8 +125,8 @@ class RADIOViT(VisionTransformer):
         return self
 
     @property
-    def num_prefix_tokens(self) -> int:
-        return self.cfg.num_cls + self.cfg.num_registers
+    def num_cls(self) -> int:
+        return self.cfg.num_cls
 
     def positions(self, height: int, width: int) -> Tensor:
         """In evaluation, for a grid of height x width patches: [1, height * width, D], float32."""
