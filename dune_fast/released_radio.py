@@ -26,6 +26,33 @@ from dune_fast.teachers.encoder_names import beside_encoder
 from dune_fast.teachers.radio import RADIOTeacher, plain_weights
 from dune_fast.teachers.weights import build_loaded
 
+
+class Release(NamedTuple):
+    """A file that RADIO's authors have published."""
+
+    file: str
+    size: int
+    """Preferred side of images in pixels."""
+
+
+PUBLISHED_RADIO = {
+    "radio_v2.5-b": Release("radio-v2.5-b_half.pth.tar", 768),
+    "radio_v2.5-l": Release("radio-v2.5-l_half.pth.tar", 768),
+    "radio_v2.5-h": Release("radio_v2.5-h.pth.tar", 768),
+    "radio_v2.5-h-norm": Release("radio_v2.5-h-norm.pth.tar", 768),
+    "radio_v2.5-g": Release("radio_v2.5-g.pth.tar", 896),
+    "radio_v2.1": Release("radio_v2.1_bf16.pth.tar", 0),
+    "radio_v2": Release("radio_v2.pth.tar", 0),
+    "radio_v1": Release("radio_v1.pth.tar", 0),
+    "c-radio_v3-b": Release("c-radio_v3-b_half.pth.tar", 512),
+    "c-radio_v3-l": Release("c-radio-v3_l_half.pth.tar", 512),
+    "c-radio_v3-h": Release("c-radio_v3-h_half.pth.tar", 512),
+    "c-radio_v3-g": Release("c-radio_v3-g_half.pth.tar", 896),
+    "c-radio_v4-so400m": Release("c-radio_v4-so400m_half.pth.tar", 512),
+    "c-radio_v4-h": Release("c-radio_v4-h_half.pth.tar", 512),
+}
+"""Published name -> release; a size of 0 is not known."""
+_SIZE = 512
 SUMMARY = "_summary"
 """Ends the name of what reads a teacher's summary token."""
 _MOST_UPSAMPLING = 64
@@ -111,6 +138,14 @@ def _head(
     return shape, outputs // factor**2, tensors
 
 
+def nominal(architecture: RADIOConfig, path: Path) -> RADIOConfig:
+    """A container's backbone with the size of images that its release prefers; 512 px where none is known."""
+    preferred = next((release.size for release in PUBLISHED_RADIO.values() if release.file == path.name), 0) or _SIZE
+    patch = architecture.patch_size
+    size = min(round(preferred / patch) * patch, architecture.image_size)
+    return architecture.made_for(size) if architecture.cropped else architecture
+
+
 def load_released_radio(content: Mapping[str, Any], path: Path) -> tuple[Student, TeacherStatistics]:
     """Backbone and heads of a RADIO container, float32, frozen, in evaluation mode; statistics that change nothing.
 
@@ -121,6 +156,7 @@ def load_released_radio(content: Mapping[str, Any], path: Path) -> tuple[Student
     """
     architecture, encoder = RADIOTeacher.read_content(content, path, TeacherConfig())
     assert isinstance(architecture, RADIOConfig)
+    architecture = nominal(architecture, path)
     features: dict[str, TeacherFeatures] = {}
     shapes: dict[str, dict[str, Any]] = {}
     weights = {f"encoder.{key}": value for key, value in encoder.items()}

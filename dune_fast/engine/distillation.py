@@ -150,7 +150,8 @@ class Distillation:
         return self.distill(*inputs, part.positions_on_host, part.patches)
 
     def live(self) -> Sequence[Tensor]:
-        return list(self.statistics.buffers())
+        student = self.distill.student.module  # whose buffers are elsewhere, once the engine has it
+        return [*self.statistics.buffers(), *(x for x in student.buffers() if x.is_floating_point())]
 
     def stepped(self, metrics: Mapping[str, Tensor]) -> None:
         if self.conflicts is not None:

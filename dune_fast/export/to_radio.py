@@ -18,7 +18,6 @@ from dune_fast.export.check import ExportError, Reader
 from dune_fast.export.to_safetensors import PLAIN
 from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.radio import CLIP_MEAN, CLIP_STD, RADIOConfig, RADIOViT
-from dune_fast.kernels.nn.spectral import plain_state
 from dune_fast.load import DistilledModel
 from dune_fast.projectors.heads import AttentionHead, HeadV1, HeadV2, SeparateHeads
 from dune_fast.released_radio import load_released_radio
@@ -52,13 +51,13 @@ def refuse_unlike(encoder: nn.Module) -> RADIOConfig:
 
 
 def backbone_state(encoder: RADIOViT) -> dict[str, Tensor]:
-    """The encoder's tensors by the names of the releases, spectral reparametrisation worked in."""
+    """The encoder's tensors by the names of the releases."""
     names = {
         "pos_embed": "patch_generator.pos_embed", "prefix_tokens": "patch_generator.cls_token.token",
         "patch_embed.proj.weight": "patch_generator.embedder.weight",
     }  # fmt: skip
     found = {}
-    for key, value in plain_state(encoder).items():
+    for key, value in encoder.state_dict().items():
         shaped = value[0] if key == "prefix_tokens" else value.flatten(1) if key == "patch_embed.proj.weight" else value
         found[names.get(key, key).replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")] = shaped
     return found

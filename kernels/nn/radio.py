@@ -7,7 +7,8 @@ positions. As a student it may be trained with windows (`windows`) and spectral 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,8 @@ from dune_fast.kernels.nn.draws import StepDraws
 from dune_fast.kernels.nn.patches import PatchEmbed, SharedPatches
 from dune_fast.kernels.nn.radio_options import RADIOOptions
 from dune_fast.kernels.nn.radio_positions import cropped_positions, training_positions, whole_positions
-from dune_fast.kernels.nn.spectral import iterate_once, original_weight, reparametrize, start_spectral
-from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.kernels.nn.spectral import fold, iterate_once, original_weight, reparametrize, start_spectral
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig, plain
 from dune_fast.kernels.nn.windows import drawn_window, window_period, windowed_outputs
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -40,6 +41,23 @@ class RADIOConfig(ViTConfig):
     """CPE: whether the table is for larger images than those of `image_size`."""
     radio: RADIOOptions = field(default_factory=lambda: RADIOOptions(conditioner="", patch_bias=True))
     """What a student may have besides; a release is read as it stands."""
+
+    network_family: ClassVar[str] = "radio"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.radio, dict):  # of a file's metadata
+            self.radio = RADIOOptions(**self.radio)
+        if not isinstance(self.radio, RADIOOptions) or type(self.num_cls) is not int or not 0 < self.num_cls <= 1000:
+            raise ValueError(f"num_cls is {self.num_cls!r}, radio is {self.radio!r}")
+        self.summaries = tuple(self.summaries)
+        if not self.summaries or any(type(i) is not int or not 0 <= i < self.num_cls for i in self.summaries):
+            raise ValueError(f"summaries {self.summaries} of {self.num_cls} summary tokens")
+
+    def made_for(self, size: int) -> RADIOConfig:
+        """The same network with another nominal input, in pixels; its position table stays."""
+        table = self.table_side * self.patch_size
+        return replace(self, image_size=size, radio=replace(self.radio, cpe_max_size=table))
 
     @property
     def table_side(self) -> int:
@@ -65,6 +83,7 @@ class RADIOViT(VisionTransformer):
     """Tokens in the order [summaries, registers, patches]."""
 
     cfg: RADIOConfig
+    config_class = RADIOConfig
     undecayed = ("prefix_tokens", "pos_embed")
     """Parameters without weight decay."""
     window_size = 0
@@ -106,11 +125,11 @@ class RADIOViT(VisionTransformer):
                 f"student.radio.cpe_max_size={radio.cpe_max_size} is below student.image_size={cfg.image_size}: give "
                 "the largest image that the student is for, or 0"
             )
-        plain = {f.name: getattr(cfg, f.name) for f in fields(ViTConfig)}
+        own = vars(plain(cfg))
         if radio.register_multiple:
-            plain["num_registers"] = radio.register_multiple - num_cls % radio.register_multiple
+            own["num_registers"] = radio.register_multiple - num_cls % radio.register_multiple
         cropped = radio.cpe_max_size > cfg.image_size
-        return cls(RADIOConfig(**plain, num_cls=num_cls, summaries=tuple(range(num_cls)), cropped=cropped, radio=radio))
+        return cls(RADIOConfig(**own, num_cls=num_cls, summaries=tuple(range(num_cls)), cropped=cropped, radio=radio))
 
     def init_weights(self) -> RADIOViT:
         """As the plain ViT's, but table and tokens are normal with deviation 1 / sqrt(D)."""
@@ -122,6 +141,21 @@ class RADIOViT(VisionTransformer):
         nn.init.normal_(self.pos_embed, std=deviation)
         nn.init.normal_(self.prefix_tokens, std=deviation)
         start_spectral(self)
+        return self
+
+    def plain(self) -> RADIOViT:
+        """This network with plain weights instead of reparametrised ones, for good; it computes the same."""
+        if self.cfg.radio.spectral:
+            fold(self)
+            self.cfg = replace(self.cfg, radio=replace(self.cfg.radio, spectral=0))
+        return self
+
+    def in_windows(self, size: int, num_windowed: int = 0, num_global: int = 4) -> RADIOViT:
+        """Evaluates in windows of `size` x `size` patches from here on, 0 for whole attention; see `window_period`."""
+        if size:
+            window_period(self.cfg.depth, num_windowed, num_global)  # refuses what windows nothing
+        own = replace(self.cfg.radio, num_windowed=num_windowed, num_global=num_global)
+        self.window_size, self.cfg = size, replace(self.cfg, radio=own)
         return self
 
     @property
@@ -160,6 +194,13 @@ class RADIOViT(VisionTransformer):
             self.blocks, x, blocks, self.num_prefix_tokens, grid, size, period, self.cfg.depth, draws is not None,
             self.activation_checkpointing,
         )  # fmt: skip
+
+    def without_registers(self, tokens: Tensor) -> Tensor:
+        """[summaries, patches] of all tokens [B, P + N, D], as heads read them."""
+        x = super().without_registers(tokens)
+        if not self.cfg.normalized:
+            return x
+        return torch.cat([x[:, : self.num_cls], self.standardized(x[:, self.num_cls :])], dim=1)
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, P + N, D] into (summary [B, k D], registers [B, R, D], patches [B, N, D])."""

@@ -129,3 +129,10 @@ def iterate_once(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, SpectralScale):
             part.due = True
+
+
+def fold(module: nn.Module) -> None:
+    """Makes every reparametrised weight a plain one, for good: what computes the same without training."""
+    for layer in module.modules():
+        if parametrize.is_parametrized(layer, "weight"):
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)

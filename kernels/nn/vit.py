@@ -124,6 +124,8 @@ class VisionTransformer(DINOv2Interface, nn.Module):
     like that. `forward` applies the final norm and returns the dictionary that users of DINOv2 know.
     """
 
+    config_class: ClassVar[type[ViTConfig]] = ViTConfig
+    """Type of `cfg`."""
     activation_checkpointing = False
     """Whether the backward pass computes each block again instead of keeping what is inside."""
     stream_dtype: torch.dtype | None = None
