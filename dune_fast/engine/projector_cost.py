@@ -37,12 +37,15 @@ def projector_cost(
     """
     cls = student.cls_token
     shape = StudentShape(student.embed_dim, student.depth, student.num_heads, cls, grid)
-    with FakeTensorMode(), traced():
+    with torch.device("meta"):
         projector = build_projector(cfg, shape, teacher)
+    with FakeTensorMode(), traced():
+        weights = {name: torch.empty(x.shape, requires_grad=True) for name, x in projector.named_parameters()}
 
         def run(images: int) -> dict[str, Tensor]:
             x = torch.empty(images, grid**2 + int(cls), student.embed_dim, requires_grad=torch.is_grad_enabled())
-            return projector(dict.fromkeys(_blocks(cfg, student), x), None, (grid, grid))
+            inputs = dict.fromkeys(_blocks(cfg, student), x), None, (grid, grid)
+            return torch.func.functional_call(projector, weights, inputs)
 
         # attention's products are counted apart from its memory: a fused kernel keeps no scores
         with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
