@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bench.case import GRADIENT, Case, Check, compare
+from bench.sibling_cases_teachers import run_radio
 from dune_fast.kernels.nn.block import Block
 from dune_fast.kernels.nn.draws import PositionDraws
 from dune_fast.kernels.nn.radio import RADIOConfig, RADIOOptions, RADIOViT
@@ -19,7 +22,11 @@ from dune_fast.kernels.nn.radio_positions import (
     training_positions,
     whole_positions,
 )
+from dune_fast.kernels.nn.spectral import iterate_once
 from dune_fast.kernels.nn.windows import drawn_window, window_period, windowed_outputs
+from dune_fast.load import DistilledModel, load_encoder, load_model
+from dune_fast.released_radio import SUMMARY
+from dune_fast.teachers.containers import below, container_state, read_container
 
 
 def run_cpe(case: Case) -> list[Check]:
@@ -111,10 +118,69 @@ def run_vitdet_draws(case: Case) -> list[Check]:
     return compare({"window": torch.tensor(windows)}, {"window": case["window"]})
 
 
+def run_model(case: Case) -> list[Check]:
+    """`radio_model`: the backbone as a teacher's, all outputs of the loaded model, windows, and weights in training."""
+    info, path = case.info, case.path.parent / case.info["file"]
+    checks, model = run_radio(case), load_model(path)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (model.encoder.mean, model.encoder.std))
+    for i, (height, width) in enumerate(info["images"]):
+        x = (case[f"image{i}"] - mean) / std
+        ours, rows = _outputs(model, x), height // info["patch_size"]
+        for name, value in ours.items():
+            checks += compare({name: value}, {name: case[f"out{i}/NLC/{name}"]}, under=f"out{i}/NLC/")
+            if f"out{i}/NCHW/{name}" in case:  # rows and columns are the reader's own
+                above = round((value.shape[1] / (height * width // info["patch_size"] ** 2)) ** 0.5)
+                image = value if value.ndim == 2 else value.transpose(1, 2).unflatten(2, (rows * above, -1))
+                checks += compare({name: image}, {name: case[f"out{i}/NCHW/{name}"]}, under=f"out{i}/NCHW/")
+    if "windowed" in info:
+        windows = info["windowed"]
+        encoder = model.encoder.in_windows(
+            windows["window_size"], windows["num_windowed"] or 0, windows["num_global"] or 4
+        )
+        found = encoder((case["windowed/image"] - mean) / std)
+        ours = {"summary": found["x_norm_clstoken"], "features": found["x_norm_patchtokens"]}
+        checks += compare(ours, case.under("windowed/backbone"), under="windowed/")
+    if _reparametrized(path):
+        checks += _spectral_training(case, path)
+    return checks
+
+
+def _outputs(model: DistilledModel, x: Tensor) -> dict[str, Tensor]:
+    """Everything that a loaded container gives, by the names of the cases."""
+    features, projections = model(x), model.projections(x, standardized=False)
+    named = {"backbone/summary": features["x_norm_clstoken"], "backbone/features": features["x_norm_patchtokens"]}
+    for name, tokens in projections.items():
+        own = name.removesuffix(SUMMARY) if "cls" in tokens else name
+        named |= {f"{own}/{'summary' if token == 'cls' else 'features'}": x for token, x in tokens.items()}
+    return named
+
+
+def _reparametrized(path: Path) -> bool:
+    return any(".parametrizations." in key for key in container_state(read_container(path), path))
+
+
+def _spectral_training(case: Case, path: Path) -> list[Check]:
+    """The container's own gains and vectors in a network that trains: its first step iterates as the release does."""
+    plain = load_encoder(path)
+    versions = [key for key in container_state(read_container(path), path) if key.endswith("_sn_version")]
+    cfg = dataclasses.replace(plain.cfg, radio=dataclasses.replace(plain.cfg.radio, spectral=2 if versions else 1))
+    vit = RADIOViT(cfg)
+    state = below(container_state(read_container(path), path), "base_model.")
+    wanted = vit.state_dict()
+    own = {key: value for key, value in state.items() if key in wanted}
+    vit.load_state_dict(own | {key: value for key, value in plain.state_dict().items() if key in wanted})
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (plain.mean, plain.std))
+    iterate_once(vit)
+    found = vit((case["image0"] - mean) / std)
+    ours = {"summary": found["x_norm_clstoken"].detach(), "features": found["x_norm_patchtokens"].detach()}
+    return compare(ours, {name: case[f"out0/NLC/backbone/{name}"] for name in ours}, under="training/")
+
+
 RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "radio_cpe": run_cpe,
     "radio_table_resize": run_table_resize,
     "radio_vitdet_training": run_vitdet_training,
     "radio_vitdet_draws": run_vitdet_draws,
+    "radio_model": run_model,
 }
 """Kind of a case -> what recomputes it."""

@@ -61,6 +61,8 @@ def as_stored(cfg: ViTConfig) -> dict[str, Any]:
 
 def from_stored(values: Mapping[str, Any]) -> ViTConfig:
     """The architecture that `as_stored` wrote. TypeError, ValueError where it is senseless."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"it is {values!r}")
     values = dict(values)
     family = values.pop("family", "vit")
     if family not in ENCODERS:
