@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 
 from dune_fast.distill.alignment import RULES, View, side_of, token_mask
-from dune_fast.distill.objective import ObjectiveConfig, coefficients, combine, presampled, teacher_losses
+from dune_fast.distill.objective import (
+    ObjectiveConfig,
+    coefficients,
+    combine,
+    drawn_teachers,
+    presampled,
+    teacher_losses,
+)
 from dune_fast.distill.overlap import SideStream
 from dune_fast.distill.standardization import AllReduce, Features, TeacherStatistics
 from dune_fast.distill.terms import TermStates
+from dune_fast.kernels.nn.draws import StepDraws
 from dune_fast.kernels.nn.patches import SharedPatches
 from dune_fast.kernels.nn.routing import OwnPatches, PatchSubset, Routes, make_routes, select
 
@@ -86,8 +94,8 @@ class DistillationStep:
     """
 
     student: Callable[..., Features]
-    """The student, wrapped or not: images, routes or None, patches, subset of patches or None -> teacher -> token type
-    -> projection."""
+    """The student, wrapped or not: images, routes or None, patches, subset of patches or None, draws -> teacher ->
+    token type -> projection."""
     teachers: Callable[..., Features]
     """The frozen teachers: images, routes or None, patches, and pictures if there are some -> teacher -> token type ->
     raw features."""
@@ -142,17 +150,19 @@ class DistillationStep:
         share = self.objective.patch_share
         subset = PatchSubset(share, self.seed, step) if share < 1 else None
         patches, own = SharedPatches(), (pictures,) if pictures else ()
+        draws = StepDraws(self.seed, step, positions)
         if features is not None:
             chosen = subset if kept is None else own_patches(kept, subset)
-            projections = self.student(images, routes, patches, chosen)
+            projections = self.student(images, routes, patches, chosen, draws)
             features = features if routes is None else routed(features, routes)
         elif self.side is None:
-            projections = self.student(images, routes, patches, subset)  # teacher -> token type -> [B, C] or [B, N, C]
+            # teacher -> token type -> [B, C] or [B, N, C]
+            projections = self.student(images, routes, patches, subset, draws)
             features = self.teachers(images, routes, patches, *own)
         else:
             with self.side.fork():  # with patches of their own: the student's belong to the other stream
                 features = self.teachers(images, routes, SharedPatches(), *own)
-            projections = self.student(images, routes, patches, subset)
+            projections = self.student(images, routes, patches, subset, draws)
             self.side.join()
         if subset is not None:
             features = of_subset(features, subset)
@@ -189,6 +199,8 @@ class DistillationStep:
         if self.objective.presample:
             assert positions_on_host is not None, "objective.presample needs the positions on the host"
             kept = presampled(positions_on_host, len(names), step, self.seed, self.objective)
+        elif count := self.objective.teachers_per_step:
+            kept = np.repeat(drawn_teachers(len(names), count, step, self.seed)[:, None], len(images), axis=1)
         elif self.objective.route_by_dataset or (active and len(active) < len(names)):
             assert groups_on_host is not None, "objective.route_by_dataset needs the groups on the host"
             kept = self._own_on_host[:, groups_on_host]

@@ -32,9 +32,9 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     eps: float = 1e-15
     weight_decay: float = 0.03
-    """On tensors of two or more dimensions."""
+    """On tensors of two or more dimensions that are no biases."""
     decay_vectors: bool = False
-    """Weight decay on tensors of one dimension, too."""
+    """Weight decay on tensors of one dimension and biases, too."""
     frozen_trunk_steps: int = 0
     """The student's encoder keeps its weights for the first so many steps, in which AdamW's moments settle; the
     projectors learn. PHI-S: 5,000."""
@@ -74,17 +74,23 @@ TRUNK = "encoder."
 def parameter_groups(
     module: nn.Module, weight_decay: float, vectors: bool = False, own_trunk: bool = False
 ) -> list[dict]:
-    """Trainable parameters in two groups: tensors of two or more dimensions with weight decay; the others without, or
-    with it for `vectors`. With `own_trunk` two more follow, marked "trunk": the encoder's."""
+    """Trainable parameters in two groups: tensors of two or more dimensions with weight decay; vectors and biases (that
+    of a LayerNorm over a map has three dimensions) without, or with it for `vectors`. A third one has those that a
+    module of the network names `undecayed`. With `own_trunk` the encoder's follow in groups of their own, marked
+    "trunk"."""
     every = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    never = {id(getattr(part, name)) for part in module.modules() for name in getattr(part, "undecayed", ())}
+    vector = {id(p) for name, p in every if p.ndim < 2 or name.rpartition(".")[2] == "bias"}
     groups = []
     for trunk in (False, True) if own_trunk else (None,):
-        parameters = [p for name, p in every if trunk is None or name.startswith(TRUNK) == trunk]
+        own = [p for name, p in every if trunk is None or name.startswith(TRUNK) == trunk]
         mark = {"trunk": True} if trunk else {}
         groups += [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay, **mark},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": weight_decay * vectors, **mark},
+            {"params": [p for p in own if id(p) not in vector | never], "weight_decay": weight_decay, **mark},
+            {"params": [p for p in own if id(p) in vector], "weight_decay": weight_decay * vectors, **mark},
         ]
+        if rest := [p for p in own if id(p) in never - vector]:
+            groups.append({"params": rest, "weight_decay": 0.0, **mark})
     return groups
 
 

@@ -1,0 +1,59 @@
+"""What a run's projectors ask of its student, its teachers and its images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from dune_fast.engine.config_sections import ConfigError
+from dune_fast.projectors.base import KINDS, StudentShape, TeacherFeatures, build_projector
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import StudentConfig
+
+
+def check_projectors(
+    projector: ProjectorConfig, student: StudentConfig, teachers: Mapping[str, TeacherFeatures], image_size: int,
+    progressive: bool, patch_share: float,
+) -> None:  # fmt: skip
+    """ConfigError if there is no such kind or field, or a teacher's projector cannot be built, or not used.
+
+    Args:
+        image_size: of the run, in pixels.
+        progressive: whether the run has images of other sizes, too.
+        patch_share: of the patches, that the loss is taken on.
+    """
+    if projector.kind not in KINDS:
+        raise ConfigError(f"projector.kind={projector.kind!r}; choose one of {', '.join(KINDS)}")
+    if unknown := sorted(set(projector.teachers) - set(teachers)):
+        known = ", ".join(sorted(teachers))
+        raise ConfigError(f"projector.teachers has {', '.join(unknown)}; this run's teachers are: {known}")
+    if projector.kind == "theia" and (progressive or image_size != student.image_size):
+        other = "progressive" if progressive else f"student.image_size={student.image_size}"
+        raise ConfigError(
+            f"projector.kind=theia with image_size={image_size} and {other}: its translators are for one size of "
+            "images; set student.image_size to image_size, and leave progressive out"
+        )
+    for name, teacher in teachers.items():
+        try:
+            own = projector.of(name)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if own.kind == "heads" and own.patch_head.upsample > 1 and patch_share < 1:
+            raise ConfigError(
+                f"objective.patch_share={patch_share:g} with upsample={own.patch_head.upsample} in the head of {name}: "
+                "a subset of patches has no finer grid; choose one of the two"
+            )
+        if own.kind == "theia":
+            _check_translator(own, student, name, teacher)
+
+
+def _check_translator(projector: ProjectorConfig, student: StudentConfig, name: str, teacher: TeacherFeatures) -> None:
+    """Whether it leads from the student's grid to the teacher's."""
+    grid = student.image_size // student.patch_size
+    shape = StudentShape(student.embed_dim, student.depth, student.num_heads, student.cls_token, grid)
+    try:
+        with torch.device("meta"):
+            build_projector(projector, shape, teacher)
+    except (ValueError, AssertionError) as error:  # torch asserts that heads divide channels
+        raise ConfigError(f"teacher {name!r}: {error}") from None
