@@ -13,6 +13,7 @@ from torch import Tensor
 from bench import head_cases_mast3r, head_cases_mast3r_training, head_cases_metrics, head_cases_multihmr
 from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, compare, objective_of, relative_error
 from bench.linear_case import run_linear_depth, run_linear_seg
+from bench.sibling_cases_sak import SAK_RUNNERS
 from bench.sibling_cases_teachers import TEACHER_RUNNERS
 from bench.teacher_case import run_teacher
 from bench.train_case import run_train
@@ -215,6 +216,7 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     **head_cases_mast3r_training.RUNNERS,
     **head_cases_metrics.RUNNERS,
     **head_cases_multihmr.RUNNERS,
+    **SAK_RUNNERS,
     **TEACHER_RUNNERS,
 }
 """Kind of a case -> what recomputes it; a kind that is not here is "not built"."""
