@@ -13,7 +13,7 @@ from dune_fast.heads.sak.decode import DecodeHead
 from dune_fast.heads.sak.losses import LOSSES
 from dune_fast.heads.sak.router import TaskRouters
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
-from dune_fast.projectors.sak import TeacherPath
+from dune_fast.projectors.sak import AdapterChain, Level
 
 
 class OneGrid(VisionTransformer):
@@ -24,7 +24,7 @@ class OneGrid(VisionTransformer):
 
 
 class Network(nn.Module):
-    """Trunk, a path for each teacher, routers."""
+    """Trunk, adapters and levels of each teacher, routers."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -36,12 +36,12 @@ class Network(nn.Module):
         )  # fmt: skip
         self.vit = OneGrid(cfg)
         self.vit.pos_embed = nn.Parameter(torch.empty_like(case["state/vit.pos_embed"]))
-        self.paths = nn.ModuleDict(
-            {name: TeacherPath(dim, dict.fromkeys(levels, width), info["down_ratio"])
-             for name, width in info["teachers"].items()}
-        )  # fmt: skip
+        self.chains = nn.ModuleDict({n: AdapterChain(dim, levels, info["down_ratio"]) for n in info["teachers"]})
+        self.levels = nn.ModuleDict(
+            {f"{level}_{name}": Level(dim, width) for level in levels for name, width in info["teachers"].items()}
+        )
         self.routers = TaskRouters(
-            dim, levels, info["tasks"] or [], len(self.paths) + 1, info["router"] == "mor", info["noisy_gating"]
+            dim, levels, info["tasks"] or [], len(self.chains) + 1, info["router"] == "mor", info["noisy_gating"]
         )
 
     def forward(
@@ -50,16 +50,17 @@ class Network(nn.Module):
         """(teacher -> level -> what stands against its features, task -> level -> mixed), [B, N, C]."""
         outputs = self.vit.block_outputs(image, range(-1, len(self.vit.blocks)))
         tokens = {block: x[:, self.vit.num_prefix_tokens :] for block, x in outputs.items()}
-        experts = {name: path.experts(tokens) for name, path in self.paths.items()}
-        aligned = {n: {level: self.paths[n].aligned(level, f) for level, f in fs.items()} for n, fs in experts.items()}
+        chains = {name: chain(tokens) for name, chain in self.chains.items()}
+        experts = {n: {i: self.levels[f"{i}_{n}"].norm(r) for i, r in found.items()} for n, found in chains.items()}
+        aligned = {n: {i: self.levels[f"{i}_{n}"].aligned(f) for i, f in found.items()} for n, found in experts.items()}
         stacks = {level: [tokens[level], *(f[level] for f in experts.values())] for level in self.routers.levels}
         return aligned, self.routers(stacks, noise)
 
 
 RENAMES = [
-    (r"^tsap\.(\w+)\.", r"paths.\1.adapters."),
-    (r"^out_norms\.(\d+)_(\w+)\.", r"paths.\2.out_norms.\1."),
-    (r"^ts_aligners\.(\d+)_(\w+)\.", r"paths.\2.aligners.\1."),
+    (r"^tsap\.(\w+)\.", r"chains.\1.adapters."),
+    (r"^out_norms\.(\w+)\.", r"levels.\1.norm."),
+    (r"^ts_aligners\.(\w+)\.", r"levels.\1.aligner."),
     (r"^mor\.(\w+)\.router\.", r"routers.routers.\1."),
 ]
 """Published names -> ours."""

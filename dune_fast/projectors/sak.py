@@ -10,7 +10,7 @@ and teacher differ in width, a linear layer. Everything is token-wise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,44 +33,44 @@ class Adapter(nn.Module):
         return x + self.scale * self.up(F.gelu(self.down(x)))
 
 
-class TeacherPath(nn.Module):
-    """The adapters of one teacher, and what it gives at each level.
+class AdapterChain(nn.Module):
+    """The adapters of one teacher, from the embedding to the deepest level.
 
     Args:
         dim: channels of the student, D.
-        channels: level, a block of the student from 0 -> channels of what the teacher gives there.
+        levels: blocks of the student, from 0, whose r is wanted.
         down_ratio: D over the adapters' hidden channels.
-
-    Raises:
-        ValueError: no level, or a negative one.
     """
 
-    def __init__(self, dim: int, channels: Mapping[int, int], down_ratio: int = 4) -> None:
+    def __init__(self, dim: int, levels: Sequence[int], down_ratio: int = 4) -> None:
         super().__init__()
-        if not channels or min(channels) < 0:
-            raise ValueError(f"levels {sorted(channels)}: give blocks of the student, from 0")
-        self.levels = tuple(sorted(channels))
+        self.levels = tuple(sorted(levels))
         self.adapters = nn.ModuleList(Adapter(dim, down_ratio) for _ in range(self.levels[-1] + 2))
-        self.out_norms = nn.ModuleDict({str(level): nn.LayerNorm(dim) for level in self.levels})
-        wider = {level: width for level, width in sorted(channels.items()) if width != dim}
-        self.aligners = nn.ModuleDict({str(level): nn.Linear(dim, width) for level, width in wider.items()})
-        for aligner in self.aligners.values():
-            init_linear(aligner)
 
-    def experts(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """f of every level, [B, N, D], from the tokens before the first block (-1) and after each: [B, N, D]."""
+    def forward(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """r of every level, [B, N, D], from the tokens before the first block (-1) and after each, [B, N, D]."""
         found = {}
         r = self.adapters[0](tokens[-1])
         for block, adapter in enumerate(self.adapters[1:]):
             r = adapter(r + tokens[block])
             if block in self.levels:
-                found[block] = self.out_norms[str(block)](r)
+                found[block] = r
         return found
 
-    def forward(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """What stands against the teacher's features at every level, [B, N, C]."""
-        return {level: self.aligned(level, f) for level, f in self.experts(tokens).items()}
 
-    def aligned(self, level: int, f: Tensor) -> Tensor:
-        """`experts` of a level in the teacher's width, [B, N, D] -> [B, N, C]."""
-        return self.aligners[str(level)](f) if str(level) in self.aligners else f
+class Level(nn.Module):
+    """Norm and, where the widths differ, aligner of one teacher at one level. r [B, N, D] -> [B, N, C]."""
+
+    def __init__(self, dim: int, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        if channels != dim:
+            self.aligner = nn.Linear(dim, channels)
+            init_linear(self.aligner)
+
+    def forward(self, r: Tensor) -> Tensor:
+        return self.aligned(self.norm(r))
+
+    def aligned(self, f: Tensor) -> Tensor:
+        """The normed tokens, which routers mix, in the teacher's width."""
+        return self.aligner(f) if hasattr(self, "aligner") else f
