@@ -31,7 +31,9 @@ from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.block import MLP, Block, SelfAttention
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.kernels.teacher_drop import drop_uniforms
-from dune_fast.student import Student, TransformerProjector, split_cls
+from dune_fast.projectors.base import split_cls
+from dune_fast.projectors.transformer import TransformerProjector
+from dune_fast.student import Student
 from dune_fast.teachers.registry import build_teacher
 from dune_fast.teachers.vit import ViTTeacher
 

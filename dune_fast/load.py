@@ -20,8 +20,9 @@ from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine.checkpoints import RAW, STUDENT, load_run
 from dune_fast.engine.config import load_config
 from dune_fast.kernels.nn.vit import VisionTransformer
+from dune_fast.projectors.base import Projection
 from dune_fast.released import load_released
-from dune_fast.student import Projection, Student
+from dune_fast.student import Student
 from dune_fast.teachers.architecture import stored_architecture
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import TeacherWeightsError, container_state, read_container

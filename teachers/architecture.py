@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig, plain
 from dune_fast.teachers.containers import TeacherWeightsError, damaged
 from dune_fast.teachers.run_files import Manifest, is_checkpoint
 
@@ -26,6 +26,7 @@ PREPROCESSING = "preprocessing"
 """Entry of a file's metadata that says as JSON how images become the encoder's input."""
 
 _MAX_DEPTH, _MAX_SIZE = 1000, 100_000
+_FIELDS = {f.name for f in fields(ViTConfig)}
 
 
 def registers_of(state: Mapping[str, Tensor]) -> int:
@@ -117,7 +118,7 @@ def random_vit_state(
 
 def architecture_metadata(cfg: ViTConfig) -> dict[str, str]:
     """Metadata of a safetensors file from which the encoder can be built without a configuration."""
-    return {"format": "pt", ARCHITECTURE: json.dumps(asdict(cfg))}
+    return {"format": "pt", ARCHITECTURE: json.dumps(asdict(plain(cfg)))}
 
 
 def stored_architecture(path: Path) -> ViTConfig | None:
@@ -127,6 +128,8 @@ def stored_architecture(path: Path) -> ViTConfig | None:
     """
     if is_checkpoint(path):
         values = Manifest.read(path).config.get("student")
+        if isinstance(values, dict):  # the section has more than the encoder's architecture
+            values = {key: value for key, value in values.items() if key in _FIELDS}
     elif path.suffix == ".safetensors":
         with safe_open(path, "pt") as handle:
             values = (handle.metadata() or {}).get(ARCHITECTURE)

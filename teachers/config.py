@@ -37,6 +37,9 @@ class TeacherConfig:
     """See `mean`."""
     groups: list[str] = field(default_factory=list)
     """Groups of datasets whose images count as the teacher's own, for data sharing."""
+    source: str = ""
+    """Name of the model that it is read from, where several entries of `teachers` are: they share one cls token of a
+    student with `cls_per_teacher`. Empty for the entry's own name."""
     grid_multiple: int = 1
     """Rows and columns of the patch grid must be multiples of this."""
     scale: float = 1.0
@@ -89,8 +92,8 @@ class TeacherConfig:
 
 
 _READING = (
-    "token_types", "mean", "std", "groups", "grid_multiple", "scale", "layer", "norm", "projected", "force_precision",
-    "url", "bytes", "sha256",
+    "token_types", "source", "mean", "std", "groups", "grid_multiple", "scale", "layer", "norm", "projected",
+    "force_precision", "url", "bytes", "sha256",
 )  # fmt: skip
 """Fields that say what the network sees and what is read from it, or are bookkeeping."""
 

@@ -89,7 +89,7 @@ class TeacherStatistics(nn.Module):
             raise ValueError(f"standardization convention {convention!r}; choose one of {', '.join(CONVENTIONS)}")
         self.convention = convention
         self.eps = CONVENTIONS[convention] if eps is None else eps
-        for name, (channels, token_types) in teachers.items():
+        for name, (channels, token_types, *_) in teachers.items():
             holder = nn.Module()
             holder.normalizers = nn.ModuleDict(
                 {token: Normalizer(channels, convention == "phi_s", convention in FROZEN) for token in token_types}

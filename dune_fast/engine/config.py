@@ -49,8 +49,11 @@ from dune_fast.engine.overrides import (
 )
 from dune_fast.engine.schedules import iterations
 from dune_fast.heads.head import KINDS
-from dune_fast.kernels.nn.vit import ViTConfig, nearest_multiples
-from dune_fast.student import ProjectorConfig
+from dune_fast.kernels.nn.vit import nearest_multiples
+from dune_fast.projectors.base import KINDS as PROJECTORS
+from dune_fast.projectors.base import TeacherFeatures
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import StudentConfig
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.local_paths import address_fault
 from dune_fast.teachers.registry import check_family
@@ -69,7 +72,7 @@ class RunConfig:
     progressive: list[ProgressiveConfig] = field(default_factory=list)
     """Departs from the papers: smaller images first, e.g. [{until: 0.5, image_size: 112}, {until: 0.8, image_size:
     224}], then `image_size`. Empty for one size throughout."""
-    student: ViTConfig = field(default_factory=ViTConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
     student_weights: str = ""
     """What the student starts from: the folder of a finished run, a published checkpoint, any encoder of the same
     architecture; positions are resized to `image_size`. Empty for initial weights by `train.seed`."""
@@ -93,9 +96,12 @@ class RunConfig:
         return iterations(self.train.images, self.train.global_batch) if self.train.steps is None else self.train.steps
 
     @property
-    def teacher_features(self) -> dict[str, tuple[int, tuple[str, ...]]]:
-        """teacher -> (channels, token types)."""
-        return {name: (t.num_features, tuple(t.token_types)) for name, t in self.teachers.items()}
+    def teacher_features(self) -> dict[str, TeacherFeatures]:
+        """teacher -> what it gives."""
+        return {
+            name: TeacherFeatures(t.num_features, tuple(t.token_types), t.source or name)
+            for name, t in self.teachers.items()
+        }
 
 
 def compose_config(overrides: list[str], folder: Path | None = None, complete: bool = True) -> RunConfig:
@@ -254,6 +260,7 @@ def _check_head(cfg: RunConfig) -> None:
 
 
 def _check_distillation(cfg: RunConfig) -> None:
+    _check_projectors(cfg)
     sizes, patch = {"image_size": cfg.image_size}, cfg.student.patch_size
     sizes |= {"evaluation.figure_size": cfg.evaluation.figure_size} if cfg.evaluation.figures else {}
     sizes |= {f"progressive[{i}].image_size": entry.image_size for i, entry in enumerate(cfg.progressive)}
@@ -320,6 +327,25 @@ def _check_distillation(cfg: RunConfig) -> None:
         if not cfg.evaluation.every:
             raise ConfigError("evaluation.knn_dataset is set, but evaluation.every=0 evaluates never: set both")
     _check_progressive(cfg)
+
+
+def _check_projectors(cfg: RunConfig) -> None:
+    """The kind is known, teachers' own fields are, and a subset of patches suits the heads."""
+    if cfg.projector.kind not in PROJECTORS:
+        raise ConfigError(f"projector.kind={cfg.projector.kind!r}; choose one of {', '.join(PROJECTORS)}")
+    if unknown := sorted(set(cfg.projector.teachers) - set(cfg.teachers)):
+        known = ", ".join(sorted(cfg.teachers))
+        raise ConfigError(f"projector.teachers has {', '.join(unknown)}; this run's teachers are: {known}")
+    for name in cfg.teachers:
+        try:
+            own = cfg.projector.of(name)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if own.kind == "heads" and own.patch_head.upsample > 1 and cfg.objective.patch_share < 1:
+            raise ConfigError(
+                f"objective.patch_share={cfg.objective.patch_share:g} with upsample={own.patch_head.upsample} in the "
+                f"head of {name}: a subset of patches has no finer grid; choose one of the two"
+            )
 
 
 def _check_progressive(cfg: RunConfig) -> None:

@@ -28,15 +28,18 @@ _COUNT, _SHARE, _POSITIVE = Limit(1), Limit(0, 1), Limit(0, above=True)
 
 LIMITS: dict[str, Limit] = {
     **dict.fromkeys((
+        *(f"projector.{head}_head.{field}" for head in ("cls", "patch") for field in ("hidden_dim", "upsample")),
         "image_size", "student.image_size", "student.patch_size", "student.embed_dim", "student.depth",
         "student.num_heads", "projector.num_blocks", "projector.num_heads", "projector.hidden_dim",
-        "projector.last_hidden_dim", "standardization.phi_s_batches", "start.blocks",
+        "projector.last_hidden_dim",
+        "standardization.phi_s_batches", "start.blocks",
         "train.images", "train.global_batch",
         "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "evaluation.batch",
         "evaluation.knn_images", "evaluation.knn_k", "evaluation.figure_size", "evaluation.figure_images",
         "head.threads", "head.ahead",
     ), _COUNT),
     **dict.fromkeys((
+        *(f"projector.{head}_head.{field}" for head in ("cls", "patch") for field in ("num_inner", "upsample_rank")),
         "student.num_registers", "projector.num_inner", "train.drift_images", "objective.cls.cosine",
         "objective.cls.smooth_l1", "objective.patch.cosine", "objective.patch.smooth_l1", "objective.beta",
         "optimizer.clip_per_parameter", "optimizer.clip_global", "train.steps", "cache.components",

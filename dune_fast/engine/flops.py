@@ -27,13 +27,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from dune_fast.dali_pipelines.loader import group_weights
 from dune_fast.distill.objective import ownership
 from dune_fast.engine.config import RunConfig
+from dune_fast.engine.projector_cost import projector_cost
 from dune_fast.engine.stages import Stage, at_size, stages
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
 from dune_fast.kernels.nn.depth_anything import DepthAnything
 from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.kernels.nn.sam import SAMEncoder
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
-from dune_fast.student import ProjectorConfig
+from dune_fast.projectors.base import TeacherFeatures
+from dune_fast.projectors.config import ProjectorConfig
 from dune_fast.teachers.config import TeacherConfig, input_key, network_key, scaled_grid
 from dune_fast.teachers.registry import check_family, family_class
 from dune_fast.teachers.vit import ViTTeacher
@@ -92,21 +94,22 @@ def vit_flops(cfg: ViTConfig, grid_size: int, depth: int | None = None) -> int:
 
 
 def projector_flops(
-    cfg: ProjectorConfig, student: ViTConfig, channels: int, token_types: list[str], grid: int, share: float = 1.0
+    cfg: ProjectorConfig, student: ViTConfig, teacher: TeacherFeatures, grid: int, share: float = 1.0
 ) -> int:
-    """One teacher's projector on one image of grid x grid patches; `channels` and `token_types` are the teacher's.
+    """One teacher's projector on one image of grid x grid patches.
 
     `share`: of the patches that it is asked for, `objective.patch_share`.
     """
-    dim, every = student.embed_dim, grid**2
+    dim, every, channels, token_types = student.embed_dim, grid**2, teacher.channels, teacher.token_types
+    if cfg.kind not in ("tp", "sp", "lp"):
+        return projector_cost(cfg, student, teacher, grid).flops
     patches = PatchSubset(share, 0, 0).count(every)
     if cfg.kind == "tp":
         blocks = cfg.num_blocks * block_flops(every + 1, dim, cfg.mlp_ratio)
         blocks -= linear_flops(every - patches, dim, 2 * int(dim * cfg.mlp_ratio))  # of the last one, after attention
         return blocks + linear_flops(patches + 1, dim, channels)
     if cfg.kind == "sp":
-        inner = cfg.num_inner if cfg.version == 2 else 0
-        return linear_flops(patches + 1, cfg.hidden_dim, dim + inner * cfg.hidden_dim + channels)
+        return linear_flops(patches + 1, cfg.hidden_dim, dim + cfg.num_inner * cfg.hidden_dim + channels)
     rows = {"cls": 1, "patch": patches}
     blocks = cfg.which_blocks or range(student.depth)
     hidden = sum(cfg.last_hidden_dim if i == student.depth - 1 else cfg.hidden_dim for i in blocks)
@@ -236,9 +239,9 @@ def _flops_at_one_size(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = 
             deepest = round(deepest * share_of_images(cfg, [first, *others]))
         teachers |= {first: deepest, **dict.fromkeys(others, 0)}
     projectors = 0
-    for name, t in cfg.teachers.items():
+    for name, features in cfg.teacher_features.items():
         share = loss_patches(cfg, grid**2) / grid**2
-        count = projector_flops(cfg.projector, cfg.student, t.num_features, t.token_types, grid, share)
+        count = projector_flops(cfg.projector.of(name), cfg.student, features, grid, share)
         projectors += round(count * share_of_images(cfg, [name]))
     return Flops(vit_flops(cfg.student, grid), projectors, {name: teachers.get(name, 0) for name in cfg.teachers})
 

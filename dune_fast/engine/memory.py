@@ -20,6 +20,7 @@ Workspaces, fragmentation, NCCL, DALI's decoder and DeepSpeed's copies are not i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ import torch.distributed as dist
 
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.flops import loss_patches, published_network, share_of_images, teachers_by_trunk
+from dune_fast.engine.projector_cost import projector_cost
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
 from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.kernels.nn.vit import ViTConfig
@@ -113,18 +115,19 @@ def _encoder(cfg: ViTConfig, tokens: int, size: int, stream: int, recompute: boo
     return _block(tokens, cfg.embed_dim, size, stream, cfg.mlp_ratio, cfg.mlp) * cfg.depth
 
 
-def _projector(
-    cfg: RunConfig, channels: int, token_types: list[str], every: int, patches: int, size: int, stream: int
-) -> int:
+def _projector(cfg: RunConfig, name: str, every: int, patches: int, size: int, stream: int) -> int:
     """Kept of one image of so many patches in one teacher's projector, its output on some of them included."""
-    p, dim, tokens = cfg.projector, cfg.student.embed_dim, patches + 1
+    p, dim, tokens = cfg.projector.of(name), cfg.student.embed_dim, patches + 1
+    teacher = cfg.teacher_features[name]
+    channels, token_types = teacher.channels, teacher.token_types
+    if p.kind not in ("tp", "sp", "lp"):
+        return projector_cost(p, cfg.student, teacher, math.isqrt(every), size).kept
     if p.kind == "tp":
         blocks = (p.num_blocks - 1) * _block(every + 1, dim, size, stream, p.mlp_ratio)
         blocks += _block(every + 1, dim, size, stream, p.mlp_ratio, kept=tokens) if p.num_blocks else 0
         return blocks + tokens * ((stream + size) * dim + size * channels)
     if p.kind == "sp":  # norm and GELU in float32, their inputs and outputs
-        inner = 1 + (p.num_inner if p.version == 2 else 0)
-        return tokens * (size * dim + inner * (2 * size + 8) * p.hidden_dim + size * channels)
+        return tokens * (size * dim + (1 + p.num_inner) * (2 * size + 8) * p.hidden_dim + size * channels)
     rows = {"cls": 1, "patch": patches}
     kept = 0
     for block in p.which_blocks or range(cfg.student.depth):
@@ -157,8 +160,8 @@ def kept_bytes(cfg: RunConfig, low_precision: bool = True, images: int | None = 
     read = len(cfg.projector.which_blocks or range(cfg.student.depth)) if cfg.projector.kind == "lp" else 1
     total += stream * dim * (patches + 1) * read  # [cls, patches] without the registers
     some = loss_patches(cfg, patches)
-    for name, teacher in cfg.teachers.items():
-        own = _projector(cfg, teacher.num_features, teacher.token_types, patches, some, size, stream)
+    for name in cfg.teachers:
+        own = _projector(cfg, name, patches, some, size, stream)
         total += round(own * _peak_share(cfg, [name], images))
     return total
 

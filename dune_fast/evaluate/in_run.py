@@ -164,7 +164,7 @@ class InRunEvaluation:
         return student.eval()
 
     def _held_out(self, trainer: Trainer, student: Student) -> dict[str, float]:
-        teachers = {name: tokens for name, (_, tokens) in self.cfg.teacher_features.items()}
+        teachers = {name: tokens for name, (_, tokens, *_) in self.cfg.teacher_features.items()}
         sums = HeldOutLoss(teachers, trainer.task.loader.dataset_names, trainer.device)
         statistics = trainer.task.statistics
         standardizers = statistics.running()

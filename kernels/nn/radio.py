@@ -58,8 +58,8 @@ class RADIOViT(VisionTransformer):
             self.register_buffer("feature_matrix", torch.zeros(dim, dim))
 
     @property
-    def num_prefix_tokens(self) -> int:
-        return self.cfg.num_cls + self.cfg.num_registers
+    def num_cls(self) -> int:
+        return self.cfg.num_cls
 
     def embed(self, images: Tensor, patches: SharedPatches | None = None) -> Tensor:
         x = self.patch_embed(images, patches) + cropped_positions(self.pos_embed, *self.grid(images))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -82,6 +82,11 @@ class ViTConfig:
             raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
 
 
+def plain(cfg: ViTConfig) -> ViTConfig:
+    """The fields that a `ViTConfig` has, of a configuration that may have more."""
+    return ViTConfig(**{f.name: getattr(cfg, f.name) for f in fields(ViTConfig)})
+
+
 def nearest_multiples(size: int, step: int) -> str:
     """The multiples of `step` on both sides of `size`, for error messages: "98 and 112"."""
     below = size // step * step
@@ -142,6 +147,16 @@ class VisionTransformer(DINOv2Interface, nn.Module):
         )
         self.norm = LayerNorm(dim, eps=cfg.norm_eps) if cfg.final_norm else nn.Identity()
 
+    @classmethod
+    def for_student(cls, cfg: ViTConfig, num_cls: int) -> VisionTransformer:
+        """See `kernels.nn.encoders.ENCODERS`."""
+        if num_cls != int(cfg.cls_token):
+            raise ValueError(
+                f"student.cls_per_teacher asks for {num_cls} cls tokens, and student.family=vit has one: set it to "
+                "false, or choose student.family=radio"
+            )
+        return cls(plain(cfg))
+
     def init_weights(self) -> VisionTransformer:
         """Draws the student's initial weights from torch's generator; see `dune_fast.student.build_student`.
 
@@ -160,9 +175,14 @@ class VisionTransformer(DINOv2Interface, nn.Module):
         return self
 
     @property
+    def num_cls(self) -> int:
+        """Tokens of classes or summaries, which come first."""
+        return int(self.cfg.cls_token)
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches: cls and registers."""
-        return int(self.cfg.cls_token) + self.cfg.num_registers
+        return self.num_cls + self.cfg.num_registers
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of images [B, 3, H, W]; ValueError if H or W is not a multiple of the patch."""
@@ -238,6 +258,12 @@ class VisionTransformer(DINOv2Interface, nn.Module):
         """Un-normalised tokens after the last block, [B, P + N, D]."""
         last = len(self.blocks) - 1
         return self.block_outputs(images, [last])[last]
+
+    def without_registers(self, tokens: Tensor) -> Tensor:
+        """[cls, patches] of all tokens [B, P + N, D]."""
+        if self.num_prefix_tokens == self.num_cls:
+            return tokens
+        return torch.cat([tokens[:, : self.num_cls], tokens[:, self.num_prefix_tokens :]], dim=1)
 
     def split(self, tokens: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """Tokens [B, P + N, D] into (cls [B, D] or None, registers [B, R, D], patches [B, N, D]), views."""

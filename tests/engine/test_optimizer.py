@@ -7,7 +7,8 @@ import torch
 
 from dune_fast.engine.optimizer import OptimizerConfig, parameter_groups, scale_gradients
 from dune_fast.kernels.nn.vit import ViTConfig
-from dune_fast.student import ProjectorConfig, build_student
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import build_student
 
 
 def test_weight_decay_on_tensors_of_two_or_more_dimensions_only():
