@@ -51,8 +51,9 @@ from dune_fast.engine.schedules import iterations
 from dune_fast.heads.head import KINDS
 from dune_fast.kernels.nn.vit import nearest_multiples
 from dune_fast.projectors.base import KINDS as PROJECTORS
-from dune_fast.projectors.base import TeacherFeatures
+from dune_fast.projectors.base import TeacherFeatures, blocks_read, placed
 from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.projectors.sak import check_levels
 from dune_fast.student import StudentConfig
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.local_paths import address_fault
@@ -98,10 +99,8 @@ class RunConfig:
     @property
     def teacher_features(self) -> dict[str, TeacherFeatures]:
         """teacher -> what it gives."""
-        return {
-            name: TeacherFeatures(t.num_features, tuple(t.token_types), t.source or name)
-            for name, t in self.teachers.items()
-        }
+        given = {n: (t.num_features, tuple(t.token_types), t.source) for n, t in self.teachers.items()}
+        return placed(given)
 
 
 def compose_config(overrides: list[str], folder: Path | None = None, complete: bool = True) -> RunConfig:
@@ -336,11 +335,14 @@ def _check_projectors(cfg: RunConfig) -> None:
     if unknown := sorted(set(cfg.projector.teachers) - set(cfg.teachers)):
         known = ", ".join(sorted(cfg.teachers))
         raise ConfigError(f"projector.teachers has {', '.join(unknown)}; this run's teachers are: {known}")
-    for name in cfg.teachers:
-        try:
-            own = cfg.projector.of(name)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+    try:
+        of_teacher = {name: cfg.projector.of(name) for name in cfg.teachers}
+        blocks_read(cfg.projector, cfg.student.depth)
+        if cfg.projector.kind == "sak":
+            check_levels(cfg.projector, cfg.teacher_features)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    for name, own in of_teacher.items():
         if own.kind == "heads" and own.patch_head.upsample > 1 and cfg.objective.patch_share < 1:
             raise ConfigError(
                 f"objective.patch_share={cfg.objective.patch_share:g} with upsample={own.patch_head.upsample} in the "

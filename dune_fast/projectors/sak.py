@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dune_fast.kernels.nn.block import init_linear
+from dune_fast.projectors.base import Projection, Projector, StudentShape, TeacherFeatures, Tokens
+from dune_fast.projectors.config import ProjectorConfig
 
 
 class Adapter(nn.Module):
@@ -47,7 +49,7 @@ class AdapterChain(nn.Module):
         self.levels = tuple(sorted(levels))
         self.adapters = nn.ModuleList(Adapter(dim, down_ratio) for _ in range(self.levels[-1] + 2))
 
-    def forward(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def forward(self, tokens: Tokens) -> dict[int, Tensor]:
         """r of every level, [B, N, D], from the tokens before the first block (-1) and after each, [B, N, D]."""
         found = {}
         r = self.adapters[0](tokens[-1])
@@ -58,19 +60,61 @@ class AdapterChain(nn.Module):
         return found
 
 
-class Level(nn.Module):
-    """Norm and, where the widths differ, aligner of one teacher at one level. r [B, N, D] -> [B, N, C]."""
+class Level(Projector):
+    """Norm and, where the widths differ, aligner of one teacher at one level, `block`.
 
-    def __init__(self, dim: int, channels: int) -> None:
+    Args:
+        dim, channels: of the student, D, and of the teacher, C.
+        block: of the student, from 0.
+        prefix: tokens before the patches.
+    """
+
+    def __init__(self, dim: int, channels: int, block: int = 0, prefix: int = 0) -> None:
         super().__init__()
+        self.block, self.prefix = block, prefix
         self.norm = nn.LayerNorm(dim)
         if channels != dim:
             self.aligner = nn.Linear(dim, channels)
             init_linear(self.aligner)
 
-    def forward(self, r: Tensor) -> Tensor:
-        return self.aligned(self.norm(r))
+    def forward(self, tokens: Tokens, kept: Tensor | None = None, grid: tuple[int, int] | None = None) -> Projection:
+        """r of the levels -> {"patch": [B, N, C]}."""
+        return {"patch": self.aligned(self.norm(tokens[self.block][:, self.prefix :]))}
 
     def aligned(self, f: Tensor) -> Tensor:
-        """The normed tokens, which routers mix, in the teacher's width."""
+        """The normed tokens, which routers mix, in the teacher's width. [B, N, D] -> [B, N, C]."""
         return self.aligner(f) if hasattr(self, "aligner") else f
+
+    def last_layers(self) -> dict[str, nn.Linear]:
+        raise ValueError(
+            "projectors of the kind sak end in a norm, so that nothing can be fitted: set start.fit_projectors to false"
+        )
+
+
+def adapter_chain(cfg: ProjectorConfig, student: StudentShape) -> AdapterChain:
+    """See `projectors.base.SHARED`."""
+    return AdapterChain(student.embed_dim, cfg.which_blocks, cfg.down_ratio)
+
+
+def level_projector(cfg: ProjectorConfig, student: StudentShape, teacher: TeacherFeatures) -> Level:
+    """See `projectors.base.KINDS`. The teachers of a source belong to `which_blocks` in their order."""
+    return Level(student.embed_dim, teacher.channels, cfg.which_blocks[teacher.place], int(student.cls))
+
+
+def check_levels(cfg: ProjectorConfig, teachers: Mapping[str, TeacherFeatures]) -> None:
+    """ValueError unless every source has a teacher for each of `which_blocks`, and all of them give patches alone."""
+    sources: dict[str, list[str]] = {}
+    for name, features in teachers.items():
+        sources.setdefault(features.source, []).append(name)
+        if tuple(features.token_types) != ("patch",):
+            raise ValueError(
+                f"teachers.{name}.token_types is {list(features.token_types)}; SAK compares patches: give [patch]"
+            )
+    if not cfg.which_blocks:
+        raise ValueError("projector.which_blocks is empty; name the student's blocks that SAK's teachers belong to")
+    for source, names in sources.items():
+        if len(names) != len(cfg.which_blocks):
+            raise ValueError(
+                f"{len(names)} teachers have the source {source!r} ({', '.join(names)}), but projector.which_blocks "
+                f"names {len(cfg.which_blocks)} levels: give one entry of `teachers` for each, with the same `source`"
+            )

@@ -36,7 +36,7 @@ def test_adapters_and_levels_are_their_formulas():
         np.testing.assert_allclose(found[block].detach().numpy(), value, atol=2e-5)
     normed = (r - r.mean(-1, keepdims=True)) / np.sqrt(r.var(-1, keepdims=True) + 1e-5)
     normed = normed * values["norm.weight"] + values["norm.bias"]
-    given = level(torch.from_numpy(r).float()).detach().numpy()
+    given = level({0: torch.from_numpy(r).float()})["patch"].detach().numpy()
     np.testing.assert_allclose(given, normed @ values["aligner.weight"].T + values["aligner.bias"], atol=2e-5)
 
 
@@ -44,7 +44,7 @@ def test_every_parameter_learns_and_no_adapter_lies_beyond_the_last_level():
     chain, levels = AdapterChain(DIM, [0, 2]), {0: Level(DIM, DIM), 2: Level(DIM, 3)}
     tokens = {block: torch.randn(1, 4, DIM, requires_grad=True) for block in range(-1, DEPTH)}
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = [levels[block](r) for block, r in chain(tokens).items()]
+        outputs = [levels[block]({0: r})["patch"] for block, r in chain(tokens).items()]
         sum(x.float().square().sum() for x in outputs).backward()
     assert len(chain.adapters) == 4 and not hasattr(levels[0], "aligner")
     for module in (chain, *levels.values()):
