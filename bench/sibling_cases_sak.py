@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.case import FORWARD, GRADIENT, Case, Check, compare, relative_error
+from dune_fast.distill.objective import ObjectiveConfig, teacher_losses
+from dune_fast.distill.terms import TermWeights
 from dune_fast.heads.sak.decode import DecodeHead
 from dune_fast.heads.sak.losses import LOSSES
 from dune_fast.heads.sak.router import TaskRouters
@@ -126,8 +128,40 @@ def run_sak_task_losses(case: Case) -> list[Check]:
     return checks
 
 
+TERMS = {
+    "cos+l1": {"map_cosine": 0.9, "smooth_l1": 0.1},
+    "cos": {"map_cosine": 1.0, "smooth_l1": 0.0},
+    "l2": {"mse": 1.0, "smooth_l1": 0.0},
+}
+"""`loss_type` of a case -> weights of the terms of patches."""
+
+
+def run_sak_loss(case: Case) -> list[Check]:
+    """`sak_loss`, by the objective of a run: every level of a teacher is one of its teachers."""
+    cfg = ObjectiveConfig(patch=TermWeights(cosine=0.0, **TERMS[case.info["loss_type"]]), align="larger")
+    tokens = {
+        part: {name: {"patch": x.flatten(2).transpose(1, 2)} for name, x in case.under(part).items()}
+        for part in ("student", "teacher")
+    }
+    for maps in tokens["student"].values():
+        maps["patch"].requires_grad_()
+    losses, _ = teacher_losses(tokens["student"], tokens["teacher"], None, cfg)
+    terms = losses.mean(1)  # of each teacher and level
+    terms.sum().backward()
+    ours = {"loss": terms.detach().sum()}
+    gradients = {}
+    for (name, maps), term in zip(tokens["student"].items(), terms.detach(), strict=True):
+        teacher, level = name.split("/")
+        ours[f"term/{teacher}_level{int(level) + 1}"] = term
+        gradients[name] = maps["patch"].grad.transpose(1, 2).unflatten(2, case[f"student/{name}"].shape[-2:])
+    expected = {name: case[name] for name in ours}
+    assert len(case.under("term")) == len(ours) - 1
+    return compare(ours, expected) + compare(gradients, case.under("grad"), GRADIENT, "grad/")
+
+
 SAK_RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "sak": run_sak,
+    "sak_loss": run_sak_loss,
     "sak_decode_head": run_sak_decode_head,
     "sak_task_losses": run_sak_task_losses,
 }

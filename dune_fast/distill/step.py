@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dune_fast.distill.alignment import RULES, View, side_of, token_mask
 from dune_fast.distill.objective import ObjectiveConfig, coefficients, combine, presampled, teacher_losses
 from dune_fast.distill.overlap import SideStream
 from dune_fast.distill.standardization import AllReduce, Features, TeacherStatistics
+from dune_fast.distill.terms import TermStates
 from dune_fast.kernels.nn.patches import SharedPatches
 from dune_fast.kernels.nn.routing import OwnPatches, PatchSubset, Routes, make_routes, select
 
@@ -68,6 +70,14 @@ def routed(features: Features, routes: Routes) -> Features:
     return {name: {kind: routes[name].take(x) for kind, x in kinds.items()} for name, kinds in features.items()}
 
 
+def views_of(views: Mapping[str, View] | None, routes: Routes | None) -> dict[str, View]:
+    """Of views of all images, those of the images that each teacher gets."""
+    if routes is None or not views:
+        return dict(views or {})
+    taken = {name: [None if x is None else routes[name].take(x) for x in view] for name, view in views.items()}
+    return {name: View(*parts) for name, parts in taken.items()}
+
+
 @dataclass
 class DistillationStep:
     """Images in, loss out.
@@ -89,6 +99,8 @@ class DistillationStep:
     all_reduce: AllReduce | None = None
     side: SideStream | None = None
     """Where the teachers run beside the student; None for after it, on the same stream."""
+    states: TermStates | None = None
+    """Statistics of the loss's terms, updated in place by every step; None where no term has any."""
 
     def __post_init__(self) -> None:
         # read once: which images a teacher gets is decided on the host
@@ -105,6 +117,7 @@ class DistillationStep:
         features: Features | None = None,
         positions_on_host: np.ndarray | None = None,
         kept: Tensor | None = None,
+        views: Mapping[str, View] | None = None,
     ) -> StepOutput:
         """One forward pass.
 
@@ -118,6 +131,7 @@ class DistillationStep:
             features: of all images, from a cache: the teachers do not run.
             positions_on_host: the same of `positions`; needed with `objective.presample`.
             kept: the n patches of every image that `features` are of, int64 [B, n], where a cache has not kept all.
+            views: of the teachers that see other crops than the student, of all B images.
         """
         routes = self.routes(images, step, groups_on_host, positions_on_host)
         share = self.objective.patch_share
@@ -137,14 +151,29 @@ class DistillationStep:
             self.side.join()
         if subset is not None:
             features = of_subset(features, subset)
-        features = self.statistics.rotated(features)  # the same shapes, frozen
-        standardizers = self.statistics.update(features, momentum, self.all_reduce)
-        losses, parts = teacher_losses(projections, features, standardizers, self.objective, routes)  # [T, B]
+        views = views_of(views, routes)
+        standardizers = self.statistics.update(features, momentum, self.all_reduce, self.valid(features, views))
+        features = self.statistics.rotated(features)  # the same shapes
+        if self.states is not None:
+            self.states.update(features, standardizers, positions, routes, self.all_reduce)
+        losses, parts = teacher_losses(
+            projections, features, standardizers, self.objective, routes, self.states, views, self.all_reduce
+        )  # [T, B]
         c = coefficients(losses, self.own, groups, positions, step, self.seed, self.objective, routes)  # [T, B]
         loss = combine(losses, c)
         seen = [len(images) if routes is None else len(routes[name]) for name in features]
         metrics = self.metrics(loss, losses, c, parts, dict(zip(features, seen, strict=True)))
         return StepOutput(loss, metrics, PerImage(losses.detach(), finite_images(features, routes)))
+
+    def valid(self, features: Features, views: Mapping[str, View]) -> dict[str, Tensor]:
+        """teacher -> which of its patches show the image, bool [n, N], where a view says so."""
+        found = {}
+        for name, view in views.items():
+            if view.teacher_valid is not None and "patch" in features[name]:
+                side = side_of(features[name]["patch"])
+                rule = RULES[self.objective.align]
+                found[name] = token_mask(view.teacher_valid, side, side, rule.whole).flatten(1) > 0
+        return found
 
     def routes(
         self, images: Tensor, step: int, groups_on_host: np.ndarray | None, positions_on_host: np.ndarray | None

@@ -19,8 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dune_fast.dali_pipelines.datasets import DataConfig
 from dune_fast.distill.objective import ObjectiveConfig
-from dune_fast.distill.phi_s import HadamardError, hadamard_base
 from dune_fast.engine.config_limits import find_fault
+from dune_fast.engine.config_objective import check_objective, check_standardization
 from dune_fast.engine.config_sections import (
     CacheConfig,
     ConfigError,
@@ -286,11 +286,6 @@ def _check_distillation(cfg: RunConfig) -> None:
             f"cache.folder={cfg.cache.folder!r} with data.views=0: a cache holds fixed views; give data.views the "
             "number that it was built with"
         )
-    if cfg.standardization.convention == "fixed" and not cfg.cache.folder:
-        raise ConfigError(
-            "standardization.convention=fixed without cache.folder: its statistics are those of a cache; give the "
-            "folder of one, or choose dune, unic or phi_s"
-        )
     if cfg.start.teacher:
         if cfg.start.teacher not in cfg.teachers:
             known = ", ".join(sorted(cfg.teachers))
@@ -300,13 +295,8 @@ def _check_distillation(cfg: RunConfig) -> None:
                 f"start.teacher={cfg.start.teacher!r} and student_weights={cfg.student_weights!r} exclude each other: "
                 "the student starts from the one or from the other"
             )
-    if cfg.standardization.convention == "phi_s":
-        for name, teacher in cfg.teachers.items():
-            try:
-                hadamard_base(teacher.num_features)
-            except HadamardError as error:
-                choice = "choose standardization.convention=dune or unic"
-                raise ConfigError(f"teacher {name!r}: {error}; {choice}") from None
+    check_standardization(cfg)
+    check_objective(cfg)
     if cfg.train.compile and cfg.deepspeed.zero_stage == 3:
         raise ConfigError(
             "train.compile=true with deepspeed.zero_stage=3: the compiler does not see DeepSpeed gather weights; "

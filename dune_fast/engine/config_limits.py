@@ -33,7 +33,7 @@ LIMITS: dict[str, Limit] = {
         "student.num_heads", "projector.num_blocks", "projector.num_heads", "projector.hidden_dim",
         "projector.down_ratio",
         "projector.last_hidden_dim",
-        "standardization.phi_s_batches", "start.blocks",
+        "standardization.phi_s_batches", "standardization.phi_s_period", "start.blocks", "objective.angle_samples",
         "train.images", "train.global_batch",
         "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "evaluation.batch",
         "evaluation.knn_images", "evaluation.knn_k", "evaluation.figure_size", "evaluation.figure_images",
@@ -43,6 +43,9 @@ LIMITS: dict[str, Limit] = {
         *(f"projector.{head}_head.{field}" for head in ("cls", "patch") for field in ("num_inner", "upsample_rank")),
         "student.num_registers", "projector.num_inner", "train.drift_images", "objective.cls.cosine",
         "objective.cls.smooth_l1", "objective.patch.cosine", "objective.patch.smooth_l1", "objective.beta",
+        *(f"objective.{token}.{term}" for token in ("cls", "patch") for term in (
+            "mse", "dampened_mse", "map_cosine", "angle", "tangent_sphere",
+        )),
         "optimizer.clip_per_parameter", "optimizer.clip_global", "train.steps", "cache.components",
     ), Limit()),
     **dict.fromkeys((
@@ -64,6 +67,7 @@ LIMITS: dict[str, Limit] = {
     "optimizer.min_lr": Limit(0, 10),
     "optimizer.eps": Limit(0, 1, above=True),
     "optimizer.weight_decay": Limit(0, 10),
+    "objective.tangent_samples": Limit(2),
     "start.images": Limit(2),
     "train.seed": Limit(0, 2**63 - 1),
     "train.accumulation": Limit(0, meaning=", which works it out from the memory"),

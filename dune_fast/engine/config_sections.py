@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dune_fast.cache.formats import FORMATS
-from dune_fast.distill.standardization import CONVENTIONS
+from dune_fast.distill.normalizers import CONVENTIONS
+from dune_fast.distill.phi_s_running import PERIOD
 
 
 class ConfigError(ValueError):
@@ -20,8 +21,14 @@ class StandardizationConfig:
 
     convention: str = "dune"
     """"dune" (statistics of the current global batch), "unic" (running ones from before the step), "phi_s" (rotated to
-    equal variances, estimated before the first step and then frozen), or "fixed" (departs from the papers: statistics
-    of all views of the cache that the run reads, frozen, so that parts of a batch are standardized like the whole)."""
+    equal variances, estimated before the first step and then frozen), "phi_s_running" (the same as published: along
+    the first steps, see `dune_fast.distill.phi_s_running`), "none" (raw features), or "fixed" (departs from the papers:
+    statistics of all views of the cache that the run reads, frozen, so that parts of a batch are standardized like the
+    whole)."""
+    cls: str = ""
+    """The convention of cls tokens; empty for the common one. RADIO: none."""
+    patch: str = ""
+    """The convention of patches; empty for the common one. PHI-S as published: phi_s_running."""
     eps: float | None = None
     """Of the convention's formula; null for its own."""
     ema_start: float = 1.0
@@ -31,10 +38,18 @@ class StandardizationConfig:
     phi_s_batches: int = 100
     """PHI-S: the global batches, the run's first, that rotations and scales are estimated from, by the teachers alone.
     A run that goes on has them in its checkpoint."""
+    phi_s_period: int = PERIOD
+    """Running PHI-S: steps (with `train.accumulation`: parts of steps) between two rotations, which stay after 30 such
+    periods. It starts anew with every stage of `progressive`."""
 
     def __post_init__(self) -> None:
-        if self.convention not in CONVENTIONS:
-            raise ConfigError(f"standardization.convention={self.convention!r}; choose one of {', '.join(CONVENTIONS)}")
+        for name, chosen in {"convention": self.convention, "cls": self.cls, "patch": self.patch}.items():
+            if chosen not in CONVENTIONS and (chosen or name == "convention"):
+                raise ConfigError(f"standardization.{name}={chosen!r}; choose one of {', '.join(CONVENTIONS)}")
+
+    def of(self, token: str) -> str:
+        """The convention of a token type."""
+        return getattr(self, token) or self.convention
 
 
 @dataclass

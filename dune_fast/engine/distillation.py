@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dune_fast.cache.teachers import LateTeachers
 from dune_fast.dali_pipelines.loader import Batch, TrainLoader
-from dune_fast.distill.objective import ownership
+from dune_fast.distill.objective import ownership, term_states
 from dune_fast.distill.overlap import SideStream
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep, StepOutput
@@ -83,13 +83,14 @@ class Distillation:
             student, self.warm_start = initial_student(cfg)
         student.compute_in(run.dtype, cfg.train.student_stream)
         student.encoder.activation_checkpointing = cfg.train.activation_checkpointing
-        self.statistics = TeacherStatistics(
-            cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps
-        ).to(run.device)
+        self.statistics = TeacherStatistics.of(cfg.teacher_features, cfg.standardization).to(run.device)
+        self.statistics.leads = run.rank == 0
+        self.states = term_states(cfg.objective, cfg.teacher_features, cfg.train.global_batch).to(run.device)
         self.all_reduce = sum_over_ranks if run.world_size > 1 else None
         side = SideStream(run.device) if cfg.train.overlap_teachers else None
         self.distill = DistillationStep(
-            student, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed, self.all_reduce, side
+            student, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed, self.all_reduce, side,
+            self.states,
         )
         if resume_step is None:
             look_ahead(self, student)
@@ -111,6 +112,9 @@ class Distillation:
         prefix = "statistics/"
         found = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         checkpoints.load_statistics(self.statistics, found)
+        prefix = "terms/"
+        found = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        checkpoints.load_statistics(self.states, found, "objective.cls")
         refuse_other_images(about.get("images", {}), count_images(self.loader.datasets), allowed)
 
     def describe(self) -> None:
@@ -138,8 +142,10 @@ class Distillation:
         images = self.cfg.train.drift_images
         if step == 0 and images and not self.cfg.cache.folder:
             check_teachers(self.teachers, batch.images[:images], self.run_dir)
-        if self.rank == 0 and (stage := stage_at(self.stages, step)).first == step > 0:
-            logger.info("step %d to %d at %d px", stage.first + 1, stage.end, stage.image_size)
+        if (stage := stage_at(self.stages, step)).first == step > 0:
+            self.statistics.restart()
+            if self.rank == 0:
+                logger.info("step %d to %d at %d px", stage.first + 1, stage.end, stage.image_size)
 
     def split(self, batch: Batch) -> Sequence[Batch]:
         return split(batch, self.cfg.train.accumulation)
@@ -150,7 +156,7 @@ class Distillation:
         return self.distill(*inputs, part.positions_on_host, part.patches)
 
     def live(self) -> Sequence[Tensor]:
-        return list(self.statistics.buffers())
+        return [*self.statistics.buffers(), *self.states.live()]
 
     def stepped(self, metrics: Mapping[str, Tensor]) -> None:
         if self.conflicts is not None:
@@ -161,7 +167,8 @@ class Distillation:
         return {"ema_momentum": float(self.momenta[step - 1])} | conflicts
 
     def state(self) -> dict[str, Tensor]:
-        return {f"statistics/{name}": x for name, x in self.statistics.state_dict().items()}
+        found = {f"statistics/{name}": x for name, x in self.statistics.state_dict().items()}
+        return found | {f"terms/{name}": x for name, x in self.states.state_dict().items()}
 
     def about(self) -> dict[str, Any]:
         return {"images": count_images(self.loader.datasets)}

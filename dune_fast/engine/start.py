@@ -61,9 +61,9 @@ class Opened(Protocol):
 
 def look_ahead(run: Opened, student: Student) -> None:
     """Statistics and start, as far as the configuration asks for them. All ranks call it; see `compute_start`."""
-    if run.cfg.standardization.convention == "phi_s":
+    if run.statistics.of_convention("phi_s"):
         estimate_statistics(run)
-    if run.cfg.standardization.convention == "fixed":
+    if run.statistics.of_convention("fixed"):
         assert run.cache is not None  # the configuration was checked
         run.statistics.fix(run.cache.moments())
     if run.cfg.start.wanted:

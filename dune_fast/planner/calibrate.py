@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from dune_fast.dali_pipelines.loader import group_weights
-from dune_fast.distill.objective import ownership
+from dune_fast.distill.objective import ownership, term_states
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep
 from dune_fast.engine.config import RunConfig
@@ -95,10 +95,11 @@ def calibrate(cfg: RunConfig, steps: int, gpus: int = 1) -> Calibration:
     student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
     student.compute_in(dtype, cfg.train.student_stream)
     student.encoder.activation_checkpointing = cfg.train.activation_checkpointing
-    statistics = TeacherStatistics(cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps)
+    statistics = TeacherStatistics.of(cfg.teacher_features, cfg.standardization)
     step = DistillationStep(
         student, TeacherEnsemble(teachers, cfg.student.patch_size, dtype, device), statistics.to(device), own,
         cfg.objective, cfg.train.seed,
+        states=term_states(cfg.objective, cfg.teacher_features, cfg.train.global_batch).to(device),
     )  # fmt: skip
     engine = step.student = Engine(student, cfg.optimizer, size, 0)
     generator = torch.Generator().manual_seed(0)
