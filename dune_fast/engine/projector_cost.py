@@ -37,10 +37,13 @@ def projector_cost(
     """
     cls = student.cls_token
     shape = StudentShape(student.embed_dim, student.depth, student.num_heads, cls, grid)
-    with FakeTensorMode(), traced():
+    with torch.device("meta"):  # initial weights of some kinds are drawn by values, which fake tensors have not
         projector = build_projector(cfg, shape, teacher)
         # what teachers of one source have in common is counted for the first of them
-        shared = shared_layers(cfg, shape, [""] if teacher.place == 0 else [])
+        shared = shared_layers(cfg, shape, ["first"] if teacher.place == 0 else [])
+    with FakeTensorMode(allow_non_fake_inputs=True), traced():
+        projector.to_empty(device="cpu")
+        shared.to_empty(device="cpu")
 
         def run(images: int) -> dict[str, Tensor]:
             x = torch.empty(images, grid**2 + int(cls), student.embed_dim, requires_grad=torch.is_grad_enabled())
