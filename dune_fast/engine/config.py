@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dune_fast.dali_pipelines.datasets import DataConfig
 from dune_fast.distill.objective import ObjectiveConfig
+from dune_fast.engine.config_inputs import check_own_grids, check_sizes
 from dune_fast.engine.config_limits import find_fault
 from dune_fast.engine.config_objective import check_objective, check_standardization
 from dune_fast.engine.config_sections import (
@@ -49,13 +50,12 @@ from dune_fast.engine.overrides import (
 )
 from dune_fast.engine.schedules import iterations
 from dune_fast.heads.head import KINDS
-from dune_fast.kernels.nn.vit import nearest_multiples
 from dune_fast.projectors.base import KINDS as PROJECTORS
 from dune_fast.projectors.base import TeacherFeatures, blocks_read, placed
 from dune_fast.projectors.config import ProjectorConfig
 from dune_fast.projectors.sak import check_levels
 from dune_fast.student import StudentConfig
-from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.config import TeacherConfig, seen
 from dune_fast.teachers.local_paths import address_fault
 from dune_fast.teachers.registry import check_family
 
@@ -99,7 +99,11 @@ class RunConfig:
     @property
     def teacher_features(self) -> dict[str, TeacherFeatures]:
         """teacher -> what it gives."""
-        given = {n: (t.num_features, tuple(t.token_types), t.source) for n, t in self.teachers.items()}
+        side = self.image_size // self.student.patch_size
+        given = {
+            name: (t.num_features, tuple(t.token_types), t.source, seen(t, side).grid if t.grid == "own" else 0)
+            for name, t in self.teachers.items()
+        }
         return placed(given)
 
 
@@ -263,19 +267,9 @@ def _check_distillation(cfg: RunConfig) -> None:
     sizes, patch = {"image_size": cfg.image_size}, cfg.student.patch_size
     sizes |= {"evaluation.figure_size": cfg.evaluation.figure_size} if cfg.evaluation.figures else {}
     sizes |= {f"progressive[{i}].image_size": entry.image_size for i, entry in enumerate(cfg.progressive)}
-    for field_name, size in sizes.items():
-        if size % patch:
-            raise ConfigError(
-                f"{field_name}={size} is not a multiple of the student's patch size {patch}; the nearest are "
-                f"{nearest_multiples(size, patch)}"
-            )
-        for name, teacher in cfg.teachers.items():
-            if size // patch % teacher.grid_multiple:
-                raise ConfigError(
-                    f"{field_name}={size} gives a grid of {size // patch} patches, but teacher {name!r} needs a "
-                    f"multiple of {teacher.grid_multiple}; the nearest image sizes are "
-                    f"{nearest_multiples(size, patch * teacher.grid_multiple)}"
-                )
+    check_sizes(sizes, patch, cfg.teachers)
+    shares = {"objective.patch_share": cfg.objective.patch_share}
+    check_own_grids(cfg.teachers, shares | ({"cache.patch_share": cfg.cache.patch_share} if cfg.cache.folder else {}))
     if cfg.cache.folder and cfg.progressive:
         raise ConfigError(
             f"cache.folder={cfg.cache.folder!r} with progressive: a cache holds features of one image size; leave one "

@@ -36,7 +36,7 @@ from dune_fast.kernels.nn.sam import SAMEncoder
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.projectors.base import TeacherFeatures
 from dune_fast.projectors.config import ProjectorConfig
-from dune_fast.teachers.config import TeacherConfig, input_key, network_key, scaled_grid
+from dune_fast.teachers.config import TeacherConfig, seen, teachers_by_trunk
 from dune_fast.teachers.registry import check_family, family_class
 from dune_fast.teachers.vit import ViTTeacher
 
@@ -166,13 +166,14 @@ def _meta_network(network: Callable[[Any], nn.Module], architecture: type, field
 
 
 def teacher_flops(name: str, cfg: TeacherConfig, grid: int) -> int | None:
-    """One teacher where the student has grid x grid patches of an image; see `published_network`."""
-    network, grid = published_network(name, cfg), scaled_grid(grid, cfg.scale, cfg.grid_multiple)
-    if network is None:
+    """One teacher on one image where the student has grid x grid patches of it; see `published_network`."""
+    network, given = published_network(name, cfg), seen(cfg, grid)
+    if network is None or not given.images:
         return None
     if isinstance(network, VisionTransformer) and not isinstance(network, SAMEncoder | DepthAnything):
-        return vit_flops(network.cfg, grid, cfg.layer)
-    return _count_or_none(name, network, grid * cfg.patch_size)
+        return vit_flops(network.cfg, given.side // cfg.patch_size, cfg.layer) // given.images
+    count = _count_or_none(name, network, given.side)
+    return None if count is None else count // given.images
 
 
 def loss_patches(cfg: RunConfig, every: int) -> int:
@@ -232,9 +233,9 @@ def _flops_at_one_size(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = 
         counts = [teacher_flops(name, cfg.teachers[name], grid) for name in (first, *others)]
         deepest = None if None in counts else max(count for count in counts if count is not None)
         if deepest is None and trunks is not None:
-            read = cfg.teachers[first]
-            side = scaled_grid(grid, read.scale, read.grid_multiple) * read.patch_size
-            deepest = _count_or_none(first, trunks[first], side)
+            given = seen(cfg.teachers[first], grid)
+            deepest = _count_or_none(first, trunks[first], given.side) if given.images else None
+            deepest = None if deepest is None else deepest // given.images
         if deepest is not None:
             deepest = round(deepest * share_of_images(cfg, [first, *others]))
         teachers |= {first: deepest, **dict.fromkeys(others, 0)}
@@ -252,11 +253,3 @@ def _count_or_none(name: str, trunk: nn.Module, side: int) -> int | None:
     except Exception as error:  # anybody's network, on tensors without data: whatever it does, the run can do without
         logger.info("the operations of teacher %s cannot be counted, so there is no MFU: %s", name, error)
         return None
-
-
-def teachers_by_trunk(teachers: Mapping[str, TeacherConfig]) -> list[list[str]]:
-    """Names of teachers, those that share a network and its input together."""
-    shared: dict[tuple, list[str]] = {}
-    for name, cfg in teachers.items():
-        shared.setdefault((network_key(cfg), input_key(cfg)), []).append(name)
-    return list(shared.values())

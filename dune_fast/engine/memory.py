@@ -12,8 +12,9 @@ Three things lie on a device:
 
 With `progressive` the images are those of the last stage, the largest. What a teacher and its projector take is counted
 for the images that they get (`presample`, `route_by_dataset`: the mean share and three deviations of a part's), on the
-patches that the loss is taken on, and for a teacher's own `scale`. A run from a cache has no teachers, unless
-`evaluation.every` loads them; it has their features of the rank's whole batch, twice where that is split into parts.
+patches that the loss is taken on, and for a teacher's own `scale`, `input_size`, `mosaic` and grid. A run from a cache
+has no teachers, unless `evaluation.every` loads them; it has their features of the rank's whole batch, twice where that
+is split into parts.
 
 Workspaces, fragmentation, NCCL, DALI's decoder and DeepSpeed's copies are not in the model: `SPARE` is for them.
 """
@@ -29,14 +30,14 @@ import torch
 import torch.distributed as dist
 
 from dune_fast.engine.config import RunConfig
-from dune_fast.engine.flops import loss_patches, published_network, share_of_images, teachers_by_trunk
+from dune_fast.engine.flops import loss_patches, published_network, share_of_images
 from dune_fast.engine.projector_cost import projector_cost
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
 from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.projectors.base import blocks_read
 from dune_fast.student import Student
-from dune_fast.teachers.config import scaled_grid
+from dune_fast.teachers.config import given_patches, seen, teachers_by_trunk
 
 SPARE = 0.15
 """Share of a device's memory that is left for what the model does not count."""
@@ -177,16 +178,19 @@ def image_bytes(cfg: RunConfig, low_precision: bool = True, images: int | None =
     for group in teachers_by_trunk(cfg.teachers):
         read = cfg.teachers[group[0]]
         for name in group:
-            of_loss = some * size * cfg.teachers[name].num_features * _peak_share(cfg, [name], images)
+            teacher = cfg.teachers[name]
+            channels = size * teacher.num_features * _peak_share(cfg, [name], images)
+            of_loss = some * channels
             gradients += of_loss
-            features += of_loss * patches / some if not cfg.cache.folder else 0
+            features += given_patches(teacher, grid) * channels if not cfg.cache.folder else 0
             features += of_loss if cfg.objective.patch_share < 1 else 0  # a copy
         if cfg.cache.folder:
             continue
-        share, own = _peak_share(cfg, group, images), scaled_grid(grid, read.scale, read.grid_multiple)
-        forward = max(forward, share * own**2 * 12 * size * max(cfg.teachers[name].num_features for name in group))
-        if own * read.patch_size != cfg.image_size:
-            total += share * len(group) * 12 * (own * read.patch_size) ** 2
+        share, given = _peak_share(cfg, group, images) / max(1, seen(read, grid).images), seen(read, grid)
+        tokens_in = (given.side // read.patch_size) ** 2
+        forward = max(forward, share * tokens_in * 12 * size * max(cfg.teachers[name].num_features for name in group))
+        if given.side != cfg.image_size:
+            total += share * len(group) * 12 * given.side**2
     backward = gradients + size * tokens * int(2 * cfg.student.mlp_ratio * dim)
     if cfg.train.activation_checkpointing:  # one block is whole again
         backward = max(backward, _block(tokens, dim, size, stream, cfg.student.mlp_ratio, cfg.student.mlp))
@@ -197,9 +201,12 @@ def cached_bytes(cfg: RunConfig) -> int:
     """Bytes of one image's features out of a cache, decoded; 0 without a cache."""
     if not cfg.cache.folder:
         return 0
-    patches = PatchSubset(cfg.cache.patch_share, 0, 0).count((cfg.image_size // cfg.student.patch_size) ** 2)
-    rows, size = {"patch": patches, "cls": 1}, 4 if cfg.cache.format == "fp32" else 2
-    return sum(size * rows[token] * t.num_features for t in cfg.teachers.values() for token in t.token_types)
+    size, grid = 4 if cfg.cache.format == "fp32" else 2, cfg.image_size // cfg.student.patch_size
+    total = 0
+    for teacher in cfg.teachers.values():
+        rows = {"patch": PatchSubset(cfg.cache.patch_share, 0, 0).count(given_patches(teacher, grid)), "cls": 1}
+        total += sum(size * rows[token] * teacher.num_features for token in teacher.token_types)
+    return total
 
 
 @dataclass(frozen=True)

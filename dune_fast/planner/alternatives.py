@@ -102,7 +102,8 @@ def _less_of_the_teachers(cfg: RunConfig, machine: Machine, add: Callable, found
     objective = cfg.objective
     if objective.sharing == "full" and objective.drop_probability and not objective.presample:
         add("presample", "each image's teachers drawn before they run", ["objective.presample=true"])
-    if scaled := [f"teachers.{name}.scale={SCALE}" for name in _vits(cfg) if cfg.teachers[name].scale == 1]:
+    plain = [name for name in _vits(cfg) if cfg.teachers[name].scale == 1 and cfg.teachers[name].input_size is None]
+    if scaled := [f"teachers.{name}.scale={SCALE}" for name in plain]:
         add("teachers' scale", f"teachers' images of {SCALE} of the side", scaled)
 
 
