@@ -2,9 +2,9 @@
 
 What a path may be: the folder of a run (its newest checkpoint if it has not ended) or of a checkpoint; a run's
 `encoder.safetensors`, `student.safetensors` or, beside an average, `student_raw.safetensors`; an exported
-`encoder.safetensors`; a published checkpoint (`.pth`); a state dict of a ViT, by itself or below any prefix, as `.pth`
-or `.safetensors`. A published name stands for `<name>.pth` in the folder $DUNE_FAST_WEIGHTS, `weights` by default.
-Nothing is downloaded and no file can run code.
+`encoder.safetensors`; a published checkpoint, DUNE's (`.pth`) or Theia's; a state dict of a ViT, by itself or below any
+prefix, as `.pth` or `.safetensors`. A published name stands for `<name>.pth` in the folder $DUNE_FAST_WEIGHTS,
+`weights` by default. Nothing is downloaded and no file can run code.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine.checkpoints import RAW, STUDENT, load_run
 from dune_fast.engine.config import load_config
-from dune_fast.kernels.nn.vit import VisionTransformer
+from dune_fast.kernels.nn.encoders import encoder_class
+from dune_fast.kernels.nn.vit import VisionTransformer, plain
 from dune_fast.projectors.base import Projection
 from dune_fast.released import load_released
+from dune_fast.released_theia import load_theia
 from dune_fast.student import Student
 from dune_fast.teachers.architecture import stored_architecture
 from dune_fast.teachers.config import TeacherConfig
@@ -131,7 +133,7 @@ def load_encoder(
             f"{path} is dBOT fine-tuned, whose class token is a norm of the patches' mean: an encoder of this kind has "
             "none; use it as a teacher, family: dbotft"
         )
-    if family.network is not VisionTransformer:
+    if family.network is not encoder_class(family.network.config.family):
         raise TeacherWeightsError(
             f"{path} is of the family {name}, whose network is another than a student's encoder; use it as a teacher, "
             f"family: {name}"
@@ -139,10 +141,10 @@ def load_encoder(
     config = path.parent / "config.yaml"
     if path.suffix == ".safetensors" and stored_architecture(path) is None and config.is_file():
         state = family.convert(container_state(content, path), path)
-        architecture = load_config(config).student  # as runs of the first version left them
+        architecture = plain(load_config(config).student)  # as runs of the first version left them
     else:
         architecture, state = family.read_content(content, path, asked)
-    built = build_loaded(lambda: VisionTransformer(architecture), state, path, beside_encoder)
+    built = build_loaded(lambda: encoder_class(architecture.family)(architecture), state, path, beside_encoder)
     assert isinstance(built, VisionTransformer)
     built.mean, built.std = family.statistics
     return built.to(device)
@@ -168,6 +170,8 @@ def load_model(path_or_name: str | os.PathLike, device: torch.device | str = "cp
     if path.is_dir():
         _in_folder(path, file)  # says what is missing
         _, student, statistics = load_run(path, file)
+    elif recognize(container_state(read_container(path), path), path) == "theia":
+        student, statistics = load_theia(path)
     elif path.suffix == ".safetensors":
         raise ModelNotFoundError(
             f"{path} holds an encoder without projectors: load it with load_encoder, or give the folder of its run"

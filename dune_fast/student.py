@@ -66,6 +66,7 @@ class Projectors(nn.ModuleDict):
         self.sources = {name: of_teacher.source for name, of_teacher in features.items()}
         for name, of_teacher in features.items():
             self[name] = build_projector(cfg.of(name), student, of_teacher)
+            self[name].share(next(iter(self.values())))
 
     def forward(
         self, tokens: Tokens, routes: Routes | None = None, subset: PatchSubset | OwnPatches | None = None,

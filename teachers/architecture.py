@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig, plain
+from dune_fast.kernels.nn.encoders import ENCODERS, EncoderConfig, encoder_class
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.teachers.containers import TeacherWeightsError, damaged
 from dune_fast.teachers.run_files import Manifest, is_checkpoint
 
@@ -20,13 +21,14 @@ HEAD_DIM = 64
 """Channels of an attention head in every published encoder; the tensors do not show it."""
 
 ARCHITECTURE = "vit_config"
-"""Entry of a safetensors file's metadata that holds the encoder's `ViTConfig` as JSON."""
+"""Entry of a safetensors file's metadata that holds the encoder's `ViTConfig` as JSON; of another family than "vit",
+with that too."""
 
 PREPROCESSING = "preprocessing"
 """Entry of a file's metadata that says as JSON how images become the encoder's input."""
 
 _MAX_DEPTH, _MAX_SIZE = 1000, 100_000
-_FIELDS = {f.name for f in fields(ViTConfig)}
+_FIELDS = {f.name for f in fields(EncoderConfig)}
 
 
 def registers_of(state: Mapping[str, Tensor]) -> int:
@@ -117,8 +119,9 @@ def random_vit_state(
 
 
 def architecture_metadata(cfg: ViTConfig) -> dict[str, str]:
-    """Metadata of a safetensors file from which the encoder can be built without a configuration."""
-    return {"format": "pt", ARCHITECTURE: json.dumps(asdict(plain(cfg)))}
+    """Metadata of a safetensors file from which the encoder can be built without a configuration. `cfg`: its own."""
+    family = {} if cfg.family == "vit" else {"family": cfg.family}
+    return {"format": "pt", ARCHITECTURE: json.dumps({**asdict(cfg), **family})}
 
 
 def stored_architecture(path: Path) -> ViTConfig | None:
@@ -138,7 +141,11 @@ def stored_architecture(path: Path) -> ViTConfig | None:
     if values is None:
         return None
     try:
-        cfg = ViTConfig(**(json.loads(values) if isinstance(values, str) else values))
+        values = dict(json.loads(values) if isinstance(values, str) else values)
+        network = encoder_class(family) if (family := values.pop("family", "vit")) in ENCODERS else None
+        if network is None:
+            raise ValueError(f"family is {family!r}")
+        cfg = network.config(**values) if not is_checkpoint(path) else network.student_config(ViTConfig(**values))
         _check_sizes(cfg)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise damaged(path, f"its architecture is senseless: {error}") from error
@@ -147,7 +154,7 @@ def stored_architecture(path: Path) -> ViTConfig | None:
 
 def _check_sizes(cfg: ViTConfig) -> None:
     """ValueError for values that no encoder has; nothing else checks a file's metadata before it is used."""
-    for name, default in asdict(ViTConfig()).items():
+    for name, default in asdict(type(cfg)()).items():
         value = getattr(cfg, name)
         if name == "layer_scale" and value is None:
             continue

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from dune_fast.distill.alignment import RULES, View, side_of, token_mask
-from dune_fast.distill.objective import ObjectiveConfig, coefficients, combine, presampled, teacher_losses
+from dune_fast.distill.objective import (
+    ObjectiveConfig,
+    coefficients,
+    combine,
+    drawn_teachers,
+    presampled,
+    teacher_losses,
+)
 from dune_fast.distill.overlap import SideStream
 from dune_fast.distill.standardization import AllReduce, Features, TeacherStatistics
 from dune_fast.distill.terms import TermStates
@@ -183,6 +190,8 @@ class DistillationStep:
         if self.objective.presample:
             assert positions_on_host is not None, "objective.presample needs the positions on the host"
             kept = presampled(positions_on_host, len(names), step, self.seed, self.objective)
+        elif count := self.objective.teachers_per_step:
+            kept = np.repeat(drawn_teachers(len(names), count, step, self.seed)[:, None], len(images), axis=1)
         elif self._own_on_host is not None:
             assert groups_on_host is not None, "objective.route_by_dataset needs the groups on the host"
             kept = self._own_on_host[:, groups_on_host]

@@ -22,6 +22,7 @@ from dune_fast.distill.objective import ObjectiveConfig
 from dune_fast.engine.config_inputs import check_own_grids, check_sizes
 from dune_fast.engine.config_limits import find_fault
 from dune_fast.engine.config_objective import check_objective, check_standardization
+from dune_fast.engine.config_projectors import check_projectors
 from dune_fast.engine.config_sections import (
     CacheConfig,
     ConfigError,
@@ -50,10 +51,8 @@ from dune_fast.engine.overrides import (
 )
 from dune_fast.engine.schedules import iterations
 from dune_fast.heads.head import KINDS
-from dune_fast.projectors.base import KINDS as PROJECTORS
-from dune_fast.projectors.base import TeacherFeatures, blocks_read, placed
+from dune_fast.projectors.base import TeacherFeatures, placed
 from dune_fast.projectors.config import ProjectorConfig
-from dune_fast.projectors.sak import check_levels
 from dune_fast.student import StudentConfig
 from dune_fast.teachers.config import TeacherConfig, seen
 from dune_fast.teachers.local_paths import address_fault
@@ -218,6 +217,7 @@ def validate(cfg: RunConfig) -> None:
             f"no teacher is configured: choose an experiment, e.g. experiment=demo (there are: {experiments})"
         )
     places = {"output_dir": cfg.output_dir, "student_weights": cfg.student_weights}
+    places |= {"standardization.file": cfg.standardization.file}
     places |= {"cache.folder": cfg.cache.folder, "head.encoder": cfg.head.encoder, "head.weights": cfg.head.weights}
     places |= {f"teachers.{name}.weights": teacher.weights for name, teacher in cfg.teachers.items()}
     if fault := next(filter(None, (address_fault(place, what) for what, place in places.items())), ""):
@@ -263,7 +263,7 @@ def _check_head(cfg: RunConfig) -> None:
 
 
 def _check_distillation(cfg: RunConfig) -> None:
-    _check_projectors(cfg)
+    check_projectors(cfg)
     sizes, patch = {"image_size": cfg.image_size}, cfg.student.patch_size
     sizes |= {"evaluation.figure_size": cfg.evaluation.figure_size} if cfg.evaluation.figures else {}
     sizes |= {f"progressive[{i}].image_size": entry.image_size for i, entry in enumerate(cfg.progressive)}
@@ -310,28 +310,6 @@ def _check_distillation(cfg: RunConfig) -> None:
         if not cfg.evaluation.every:
             raise ConfigError("evaluation.knn_dataset is set, but evaluation.every=0 evaluates never: set both")
     _check_progressive(cfg)
-
-
-def _check_projectors(cfg: RunConfig) -> None:
-    """The kind is known, teachers' own fields are, and a subset of patches suits the heads."""
-    if cfg.projector.kind not in PROJECTORS:
-        raise ConfigError(f"projector.kind={cfg.projector.kind!r}; choose one of {', '.join(PROJECTORS)}")
-    if unknown := sorted(set(cfg.projector.teachers) - set(cfg.teachers)):
-        known = ", ".join(sorted(cfg.teachers))
-        raise ConfigError(f"projector.teachers has {', '.join(unknown)}; this run's teachers are: {known}")
-    try:
-        of_teacher = {name: cfg.projector.of(name) for name in cfg.teachers}
-        blocks_read(cfg.projector, cfg.student.depth)
-        if cfg.projector.kind == "sak":
-            check_levels(cfg.projector, cfg.teacher_features)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    for name, own in of_teacher.items():
-        if own.kind == "heads" and own.patch_head.upsample > 1 and cfg.objective.patch_share < 1:
-            raise ConfigError(
-                f"objective.patch_share={cfg.objective.patch_share:g} with upsample={own.patch_head.upsample} in the "
-                f"head of {name}: a subset of patches has no finer grid; choose one of the two"
-            )
 
 
 def _check_progressive(cfg: RunConfig) -> None:

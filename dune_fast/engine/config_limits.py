@@ -47,6 +47,7 @@ LIMITS: dict[str, Limit] = {
             "mse", "dampened_mse", "map_cosine", "angle", "tangent_sphere",
         )),
         "optimizer.clip_per_parameter", "optimizer.clip_global", "train.steps", "cache.components",
+        "objective.teachers_per_step",
     ), Limit()),
     **dict.fromkeys((
         "student.mlp_ratio", "projector.mlp_ratio", "standardization.eps", "train.max_loss", "train.timeout_minutes",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from dune_fast.distill.normalizers import ROTATED
+from dune_fast.distill.normalizers import ROTATED, STORED
 from dune_fast.distill.phi_s import HadamardError, hadamard_base
 from dune_fast.distill.phi_s_running import RunningPhiS
 from dune_fast.engine.config_sections import ConfigError
@@ -19,6 +19,15 @@ def check_standardization(cfg: RunConfig) -> None:
     conventions = {
         (name, token): cfg.standardization.of(token) for name, t in cfg.teachers.items() for token in t.token_types
     }
+    files, known = cfg.standardization.files, ", ".join(sorted(cfg.teachers))
+    if unknown := sorted(set(files) - set(cfg.teachers)):
+        raise ConfigError(f"standardization.files has {', '.join(unknown)}; this run's teachers are: {known}")
+    stored = {name for (name, _), convention in conventions.items() if convention in STORED}
+    if without := sorted(stored - set(files)) if not cfg.standardization.file else []:
+        raise ConfigError(
+            f"standardization.files has nothing of {', '.join(without)}: name two files for each, or give "
+            "standardization.file"
+        )
     if "fixed" in conventions.values() and not cfg.cache.folder:
         raise ConfigError(
             "standardization.convention=fixed without cache.folder: its statistics are those of a cache; give the "
@@ -41,6 +50,10 @@ def check_standardization(cfg: RunConfig) -> None:
 def check_objective(cfg: RunConfig) -> None:
     """ConfigError if the loss names what the teachers have not, or takes whole maps where there are none."""
     objective = cfg.objective
+    if (drawn := objective.teachers_per_step) and drawn >= len(cfg.teachers):
+        raise ConfigError(
+            f"objective.teachers_per_step={drawn} of {len(cfg.teachers)} teachers: give fewer, or 0 for all of them"
+        )
     for name, weights in objective.weights.items():
         if name not in cfg.teachers:
             known = ", ".join(sorted(cfg.teachers))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -183,11 +184,13 @@ def loss_patches(cfg: RunConfig, every: int) -> int:
 
 
 def share_of_images(cfg: RunConfig, teachers: Sequence[str]) -> float:
-    """The share of a batch's images that any of these teachers gets: all, unless `route_by_dataset` or `presample` keep
-    some back."""
-    groups = cfg.data.groups
+    """The share of a batch's images that any of these teachers gets: all, unless `route_by_dataset`, `presample` or
+    `teachers_per_step` keep some back."""
+    groups, every = cfg.data.groups, len(cfg.teachers)
+    if drawn := cfg.objective.teachers_per_step:
+        return 1.0 - math.comb(every - len(teachers), drawn) / math.comb(every, drawn)
     if cfg.objective.presample:
-        p, count, every = cfg.objective.drop_probability, len(teachers), len(cfg.teachers)
+        p, count = cfg.objective.drop_probability, len(teachers)
         return 1.0 - p**count + p**every * count / every
     if not cfg.objective.route_by_dataset or not groups:
         return 1.0

@@ -145,8 +145,9 @@ def _sizes(cfg: RunConfig, low_precision: bool) -> tuple[int, int]:
 
 
 def _peak_share(cfg: RunConfig, teachers: list[str], images: int | None) -> float:
-    """Of a part's images, the most that any of these teachers gets: the mean share and three deviations."""
-    share = share_of_images(cfg, teachers)
+    """Of a part's images, the most that any of these teachers gets: the mean share and three deviations; all where
+    teachers are drawn for whole steps."""
+    share = 1.0 if cfg.objective.teachers_per_step else share_of_images(cfg, teachers)
     return min(1.0, share + 3 * (share * (1 - share) / images) ** 0.5) if images else share
 
 

@@ -32,9 +32,9 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     eps: float = 1e-15
     weight_decay: float = 0.03
-    """On tensors of two or more dimensions."""
+    """On tensors of two or more dimensions that are no biases."""
     decay_vectors: bool = False
-    """Weight decay on tensors of one dimension, too."""
+    """Weight decay on tensors of one dimension and biases, too."""
     clip_per_parameter: float = 1.0
     """L2 norm that each parameter's gradient is clipped to, after averaging over ranks; 0 for none of this kind."""
     clip_global: float = 0.0
@@ -65,13 +65,15 @@ class OptimizerConfig:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, vectors: bool = False) -> list[dict]:
-    """Trainable parameters in two groups: tensors of two or more dimensions with weight decay; the others without, or
-    with it for `vectors`."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    """Trainable parameters in two groups: tensors of two or more dimensions with weight decay; vectors and biases (that
+    of a LayerNorm over a map has three dimensions) without, or with it for `vectors`."""
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    matrices = [p.ndim >= 2 and name.rpartition(".")[2] != "bias" for name, p in trained]
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": weight_decay * vectors},
-    ]
+        {"params": [p for (_, p), is_matrix in zip(trained, matrices, strict=True) if is_matrix is wanted],
+         "weight_decay": weight_decay * (wanted or vectors)}
+        for wanted in (True, False)
+    ]  # fmt: skip
 
 
 def build_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:

@@ -5,6 +5,7 @@ TARGETS = {
     "hf": "a folder for transformers.AutoModel.from_pretrained(FOLDER)",
     "onnx": "encoder.onnx, any batch, height and width",
     "safetensors": "encoder.safetensors with its architecture, for dune_fast.load_encoder",
+    "theia": "model.safetensors by the names of Theia's released models, encoder and translators",
     "dune": "dune.pth, the container of DUNE's published checkpoints, with projectors and statistics",
 }
 """What each target writes."""

@@ -26,6 +26,7 @@ KINDS = {
     "sp": "dune_fast.projectors.simple:simple_projector",
     "heads": "dune_fast.projectors.heads:separate_heads",
     "sak": "dune_fast.projectors.sak:level_projector",
+    "theia": "dune_fast.projectors.theia:theia_translator",
 }
 """Kind -> module and function (cfg, student, teacher) -> `Projector`, imported when asked for."""
 
@@ -74,6 +75,9 @@ class Projector(nn.Module):
             grid: rows and columns of the patches; None where the images are squares.
         """
         raise NotImplementedError
+
+    def share(self, first: Projector) -> None:
+        """Takes what all teachers' projectors have in common of the first teacher's, which owns it."""
 
     def last_layers(self) -> dict[str, nn.Linear]:
         """Token type -> the linear layer whose output is the projection, to be fitted in closed form.

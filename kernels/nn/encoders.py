@@ -7,7 +7,10 @@ from importlib import import_module
 
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 
-ENCODERS = {"vit": "dune_fast.kernels.nn.vit:VisionTransformer"}
+ENCODERS = {
+    "vit": "dune_fast.kernels.nn.vit:VisionTransformer",
+    "theia": "dune_fast.kernels.nn.theia:TheiaViT",
+}
 """Family -> module and class, imported when asked for. Its `for_student(cfg, num_cls)` builds one with drawn weights'
 shapes; `num_cls`: cls tokens that the student has."""
 
@@ -17,7 +20,7 @@ class EncoderConfig(ViTConfig):
     """An encoder of any family."""
 
     family: str = "vit"
-    """One of `ENCODERS`: "vit" (DUNE's and UNIC's)."""
+    """One of `ENCODERS`: "vit" (DUNE's and UNIC's), "theia" (Hugging Face's ViT)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -27,5 +30,10 @@ class EncoderConfig(ViTConfig):
 
 def build_encoder(cfg: EncoderConfig, num_cls: int) -> VisionTransformer:
     """The encoder of a student. ValueError where its family has not so many cls tokens."""
-    module, _, name = ENCODERS[cfg.family].partition(":")
-    return getattr(import_module(module), name).for_student(cfg, num_cls)
+    return encoder_class(cfg.family).for_student(cfg, num_cls)
+
+
+def encoder_class(family: str) -> type[VisionTransformer]:
+    """The network of a family of `ENCODERS`."""
+    module, _, name = ENCODERS[family].partition(":")
+    return getattr(import_module(module), name)

@@ -67,6 +67,8 @@ class ViTConfig:
 
     mlp_kinds: ClassVar[tuple[str, ...]] = MLP_KINDS
     norm_eps: ClassVar[float] = LAYER_NORM_EPS
+    family: ClassVar[str] = "vit"
+    """Key of `encoders.ENCODERS`, where there is such a student."""
 
     def __post_init__(self) -> None:
         if self.mlp not in self.mlp_kinds:
@@ -123,6 +125,8 @@ class VisionTransformer(DINOv2Interface, nn.Module):
     like that. `forward` applies the final norm and returns the dictionary that users of DINOv2 know.
     """
 
+    config: ClassVar[type[ViTConfig]] = ViTConfig
+    """Of its architecture."""
     activation_checkpointing = False
     """Whether the backward pass computes each block again instead of keeping what is inside."""
     stream_dtype: torch.dtype | None = None
@@ -148,14 +152,19 @@ class VisionTransformer(DINOv2Interface, nn.Module):
         self.norm = LayerNorm(dim, eps=cfg.norm_eps) if cfg.final_norm else nn.Identity()
 
     @classmethod
+    def student_config(cls, cfg: ViTConfig) -> ViTConfig:
+        """The network's own configuration for a student's."""
+        return plain(cfg)
+
+    @classmethod
     def for_student(cls, cfg: ViTConfig, num_cls: int) -> VisionTransformer:
         """See `kernels.nn.encoders.ENCODERS`."""
         if num_cls != int(cfg.cls_token):
             raise ValueError(
-                f"student.cls_per_teacher asks for {num_cls} cls tokens, and student.family=vit has one: set it to "
-                "false, or choose student.family=radio"
+                f"student.cls_per_teacher asks for {num_cls} cls tokens, and student.family={cls.config.family} has "
+                "one: set it to false, or choose student.family=radio"
             )
-        return cls(plain(cfg))
+        return cls(cls.student_config(cfg))
 
     def init_weights(self) -> VisionTransformer:
         """Draws the student's initial weights from torch's generator; see `dune_fast.student.build_student`.
@@ -198,11 +207,20 @@ class VisionTransformer(DINOv2Interface, nn.Module):
                 )
         return height // patch, width // patch
 
+    @property
+    def table_prefix(self) -> int:
+        """Rows of the position table that stand for no patch."""
+        return int(self.cfg.cls_token)
+
+    def registers(self) -> Tensor:
+        """What the registers are before the first block, [1, R, D]."""
+        return self.register_tokens
+
     def positions(self, height: int, width: int) -> Tensor:
         """The position table for a grid of height x width patches, [1, cls + height * width, D]."""
         cfg = self.cfg
         return resize_positions(
-            self.pos_embed, height, width, int(cfg.cls_token), cfg.interpolate_offset, cfg.interpolate_antialias
+            self.pos_embed, height, width, self.table_prefix, cfg.interpolate_offset, cfg.interpolate_antialias
         )
 
     def embed(self, images: Tensor, patches: SharedPatches | None = None) -> Tensor:
@@ -215,7 +233,7 @@ class VisionTransformer(DINOv2Interface, nn.Module):
         # the patches' type
         table, at = self.positions(height, width), int(self.cfg.cls_token)
         cls = [self.cls_token + table[:, :1]] if self.cfg.cls_token else []
-        registers = [self.register_tokens] if self.cfg.num_registers else []
+        registers = [self.registers()] if self.cfg.num_registers else []
         return F.pad(x, (0, 0, self.num_prefix_tokens, 0)) + torch.cat([*cls, *registers, table[:, at:]], dim=1)
 
     def stream(self, x: Tensor) -> torch.dtype:
