@@ -18,7 +18,7 @@ from tests.engine.conftest import build, same_weights, small_run, train
 
 @pytest.fixture
 def sak(photos, tmp_path) -> list[str]:
-    """Overrides of twenty steps: source `wide` has the student's channels, `narrow` needs aligners."""
+    """Overrides of twenty steps: source `wide` has the student's channels and a grid of its own, `narrow` aligners."""
     base = [part for part in small_run(photos, tmp_path / "run") if "teachers" not in part]
     for source, channels in (("wide", 48), ("narrow", 24)):
         for level in (0, 1):
@@ -27,6 +27,7 @@ def sak(photos, tmp_path) -> list[str]:
                 f"+teachers@{name}=conv_patchify", f"{name}.weights=random:{level}", f"{name}.num_features={channels}",
                 f"{name}.source={source}", f"{name}.token_types=[patch]",
             ]  # fmt: skip
+    base += [f"teachers.wide_{level}.{own}" for level in (0, 1) for own in ("input_size=84", "grid=own")]
     return [
         *base, "projector=sak", "projector.which_blocks=[0,1]", "objective.patch.cosine=0", "objective.align=larger",
         "objective.patch.smooth_l1=0.1", "objective.patch.map_cosine=0.9", "objective.drop_probability=0",
