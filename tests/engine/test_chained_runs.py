@@ -1,39 +1,89 @@
-"""The student of one run as a teacher of the next: two tiny teachers, a proxy of them, a student of the proxy."""
+"""Recipes of several runs in small: UNIC-L's two sizes, EUPE's proxy and its students. The student of a run teaches the
+next one."""
 
 from __future__ import annotations
 
-import pytest
+import shutil
+from pathlib import Path
+
 import torch
 
+from dune_fast.distill.stored_statistics import write_statistics
+from dune_fast.engine import checkpoints
+from dune_fast.engine.config import compose_config
+from dune_fast.engine.feature_statistics import measure
+from dune_fast.engine.metrics import read_metrics
 from dune_fast.load import load_encoder
-from tests.engine.conftest import small_run, train
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.ensemble import TeacherEnsemble
+from tests.engine.conftest import build, same_weights, small_run, train
 
 
-def student_of(proxy: str, photos, folder) -> list[str]:
-    """Overrides of a run whose one teacher is the student of another."""
-    own = [part for part in small_run(photos, folder) if "teachers" not in part]
+def in_small(experiment: str, teachers: list[str], photos: Path, folder: Path) -> list[str]:
+    """A recipe with toy teachers and a student of two blocks, for ten steps; what makes it a recipe stays."""
+    own = [part for part in small_run(photos, folder) if "teachers" not in part and not part.startswith("student=")]
+    replaced = [f"teachers@teachers.{name}=conv_patchify" for name in teachers]
+    replaced += [f"teachers.{name}.num_features={24 + 8 * i}" for i, name in enumerate(teachers)]
     return [
-        "+teachers@teachers.proxy=run", f"teachers.proxy.weights={proxy}", "teachers.proxy.num_features=48", *own,
-        "student.embed_dim=24",
+        f"experiment={experiment}", *replaced, *own, "student.num_heads=3", "student.patch_size=14", "train.steps=10",
+        "optimizer.lr=2e-3", "train.checkpoint_every=5", "train.accumulation=1",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("file", ["", "/encoder.safetensors"])
-def test_the_student_of_a_run_teaches_the_next(file, trained_run, photos, tmp_path):
-    trainer = train(student_of(f"{trained_run}{file}", photos, tmp_path / "second"), "train.steps=2")
-    teachers = trainer.task.teachers
+def check_resume(overrides: list[str], whole: Path, parts: Path) -> None:
+    """Trains; ends with the same bits when it stops at step 5 and goes on."""
+    train(overrides, f"output_dir={whole}")
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints" / checkpoints.tag(10))
+    again = build(overrides, f"output_dir={parts}")
+    assert again.step == 5
+    again.run()
+    assert same_weights(parts, whole)
+
+
+def test_unic_l_in_small_goes_from_size_to_size(photos, tmp_path):
+    overrides = in_small("unic_l", ["dinov2_vitgiant_14", "metaclip_vithuge_14"], photos, tmp_path)
+    overrides += ["image_size=84", "progressive=[{until:0.5,image_size:56}]"]
+    check_resume(overrides, tmp_path / "whole", tmp_path / "parts")
+    assert load_encoder(tmp_path / "whole").cfg.image_size == 84
+
+
+def stored(overrides: list[str], file: Path) -> list[str]:
+    """The overrides with statistics that were measured beforehand."""
+    overrides = [*overrides, f"standardization.file={file}"]
+    write_statistics(file, measure(compose_config(overrides), 8))
+    return overrides
+
+
+def test_eupe_in_small_distils_a_proxy_and_a_student_of_the_proxy(photos, tmp_path):
+    proxy = in_small("eupe_proxy", ["dinov3", "clip", "siglip"], photos, tmp_path)
+    proxy += ["student.mlp_ratio=4", "deepspeed=zero0"]
+    proxy += [f"teachers.{name}.input_size=84" for name in ("clip", "siglip")]  # 6 x 6 patches, the student has 4 x 4
+    proxy = stored(proxy, tmp_path / "proxy.safetensors")
+    check_resume(proxy, tmp_path / "proxy", tmp_path / "parts")
+
+    student = in_small("eupe_student", [], photos, tmp_path / "student")
+    own = {"weights": tmp_path / "proxy", "num_features": 48, "patch_size": 14}
+    student += ["student.embed_dim=24", "train.steps=20", *(f"teachers.proxy.{k}={v}" for k, v in own.items())]
+    trainer = train(stored(student, tmp_path / "student.safetensors"))
     images = torch.randn(2, 3, 56, 56)
-    tokens = teachers(images)["proxy"]
-    proxy = load_encoder(trained_run)
     with torch.no_grad():
-        features = proxy(images)
+        features = load_encoder(tmp_path / "proxy")(images)
+    tokens = trainer.task.teachers(images)["proxy"]
     assert torch.equal(tokens["cls"], features["x_norm_clstoken"])
     assert torch.equal(tokens["patch"], features["x_norm_patchtokens"])
-    assert load_encoder(tmp_path / "second")(images)["x_norm_patchtokens"].shape == (2, 16, 24)
+    assert load_encoder(tmp_path / "student")(images)["x_norm_patchtokens"].shape == (2, 16, 24)
+    losses = [record["loss"] for record in read_metrics(tmp_path / "student" / "metrics.jsonl")]
+    assert losses[-1] < 0.9 * losses[0]
 
 
-def test_an_unfinished_run_teaches_with_its_newest_checkpoint(finished, photos, tmp_path):
+def test_a_teacher_is_a_runs_folder_its_encoder_or_its_newest_checkpoint(finished):
+    def teacher(weights: Path) -> torch.Tensor:
+        cfg = TeacherConfig("dune", str(weights), 14, 48, ["cls", "patch"])
+        return TeacherEnsemble({"a": cfg}, 14)(torch.ones(1, 3, 56, 56))["a"]["patch"]
+
+    tokens = teacher(finished)
+    assert torch.equal(teacher(finished / "encoder.safetensors"), tokens)
     for name in ("encoder.safetensors", "student.safetensors"):
         (finished / name).unlink()
-    trainer = train(student_of(str(finished), photos, tmp_path / "second"), "train.steps=2")
-    assert trainer.task.teachers(torch.randn(1, 3, 56, 56))["proxy"]["patch"].shape == (1, 16, 48)
+    assert torch.equal(teacher(finished), tokens)
