@@ -52,7 +52,7 @@ from dune_fast.engine.overrides import (
 )
 from dune_fast.engine.schedules import iterations
 from dune_fast.heads.head import KINDS
-from dune_fast.projectors.base import TeacherFeatures
+from dune_fast.projectors.base import TeacherFeatures, placed
 from dune_fast.projectors.config import ProjectorConfig
 from dune_fast.student import StudentConfig
 from dune_fast.teachers.config import TeacherConfig, seen
@@ -109,13 +109,12 @@ class RunConfig:
     @property
     def teacher_features(self) -> dict[str, TeacherFeatures]:
         """teacher -> what it gives."""
-        return {
-            name: TeacherFeatures(
-                t.num_features, tuple(t.token_types), t.source or name,
-                seen(t, self.image_size // self.student.patch_size).grid if t.grid == "own" else 0,
-            )
+        side = self.image_size // self.student.patch_size
+        given = {
+            name: (t.num_features, tuple(t.token_types), t.source, seen(t, side).grid if t.grid == "own" else 0)
             for name, t in self.teachers.items()
-        }  # fmt: skip
+        }
+        return placed(given)
 
 
 def compose_config(overrides: list[str], folder: Path | None = None, complete: bool = True) -> RunConfig:

@@ -31,6 +31,7 @@ LIMITS: dict[str, Limit] = {
         *(f"projector.{head}_head.{field}" for head in ("cls", "patch") for field in ("hidden_dim", "upsample")),
         "image_size", "student.image_size", "student.patch_size", "student.embed_dim", "student.depth",
         "student.num_heads", "projector.num_blocks", "projector.num_heads", "projector.hidden_dim",
+        "projector.down_ratio",
         "projector.last_hidden_dim",
         "standardization.phi_s_batches", "standardization.phi_s_period", "start.blocks", "objective.angle_samples",
         "train.images", "train.global_batch",

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from dune_fast.engine.config_sections import ConfigError
-from dune_fast.projectors.base import KINDS, StudentShape, TeacherFeatures, build_projector
+from dune_fast.projectors.base import KINDS, StudentShape, TeacherFeatures, blocks_read, build_projector
 from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.projectors.sak import check_levels
 from dune_fast.student import StudentConfig
 
 
@@ -28,6 +29,13 @@ def check_projectors(
     if unknown := sorted(set(projector.teachers) - set(teachers)):
         known = ", ".join(sorted(teachers))
         raise ConfigError(f"projector.teachers has {', '.join(unknown)}; this run's teachers are: {known}")
+    try:
+        of_teacher = {name: projector.of(name) for name in teachers}
+        blocks_read(projector, student.depth)
+        if projector.kind == "sak":
+            check_levels(projector, teachers)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if projector.kind == "theia" and (progressive or image_size != student.image_size):
         other = "progressive" if progressive else f"student.image_size={student.image_size}"
         raise ConfigError(
@@ -35,10 +43,7 @@ def check_projectors(
             "images; set student.image_size to image_size, and leave progressive out"
         )
     for name, teacher in teachers.items():
-        try:
-            own = projector.of(name)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        own = of_teacher[name]
         if own.kind == "heads" and own.patch_head.upsample > 1 and patch_share < 1:
             raise ConfigError(
                 f"objective.patch_share={patch_share:g} with upsample={own.patch_head.upsample} in the head of {name}: "

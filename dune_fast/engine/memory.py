@@ -36,6 +36,7 @@ from dune_fast.engine.stages import at_size, turns
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
 from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.projectors.base import blocks_read
 from dune_fast.student import Student
 from dune_fast.teachers.config import given_patches, seen, teachers_by_trunk
 
@@ -160,7 +161,7 @@ def kept_bytes(cfg: RunConfig, low_precision: bool = True, images: int | None = 
     patches, dim = (cfg.image_size // cfg.student.patch_size) ** 2, cfg.student.embed_dim
     tokens = patches + 1 + cfg.student.num_registers
     total = _encoder(cfg.student, tokens, size, stream, cfg.train.activation_checkpointing)
-    read = len(cfg.projector.which_blocks or range(cfg.student.depth)) if cfg.projector.kind == "lp" else 1
+    read = len(blocks_read(cfg.projector, cfg.student.depth))
     total += stream * dim * (patches + 1) * read  # [cls, patches] without the registers
     some = loss_patches(cfg, patches)
     for name in cfg.teachers:
