@@ -36,11 +36,12 @@ def check_projectors(
             check_levels(projector, teachers)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if projector.kind == "theia" and (progressive or image_size != student.image_size):
-        other = "progressive" if progressive else f"student.image_size={student.image_size}"
+    grid = projector.source_grid or student.image_size // student.patch_size
+    if projector.kind == "theia" and (progressive or image_size != grid * student.patch_size):
         raise ConfigError(
-            f"projector.kind=theia with image_size={image_size} and {other}: its translators are for one size of "
-            "images; set student.image_size to image_size, and leave progressive out"
+            f"projector.kind=theia: its translators are for images of {grid} x {grid} patches, and this run's have "
+            f"{image_size // student.patch_size} rows{' and, by progressive, fewer' if progressive else ''}: set "
+            "projector.source_grid (or student.image_size), and leave progressive out"
         )
     for name, teacher in teachers.items():
         own = of_teacher[name]

@@ -116,7 +116,7 @@ def _smaller_student(cfg: RunConfig) -> str | None:
     """The largest student of `configs/student` that is smaller, of the same patch size."""
     sizes = {}
     for name, path in config_names("student").items():
-        other = OmegaConf.merge(OmegaConf.structured(ViTConfig), OmegaConf.load(path))
+        other = OmegaConf.merge(OmegaConf.structured(StudentConfig), OmegaConf.load(path))
         size = other.embed_dim**2 * other.depth
         if other.patch_size == cfg.student.patch_size and size < cfg.student.embed_dim**2 * cfg.student.depth:
             sizes[name] = size

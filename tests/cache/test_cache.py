@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dune_fast import cli
 from dune_fast.cache.formats import FORMATS, decode, encode
@@ -71,6 +72,20 @@ def test_a_cached_run_has_the_losses_of_the_live_one(photos, cache, tmp_path, mo
     assert len(live) == 6 and live[0] != live[-1]
     for one, other in zip(live, cached, strict=True):
         assert other == pytest.approx(one, rel=1e-3)
+
+
+def test_statistics_of_a_cache_are_those_of_the_live_features(photos, tmp_path, capsys):
+    cfg = composed(photos, tmp_path / "cache", "data.views=1")
+    paths = [str(tmp_path / name) for name in ("cached.safetensors", "live.safetensors")]
+    assert cli.main(["cache", "statistics", paths[0], "--cache", str(build_cache(cfg))]) == 0
+    assert cli.main(["cache", "statistics", paths[1], *small_run(photos, tmp_path / "run"), "data.views=1"]) == 0
+    cached, live = map(load_file, paths)
+    assert sorted(cached) == ["one/cls/mean", "one/cls/std", "one/patch/mean", "one/patch/std", "two/patch/mean",
+                              "two/patch/std"]  # fmt: skip
+    for name, x in live.items():
+        torch.testing.assert_close(cached[name], x, rtol=1e-5, atol=1e-6)
+    for wrong in ([], ["--cache", str(tmp_path / "cache"), "experiment=demo"], ["--images", "1", "experiment=demo"]):
+        assert cli.main(["cache", "statistics", paths[0], *wrong]) == 2
 
 
 def test_a_start_asks_the_teachers(photos, cache, tmp_path):
