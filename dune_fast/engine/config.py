@@ -29,13 +29,11 @@ from dune_fast.engine.config_sections import (
     EvaluationConfig,
     HeadConfig,
     LoggingConfig,
-    PartitionConfig,
-    ProgressiveConfig,
     StandardizationConfig,
     StartConfig,
     TrainConfig,
 )
-from dune_fast.engine.config_stages import check_partitions, check_stages
+from dune_fast.engine.config_stages import PartitionConfig, ProgressiveConfig, check_stages, image_sizes
 from dune_fast.engine.optimizer import OptimizerConfig
 from dune_fast.engine.overrides import (
     config_names,
@@ -276,20 +274,19 @@ def _check_head(cfg: RunConfig) -> None:
 
 
 def _check_distillation(cfg: RunConfig) -> None:
+    sizes, patch = image_sizes(cfg), cfg.student.patch_size
     check_projectors(
-        cfg.projector, cfg.student, cfg.teacher_features, cfg.image_size, bool(cfg.progressive),
+        cfg.projector, cfg.student, cfg.teacher_features, cfg.image_size, len(set(sizes.values())) > 1,
         cfg.objective.patch_share,
     )  # fmt: skip
-    sizes, patch = {"image_size": cfg.image_size}, cfg.student.patch_size
     sizes |= {"evaluation.figure_size": cfg.evaluation.figure_size} if cfg.evaluation.figures else {}
-    for i, entry in enumerate(cfg.progressive):
-        several = {f"progressive[{i}].image_sizes[{j}]": size for j, size in enumerate(entry.image_sizes)}
-        sizes |= several or {f"progressive[{i}].image_size": entry.image_size}
-    sizes |= {f"partitions[{i}].image_size": part.image_size for i, part in enumerate(cfg.partitions)}
     check_sizes(sizes, patch, cfg.teachers)
-    shares = {"objective.patch_share": cfg.objective.patch_share}
-    check_own_grids(cfg.teachers, shares | ({"cache.patch_share": cfg.cache.patch_share} if cfg.cache.folder else {}))
     check_crops(cfg.data, cfg.objective.align, cfg.cache.folder)
+    shares = {"objective.patch_share": cfg.objective.patch_share}
+    shares |= {"cache.patch_share": cfg.cache.patch_share} if cfg.cache.folder else {}
+    own = {} if cfg.objective.align else {name: cfg.projector.of(name) for name in cfg.teachers}
+    finer = {n: p.patch_head.upsample if p.kind == "heads" else 1 for n, p in own.items() if p.kind != "theia"}
+    check_own_grids(cfg.teachers, shares, image_sizes(cfg), patch, finer)
     if cfg.cache.folder and cfg.progressive:
         raise ConfigError(
             f"cache.folder={cfg.cache.folder!r} with progressive: a cache holds features of one image size; leave one "
@@ -330,6 +327,5 @@ def _check_distillation(cfg: RunConfig) -> None:
         if not cfg.evaluation.every:
             raise ConfigError("evaluation.knn_dataset is set, but evaluation.every=0 evaluates never: set both")
     check_stages(cfg)
-    check_partitions(cfg)
 
 

@@ -146,39 +146,6 @@ class CacheConfig:
 
 
 @dataclass
-class ProgressiveConfig:
-    """A stage of the run; see `dune_fast.engine.stages`."""
-
-    until: float = 0.0
-    """Share of the run's steps at which it ends, above that of the entry before. The last entry may end at 1; else a
-    stage at the run's `image_size`, with all teachers, follows."""
-    image_size: int = 0
-    """Side of its images in pixels, up to the run's `image_size`. Without another field of this class: above that of
-    the entry before and below the run's."""
-    image_sizes: list[int] = field(default_factory=list)
-    """In place of `image_size`: sides that the steps take, one after the other."""
-    weights: list[float] = field(default_factory=list)
-    """With `image_sizes`: each step's side is drawn, with these weights, by `train.seed` and the step."""
-    teachers: list[str] = field(default_factory=list)
-    """Those that take part; empty for all. The others' projectors get no gradient, and weight decay alone."""
-
-
-@dataclass
-class PartitionConfig:
-    """A part of every step's images, at its size and with its teachers; see `dune_fast.engine.stages`."""
-
-    image_size: int = 0
-    """Side of its images in pixels, up to the run's `image_size`."""
-    images: int = 0
-    """Of every step, over all ranks; the partitions' together are `train.global_batch`."""
-    teachers: list[str] = field(default_factory=list)
-    """Those that look at them; empty for all."""
-    share: float = 0.0
-    """What its loss counts in the step's, over all partitions' together, and its share of the ranks; 0 in all: as much
-    as the others."""
-
-
-@dataclass
 class TrainConfig:
     """Length, batch and bookkeeping of the training."""
 

@@ -1,8 +1,9 @@
-"""Checks of a run's stages and partitions."""
+"""A run's stages and partitions in its configuration, and their checks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from dune_fast.dali_pipelines.datasets import DataConfig
@@ -10,8 +11,6 @@ from dune_fast.distill.objective import ObjectiveConfig
 from dune_fast.engine.config_sections import (
     CacheConfig,
     ConfigError,
-    PartitionConfig,
-    ProgressiveConfig,
     StandardizationConfig,
     StartConfig,
     TrainConfig,
@@ -24,6 +23,39 @@ MODES = ("ranks", "steps")
 """What `partition_by` may be."""
 ESTIMATED = ("phi_s", "fixed", "stored")
 """Conventions whose statistics are known before the first step and stay."""
+
+
+@dataclass
+class ProgressiveConfig:
+    """A stage of the run; see `dune_fast.engine.stages`."""
+
+    until: float = 0.0
+    """Share of the run's steps at which it ends, above that of the entry before. The last entry may end at 1; else a
+    stage at the run's `image_size`, with all teachers, follows."""
+    image_size: int = 0
+    """Side of its images in pixels, up to the run's `image_size`. Without another field of this class: above that of
+    the entry before and below the run's."""
+    image_sizes: list[int] = field(default_factory=list)
+    """In place of `image_size`: sides that the steps take, one after the other."""
+    weights: list[float] = field(default_factory=list)
+    """With `image_sizes`: each step's side is drawn, with these weights, by `train.seed` and the step."""
+    teachers: list[str] = field(default_factory=list)
+    """Those that take part; empty for all. The others' projectors get no gradient, and weight decay alone."""
+
+
+@dataclass
+class PartitionConfig:
+    """A part of every step's images, at its size and with its teachers; see `dune_fast.engine.stages`."""
+
+    image_size: int = 0
+    """Side of its images in pixels, up to the run's `image_size`."""
+    images: int = 0
+    """Of every step, over all ranks; the partitions' together are `train.global_batch`."""
+    teachers: list[str] = field(default_factory=list)
+    """Those that look at them; empty for all."""
+    share: float = 0.0
+    """What its loss counts in the step's, over all partitions' together, and its share of the ranks; 0 in all: as much
+    as the others."""
 
 
 class Staged(Protocol):
@@ -44,7 +76,22 @@ class Staged(Protocol):
     train: TrainConfig
 
 
+def image_sizes(cfg: Staged) -> dict[str, int]:
+    """field -> side of the student's training images that it names, in pixels."""
+    found = {"image_size": cfg.image_size}
+    for i, entry in enumerate(cfg.progressive):
+        several = {f"progressive[{i}].image_sizes[{j}]": size for j, size in enumerate(entry.image_sizes)}
+        found |= several or {f"progressive[{i}].image_size": entry.image_size}
+    return found | {f"partitions[{i}].image_size": part.image_size for i, part in enumerate(cfg.partitions)}
+
+
 def check_stages(cfg: Staged) -> None:
+    """ConfigError if stages or partitions make no sense."""
+    _check_progressive(cfg)
+    _check_partitions(cfg)
+
+
+def _check_progressive(cfg: Staged) -> None:
     """ConfigError unless borders rise, every stage has a step, sizes are allowed, and teachers are known."""
     border, size, count = 0, 0, len(cfg.progressive)
     for i, entry in enumerate(cfg.progressive):
@@ -114,7 +161,7 @@ def _check_teachers(cfg: Staged, where: str, names: Sequence[str]) -> None:
         raise ConfigError(f"{where} leaves teachers out, but a cache ({cfg.cache.folder}) has all; leave one out")
 
 
-def check_partitions(cfg: Staged) -> None:
+def _check_partitions(cfg: Staged) -> None:
     """ConfigError unless partitions share out the batch, and go with the rest of the run."""
     if cfg.partition_by not in MODES:
         raise ConfigError(f"partition_by={cfg.partition_by!r}; choose one of {', '.join(MODES)}")

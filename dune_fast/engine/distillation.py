@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from dune_fast.cache.teachers import LateTeachers
@@ -30,7 +29,7 @@ from dune_fast.engine.opening import describe, stage_costs
 from dune_fast.engine.run_folder import count_images, refuse_other_images
 from dune_fast.engine.same_ranks import refuse_other_data
 from dune_fast.engine.schedules import ema_momenta
-from dune_fast.engine.stages import restarted, stage_at, stages, turns
+from dune_fast.engine.stages import by_stage, stage_at, stages, turns
 from dune_fast.engine.start import look_ahead
 from dune_fast.engine.task import Place, Work
 from dune_fast.engine.teacher_crops import TeacherCrops
@@ -102,10 +101,8 @@ class Distillation:
                 self.teachers.release()
         if cfg.train.compile:
             student.compile_blocks()
-        self.momenta = np.concatenate([
-            ema_momenta(end - first, cfg.standardization.ema_start, cfg.standardization.ema_end)
-            for first, end in restarted(cfg, "statistics")
-        ])  # fmt: skip
+        ends = cfg.standardization.ema_start, cfg.standardization.ema_end
+        self.momenta = by_stage(cfg, "statistics", lambda n: ema_momenta(n, *ends))
         self.conflicts = None
         if cfg.logging.conflicts and len(cfg.teachers) > 1:
             self.conflicts = TeacherConflicts(list(cfg.teachers), cfg.train.log_every, run.device, run.world_size)

@@ -14,7 +14,7 @@ losses by their shares either way. The order of images does not depend on it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -166,8 +166,7 @@ def turns(cfg: RunConfig, rank: int, world_size: int) -> list[Turn]:
     return found
 
 
-def restarted(cfg: RunConfig, what: str) -> list[tuple[int, int]]:
-    """(first, end) of the steps that a schedule runs over; one for the run unless stages restart it."""
-    if what not in cfg.stage_restarts:
-        return [(0, cfg.steps)]
-    return [(stage.first, stage.end) for stage in stages(cfg)]
+def by_stage(cfg: RunConfig, what: str, schedule: Callable[[int], np.ndarray]) -> np.ndarray:
+    """A schedule (number of steps -> values) over the run, or over each stage where `stage_restarts` names it."""
+    lengths = [stage.end - stage.first for stage in stages(cfg)] if what in cfg.stage_restarts else [cfg.steps]
+    return np.concatenate([schedule(length) for length in lengths])

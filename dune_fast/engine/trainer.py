@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -40,7 +39,7 @@ from dune_fast.engine.run_folder import how_to_go_on, open_run
 from dune_fast.engine.run_state import RUNNING, STOPPED, fail, write_state
 from dune_fast.engine.same_ranks import meet, refuse_own_folders
 from dune_fast.engine.schedules import average_decay, cycled_beta
-from dune_fast.engine.stages import passes, restarted
+from dune_fast.engine.stages import by_stage, passes
 from dune_fast.engine.task import Task
 from dune_fast.engine.trackers import check_packages
 from dune_fast.engine.watchdog import Watchdog
@@ -129,9 +128,7 @@ class Trainer:
     def _build_loop(self, resume_step: int | None) -> None:
         """What goes round the step: schedules, checkpoints, guards; loads the checkpoint."""
         cfg, train = self.cfg, self.cfg.train
-        self.lr = np.concatenate([
-            cfg.optimizer.rates(end - first, train.global_batch) for first, end in restarted(cfg, "learning_rate")
-        ])  # fmt: skip
+        self.lr = by_stage(cfg, "learning_rate", lambda n: cfg.optimizer.rates(n, train.global_batch))
         self.betas = cycled_beta(cfg.steps, *cfg.optimizer.cycle_beta) if cfg.optimizer.cycle_beta else None
         timeout = 60.0 * train.timeout_minutes
         self.stop = Stop(self.world_size, timeout, train.notice_seconds)

@@ -128,3 +128,11 @@ def test_partitions_that_make_no_sense_are_refused(overrides, more, words):
 def test_ranks_that_cannot_share_partitions_are_refused(overrides, ranks, words):
     with pytest.raises(ConfigError, match=words):
         micro_batch_size(compose_config([*overrides, *PARTITIONS]), ranks)
+
+
+def test_phi_s_is_estimated_from_all_partitions(overrides):
+    """Every teacher on the images of its partitions, at their sizes; nothing is left unknown."""
+    more = ["partition_by=steps", "standardization.convention=phi_s", "standardization.phi_s_batches=2"]
+    trainer = build([*overrides, *PARTITIONS, *more, "data.prefetch=1"])
+    assert all(buffer.isfinite().all() for buffer in trainer.task.statistics.buffers())
+    trainer.task.loader.close()

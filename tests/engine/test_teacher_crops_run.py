@@ -48,6 +48,8 @@ def test_a_run_with_crops_goes_on_where_it_stopped(photos, tmp_path):
         (["cache.folder=x", "data.views=1"], "data.teacher_views=true with cache.folder='x'"),
         (["objective.patch_share=0.5", "objective.align=''", "data.teacher_views=false"],
          "teachers.one.grid=own with objective.patch_share=0.5"),
+        (["objective.align=''", "data.teacher_views=false"],
+         "teachers.one.grid=own gives 6 x 6 patches, and at image_size=56 the student's projection has 4 x 4"),
         (["teachers.two.mosaic=32"], "gives teacher 'two' images of 64 px, which do not fit on a canvas"),
     ],
 )  # fmt: skip
