@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.case import FORWARD, GRADIENT, Case, Check, compare, relative_error
@@ -15,6 +14,7 @@ from dune_fast.distill.phi_s_running import RunningPhiS, fold
 from dune_fast.distill.summary import AngleDispersion, TangentSphere, summary_cosine
 from dune_fast.distill.terms import ELEMENTS
 from dune_fast.kernels.distill_loss import distill_loss
+from dune_fast.projectors.heads import HeadV2
 
 STATISTICS = 1e-6
 REVISIONS: dict[tuple[str, bool], str] = {
@@ -141,26 +141,15 @@ def run_phi_s(case: Case) -> list[Check]:
     return checks
 
 
-def _head(weights: dict[str, Tensor], under: str, x: Tensor, inner: int) -> Tensor:
-    """RADIO's second head; see `run_combo`."""
-    def get(name):
-        return weights[f"{under}/{name}.weight"], weights[f"{under}/{name}.bias"]
-    x = F.linear(x, *get("fc1"))
-    for i in range(inner):
-        x = x + F.linear(F.gelu(F.layer_norm(x, x.shape[-1:], *get(f"blocks.{i}.0"))), *get(f"blocks.{i}.2"))
-    return F.linear(F.gelu(F.layer_norm(x, x.shape[-1:], *get("final.0"))), *get("final.2"))
-
-
 def run_combo(case: Case) -> list[Check]:
     """Three teachers, three steps, in the order of revision 7.0.1: align, project, standardize both sides."""
     info, checks = case.info, []
     rule, names = RULES["smaller"], list(case.info["teachers"])
     statistics = {n: RunningPhiS(t["dim"], info["phi_update_period"]) for n, t in info["teachers"].items()}
     angles = {n: AngleDispersion(t["summary_dim"]) for n, t in info["teachers"].items()}
-    weights = {name: x.clone().requires_grad_() for name, x in case.under("state").items()}
+    heads = nn.ModuleDict({name: nn.ModuleDict(_heads(case, name)) for name in names})
     for step in range(info["steps"]):
-        for x in weights.values():
-            x.grad = None
+        heads.zero_grad()
         spatial = case[f"step{step}/student/spatial"].clone().requires_grad_()
         total, summaries = spatial.new_zeros(()), {}
         for name in names:
@@ -169,18 +158,17 @@ def run_combo(case: Case) -> list[Check]:
             tokens = None if valid is None else token_mask(valid, *teacher.shape[-2:]) > 0
             statistics[name].update(_tokens(teacher), None if tokens is None else tokens.flatten(1))
             aligned = align(spatial, teacher, rule, View(given.get("transform"), None, valid))
-            projected = _head(weights, f"{name}/spatial", _tokens(aligned.student), info["num_inner"])
+            projected = heads[name]["spatial"](_tokens(aligned.student))
             s, t = statistics[name].rotate(projected), statistics[name].rotate(_tokens(aligned.teacher))
             positions = ELEMENTS[about["spatial_loss"]](s - t).mean(-1)
             if aligned.weight is None:
                 loss = positions.mean()
             else:
-                loss = image_losses(
-                    positions, aligned.weight.flatten(1), rule, sums_of(aligned.weight, rule)
-                ).mean()  # fmt: skip
+                sums = sums_of(aligned.weight, rule)
+                loss = image_losses(positions, aligned.weight.flatten(1), rule, sums).mean()
             summary = given["student_summary"].clone().requires_grad_()
             target = given["teacher_summary"]
-            predicted = _head(weights, f"{name}/summary", summary, info["num_inner"])
+            predicted = heads[name]["summary"](summary)
             if about["summary_loss"] == "angle":
                 angles[name].update(target, torch.arange(len(target)))
                 of_summary = angles[name](predicted, target).mean()
@@ -194,7 +182,22 @@ def run_combo(case: Case) -> list[Check]:
         found = {f"{name}/student_summary_grad": x.grad for name, x in summaries.items()}
         found["student/spatial_grad"] = spatial.grad
         checks += compare(found, {n: case[f"step{step}/{n}"] for n in found}, GRADIENT, f"step{step}/")
-    return checks + compare({name: x.grad for name, x in weights.items()}, case.under("grad"), GRADIENT, "grad/")
+    expected = case.under("grad")
+    gradients = {name.replace(".", "/", 2): x.grad for name, x in heads.named_parameters()}
+    # SAM's summary weighs 0: zeros in the case, and here no gradient or zeros
+    found = {n: torch.zeros_like(x) if gradients[n] is None else gradients[n] for n, x in expected.items()}
+    return checks + compare(found, expected, GRADIENT, "grad/")
+
+
+def _heads(case: Case, teacher: str) -> dict[str, HeadV2]:
+    """A teacher's two heads, with the case's weights."""
+    heads = {}
+    for kind in ("spatial", "summary"):
+        state = case.under(f"state/{teacher}/{kind}")
+        (hidden, dim), channels = state["fc1.weight"].shape, len(state["final.2.bias"])
+        heads[kind] = HeadV2(dim, hidden, channels, case.info["num_inner"])
+        heads[kind].load_state_dict(state)
+    return heads
 
 
 LOSS_RUNNERS: dict[str, Callable[[Case], list[Check]]] = {

@@ -90,12 +90,12 @@ def run_loss(case: Case) -> list[Check]:
     checks = []
     for main_loss in ("cos_l1", "mse"):  # both metrics come out of every case
         share = 1.0 if weight is None else weight * len(names)
-        of = {"mse": TermWeights(0.0, 0.0, mse=1.0), "cos_l1": TermWeights(0.0, 0.1 * share, map_cosine=0.9)}
+        of = {"mse": TermWeights(0.0, 0.0, mse=share), "cos_l1": TermWeights(0.0, 0.1 * share, map_cosine=0.9)}
         losses, parts = teacher_losses(student, teacher, None, ObjectiveConfig(patch=of[main_loss]))
         terms = {"mse": "mse"} if main_loss == "mse" else {"cos": "map_cosine", "l1": "smooth_l1"}
         for theirs, ours in terms.items():
             found = torch.stack([parts[f"{name}/patch/{ours}"].mean() for name in names])
-            metric = share * found.mean() if theirs == "l1" else found.mean()
+            metric = found.mean() if theirs == "cos" else share * found.mean()
             checks.append(Check(f"metrics/{theirs}", relative_error(metric, case[f"metrics/{theirs}"]), FORWARD))
             for name, value in zip(names, found, strict=True):
                 key = f"per_teacher/{name}/{theirs}"

@@ -263,7 +263,10 @@ def _check_head(cfg: RunConfig) -> None:
 
 
 def _check_distillation(cfg: RunConfig) -> None:
-    check_projectors(cfg)
+    check_projectors(
+        cfg.projector, cfg.student, cfg.teacher_features, cfg.image_size, bool(cfg.progressive),
+        cfg.objective.patch_share,
+    )  # fmt: skip
     sizes, patch = {"image_size": cfg.image_size}, cfg.student.patch_size
     sizes |= {"evaluation.figure_size": cfg.evaluation.figure_size} if cfg.evaluation.figures else {}
     sizes |= {f"progressive[{i}].image_size": entry.image_size for i, entry in enumerate(cfg.progressive)}
@@ -289,8 +292,8 @@ def _check_distillation(cfg: RunConfig) -> None:
                 f"start.teacher={cfg.start.teacher!r} and student_weights={cfg.student_weights!r} exclude each other: "
                 "the student starts from the one or from the other"
             )
-    check_standardization(cfg)
-    check_objective(cfg)
+    check_standardization(cfg.standardization, cfg.teachers, cfg.cache, cfg.start)
+    check_objective(cfg.objective, cfg.teachers, cfg.cache)
     if cfg.train.compile and cfg.deepspeed.zero_stage == 3:
         raise ConfigError(
             "train.compile=true with deepspeed.zero_stage=3: the compiler does not see DeepSpeed gather weights; "

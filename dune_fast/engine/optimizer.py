@@ -66,14 +66,19 @@ class OptimizerConfig:
 
 def parameter_groups(module: nn.Module, weight_decay: float, vectors: bool = False) -> list[dict]:
     """Trainable parameters in two groups: tensors of two or more dimensions with weight decay; vectors and biases (that
-    of a LayerNorm over a map has three dimensions) without, or with it for `vectors`."""
-    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    matrices = [p.ndim >= 2 and name.rpartition(".")[2] != "bias" for name, p in trained]
-    return [
-        {"params": [p for (_, p), is_matrix in zip(trained, matrices, strict=True) if is_matrix is wanted],
-         "weight_decay": weight_decay * (wanted or vectors)}
-        for wanted in (True, False)
-    ]  # fmt: skip
+    of a LayerNorm over a map has three dimensions) without, or with it for `vectors`. A third one has those that a
+    module of the network names `undecayed`."""
+    named = [(name.rpartition(".")[2], p) for name, p in module.named_parameters() if p.requires_grad]
+    never = {id(getattr(part, name)) for part in module.modules() for name in getattr(part, "undecayed", ())}
+    vector = {id(p) for name, p in named if p.ndim < 2 or name == "bias"}
+    parameters = [p for _, p in named]
+    groups = [
+        {"params": [p for p in parameters if id(p) not in vector | never], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) in vector], "weight_decay": weight_decay * vectors},
+    ]
+    if never:
+        groups.append({"params": [p for p in parameters if id(p) in never - vector], "weight_decay": 0.0})
+    return groups
 
 
 def build_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dune_fast.export.check import ExportError, Reader, encoder_outputs
 from dune_fast.export.to_safetensors import PLAIN, save
+from dune_fast.kernels.nn.encoders import family_of
 from dune_fast.load import DistilledModel
 from dune_fast.projectors.theia import ConvHead, Translator
 from dune_fast.released_theia import load_theia, published_state
@@ -20,7 +21,7 @@ def _refuse_unlike(model: DistilledModel) -> None:
     """ExportError if the container has no names for this model."""
     student, projectors = model.student, model.student.projectors
     demands = {
-        "an encoder of the family theia (student.family=theia)": student.encoder.cfg.family == "theia",
+        "an encoder of the family theia (student.family=theia)": family_of(student.encoder.cfg) == "theia",
         "no LayerScale (student.layer_scale: null)": student.encoder.cfg.layer_scale is None,
         "translators that read tokens after the final norm (student.normed=true)": student.normed,
         "lconv translators (projector=theia, projector.translator=lconv)": all(

@@ -77,6 +77,8 @@ class ProjectorConfig:
     """Theia: one of `TRANSLATORS`, see `dune_fast.projectors.theia`."""
     hidden_factor: float = 1.0
     """Theia, lconv: channels of the convolutions over the student's."""
+    source_grid: int = 0
+    """Theia: rows of patches of the run's images; 0 for those of `student.image_size`."""
     translator_layers: int = 2
     """Theia, transformer: layers of the decoder."""
     translator_heads: int = 8

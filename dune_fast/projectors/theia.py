@@ -164,7 +164,8 @@ class Translator(Projector):
         super().__init__()
         kind, dim, channels = cfg.translator, student.embed_dim, teacher.channels
         self.token_types, self.first = tuple(teacher.token_types), int(student.cls)
-        self.source, self.target = student.grid, teacher.grid or student.grid
+        self.source = cfg.source_grid or student.grid
+        self.target = teacher.grid or self.source
         if "cls" in self.token_types:
             if kind != "lconv":
                 raise ValueError(
@@ -214,7 +215,7 @@ class Translator(Projector):
                 got = f"{patches.shape[1]} patches" if grid is None else f"{grid[0]} x {grid[1]} patches"
                 raise ValueError(
                     f"Theia's translators are for {self.source} x {self.source} patches, and got {got}: train and use "
-                    "them with square images of student.image_size"
+                    "them with square images of that many, or set projector.source_grid"
                 )
             projection["patch"] = self._translated(patches, kept)
         return projection

@@ -8,13 +8,13 @@ order, so tokens are the same.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig, plain
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 
 
 @dataclass
@@ -30,7 +30,7 @@ class TheiaConfig(ViTConfig):
     norm_eps: float = 1e-12
     """Epsilon of every LayerNorm."""
 
-    family: ClassVar[str] = "theia"
+    network_family: ClassVar[str] = "theia"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,7 +42,7 @@ class TheiaViT(VisionTransformer):
     """See the top of the file; `forward` and `block_outputs` are `VisionTransformer`'s."""
 
     cfg: TheiaConfig
-    config = TheiaConfig
+    config_class = TheiaConfig
 
     def __init__(self, cfg: TheiaConfig) -> None:
         super().__init__(cfg)
@@ -50,10 +50,6 @@ class TheiaViT(VisionTransformer):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, cfg.embed_dim))
         if cfg.num_registers:
             self.register_positions = nn.Parameter(torch.zeros(1, cfg.num_registers, cfg.embed_dim))
-
-    @classmethod
-    def student_config(cls, cfg: ViTConfig) -> TheiaConfig:
-        return TheiaConfig(**asdict(plain(cfg)))
 
     def init_weights(self) -> TheiaViT:
         """Truncated normal 0.02 for all weights, positions and tokens, the patch projection too; zero biases."""

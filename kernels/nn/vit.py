@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -28,6 +28,7 @@ from dune_fast.kernels.nn.block import (
     run_blocks,
 )
 from dune_fast.kernels.nn.dinov2_interface import DINOv2Interface
+from dune_fast.kernels.nn.draws import StepDraws
 from dune_fast.kernels.nn.patches import PatchEmbed, SharedPatches
 from dune_fast.kernels.rope2d import grid_positions, rope2d_angles
 
@@ -67,8 +68,6 @@ class ViTConfig:
 
     mlp_kinds: ClassVar[tuple[str, ...]] = MLP_KINDS
     norm_eps: ClassVar[float] = LAYER_NORM_EPS
-    family: ClassVar[str] = "vit"
-    """Key of `encoders.ENCODERS`, where there is such a student."""
 
     def __post_init__(self) -> None:
         if self.mlp not in self.mlp_kinds:
@@ -125,8 +124,8 @@ class VisionTransformer(DINOv2Interface, nn.Module):
     like that. `forward` applies the final norm and returns the dictionary that users of DINOv2 know.
     """
 
-    config: ClassVar[type[ViTConfig]] = ViTConfig
-    """Of its architecture."""
+    config_class: ClassVar[type[ViTConfig]] = ViTConfig
+    """Type of `cfg`."""
     activation_checkpointing = False
     """Whether the backward pass computes each block again instead of keeping what is inside."""
     stream_dtype: torch.dtype | None = None
@@ -152,19 +151,12 @@ class VisionTransformer(DINOv2Interface, nn.Module):
         self.norm = LayerNorm(dim, eps=cfg.norm_eps) if cfg.final_norm else nn.Identity()
 
     @classmethod
-    def student_config(cls, cfg: ViTConfig) -> ViTConfig:
-        """The network's own configuration for a student's."""
-        return plain(cfg)
-
-    @classmethod
     def for_student(cls, cfg: ViTConfig, num_cls: int) -> VisionTransformer:
         """See `kernels.nn.encoders.ENCODERS`."""
         if num_cls != int(cfg.cls_token):
-            raise ValueError(
-                f"student.cls_per_teacher asks for {num_cls} cls tokens, and student.family={cls.config.family} has "
-                "one: set it to false, or choose student.family=radio"
-            )
-        return cls(cls.student_config(cfg))
+            given = f"student.cls_per_teacher asks for {num_cls} cls tokens, and this student.family has one"
+            raise ValueError(f"{given}: set it to false, or choose student.family=radio")
+        return cls(cls.config_class(**asdict(plain(cfg))))
 
     def init_weights(self) -> VisionTransformer:
         """Draws the student's initial weights from torch's generator; see `dune_fast.student.build_student`.
@@ -223,8 +215,8 @@ class VisionTransformer(DINOv2Interface, nn.Module):
             self.pos_embed, height, width, self.table_prefix, cfg.interpolate_offset, cfg.interpolate_antialias
         )
 
-    def embed(self, images: Tensor, patches: SharedPatches | None = None) -> Tensor:
-        """Images [B, 3, H, W] to the tokens before the first block, [B, P + N, D]; `patches` as in `PatchEmbed`."""
+    def embed(self, images: Tensor, patches: SharedPatches | None = None, draws: StepDraws | None = None) -> Tensor:
+        """Images [B, 3, H, W] to the tokens before the first block, [B, P + N, D]; see `block_outputs`."""
         height, width = self.grid(images)
         x = self.patch_embed(images, patches)
         if self.cfg.pos_embed != "learned":
@@ -250,27 +242,33 @@ class VisionTransformer(DINOv2Interface, nn.Module):
         return rope2d_angles(positions, self.cfg.embed_dim // self.cfg.num_heads)
 
     def block_outputs(
-        self, images: Tensor, blocks: Sequence[int], patches: SharedPatches | None = None
-    ) -> dict[int, Tensor]:
+        self, images: Tensor, blocks: Sequence[int], patches: SharedPatches | None = None,
+        draws: StepDraws | None = None,
+    ) -> dict[int, Tensor]:  # fmt: skip
         """Un-normalised tokens [B, P + N, D] after chosen blocks, by index; ValueError for a block that there is not.
 
         Args:
             images: [B, 3, H, W].
             blocks: indices from 0; -1 is the embedding before the first block. No block beyond the largest is run.
             patches: shared with the other networks of a step, see `PatchEmbed`.
+            draws: random numbers of a training step, for a network that takes some; None in evaluation.
         """
         unknown = [i for i in blocks if not -1 <= i < len(self.blocks)]
         if unknown or not blocks:
             depth = len(self.blocks)
             raise ValueError(f"blocks {list(blocks)} of an encoder with {depth}: give some of -1 .. {depth - 1}")
-        x = self.embed(images, patches)
+        x = self.embed(images, patches, draws)
         x = x.to(self.stream(x))
-        rope = self.rope(images)
         outputs = {-1: x} if -1 in blocks else {}
-        for i, tokens in enumerate(run_blocks(self.blocks[: max(blocks) + 1], x, rope, self.activation_checkpointing)):
-            if i in blocks:
-                outputs[i] = tokens
-        return outputs
+        return outputs | self.run(x, blocks, images, draws)
+
+    def run(
+        self, x: Tensor, blocks: Sequence[int], images: Tensor, draws: StepDraws | None = None
+    ) -> dict[int, Tensor]:
+        """Un-normalised tokens [B, P + N, D] after chosen blocks, by index, of the embedding x; see `block_outputs`."""
+        rope = self.rope(images)
+        tokens = run_blocks(self.blocks[: max(blocks) + 1], x, rope, self.activation_checkpointing)
+        return {i: after for i, after in enumerate(tokens) if i in blocks}
 
     def forward_tokens(self, images: Tensor) -> Tensor:
         """Un-normalised tokens after the last block, [B, P + N, D]."""

@@ -87,12 +87,12 @@ def test_a_file_of_several_encoders_or_with_more_inside_is_refused(tmp_path):
 
 
 def test_published_initialisation():
-    encoder = TheiaViT.for_student(ViTConfig(image_size=64, patch_size=16, embed_dim=192, depth=2, num_heads=3))
+    encoder = TheiaViT.for_student(ViTConfig(image_size=64, patch_size=16, embed_dim=192, depth=2, num_heads=3), 1)
     encoder.init_weights()
     state = encoder.state_dict()
     for name in ("register_tokens", "register_positions", "cls_token", "pos_embed", "patch_embed.proj.weight"):
         assert state[name].std().item() == pytest.approx(0.02, rel=0.15), name
     assert encoder.blocks[0].norm1.eps == encoder.norm.eps == 1e-12
     assert state["patch_embed.proj.bias"].abs().max() == 0
-    with pytest.raises(ValueError, match="one cls token"):
+    with pytest.raises(ValueError, match="choose student.family=radio"):
         TheiaViT.for_student(ViTConfig(), num_cls=2)
