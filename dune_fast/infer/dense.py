@@ -76,7 +76,7 @@ def run(
     device = device or torch.device("cpu")
     model = open_model(
         encoder, device, teacher=teacher, projector=head.projector, norm=head.normalised, layers=head.layers,
-        precision=precision,
+        last_blocks=head.last_blocks, precision=precision,
     )  # fmt: skip
     check_model(head, model)
     head, results = head.eval().to(device), []
