@@ -20,7 +20,8 @@ THEIA = (
     "student.image_size=56", "projector=theia", "teachers.two.grid=own", "teachers.two.input_size=64",
     "objective.cls={cosine: 0, smooth_l1: 0.1, map_cosine: 0.9}", "objective.drop_probability=0",
     "objective.patch={cosine: 0, smooth_l1: 0.1, map_cosine: 0.9}", "objective.teachers_per_step=1",
-    "standardization.convention=stored_bf16", "train.steps=20", "train.checkpoint_every=10", "evaluation.held_out=false",
+    "standardization.convention=stored_bf16", "train.steps=20", "train.checkpoint_every=10",
+    "evaluation.held_out=false",
     "optimizer.schedule=constant", "optimizer.warmup_fraction=0.1", "optimizer.warmup_start=0.01",
     "optimizer.clip_per_parameter=0", "optimizer.lr_per_256=0.03",
 )  # fmt: skip
