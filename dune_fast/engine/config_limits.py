@@ -36,13 +36,14 @@ LIMITS: dict[str, Limit] = {
         "train.images", "train.global_batch",
         "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "evaluation.batch",
         "evaluation.knn_images", "evaluation.knn_k", "evaluation.figure_size", "evaluation.figure_images",
-        "head.threads", "head.ahead",
+        "head.threads", "head.ahead", "student.radio.num_global",
     ), _COUNT),
     **dict.fromkeys((
         *(f"projector.{head}_head.{field}" for head in ("cls", "patch") for field in ("num_inner", "upsample_rank")),
         "student.num_registers", "projector.num_inner", "train.drift_images", "objective.cls.cosine",
         "objective.cls.smooth_l1", "objective.patch.cosine", "objective.patch.smooth_l1", "objective.beta",
         "optimizer.clip_per_parameter", "optimizer.clip_global", "train.steps", "cache.components",
+        *(f"student.radio.{field}" for field in ("cpe_max_size", "register_multiple", "num_windowed")),
     ), Limit()),
     **dict.fromkeys((
         "student.mlp_ratio", "projector.mlp_ratio", "standardization.eps", "train.max_loss", "train.timeout_minutes",
@@ -50,8 +51,10 @@ LIMITS: dict[str, Limit] = {
     ), _POSITIVE),
     **dict.fromkeys((
         "standardization.ema_start", "standardization.ema_end", "objective.drop_probability",
-        "optimizer.warmup_fraction", "optimizer.warmup_start",
+        "optimizer.warmup_fraction", "optimizer.warmup_start", "student.radio.position_dropout",
+        "student.radio.window_probability",
     ), _SHARE),
+    "student.radio.spectral": Limit(0, 2),
     "student.interpolate_offset": Limit(0, 0.99),
     "objective.patch_share": Limit(0, 1, above=True),
     "cache.patch_share": Limit(0, 1, above=True),
