@@ -124,10 +124,10 @@ def test_every_free_field_exists():
 
 
 def test_every_number_has_a_limit():
-    """Whoever adds a field says which values make sense; datasets, teachers and RADIO's options check their own."""
+    """Whoever adds a field says which values make sense; datasets and teachers check their own."""
     values = flatten(as_dict(compose_config([DEMO])))
     numbers = {name for name, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)}
-    numbers = {name for name in numbers if not name.startswith(("data.", "teachers.", "student.radio."))}
+    numbers = {name for name in numbers if not name.startswith(("data.", "teachers."))}
     assert numbers <= set(LIMITS)
     assert set(LIMITS) <= set(flatten(as_dict(RunConfig())))
 
