@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from dune_fast.engine.config_sections import ConfigError
-from dune_fast.projectors.base import KINDS, StudentShape, TeacherFeatures, build_projector
+from dune_fast.projectors.base import KINDS, StudentShape, TeacherFeatures, blocks_read, build_projector
 from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.projectors.sak import check_levels
 from dune_fast.student import StudentConfig
 
 
@@ -35,18 +36,21 @@ def check_projectors(
             f"{image_size // student.patch_size} rows{' and, by progressive, fewer' if progressive else ''}: set "
             "projector.source_grid (or student.image_size), and leave progressive out"
         )
-    for name, teacher in teachers.items():
-        try:
-            own = projector.of(name)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+    try:
+        of_teacher = {name: projector.of(name) for name in teachers}
+        blocks_read(projector, student.depth)
+        if projector.kind == "sak":
+            check_levels(projector, teachers)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    for name, own in of_teacher.items():
         if own.kind == "heads" and own.patch_head.upsample > 1 and patch_share < 1:
             raise ConfigError(
                 f"objective.patch_share={patch_share:g} with upsample={own.patch_head.upsample} in the head of {name}: "
                 "a subset of patches has no finer grid; choose one of the two"
             )
         if own.kind == "theia":
-            _check_translator(own, student, name, teacher)
+            _check_translator(own, student, name, teachers[name])
 
 
 def _check_translator(projector: ProjectorConfig, student: StudentConfig, name: str, teacher: TeacherFeatures) -> None:

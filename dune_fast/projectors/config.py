@@ -42,7 +42,7 @@ class ProjectorConfig:
     """Which projector stands between the student and every teacher."""
 
     kind: str = "tp"
-    """One of `dune_fast.projectors.base.KINDS`: "tp", "lp", "sp", "heads", "theia"."""
+    """One of `dune_fast.projectors.base.KINDS`: "tp", "lp", "sp", "heads", "sak", "theia"."""
     num_blocks: int = 1
     """TP: transformer blocks before the linear layer."""
     num_heads: int | None = None
@@ -52,7 +52,8 @@ class ProjectorConfig:
     layer_scale: float | None = 1e-4
     """TP: initial LayerScale."""
     which_blocks: list[int] = field(default_factory=list)
-    """LP: encoder blocks that carry a projector, from 0; empty for all."""
+    """LP: encoder blocks that carry a projector, from 0; empty for all. SAK: those that the teachers of one source
+    belong to, in their order."""
     hidden_dim: int = 768
     """LP and SP: hidden channels (LP: of every block but the last). Theia: of what its translators share."""
     last_hidden_dim: int = 3072
@@ -66,6 +67,8 @@ class ProjectorConfig:
     LN GELU Linear."""
     num_inner: int = 0
     """SP: inner layers."""
+    down_ratio: int = 4
+    """SAK: the student's channels over the adapters' hidden ones."""
     cls_head: HeadShape = field(default_factory=HeadShape)
     """Heads: of the cls token."""
     patch_head: HeadShape = field(default_factory=HeadShape)
