@@ -20,7 +20,8 @@ THEIA = (
     "student.image_size=56", "projector=theia", "teachers.two.grid=own", "teachers.two.input_size=64",
     "objective.cls={cosine: 0, smooth_l1: 0.1, map_cosine: 0.9}", "objective.drop_probability=0",
     "objective.patch={cosine: 0, smooth_l1: 0.1, map_cosine: 0.9}", "objective.teachers_per_step=1",
-    "standardization.convention=stored_bf16", "train.steps=20", "train.checkpoint_every=10", "evaluation.held_out=false",
+    "standardization.convention=stored_bf16", "train.steps=20", "train.checkpoint_every=10",
+    "evaluation.held_out=false",
     "optimizer.schedule=constant", "optimizer.warmup_fraction=0.1", "optimizer.warmup_start=0.01",
     "optimizer.clip_per_parameter=0", "optimizer.lr_per_256=0.03",
 )  # fmt: skip
@@ -77,8 +78,8 @@ def test_what_a_run_cannot_do_is_refused(overrides):
     common = [*overrides, *(word for word in THEIA if "stored" not in word and "teachers_per_step" not in word)]
     for more, sentence in (
         (["standardization.convention=stored"], "standardization.file and standardization.files say where"),
-        (["standardization.convention=stored", "standardization.files={one: [a.npy, b.npy]}"], "nothing of two"),
-        (["standardization.convention=stored", "standardization.files={one: [a.npy]}"], "give two files"),
+        (["standardization.convention=stored", "+standardization.files.one=[a.npy,b.npy]"], "nothing of two"),
+        (["standardization.convention=stored", "+standardization.files.one=[a.npy]"], "give two files"),
         (["standardization.file=x"], "and none without"),
         (["objective.teachers_per_step=2"], "of 2 teachers: give fewer"),
         (["image_size=70", "teachers.two.input_size=null"], "4 x 4 patches, and this run's have 5"),
