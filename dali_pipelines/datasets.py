@@ -148,6 +148,11 @@ class DataConfig:
     """Seconds for which a read is tried again when the storage does not answer, before the run stops."""
 
     @property
+    def moves_teachers(self) -> bool:
+        """Whether a teacher may see another part of the image than the student."""
+        return self.teacher_views and (list(self.teacher_zoom) != [1.0, 1.0] or self.teacher_shift > 0)
+
+    @property
     def groups(self) -> list[str]:
         """Of the datasets to train on, sorted."""
         return sorted({dataset.group for dataset in self.datasets.values() if not dataset.evaluation_only})

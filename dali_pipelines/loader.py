@@ -26,9 +26,8 @@ from dune_fast.dali_pipelines.order import rank_slots
 from dune_fast.dali_pipelines.pipeline import Decoder, import_dali
 from dune_fast.dali_pipelines.plan import Part, Plan, TrainPlans, ValPlans, ViewPlans, group_weights
 from dune_fast.dali_pipelines.source import ImageSource
-from dune_fast.dali_pipelines.teacher_views import OwnCrop
+from dune_fast.dali_pipelines.teacher_views import OwnCrop, as_given
 from dune_fast.kernels.augment import ColourParams, augment_colour
-from dune_fast.kernels.nn.homography import box_mask
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +115,8 @@ class ImageLoader(contextlib.AbstractContextManager):
 
     def _consume(self, start: int, wanted: Callable[[float], bool] | None) -> Iterator[Batch]:
         """Takes decoded batches from a thread and finishes them on the device."""
-        first = start * self.parts
-        steps = decode_steps(self.plans, self._source, self.config.read_ahead, self._new_decoder, first)
+        of_plans = self.plans, self._source, self.config.read_ahead, self._new_decoder
+        steps = decode_steps(*of_plans, start * self.parts)
         # the current device is a matter of each thread
         set_device = functools.partial(torch.cuda.set_device, self.device) if self.device.type == "cuda" else None
         thread = ThreadPoolExecutor(1, "decode-images", set_device)
@@ -159,15 +158,15 @@ class ImageLoader(contextlib.AbstractContextManager):
     def _finish(self, plan: Plan, pictures: Pictures, read: ToDevice | None) -> Batch:
         """Colour augmentation and the transfer of all else, on the consumer's stream; the host waits for neither."""
         dataset = np.array([dataset for dataset, _ in plan.images])
-        table = torch.from_numpy(np.stack([plan.positions, plan.group, dataset, plan.geometry.turn]).astype(np.int64))
-        table = self._on_device(table)
+        table = np.stack([plan.positions, plan.group, dataset, plan.geometry.turn]).astype(np.int64)
+        table = self._on_device(torch.from_numpy(table))
         turn = table[3].bool() if plan.geometry.turn.any() else None
         colour = None if plan.colour is None else plan.colour.to(self.device)
         images, *others = (self._coloured(*picture, turn, colour) for picture in pictures)
         features, patches = (None, None) if read is None else read(self.device)
         return Batch(
             images, table[0], table[1], table[2], self._paths(plan), plan.step, plan.group, plan.views, features,
-            plan.positions, patches, plan.checksums, self._crops(plan, others), plan.part,
+            plan.positions, patches, plan.checksums, as_given(plan.crops, others, self._on_device), plan.part,
         )  # fmt: skip
 
     def _coloured(
@@ -181,17 +180,6 @@ class ImageLoader(contextlib.AbstractContextManager):
         if turn is not None:
             images = torch.where(turn[:, None, None, None], images.rot90(-1, (1, 2)), images)
         return augment_colour(images, colour)
-
-    def _crops(self, plan: Plan, pictures: Sequence[Tensor]) -> dict[str, dict[str, Tensor]] | None:
-        """`Batch.teacher_views`."""
-        if not plan.crops:
-            return None
-        found = {}
-        for crop, images in zip(plan.crops, pictures, strict=True):
-            valid = box_mask(self._on_device(crop.quad), (images.shape[-2], images.shape[-1]))
-            transform = self._on_device(crop.transform.float())
-            found[crop.name] = {"images": images * valid[:, None], "transform": transform, "valid": valid}
-        return found
 
     def _on_device(self, x: Tensor) -> Tensor:
         return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
@@ -245,9 +233,7 @@ class TrainLoader(ImageLoader):
                 logger.info("dataset %s: %s", dataset.name, contents)
         parts = [Part(rank_slots(global_batch, rank, world_size))] if parts is None else parts
         source = ImageSource(datasets, "train", config, folder, rank)
-        plans = TrainPlans(
-            source, config, sizes or (lambda step: image_size), global_batch, parts, seed, crops, patch
-        )  # fmt: skip
+        plans = TrainPlans(source, config, sizes or (lambda _: image_size), global_batch, parts, seed, crops, patch)
         largest = max(part.slots.stop - part.slots.start for part in parts)
         super().__init__(plans, source, config, image_size, largest, device)
         self.parts = len(parts)

@@ -13,16 +13,17 @@ made of these bounds, and exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dune_fast.dali_pipelines.augmentation import Geometry, as_stored, resized_crops, shown_sizes
 from dune_fast.dali_pipelines.datasets import DataConfig
 from dune_fast.kernels import philox
-from dune_fast.kernels.nn.homography import between_views
+from dune_fast.kernels.nn.homography import between_views, box_mask
 
 
 class OwnCrop(NamedTuple):
@@ -38,19 +39,19 @@ class CropPlan(NamedTuple):
 
     name: str
     geometry: Geometry
-    quad: torch.Tensor
+    quad: Tensor
     """float64 [B, 4, 2], where the source's corners lie in the picture, in pixels."""
-    transform: torch.Tensor
+    transform: Tensor
     """float64 [B, 3, 3], of a point of the picture to the student's, see `kernels.nn.homography`."""
 
 
-def student_window(words: torch.Tensor, sizes: np.ndarray, turn: np.ndarray, config: DataConfig) -> np.ndarray:
+def student_window(words: Tensor, sizes: np.ndarray, turn: np.ndarray, config: DataConfig) -> np.ndarray:
     """The student's crop in the image as it is shown, int64 [B, 4]: see `augmentation.train_geometry`."""
     return resized_crops(words, shown_sizes(sizes, turn), list(config.crop_scale), list(config.crop_ratio))
 
 
 def own_crops(
-    crops: Sequence[OwnCrop], seed: int, positions: np.ndarray, words: torch.Tensor, sizes: np.ndarray,
+    crops: Sequence[OwnCrop], seed: int, positions: np.ndarray, words: Tensor, sizes: np.ndarray,
     turn: np.ndarray, student: Geometry, patch: int, config: DataConfig,
 ) -> list[CropPlan]:  # fmt: skip
     """The teachers' crops of a batch.
@@ -79,6 +80,20 @@ def own_crops(
         quad = _quad(shown, geometry.window, geometry.size, geometry.anchor, flip, side)
         transform = between_views(quad, (side, side), theirs, (image_size, image_size))
         found.append(CropPlan(crop.name, as_stored(geometry, np.asarray(sizes, np.int64), side), quad, transform))
+    return found
+
+
+def as_given(
+    crops: Sequence[CropPlan], pictures: Sequence[Tensor], to_device: Callable[[Tensor], Tensor]
+) -> dict[str, dict[str, Tensor]] | None:
+    """`Batch.teacher_views` of pictures float32 [B, 3, T, T], one tensor a crop; None where there are none."""
+    if not crops:
+        return None
+    found = {}
+    for crop, images in zip(crops, pictures, strict=True):
+        valid = box_mask(to_device(crop.quad), (images.shape[-2], images.shape[-1]))
+        own = {"images": images * valid[:, None], "transform": to_device(crop.transform.float())}
+        found[crop.name] = own | {"valid": valid}
     return found
 
 
@@ -115,7 +130,7 @@ def _along(
 
 def _quad(
     shown: np.ndarray, window: np.ndarray, size: np.ndarray, anchor: np.ndarray, flip: np.ndarray, side: int
-) -> torch.Tensor:
+) -> Tensor:
     """Where the corners of images of `shown` pixels (width, height) lie in a picture of `side`, float64 [B, 4, 2]."""
     ends = []
     for axis in (0, 1):

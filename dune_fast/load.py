@@ -149,7 +149,7 @@ def load_encoder(
         architecture, state = family.read_content(content, path, asked)
     stored = stored_statistics(path)
     if isinstance(architecture, RADIOConfig) and stored is None:
-        architecture = nominal(architecture, path)
+        architecture = nominal(architecture, content, path)
     built = build_loaded(lambda: network(architecture)(architecture), state, path, beside_encoder)
     assert isinstance(built, VisionTransformer)
     built.mean, built.std = stored or family.statistics

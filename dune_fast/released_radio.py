@@ -53,6 +53,7 @@ PUBLISHED_RADIO = {
 }
 """Published name -> release; a size of 0 is not known."""
 _SIZE = 512
+"""Of images for a container that says none."""
 SUMMARY = "_summary"
 """Ends the name of what reads a teacher's summary token."""
 _MOST_UPSAMPLING = 64
@@ -110,6 +111,8 @@ def _head(
 ) -> tuple[HeadShape, int, dict[str, Tensor]]:
     """Shape, output channels and plain tensors of one head."""
     where = f"{path}, {'summary' if token == 'cls' else 'feature'} head of {teacher['name']}"
+    if version == "attn" and token == "cls":
+        raise TeacherWeightsError(f"{where}: it has attention (version attn), but reads a single token")
     tensors = plain_weights(tensors, path)
     mlp = below(tensors, "mlp.") if version == "attn" else tensors
     factor = teacher.get("fd_upsample_factor") or 1 if token == "patch" and version != "v1" else 1
@@ -138,11 +141,13 @@ def _head(
     return shape, outputs // factor**2, tensors
 
 
-def nominal(architecture: RADIOConfig, path: Path) -> RADIOConfig:
-    """A container's backbone with the size of images that its release prefers; 512 px where none is known."""
-    preferred = next((release.size for release in PUBLISHED_RADIO.values() if release.file == path.name), 0) or _SIZE
+def nominal(architecture: RADIOConfig, content: Mapping[str, Any], path: Path) -> RADIOConfig:
+    """A container's backbone with the size of images that its release prefers, else that of its arguments."""
+    preferred = next((release.size for release in PUBLISHED_RADIO.values() if release.file == path.name), 0)
+    stated = (container_options(content).get("model_kwargs") or {}).get("img_size")
+    size = preferred or (stated if type(stated) is int and stated > 0 else _SIZE)
     patch = architecture.patch_size
-    size = min(round(preferred / patch) * patch, architecture.image_size)
+    size = min(max(1, round(size / patch)) * patch, architecture.image_size)
     return architecture.made_for(size) if architecture.cropped else architecture
 
 
@@ -156,7 +161,7 @@ def load_released_radio(content: Mapping[str, Any], path: Path) -> tuple[Student
     """
     architecture, encoder = RADIOTeacher.read_content(content, path, TeacherConfig())
     assert isinstance(architecture, RADIOConfig)
-    architecture = nominal(architecture, path)
+    architecture = nominal(architecture, content, path)
     features: dict[str, TeacherFeatures] = {}
     shapes: dict[str, dict[str, Any]] = {}
     weights = {f"encoder.{key}": value for key, value in encoder.items()}

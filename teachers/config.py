@@ -137,6 +137,14 @@ def scaled_grid(patches: int, scale: float, multiple: int = 1) -> int:
     return patches if scale == 1 else max(1, round(patches * scale / multiple)) * multiple
 
 
+def teachers_by_input(teachers: Mapping[str, TeacherConfig]) -> list[list[str]]:
+    """Names of teachers, those of one file that see the same pixels together: all that might share a trunk's pass."""
+    shared: dict[tuple, list[str]] = {}
+    for name, cfg in teachers.items():
+        shared.setdefault((cfg.family, cfg.weights, cfg.model, input_key(cfg)), []).append(name)
+    return list(shared.values())
+
+
 class Seen(NamedTuple):
     """What a teacher's network gets where the student has a square grid."""
 
@@ -171,8 +179,8 @@ def check_config(name: str, cfg: TeacherConfig) -> None:
     """
     least, three = "it must be at least 1", "give three numbers: red, green, blue"
     tokens, offset = set(cfg.token_types), cfg.interpolate_offset
-    step = cfg.patch_size * cfg.grid_multiple
-    own, own_step = cfg.input_size, cfg.patch_size if cfg.mosaic else step
+    step = max(1, cfg.patch_size * cfg.grid_multiple)
+    own, own_step = cfg.input_size, max(1, cfg.patch_size) if cfg.mosaic else step
     lean = cfg.stream != "fp32" or cfg.epilogue_gelu
     faults = [
         *((key, getattr(cfg, key) < 1, least) for key in ("patch_size", "num_features", "grid_multiple")),

@@ -45,8 +45,8 @@ class ObjectiveConfig:
     angle_samples: int = ANGLE_SAMPLES
     """The angle loss takes the dispersion of so many vectors of a teacher, which then stays."""
     tangent_samples: int = TANGENT_SAMPLES
-    """The tangent-sphere loss is the cosine until so many vectors have been seen; its statistics then stay. Until
-    then they are kept, and go into checkpoints, 4 bytes a channel."""
+    """The tangent-sphere loss is the cosine until so many vectors have been seen; its statistics then stay. Until then
+    the vectors are kept, 4 bytes a channel, also in checkpoints."""
     sharing: str = "full"
     """Data sharing: "full" (every teacher on every image), "none" (a teacher on images of its own datasets only),
     "generic" (its own and the generic ones)."""
@@ -198,6 +198,11 @@ def _aligned(
                 student, target, weight = align_tokens(student, target, RULES[cfg.align], views.get(name))
                 if weight is not None:
                     weights[name, token] = weight
+            elif token == "patch" and student.shape[1] != target.shape[1]:
+                raise ValueError(
+                    f"teacher {name!r} gives {target.shape[1]} patches of an image, the student {student.shape[1]} for "
+                    f"it: choose objective.align ({', '.join(RULES)}), or teachers.{name}.grid=student"
+                )
             pairs[name, token] = student, target, None
     if weights:
         rule = RULES[cfg.align]

@@ -91,8 +91,9 @@ class AngleDispersion(nn.Module):
 class TangentSphere(nn.Module):
     """The tangent-sphere loss of one teacher; see the head of this file.
 
-    State: `count`, `samples` [max_samples + batch + 1, C] (unit vectors, the first `count` of them; the last row is
-    nobody's), `pole` and `tangent_mean` [C], `alpha`; float64, but for the samples, which are float32.
+    State: `count`; `samples` [max_samples + batch + 1, C], unit vectors, the first `count` of them (the last row is
+    nobody's), none once the statistics stay; `pole` and `tangent_mean` [C], `alpha`. The count is int64, samples are
+    float32, the rest is float64.
 
     Args:
         channels: C.
@@ -132,8 +133,8 @@ class TangentSphere(nn.Module):
         """
         if self._settled:
             return
-        if int(self.count) >= self.max_samples:
-            self._settled = True
+        if int(self.count) >= self.max_samples:  # since the step before, which nobody undoes any more
+            self._settled, self.samples = True, self.samples.new_empty(0, self.samples.shape[1])
             return
         rows = teacher.new_zeros(self.batch, teacher.shape[-1] + 1, dtype=torch.float32)
         unit = F.normalize(teacher.float(), dim=-1, eps=1e-12)
@@ -146,6 +147,11 @@ class TangentSphere(nn.Module):
         self.count += given.sum()
         if (count := int(self.count)) >= self.max_samples:
             self._settle(self.samples[:count].double())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        if (given := state_dict.get(f"{prefix}samples")) is not None and not len(given):
+            self.samples = self.samples.new_empty(given.shape)  # of a sphere that had let them go
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _settle(self, unit: Tensor) -> None:
         """Pole, mean and scale of unit vectors [n, C]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dune_fast.dali_pipelines.datasets import DataConfig
 from dune_fast.engine.config_sections import ConfigError
 from dune_fast.kernels.nn.vit import nearest_multiples
 from dune_fast.teachers.config import TeacherConfig, seen
@@ -39,12 +40,46 @@ def check_sizes(sizes: Mapping[str, int], patch: int, teachers: Mapping[str, Tea
                 )
 
 
-def check_own_grids(teachers: Mapping[str, TeacherConfig], shares: Mapping[str, float]) -> None:
-    """ConfigError if a share of the patches (field -> share) is to be taken of a grid that is not the student's."""
+def check_own_grids(
+    teachers: Mapping[str, TeacherConfig], shares: Mapping[str, float], sizes: Mapping[str, int], patch: int,
+    finer: Mapping[str, int],
+) -> None:  # fmt: skip
+    """ConfigError if patches that stay on a teacher's own grid do not go with the student's.
+
+    Args:
+        shares: field -> share of the student's patches that is taken.
+        sizes, patch: see `check_sizes`.
+        finer: teacher -> how many times the student's rows its projection has, where that has to be the teacher's grid.
+    """
     for name, teacher in teachers.items():
+        if teacher.grid != "own" or "patch" not in teacher.token_types:
+            continue
         for field, share in shares.items():
-            if teacher.grid == "own" and share < 1:
+            if share < 1:
                 raise ConfigError(
                     f"teachers.{name}.grid=own with {field}={share:g}: a share of the patches is one of the student's "
                     "grid; set it to 1, or the teacher's grid to student"
                 )
+        for field, size in sizes.items():
+            given, own = size // patch * finer.get(name, 0), seen(teacher, size // patch).grid
+            if name in finer and given != own:
+                raise ConfigError(
+                    f"teachers.{name}.grid=own gives {own} x {own} patches, and at {field}={size} the student's "
+                    f"projection has {given} x {given}: choose objective.align, which brings them together, a "
+                    "projector that gives the teacher's grid, or grid=student"
+                )
+
+
+def check_crops(data: DataConfig, align: str, cache: str) -> None:
+    """ConfigError if teachers' own crops do not go with the loss, `objective.align`, or with the folder of a cache."""
+    if data.teacher_views and cache:
+        raise ConfigError(
+            f"data.teacher_views=true with cache.folder={cache!r}: a cache holds features of the student's crops; "
+            "leave one of them out"
+        )
+    if data.moves_teachers and not align:
+        raise ConfigError(
+            f"data.teacher_views=true with teacher_zoom={list(data.teacher_zoom)} and teacher_shift="
+            f"{data.teacher_shift:g}: teachers see other parts of an image than the student; choose objective.align, "
+            "which compares what both see, e.g. objective.align=teacher"
+        )

@@ -146,16 +146,6 @@ class CacheConfig:
 
 
 @dataclass
-class ProgressiveConfig:
-    """A first part of the run at smaller images; see `dune_fast.engine.stages`."""
-
-    until: float = 0.0
-    """Share of the run's steps at which it ends, above that of the entry before and below 1."""
-    image_size: int = 0
-    """Side of its images in pixels, above that of the entry before and below the run's `image_size`."""
-
-
-@dataclass
 class TrainConfig:
     """Length, batch and bookkeeping of the training."""
 

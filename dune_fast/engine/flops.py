@@ -29,7 +29,7 @@ from dune_fast.dali_pipelines.loader import group_weights
 from dune_fast.distill.objective import ownership
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.projector_cost import projector_cost
-from dune_fast.engine.stages import Stage, at_size, stages
+from dune_fast.engine.stages import Stage, at_size, settings, stages
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
 from dune_fast.kernels.nn.depth_anything import DepthAnything
 from dune_fast.kernels.nn.routing import PatchSubset
@@ -209,13 +209,27 @@ def run_flops(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = None) -> 
 
 
 def stage_flops(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = None) -> list[tuple[Stage, Flops]]:
-    """Of every stage of a run, which has one without `progressive`; `trunks` as in `run_flops`."""
-    return [(stage, _flops_at_one_size(at_size(cfg, stage.image_size), trunks)) for stage in stages(cfg)]
+    """Of every stage of a run, which has one without `progressive`; `trunks` as in `run_flops`. The mean over images
+    where a stage has several sizes, or a step partitions."""
+    found = []
+    for stage in stages(cfg):
+        parts = [
+            (setting.images, _flops_at_one_size(at_size(cfg, setting.image_size, setting.teachers), trunks))
+            for setting in settings(cfg, stage)
+        ]
+        found.append((stage, _mean(parts, list(cfg.teachers))))
+    return found
 
 
 def mean_flops(parts: Sequence[tuple[Stage, Flops]]) -> Flops:
     """Over the steps of all stages."""
-    counts = [stage.end - stage.first for stage, _ in parts]
+    names = list(parts[0][1].teachers)
+    return _mean([(stage.end - stage.first, flops) for stage, flops in parts], names)
+
+
+def _mean(parts: Sequence[tuple[float, Flops]], names: Sequence[str]) -> Flops:
+    """By weights; a teacher that has no part in some counts nothing there."""
+    counts = [weight for weight, _ in parts]
 
     def mean(values: list[int | None]) -> int | None:
         if None in values:
@@ -225,7 +239,7 @@ def mean_flops(parts: Sequence[tuple[Stage, Flops]]) -> Flops:
     every = [flops for _, flops in parts]
     student, projectors = mean([f.student for f in every]), mean([f.projectors for f in every])
     assert student is not None and projectors is not None
-    return Flops(student, projectors, {name: mean([f.teachers[name] for f in every]) for name in every[0].teachers})
+    return Flops(student, projectors, {name: mean([f.teachers.get(name, 0) for f in every]) for name in names})
 
 
 def _flops_at_one_size(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = None) -> Flops:

@@ -10,11 +10,11 @@ Three things lie on a device:
   norms, qkv, attention, its projection, both sides of GELU, the MLP's output. Added are the projectors, the features
   and their gradients, and the larger of a teacher's forward pass (12 s a value) and the gradients within one block.
 
-With `progressive` the images are those of the last stage, the largest. What a teacher and its projector take is counted
-for the images that they get (`presample`, `route_by_dataset`: the mean share and three deviations of a part's), on the
-patches that the loss is taken on, and for a teacher's own `scale`, `input_size`, `mosaic` and grid. A run from a cache
-has no teachers, unless `evaluation.every` loads them; it has their features of the rank's whole batch, twice where that
-is split into parts.
+With `progressive` the images are those of the largest size, with `partitions` those of the fullest rank. What a teacher
+and its projector take is counted for the images that they get (`presample`, `route_by_dataset`: the mean share and
+three deviations of a part's), on the patches that the loss is taken on, and for a teacher's own `scale`, `input_size`,
+`mosaic` and grid. A run from a cache has no teachers, unless `evaluation.every` loads them; it has their features of
+the rank's whole batch, twice where that is split into parts.
 
 Workspaces, fragmentation, NCCL, DALI's decoder and DeepSpeed's copies are not in the model: `SPARE` is for them.
 """
@@ -32,6 +32,7 @@ import torch.distributed as dist
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.flops import loss_patches, published_network, share_of_images
 from dune_fast.engine.projector_cost import projector_cost
+from dune_fast.engine.stages import at_size, turns
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
 from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.kernels.nn.vit import ViTConfig
@@ -245,22 +246,43 @@ def fit(cfg: RunConfig, ranks: int, available: int, low_precision: bool = True, 
         low_precision: whether `auto` precisions mean bf16, as on a GPU.
         parts: look at this number of parts alone.
     """
-    assert cfg.train.global_batch % ranks == 0
-    images = cfg.train.global_batch // ranks
     held = memory_bytes(cfg, ranks, low_precision)
     unknown: tuple[str, ...] = ()
     if held["teachers"] is None:
         unknown = tuple(name for name, count in teacher_parameters(cfg).items() if count is None)
     fixed = sum(count or 0 for count in held.values())
-    fixed += images * 12 * cfg.image_size**2 * (cfg.data.prefetch + _BATCHES_IN_FLIGHT)
-    for count in [n for n in range(1, images + 1) if images % n == 0] if parts is None else [parts]:
-        part = images // count
-        needed = fixed + part * image_bytes(cfg, low_precision, part)
-        needed += images * cached_bytes(cfg) * (2 if count > 1 else 1)
+    every = _batches(cfg, ranks)
+    shared = math.gcd(*(images for batches in every for _, images in batches))
+    for count in [n for n in range(1, shared + 1) if shared % n == 0] if parts is None else [parts]:
+        needed = fixed + max(_of_batches(batches, count, low_precision) for batches in every)
+        images = max(sum(n for _, n in batches) for batches in every)
         found = Fit(images, count, needed, available, unknown)
         if found.fits:
             break
     return found
+
+
+def _batches(cfg: RunConfig, ranks: int) -> list[list[tuple[RunConfig, int]]]:
+    """The batches of a step, (configuration, images), of every rank that has others than the ranks before."""
+    if not cfg.partitions:
+        assert cfg.train.global_batch % ranks == 0
+        return [[(cfg, cfg.train.global_batch // ranks)]]
+    found = {}
+    for rank in range(ranks):
+        own = turns(cfg, rank, ranks)
+        key = tuple((turn.part.side, turn.teachers, turn.part.slots.stop - turn.part.slots.start) for turn in own)
+        found[key] = [(at_size(cfg, side, names), images) for side, names, images in key]
+    return list(found.values())
+
+
+def _of_batches(batches: list[tuple[RunConfig, int]], count: int, low_precision: bool) -> int:
+    """Bytes of a rank's batches in a step, each in `count` parts."""
+    total, peak = 0, 0
+    for cfg, images in batches:
+        total += images * 12 * cfg.image_size**2 * (cfg.data.prefetch + _BATCHES_IN_FLIGHT)
+        total += images * cached_bytes(cfg) * (2 if count > 1 else 1)
+        peak = max(peak, images // count * image_bytes(cfg, low_precision, images // count))
+    return total + peak
 
 
 def device_memory(device: torch.device, ranks: int) -> int:

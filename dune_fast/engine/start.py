@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +30,8 @@ from dune_fast.distill.stored_statistics import Statistics, read_statistics
 from dune_fast.engine.accumulation import all_ranks
 from dune_fast.engine.checkpoints import write_tensors
 from dune_fast.engine.config import ConfigError, RunConfig
+from dune_fast.engine.stages import Turn
+from dune_fast.engine.teacher_crops import TeacherCrops
 from dune_fast.engine.warm_start import initial_student
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.student import Student, build_student
@@ -59,6 +61,8 @@ class Opened(Protocol):
     teachers: TeacherEnsemble
     statistics: TeacherStatistics
     distill: DistillationStep
+    crops: TeacherCrops
+    turns: Sequence[Turn]
 
 
 def look_ahead(run: Opened, student: Student) -> None:
@@ -91,12 +95,14 @@ def estimate_statistics(run: Opened) -> None:
 
     def features(batch: Batch) -> Features:
         """Of the images that each teacher is trained on."""
-        routes = run.distill.routes(batch.images, batch.step, batch.group_on_host, batch.positions_on_host)
+        routes = run.distill.routes(
+            batch.images, batch.step, batch.group_on_host, batch.positions_on_host, run.turns[batch.part].teachers
+        )  # fmt: skip
         if batch.features is None:
-            return run.teachers(batch.images, routes)
+            return run.teachers(batch.images, routes, None, run.crops.pictures(batch))
         return batch.features if routes is None else routed(batch.features, routes)
 
-    run.statistics.estimate(map(features, itertools.islice(batches, count)), run.distill.all_reduce)
+    run.statistics.estimate(map(features, itertools.islice(batches, count * len(run.turns))), run.distill.all_reduce)
     batches.close()
     for buffer in run.statistics.buffers():  # eigenvectors of equal eigenvalues are a library's choice
         dist.broadcast(buffer, 0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dune_fast.export.check import ExportError, Reader
+from dune_fast.export.to_hf_radio import has_bias, statistics
 from dune_fast.export.to_safetensors import PLAIN
 from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.radio import CLIP_MEAN, CLIP_STD, RADIOConfig, RADIOViT
@@ -39,11 +40,13 @@ def refuse_unlike(encoder: nn.Module) -> RADIOConfig:
         raise ExportError("RADIO's container needs a student of RADIO's family: train with student.family=radio")
     cfg = encoder.cfg
     demands = {
-        "images normalised by CLIP's statistics (student.radio.conditioner=clip)": cfg.radio.conditioner == "clip",
-        "a patch projection without bias (student.radio.patch_bias=false)": not cfg.radio.patch_bias,
+        "images normalised by CLIP's statistics (student.radio.conditioner=clip)":
+            statistics(encoder) == (CLIP_MEAN, CLIP_STD),
+        "a patch projection without bias, but for patches of 14 pixels (student.radio.patch_bias=false)":
+            not has_bias(encoder) or cfg.patch_size == 14,
         "blocks without LayerScale (student.layer_scale: null)": cfg.layer_scale is None,
         "a position table for larger images than student.image_size (student.radio.cpe_max_size)": cfg.cropped,
-    }
+    }  # fmt: skip
     for what, given in demands.items():
         if not given:
             raise ExportError(f"RADIO's container needs {what}: export this run to safetensors instead")
@@ -55,9 +58,12 @@ def backbone_state(encoder: RADIOViT) -> dict[str, Tensor]:
     names = {
         "pos_embed": "patch_generator.pos_embed", "prefix_tokens": "patch_generator.cls_token.token",
         "patch_embed.proj.weight": "patch_generator.embedder.weight",
+        "patch_embed.proj.bias": "patch_generator.embedder.bias",
     }  # fmt: skip
     found = {}
     for key, value in encoder.state_dict().items():
+        if key.startswith("feature_") or (key == "patch_embed.proj.bias" and not has_bias(encoder)):
+            continue
         shaped = value[0] if key == "prefix_tokens" else value.flatten(1) if key == "patch_embed.proj.weight" else value
         found[names.get(key, key).replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")] = shaped
     return found
@@ -114,6 +120,9 @@ def write(model: DistilledModel, folder: Path, step: int = 0, about: Mapping[str
     """
     cfg = refuse_unlike(model.encoder)
     state = {f"base_model.{key}": value for key, value in backbone_state(model.encoder).items()}
+    if cfg.normalized:
+        encoder = model.encoder
+        state |= {"_feature_normalizer.mean": encoder.feature_mean, "_feature_normalizer.tx": encoder.feature_matrix}
     for name, values in (("norm_mean", CLIP_MEAN), ("norm_std", CLIP_STD)):
         state[f"input_conditioner.{name}"] = torch.tensor(values).view(3, 1, 1)
     teachers, slots = [], model.student.projectors.slots
@@ -127,14 +136,15 @@ def write(model: DistilledModel, folder: Path, step: int = 0, about: Mapping[str
             if head.upsample > 1:
                 entry["fd_upsample_factor"] = head.upsample
         teachers.append(entry)
+    side = cfg.table_side * cfg.patch_size
     kwargs = {
         "embed_dim": cfg.embed_dim, "depth": cfg.depth, "num_heads": cfg.num_heads, "patch_size": cfg.patch_size,
-        "img_size": cfg.image_size, "mlp_ratio": cfg.mlp_ratio,
+        "img_size": min(cfg.image_size, side - cfg.patch_size), "mlp_ratio": cfg.mlp_ratio,
     }  # fmt: skip
     arch = _TIMM.get((cfg.embed_dim, cfg.depth, cfg.num_heads), _TIMM[768, 12, 12])
     args = argparse.Namespace(
         model=arch, model_kwargs=kwargs, teachers=teachers, cls_token_per_teacher=cfg.num_cls > 1,
-        cpe_max_size=cfg.table_side * cfg.patch_size, register_multiple=None, cpe_num_registers=cfg.num_registers,
+        cpe_max_size=side, register_multiple=None, cpe_num_registers=cfg.num_registers,
         mlp_version="v2", spatial_mlp_version=None, spectral_reparam=False, spectral_heads=False,
         model_norm=cfg.final_norm, dtype=torch.float32, pretrained=False, num_classes=None, in_chans=None,
         input_size=None, drop=0.0, drop_path=None, drop_block=None, gp=None, bn_momentum=None, bn_eps=None,

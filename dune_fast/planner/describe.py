@@ -40,7 +40,7 @@ def describe(cfg: RunConfig, experiment: str, gpus: Sequence[int], tflops: float
     ]
     if cfg.progressive:
         shares = "; ".join(
-            f"steps {stage.first + 1:,} to {stage.end:,} at {stage.image_size} px, {_tera(part.training)} in training"
+            f"steps {stage.first + 1:,} to {stage.end:,} at {stage}, {_tera(part.training)} in training"
             for stage, part in stage_flops(cfg)
         )
         lines.append(f"  (means over the run, which is progressive: {shares})")

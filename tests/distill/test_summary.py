@@ -51,6 +51,10 @@ def test_the_tangent_sphere_is_the_cosine_until_its_samples_are_there():
     loss = fed(made(TangentSphere, max_samples=12), batches[:1])
     torch.testing.assert_close(loss(student, teacher), summary_cosine(student, teacher))
     fed(loss, batches[1:])  # settles at the second batch, takes no third
+    assert loss.samples.shape == (0, C)
+    read = made(TangentSphere, max_samples=12)
+    read.load_state_dict(loss.state_dict())
+    torch.testing.assert_close(fed(read, batches)(student, teacher), loss(student, teacher))
     unit = np.concatenate([x.double().numpy() for x in batches[:2]])
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     pole = unit.mean(0) / np.linalg.norm(unit.mean(0))

@@ -112,6 +112,8 @@ def test_grids_of_their_own_are_aligned_before_standardization():
     s = F.interpolate(STUDENT["b"]["patch"].mT.unflatten(2, (4, 4)), (8, 8), mode="bilinear").flatten(2).mT
     expected = (s - (finer["b"]["patch"] - MEAN) * INV).square().mean((1, 2))
     torch.testing.assert_close(losses[1], expected)
+    with pytest.raises(ValueError, match=r"'a' gives 64 patches of an image, the student 16 for it: choose objective"):
+        teacher_losses(STUDENT, finer, STANDARD, ObjectiveConfig())
 
 
 def test_summaries_with_statistics_have_them_for_each_teacher_that_has_a_summary():
