@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from dune_fast.distill.alignment import View
 from dune_fast.distill.objective import ObjectiveConfig, TermWeights, teacher_losses, term_states
 from dune_fast.distill.standardization import Standardizer
+from dune_fast.distill.terms import WIDE
+from dune_fast.kernels.distill_loss_kernels import backward_triton, forward_triton
 from dune_fast.kernels.nn.routing import make_routes
 
 B, N, C = 3, 16, 8
@@ -96,6 +98,17 @@ def test_the_squared_error_of_the_kernel_has_no_rounding_of_its_own():
     _, parts = teacher_losses(STUDENT, TEACHER, None, cfg)
     exact = F.mse_loss(STUDENT["b"]["patch"].double(), TEACHER["b"]["patch"].double(), reduction="none").mean((1, 2))
     torch.testing.assert_close(parts["b/patch/mse"].double(), exact, rtol=1e-6, atol=0)
+
+
+def test_the_kernels_squared_error_and_its_gradient_are_exact_on_a_gpu_too():
+    """The Triton kernel, interpreted: each patch an image of its own, as where patches have weights."""
+    s, t, upstream = STUDENT["b"]["patch"].flatten(0, 1), TEACHER["b"]["patch"].flatten(0, 1), torch.ones(B * N)
+    terms = 0.0, 2 * WIDE, WIDE
+    total, _, _, saved = forward_triton(s, t, MEAN, INV, *terms)
+    difference = s - (t - MEAN) * INV
+    torch.testing.assert_close(total, difference.square().mean(1), rtol=1e-6, atol=0)
+    gradient = backward_triton(s, t, MEAN, INV, saved, upstream, *terms)
+    torch.testing.assert_close(gradient, 2 * difference / C, rtol=1e-6, atol=1e-7)
 
 
 def test_token_types_are_averaged_or_added_with_weights_of_each_teacher():
