@@ -16,6 +16,7 @@ from bench import (
     head_cases_metrics,
     head_cases_multihmr,
     sibling_cases_heads,
+    sibling_cases_radio,
 )
 from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, compare, objective_of, relative_error
 from bench.linear_case import run_linear_depth, run_linear_seg
@@ -227,6 +228,7 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     **TEACHER_RUNNERS,
     **LOSS_RUNNERS,
     **VIEW_RUNNERS,
+    **sibling_cases_radio.RUNNERS,
     **sibling_cases_heads.RUNNERS,
 }
 """Kind of a case -> what recomputes it; a kind that is not here is "not built"."""

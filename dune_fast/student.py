@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dune_fast.kernels.nn.block import Block
+from dune_fast.kernels.nn.draws import StepDraws
 from dune_fast.kernels.nn.encoders import EncoderConfig, build_encoder
 from dune_fast.kernels.nn.patches import SharedPatches
 from dune_fast.kernels.nn.routing import OwnPatches, PatchSubset, Routes, select
@@ -49,8 +50,10 @@ class Projectors(nn.ModuleDict):
         super().__init__()
         last = student.depth - 1
         self.kind = cfg.kind
-        self.prefix = 0 if not student.cls else 1 + max(slots.values()) if slots else 1
-        self.slots = slots if self.prefix > 1 else None
+        self.prefix, self.slots = int(student.cls), None
+        if slots:
+            self.read_slots(slots, 1 + max(slots.values()))
+        self.sources = {name: TeacherFeatures(*features).source or name for name, features in teachers.items()}
         self.token_types = {name: tuple(features[1]) for name, features in teachers.items()}
         self.blocks = (cfg.which_blocks or list(range(student.depth))) if cfg.kind == "lp" else [last]
         if any(not 0 <= i <= last for i in self.blocks):
@@ -59,6 +62,10 @@ class Projectors(nn.ModuleDict):
             raise ValueError(f"projector.teachers has {', '.join(unknown)}; there are: {', '.join(teachers)}")
         for name, features in teachers.items():
             self[name] = build_projector(cfg.of(name), student, TeacherFeatures(*features))
+
+    def read_slots(self, slots: Mapping[str, int], count: int) -> None:
+        """Reads each teacher's cls token at its place among `count`."""
+        self.prefix, self.slots = count, dict(slots) if count > 1 else None
 
     def forward(
         self, tokens: Tokens, routes: Routes | None = None, subset: PatchSubset | OwnPatches | None = None,
@@ -138,6 +145,9 @@ class Student(nn.Module):
                 "the student has no cls token, and a teacher's cls tokens are to be distilled: give it one "
                 "(student.cls_token=true), or leave them out (teachers.NAME.token_types=[patch])"
             )
+        if slots:  # the encoder's own summary is that of the sources that have one
+            read = {slots[name] for name, features in teachers.items() if "cls" in features[1]}
+            self.encoder.cfg.summaries = tuple(sorted(read)) or self.encoder.cfg.summaries
         self.normed = cfg.normed
         self.encoder.norm.requires_grad_(cfg.normed)
         shape = StudentShape(
@@ -151,21 +161,23 @@ class Student(nn.Module):
             if isinstance(module, Block):
                 module.compile(**{"dynamic": False, **options})
 
-    def tokens(self, images: Tensor, patches: SharedPatches | None = None) -> dict[int, Tensor]:
+    def tokens(
+        self, images: Tensor, patches: SharedPatches | None = None, draws: StepDraws | None = None
+    ) -> dict[int, Tensor]:
         """[cls, patches] after the blocks that the projectors read: block -> [B, K + N, D], K cls tokens."""
-        outputs = self.encoder.block_outputs(images, self.projectors.blocks, patches)
+        outputs = self.encoder.block_outputs(images, self.projectors.blocks, patches, draws)
         if self.normed:
             outputs = {i: self.encoder.norm(x) for i, x in outputs.items()}
         return {i: self.encoder.without_registers(x) for i, x in outputs.items()}
 
     def forward(
         self, images: Tensor, routes: Routes | None = None, patches: SharedPatches | None = None,
-        subset: PatchSubset | OwnPatches | None = None,
+        subset: PatchSubset | OwnPatches | None = None, draws: StepDraws | None = None,
     ) -> dict[str, Projection]:  # fmt: skip
         """`routes`: which of the images each teacher's projector gets, all by default; `patches`: the step's; `subset`:
-        of the patches that are projected, all by default."""
+        of the patches that are projected, all by default; `draws`: random numbers of a training step, else None."""
         with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return self.projectors(self.tokens(images, patches), routes, subset, self.encoder.grid(images))
+            return self.projectors(self.tokens(images, patches, draws), routes, subset, self.encoder.grid(images))
 
 
 def build_student(

@@ -15,6 +15,7 @@ from dune_fast.distill.objective import ObjectiveConfig, coefficients, combine, 
 from dune_fast.distill.overlap import SideStream
 from dune_fast.distill.standardization import AllReduce, Features, TeacherStatistics
 from dune_fast.distill.terms import TermStates
+from dune_fast.kernels.nn.draws import StepDraws
 from dune_fast.kernels.nn.patches import SharedPatches
 from dune_fast.kernels.nn.routing import OwnPatches, PatchSubset, Routes, make_routes, select
 
@@ -86,8 +87,8 @@ class DistillationStep:
     """
 
     student: Callable[..., Features]
-    """The student, wrapped or not: images, routes or None, patches, subset of patches or None -> teacher -> token type
-    -> projection."""
+    """The student, wrapped or not: images, routes or None, patches, subset of patches or None, draws -> teacher ->
+    token type -> projection."""
     teachers: Callable[..., Features]
     """The frozen teachers: images, routes or None, patches -> teacher -> token type -> raw features."""
     statistics: TeacherStatistics
@@ -136,18 +137,19 @@ class DistillationStep:
         routes = self.routes(images, step, groups_on_host, positions_on_host)
         share = self.objective.patch_share
         subset = PatchSubset(share, self.seed, step) if share < 1 else None
-        patches = SharedPatches()
+        patches, draws = SharedPatches(), StepDraws(self.seed, step, positions)
         if features is not None:
             chosen = subset if kept is None else own_patches(kept, subset)
-            projections = self.student(images, routes, patches, chosen)
+            projections = self.student(images, routes, patches, chosen, draws)
             features = features if routes is None else routed(features, routes)
         elif self.side is None:
-            projections = self.student(images, routes, patches, subset)  # teacher -> token type -> [B, C] or [B, N, C]
+            # teacher -> token type -> [B, C] or [B, N, C]
+            projections = self.student(images, routes, patches, subset, draws)
             features = self.teachers(images, routes, patches)
         else:
             with self.side.fork():  # with patches of their own: the student's belong to the other stream
                 features = self.teachers(images, routes, SharedPatches())
-            projections = self.student(images, routes, patches, subset)
+            projections = self.student(images, routes, patches, subset, draws)
             self.side.join()
         if subset is not None:
             features = of_subset(features, subset)

@@ -301,7 +301,8 @@ def export(run: Path, cfg: RunConfig, student: Student, statistics: TeacherStati
     weights themselves, to `student_raw.safetensors` alone.
     """
     dump_config(cfg, run / "config.yaml")
-    about = architecture_metadata(cfg.student) | ({AVERAGE: str(cfg.train.ema)} if cfg.train.ema and not raw else {})
+    about = architecture_metadata(student.encoder.cfg)
+    about |= {AVERAGE: str(cfg.train.ema)} if cfg.train.ema and not raw else {}
     everything = _cpu(student) | _cpu(statistics, "teacher_norms.")
     files = {RAW: everything} if raw else {"encoder.safetensors": _cpu(student.encoder), STUDENT: everything}
     for name, tensors in files.items():

@@ -36,7 +36,7 @@ LIMITS: dict[str, Limit] = {
         "train.images", "train.global_batch",
         "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "evaluation.batch",
         "evaluation.knn_images", "evaluation.knn_k", "evaluation.figure_size", "evaluation.figure_images",
-        "head.threads", "head.ahead",
+        "head.threads", "head.ahead", "student.radio.num_global",
     ), _COUNT),
     **dict.fromkeys((
         *(f"projector.{head}_head.{field}" for head in ("cls", "patch") for field in ("num_inner", "upsample_rank")),
@@ -46,6 +46,7 @@ LIMITS: dict[str, Limit] = {
             "mse", "dampened_mse", "map_cosine", "angle", "tangent_sphere",
         )),
         "optimizer.clip_per_parameter", "optimizer.clip_global", "train.steps", "cache.components",
+        *(f"student.radio.{field}" for field in ("cpe_max_size", "register_multiple", "num_windowed")),
     ), Limit()),
     **dict.fromkeys((
         "student.mlp_ratio", "projector.mlp_ratio", "standardization.eps", "train.max_loss", "train.timeout_minutes",
@@ -53,8 +54,10 @@ LIMITS: dict[str, Limit] = {
     ), _POSITIVE),
     **dict.fromkeys((
         "standardization.ema_start", "standardization.ema_end", "objective.drop_probability",
-        "optimizer.warmup_fraction", "optimizer.warmup_start",
+        "optimizer.warmup_fraction", "optimizer.warmup_start", "student.radio.position_dropout",
+        "student.radio.window_probability",
     ), _SHARE),
+    "student.radio.spectral": Limit(0, 2),
     "student.interpolate_offset": Limit(0, 0.99),
     "objective.patch_share": Limit(0, 1, above=True),
     "cache.patch_share": Limit(0, 1, above=True),

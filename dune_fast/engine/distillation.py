@@ -156,7 +156,9 @@ class Distillation:
         return self.distill(*inputs, part.positions_on_host, part.patches)
 
     def live(self) -> Sequence[Tensor]:
-        return [*self.statistics.buffers(), *self.states.live()]
+        student = self.distill.student.module  # whose buffers are elsewhere, once the engine has it
+        changed = (x for x in student.buffers() if x.is_floating_point())
+        return [*self.statistics.buffers(), *self.states.live(), *changed]
 
     def stepped(self, metrics: Mapping[str, Tensor]) -> None:
         if self.conflicts is not None:

@@ -66,12 +66,16 @@ class OptimizerConfig:
 
 def parameter_groups(module: nn.Module, weight_decay: float, vectors: bool = False) -> list[dict]:
     """Trainable parameters in two groups: tensors of two or more dimensions with weight decay; the others without, or
-    with it for `vectors`."""
+    with it for `vectors`. A third one has those that a module of the network names `undecayed`."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+    never = {id(getattr(part, name)) for part in module.modules() for name in getattr(part, "undecayed", ())}
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2 and id(p) not in never], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": weight_decay * vectors},
     ]
+    if never:
+        groups.append({"params": [p for p in parameters if id(p) in never], "weight_decay": 0.0})
+    return groups
 
 
 def build_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:

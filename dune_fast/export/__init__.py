@@ -5,6 +5,7 @@ TARGETS = {
     "hf": "a folder for transformers.AutoModel.from_pretrained(FOLDER)",
     "onnx": "encoder.onnx, any batch, height and width",
     "safetensors": "encoder.safetensors with its architecture, for dune_fast.load_encoder",
+    "radio": "radio.pth.tar, the container of RADIO's releases, with heads in the teachers' own scale",
     "dune": "dune.pth, the container of DUNE's published checkpoints, with projectors and statistics",
 }
 """What each target writes."""

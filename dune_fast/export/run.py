@@ -12,15 +12,18 @@ from pathlib import Path
 from safetensors import safe_open
 
 from dune_fast.engine.config import load_config
-from dune_fast.export import TARGETS, to_dune, to_hf, to_onnx, to_safetensors, to_timm
+from dune_fast.export import TARGETS, to_dune, to_hf, to_onnx, to_radio, to_safetensors, to_timm
 from dune_fast.export.check import ExportError, compare, encoder_outputs, sizes
 from dune_fast.export.dinov2_alike import resizes_alike
+from dune_fast.kernels.nn.radio import RADIOViT
 from dune_fast.load import load_encoder, load_model, locate
 from dune_fast.teachers.local_paths import local_path
 from dune_fast.teachers.run_files import AVERAGE, Manifest, is_checkpoint
 from dune_fast.teachers.weights import folder_weights
 
-_MODULES = {"timm": to_timm, "hf": to_hf, "onnx": to_onnx, "safetensors": to_safetensors, "dune": to_dune}
+_MODULES = {
+    "timm": to_timm, "hf": to_hf, "onnx": to_onnx, "safetensors": to_safetensors, "dune": to_dune, "radio": to_radio
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,15 @@ def _write_and_compare(path: Path, target: str, part: Path) -> tuple[float, bool
             notes.append(
                 f"its own code reads the encoder; the whole model once TEACHER_CFG there knows {', '.join(others)}"
             )
+    elif target == "radio":
+        model = load_model(path)
+        to_radio.write(model, part, _steps(path), _average(path))
+        encoder, reference = model.encoder, to_radio.reference(model)
     else:
         encoder = load_encoder(path)
         _MODULES[target].write(encoder, part, _average(path))
         reference = partial(encoder_outputs, encoder)
-    every_size = target not in ("timm", "hf") or resizes_alike(encoder.cfg)
+    every_size = target not in ("timm", "hf") or isinstance(encoder, RADIOViT) or resizes_alike(encoder.cfg)
     if not every_size:
         notes.append(
             f"{target} resizes the position table by size and with antialias, this encoder otherwise: features agree "

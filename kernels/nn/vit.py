@@ -28,6 +28,7 @@ from dune_fast.kernels.nn.block import (
     run_blocks,
 )
 from dune_fast.kernels.nn.dinov2_interface import DINOv2Interface
+from dune_fast.kernels.nn.draws import StepDraws
 from dune_fast.kernels.nn.patches import PatchEmbed, SharedPatches
 from dune_fast.kernels.rope2d import grid_positions, rope2d_angles
 
@@ -123,6 +124,8 @@ class VisionTransformer(DINOv2Interface, nn.Module):
     like that. `forward` applies the final norm and returns the dictionary that users of DINOv2 know.
     """
 
+    config_class: ClassVar[type[ViTConfig]] = ViTConfig
+    """Type of `cfg`."""
     activation_checkpointing = False
     """Whether the backward pass computes each block again instead of keeping what is inside."""
     stream_dtype: torch.dtype | None = None
@@ -205,8 +208,8 @@ class VisionTransformer(DINOv2Interface, nn.Module):
             self.pos_embed, height, width, int(cfg.cls_token), cfg.interpolate_offset, cfg.interpolate_antialias
         )
 
-    def embed(self, images: Tensor, patches: SharedPatches | None = None) -> Tensor:
-        """Images [B, 3, H, W] to the tokens before the first block, [B, P + N, D]; `patches` as in `PatchEmbed`."""
+    def embed(self, images: Tensor, patches: SharedPatches | None = None, draws: StepDraws | None = None) -> Tensor:
+        """Images [B, 3, H, W] to the tokens before the first block, [B, P + N, D]; see `block_outputs`."""
         height, width = self.grid(images)
         x = self.patch_embed(images, patches)
         if self.cfg.pos_embed != "learned":
@@ -232,27 +235,33 @@ class VisionTransformer(DINOv2Interface, nn.Module):
         return rope2d_angles(positions, self.cfg.embed_dim // self.cfg.num_heads)
 
     def block_outputs(
-        self, images: Tensor, blocks: Sequence[int], patches: SharedPatches | None = None
-    ) -> dict[int, Tensor]:
+        self, images: Tensor, blocks: Sequence[int], patches: SharedPatches | None = None,
+        draws: StepDraws | None = None,
+    ) -> dict[int, Tensor]:  # fmt: skip
         """Un-normalised tokens [B, P + N, D] after chosen blocks, by index; ValueError for a block that there is not.
 
         Args:
             images: [B, 3, H, W].
             blocks: indices from 0; -1 is the embedding before the first block. No block beyond the largest is run.
             patches: shared with the other networks of a step, see `PatchEmbed`.
+            draws: random numbers of a training step, for a network that takes some; None in evaluation.
         """
         unknown = [i for i in blocks if not -1 <= i < len(self.blocks)]
         if unknown or not blocks:
             depth = len(self.blocks)
             raise ValueError(f"blocks {list(blocks)} of an encoder with {depth}: give some of -1 .. {depth - 1}")
-        x = self.embed(images, patches)
+        x = self.embed(images, patches, draws)
         x = x.to(self.stream(x))
-        rope = self.rope(images)
         outputs = {-1: x} if -1 in blocks else {}
-        for i, tokens in enumerate(run_blocks(self.blocks[: max(blocks) + 1], x, rope, self.activation_checkpointing)):
-            if i in blocks:
-                outputs[i] = tokens
-        return outputs
+        return outputs | self.run(x, blocks, images, draws)
+
+    def run(
+        self, x: Tensor, blocks: Sequence[int], images: Tensor, draws: StepDraws | None = None
+    ) -> dict[int, Tensor]:
+        """Un-normalised tokens [B, P + N, D] after chosen blocks, by index, of the embedding x; see `block_outputs`."""
+        rope = self.rope(images)
+        tokens = run_blocks(self.blocks[: max(blocks) + 1], x, rope, self.activation_checkpointing)
+        return {i: after for i, after in enumerate(tokens) if i in blocks}
 
     def forward_tokens(self, images: Tensor) -> Tensor:
         """Un-normalised tokens after the last block, [B, P + N, D]."""
