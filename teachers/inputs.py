@@ -10,6 +10,8 @@ of them on SAM's 1024).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -104,10 +106,36 @@ def on_grid(patch: Tensor, grid: tuple[int, int], shown: tuple[float, float], wa
         found = F.interpolate(planes, size=wanted, mode="bilinear", align_corners=False)
     else:
         y, x = (
-            (torch.arange(n, device=patch.device) + 0.5) / n * part / whole * 2 - 1
+            ((torch.arange(n, device=patch.device) + 0.5) / n * part).clamp_max(math.ceil(part) - 0.5) / whole * 2 - 1
             for n, part, whole in zip(wanted, shown, grid, strict=True)
         )
         at = torch.stack([x.expand(wanted), y[:, None].expand(wanted)], dim=-1).to(planes.dtype)
         at = at.expand(len(planes), -1, -1, -1)
         found = F.grid_sample(planes, at, mode="bilinear", padding_mode="border", align_corners=False)
     return found.flatten(2).transpose(1, 2).contiguous()
+
+
+class Layout(NamedTuple):
+    """How a teacher's tokens lie over an image."""
+
+    grid: tuple[int, int]
+    """Rows and columns of an image's tokens."""
+    shown: tuple[float, float]
+    """Of these, from the top left, those that show the picture; less where it does not fill the image."""
+    mosaic: Mosaic | None = None
+    """Where several images go into the network as one."""
+
+    @property
+    def network_grid(self) -> tuple[int, int]:
+        """Rows and columns of what the network gives."""
+        return self.grid if self.mosaic is None else (self.mosaic.canvas // self.mosaic.patch,) * 2
+
+    def of_images(self, tokens: dict[str, Tensor], images: int) -> dict[str, Tensor]:
+        """The network's tokens as those of so many images."""
+        return tokens if self.mosaic is None else self.mosaic(tokens, images)
+
+    def laid(self, tokens: Mapping[str, Tensor], wanted: tuple[int, int]) -> dict[str, Tensor]:
+        """Patch tokens on another grid over the picture; cls tokens as they are."""
+        if "patch" not in tokens or self.grid == self.shown == wanted:
+            return dict(tokens)
+        return {**tokens, "patch": on_grid(tokens["patch"], self.grid, self.shown, wanted)}

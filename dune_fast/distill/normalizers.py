@@ -10,14 +10,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-CONVENTIONS = {"dune": 1e-3, "unic": 1e-6, "phi_s": 1e-6, "fixed": 1e-3, "none": 1e-3, "phi_s_running": 1e-6}
+from dune_fast.distill.stored_statistics import bf16_standardized
+
+CONVENTIONS = {"dune": 1e-3, "unic": 1e-6, "phi_s": 1e-6, "fixed": 1e-3, "none": 1e-3, "phi_s_running": 1e-6,
+               "stored": 0.0, "stored_bf16": 0.0}  # fmt: skip
 """convention -> eps"""
-FROZEN = ("phi_s", "fixed", "none")
+FROZEN = ("phi_s", "fixed", "none", "stored", "stored_bf16")
 """Those whose statistics are known before the first step and stay."""
 BATCH = ("dune", "unic")
 """Those that take the statistics of a batch."""
 ROTATED = ("phi_s", "phi_s_running")
 """Those that need a Hadamard matrix of the teacher's channels."""
+STORED = ("stored", "stored_bf16")
+"""Those whose statistics are in files, see `dune_fast.distill.stored_statistics`."""
+PREPARED = (*ROTATED, "stored_bf16")
+"""Those that change features before their standardizer sees them."""
 
 
 class Standardizer(NamedTuple):
@@ -45,7 +52,10 @@ class Normalizer(nn.Module):
         self.register_buffer("rotation", torch.full((channels, channels), torch.nan) if rotated else None)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """R x for features [..., C], in their own type; x itself where there is no rotation."""
+        """R x for features [..., C], in their own type; x itself where there is no rotation. Where arithmetic is
+        bfloat16's, standardized features: what follows changes them no more."""
+        if self.convention == "stored_bf16":
+            return bf16_standardized(x, self.mean, self.std)
         return x if self.rotation is None else x @ self.rotation.T.to(x.dtype)
 
     def restore(self, y: Tensor) -> Tensor:
@@ -55,6 +65,8 @@ class Normalizer(nn.Module):
 
     def running(self) -> Standardizer:
         """The standardizer of the running statistics."""
+        if self.convention == "stored_bf16":
+            return Standardizer(torch.zeros_like(self.mean), torch.ones_like(self.std))
         return Standardizer(self.mean.clone(), 1.0 / self.denominator(self.std))
 
     def denominator(self, std: Tensor) -> Tensor:

@@ -63,6 +63,9 @@ class ObjectiveConfig:
     dropped teacher, and the student's projector for it, do not run on it. Every teacher is dropped with
     `drop_probability` p, and where all would be one stays: of T teachers each runs on 1 - p + p^T / T of the images.
     Departs from the paper, which keeps the hardest and runs all; statistics are taken over what a teacher saw."""
+    teachers_per_step: int = 0
+    """With sharing "full": in every step so many teachers, drawn anew, run on the whole batch and the others not at all
+    (Theia draws 2). 0 for all teachers in every step."""
     patch_share: float = 1.0
     """The share of an image's patches that the patches' loss, and with it the projectors and the teachers' statistics,
     are taken on: in each step other ones, the same for all its images. Below 1 it departs from the paper."""
@@ -74,6 +77,16 @@ class ObjectiveConfig:
             raise ValueError(f"objective.drop_probability is {self.drop_probability}; it must lie in [0, 1]")
         if not 0.0 < self.patch_share <= 1.0:
             raise ValueError(f"objective.patch_share is {self.patch_share}; it must lie above 0, up to 1")
+        drawn = [f"objective.teachers_per_step={self.teachers_per_step}"] if self.teachers_per_step else []
+        drawn += ["objective.presample=true"] if self.presample else []
+        drawn += ["objective.route_by_dataset=true"] if self.route_by_dataset else []
+        if len(drawn) > 1 and self.teachers_per_step:
+            raise ValueError(f"{' and '.join(drawn)} each say which teachers run: choose one of them")
+        if self.teachers_per_step and self.sharing != "full":
+            raise ValueError(
+                f"objective.teachers_per_step={self.teachers_per_step} with objective.sharing={self.sharing}: set the "
+                "sharing to full, or leave teachers_per_step at 0"
+            )
         if self.tokens not in ("mean", "sum"):
             raise ValueError(f"objective.tokens is {self.tokens!r}; choose mean or sum")
         if self.align and self.align not in RULES:
@@ -242,6 +255,14 @@ def presampled(positions: np.ndarray, teachers: int, step: int, seed: int, cfg: 
     drawn = drop_uniforms(seed, step, at, teachers)
     kept = np.empty(drawn.shape, bool)
     torch.from_numpy(kept).copy_(teacher_drop_reference(drawn, at, None, None, step, seed, cfg.drop_probability))
+    return kept
+
+
+def drawn_teachers(teachers: int, count: int, step: int, seed: int) -> np.ndarray:
+    """`count` of the teachers, for a whole step, bool [T], on the host: the largest of a random number each."""
+    drawn = drop_uniforms(seed, step, torch.zeros(1, dtype=torch.int64), teachers)[:, 0]
+    kept = np.zeros(teachers, bool)
+    kept[drawn.argsort(descending=True)[:count].numpy()] = True
     return kept
 
 

@@ -5,6 +5,7 @@
            batch deviation that updates them is std + eps
     PHI-S  y = (R x - mean) / max(phi, eps), eps = 1e-6: rotated by R first, see `dune_fast.distill.phi_s`
     fixed  y = (x - mean_all) / max(std_all, eps), eps = 1e-3: over all training images, known beforehand
+    stored the same, eps = 0, with statistics out of files; "stored_bf16" in bfloat16, as Theia
     none   y = x
     PHI-S, running, as published: see `dune_fast.distill.phi_s_running`
 
@@ -28,7 +29,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dune_fast.distill.normalizers import BATCH, CONVENTIONS, ROTATED, Normalizer, Standardizer
+from dune_fast.distill.normalizers import BATCH, CONVENTIONS, PREPARED, Normalizer, Standardizer
 from dune_fast.distill.phi_s import SecondMoments, phi_s
 from dune_fast.distill.phi_s_running import PERIOD, AllReduce, RunningPhiS
 from dune_fast.kernels.moments import moments
@@ -147,8 +148,9 @@ class TeacherStatistics(nn.Module):
             normalizer.restart()
 
     def rotated(self, features: Features) -> Features:
-        """Raw features in the basis that the standardizers are for: PHI-S rotates, the others leave them alone."""
-        if not self.of_convention(*ROTATED):
+        """Raw features in the basis that the standardizers are for: PHI-S rotates, "stored_bf16"
+        standardizes by itself, the others leave them alone."""
+        if not self.of_convention(*PREPARED):
             return features
         return self._map(features, lambda normalizer, x: normalizer.rotate(x))
 
@@ -190,9 +192,9 @@ class TeacherStatistics(nn.Module):
             normalizer.std.copy_(scale)
 
     @torch.no_grad()
-    def fix(self, moments: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> None:
-        """The convention "fixed": takes its statistics, teacher -> token type -> mean and deviation [C]."""
-        for name, token, normalizer in self.of_convention("fixed"):
+    def fix(self, moments: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], *conventions: str) -> None:
+        """Takes statistics for these conventions: teacher -> token type -> mean and deviation [C]."""
+        for name, token, normalizer in self.of_convention(*conventions):
             for own, given in zip((normalizer.mean, normalizer.std), moments[name][token], strict=True):
                 own.copy_(given)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from dune_fast.distill.alignment import RULES, View, side_of, token_mask
-from dune_fast.distill.objective import ObjectiveConfig, coefficients, combine, presampled, teacher_losses
+from dune_fast.distill.objective import (
+    ObjectiveConfig,
+    coefficients,
+    combine,
+    drawn_teachers,
+    presampled,
+    teacher_losses,
+)
 from dune_fast.distill.overlap import SideStream
 from dune_fast.distill.standardization import AllReduce, Features, TeacherStatistics
 from dune_fast.distill.terms import TermStates
@@ -90,7 +97,8 @@ class DistillationStep:
     """The student, wrapped or not: images, routes or None, patches, subset of patches or None, draws -> teacher ->
     token type -> projection."""
     teachers: Callable[..., Features]
-    """The frozen teachers: images, routes or None, patches -> teacher -> token type -> raw features."""
+    """The frozen teachers: images, routes or None, patches, and pictures if there are some -> teacher -> token type ->
+    raw features."""
     statistics: TeacherStatistics
     """Updated in place by every step."""
     own: Tensor
@@ -105,7 +113,7 @@ class DistillationStep:
 
     def __post_init__(self) -> None:
         # read once: which images a teacher gets is decided on the host
-        self._own_on_host: np.ndarray | None = self.own.cpu().numpy() if self.objective.route_by_dataset else None
+        self._own_on_host: np.ndarray = self.own.cpu().numpy()
 
     def __call__(
         self,
@@ -119,6 +127,8 @@ class DistillationStep:
         positions_on_host: np.ndarray | None = None,
         kept: Tensor | None = None,
         views: Mapping[str, View] | None = None,
+        pictures: Mapping[str, Tensor] | None = None,
+        active: Collection[str] = (),
     ) -> StepOutput:
         """One forward pass.
 
@@ -133,11 +143,14 @@ class DistillationStep:
             positions_on_host: the same of `positions`; needed with `objective.presample`.
             kept: the n patches of every image that `features` are of, int64 [B, n], where a cache has not kept all.
             views: of the teachers that see other crops than the student, of all B images.
+            pictures: teacher -> what it sees in place of `images`, [B, 3, h, w].
+            active: the teachers that take part, by default all; the others get no image.
         """
-        routes = self.routes(images, step, groups_on_host, positions_on_host)
+        routes = self.routes(images, step, groups_on_host, positions_on_host, active)
         share = self.objective.patch_share
         subset = PatchSubset(share, self.seed, step) if share < 1 else None
-        patches, draws = SharedPatches(), StepDraws(self.seed, step, positions)
+        patches, own = SharedPatches(), (pictures,) if pictures else ()
+        draws = StepDraws(self.seed, step, positions)
         if features is not None:
             chosen = subset if kept is None else own_patches(kept, subset)
             projections = self.student(images, routes, patches, chosen, draws)
@@ -145,10 +158,10 @@ class DistillationStep:
         elif self.side is None:
             # teacher -> token type -> [B, C] or [B, N, C]
             projections = self.student(images, routes, patches, subset, draws)
-            features = self.teachers(images, routes, patches)
+            features = self.teachers(images, routes, patches, *own)
         else:
             with self.side.fork():  # with patches of their own: the student's belong to the other stream
-                features = self.teachers(images, routes, SharedPatches())
+                features = self.teachers(images, routes, SharedPatches(), *own)
             projections = self.student(images, routes, patches, subset, draws)
             self.side.join()
         if subset is not None:
@@ -178,18 +191,23 @@ class DistillationStep:
         return found
 
     def routes(
-        self, images: Tensor, step: int, groups_on_host: np.ndarray | None, positions_on_host: np.ndarray | None
-    ) -> Routes | None:
+        self, images: Tensor, step: int, groups_on_host: np.ndarray | None, positions_on_host: np.ndarray | None,
+        active: Collection[str] = (),
+    ) -> Routes | None:  # fmt: skip
         """The images that count for each teacher; None where all teachers get all images."""
         names = [name for name, _ in self.statistics.named_children()]  # in the order of `own`'s rows
         if self.objective.presample:
             assert positions_on_host is not None, "objective.presample needs the positions on the host"
             kept = presampled(positions_on_host, len(names), step, self.seed, self.objective)
-        elif self._own_on_host is not None:
+        elif count := self.objective.teachers_per_step:
+            kept = np.repeat(drawn_teachers(len(names), count, step, self.seed)[:, None], len(images), axis=1)
+        elif self.objective.route_by_dataset or (active and len(active) < len(names)):
             assert groups_on_host is not None, "objective.route_by_dataset needs the groups on the host"
             kept = self._own_on_host[:, groups_on_host]
         else:
             return None
+        if active:
+            kept = kept & np.array([name in active for name in names])[:, None]
         indices = {name: np.flatnonzero(row) for name, row in zip(names, kept, strict=True)}
         return make_routes(indices, len(images), images.device)
 

@@ -31,7 +31,8 @@ LIMITS: dict[str, Limit] = {
         *(f"projector.{head}_head.{field}" for head in ("cls", "patch") for field in ("hidden_dim", "upsample")),
         "image_size", "student.image_size", "student.patch_size", "student.embed_dim", "student.depth",
         "student.num_heads", "projector.num_blocks", "projector.num_heads", "projector.hidden_dim",
-        "projector.last_hidden_dim",
+        "projector.down_ratio", "projector.last_hidden_dim", "projector.translator_layers",
+        "projector.translator_heads",
         "standardization.phi_s_batches", "standardization.phi_s_period", "start.blocks", "objective.angle_samples",
         "train.images", "train.global_batch",
         "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "evaluation.batch",
@@ -45,12 +46,13 @@ LIMITS: dict[str, Limit] = {
         *(f"objective.{token}.{term}" for token in ("cls", "patch") for term in (
             "mse", "dampened_mse", "map_cosine", "angle", "tangent_sphere",
         )),
-        "optimizer.clip_per_parameter", "optimizer.clip_global", "train.steps", "cache.components",
+        "optimizer.clip_per_parameter", "optimizer.clip_global", "optimizer.frozen_trunk_steps", "train.steps",
+        "cache.components", "objective.teachers_per_step", "projector.source_grid",
         *(f"student.radio.{field}" for field in ("cpe_max_size", "register_multiple", "num_windowed")),
     ), Limit()),
     **dict.fromkeys((
         "student.mlp_ratio", "projector.mlp_ratio", "standardization.eps", "train.max_loss", "train.timeout_minutes",
-        "train.rendezvous_minutes", "cache.shard_megabytes",
+        "projector.hidden_factor", "train.rendezvous_minutes", "cache.shard_megabytes",
     ), _POSITIVE),
     **dict.fromkeys((
         "standardization.ema_start", "standardization.ema_end", "objective.drop_probability",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from dune_fast.distill.normalizers import ROTATED
+from dune_fast.distill.normalizers import ROTATED, STORED
 from dune_fast.distill.objective import ObjectiveConfig
 from dune_fast.distill.phi_s import HadamardError, hadamard_base
 from dune_fast.distill.phi_s_running import RunningPhiS
@@ -18,6 +18,15 @@ def check_standardization(
 ) -> None:
     """ConfigError if a token type cannot have its convention."""
     conventions = {(name, token): cfg.of(token) for name, t in teachers.items() for token in t.token_types}
+    if unknown := sorted(set(cfg.files) - set(teachers)):
+        known = ", ".join(sorted(teachers))
+        raise ConfigError(f"standardization.files has {', '.join(unknown)}; this run's teachers are: {known}")
+    stored = {name for (name, _), convention in conventions.items() if convention in STORED}
+    if without := sorted(stored - set(cfg.files)) if not cfg.file else []:
+        raise ConfigError(
+            f"standardization.files has nothing of {', '.join(without)}: name two files for each, or give "
+            "standardization.file"
+        )
     if "fixed" in conventions.values() and not cache.folder:
         raise ConfigError(
             "standardization.convention=fixed without cache.folder: its statistics are those of a cache; give the "
@@ -39,6 +48,10 @@ def check_standardization(
 
 def check_objective(objective: ObjectiveConfig, teachers: Mapping[str, TeacherConfig], cache: CacheConfig) -> None:
     """ConfigError if the loss names what the teachers have not, or takes whole maps where there are none."""
+    if (drawn := objective.teachers_per_step) and drawn >= len(teachers):
+        raise ConfigError(
+            f"objective.teachers_per_step={drawn} of {len(teachers)} teachers: give fewer, or 0 for all of them"
+        )
     for name, weights in objective.weights.items():
         if name not in teachers:
             known = ", ".join(sorted(teachers))

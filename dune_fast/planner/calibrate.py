@@ -20,13 +20,13 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.engine.config_sections import CacheConfig, StandardizationConfig
 from dune_fast.engine.deepspeed_engine import Engine, init_distributed
 from dune_fast.engine.devices import autocast_dtype, device_name
-from dune_fast.engine.flops import run_flops, teachers_by_trunk
+from dune_fast.engine.flops import run_flops
 from dune_fast.engine.memory import device_memory, fit
 from dune_fast.planner.budget import Machine
 from dune_fast.planner.gpus import gpu_of_device
 from dune_fast.planner.numbers import MEASURED, Number
 from dune_fast.student import build_student
-from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.config import TeacherConfig, teachers_by_trunk
 from dune_fast.teachers.ensemble import TeacherEnsemble
 from dune_fast.teachers.registry import family_class
 from dune_fast.teachers.vit import ViTTeacher
