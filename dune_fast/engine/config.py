@@ -48,6 +48,7 @@ from dune_fast.engine.overrides import (
     with_timm_teachers,
 )
 from dune_fast.engine.schedules import iterations
+from dune_fast.engine.student_checks import check_student
 from dune_fast.heads.head import KINDS
 from dune_fast.kernels.nn.vit import nearest_multiples
 from dune_fast.projectors.base import KINDS as PROJECTORS
@@ -261,6 +262,7 @@ def _check_head(cfg: RunConfig) -> None:
 
 def _check_distillation(cfg: RunConfig) -> None:
     _check_projectors(cfg)
+    check_student(cfg.student, cfg.image_size, cfg.train.compile)
     sizes, patch = {"image_size": cfg.image_size}, cfg.student.patch_size
     sizes |= {"evaluation.figure_size": cfg.evaluation.figure_size} if cfg.evaluation.figures else {}
     sizes |= {f"progressive[{i}].image_size": entry.image_size for i, entry in enumerate(cfg.progressive)}
