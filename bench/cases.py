@@ -20,7 +20,11 @@ from bench import (
 )
 from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, compare, objective_of, relative_error
 from bench.linear_case import run_linear_depth, run_linear_seg
+from bench.sibling_cases_losses import LOSS_RUNNERS
+from bench.sibling_cases_sak import SAK_RUNNERS
 from bench.sibling_cases_teachers import TEACHER_RUNNERS
+from bench.sibling_cases_theia import THEIA_RUNNERS
+from bench.sibling_cases_views import VIEW_RUNNERS
 from bench.teacher_case import run_teacher
 from bench.train_case import run_train
 from dune_fast.distill.objective import coefficients, combine, teacher_losses
@@ -223,7 +227,11 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     **head_cases_mast3r_training.RUNNERS,
     **head_cases_metrics.RUNNERS,
     **head_cases_multihmr.RUNNERS,
+    **SAK_RUNNERS,
     **TEACHER_RUNNERS,
+    **THEIA_RUNNERS,
+    **LOSS_RUNNERS,
+    **VIEW_RUNNERS,
     **sibling_cases_radio.RUNNERS,
     **sibling_cases_heads.RUNNERS,
 }

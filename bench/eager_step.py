@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dune_fast.distill.normalizers import CONVENTIONS
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.optimizer import parameter_groups
@@ -213,7 +214,7 @@ class EagerStep:
 
     def _losses(self, projections: dict, features: dict, momentum: float) -> tuple[Tensor, list[Tensor]]:
         """L float32 [T, B], and the metrics."""
-        losses, parts, eps = [], [], self.statistics.eps
+        losses, parts, eps = [], [], CONVENTIONS["dune"]
         for name, tokens in features.items():
             per_token = []
             for token, target in tokens.items():

@@ -2,8 +2,9 @@
 
 What a path may be: the folder of a run (its newest checkpoint if it has not ended) or of a checkpoint; a run's
 `encoder.safetensors`, `student.safetensors` or, beside an average, `student_raw.safetensors`; an exported
-`encoder.safetensors`; a published checkpoint (`.pth`); a state dict of a ViT, by itself or below any prefix, as `.pth`
-or `.safetensors`. A published name stands for `<name>.pth`, or RADIO's own file, in the folder $DUNE_FAST_WEIGHTS,
+`encoder.safetensors`; a published checkpoint, DUNE's (`.pth`), RADIO's or Theia's; a state dict of a ViT, by itself or
+below any prefix, as `.pth` or `.safetensors`. A published name stands for `<name>.pth`, or RADIO's own file, in the
+folder $DUNE_FAST_WEIGHTS,
 `weights` by default. Nothing is downloaded and no file can run code.
 """
 
@@ -25,6 +26,7 @@ from dune_fast.kernels.nn.vit import VisionTransformer, plain
 from dune_fast.projectors.base import Projection
 from dune_fast.released import load_released
 from dune_fast.released_radio import PUBLISHED_RADIO, load_released_radio, nominal
+from dune_fast.released_theia import load_theia
 from dune_fast.student import Student
 from dune_fast.teachers.architecture import stored_architecture, stored_statistics
 from dune_fast.teachers.config import TeacherConfig
@@ -174,10 +176,6 @@ def load_model(path_or_name: str | os.PathLike, device: torch.device | str = "cp
     if path.is_dir():
         _in_folder(path, file)  # says what is missing
         _, student, statistics = load_run(path, file)
-    elif path.suffix == ".safetensors":
-        raise ModelNotFoundError(
-            f"{path} holds an encoder without projectors: load it with load_encoder, or give the folder of its run"
-        )
     else:
         student, statistics = _released(path)
     if isinstance(student.encoder, RADIOViT):
@@ -186,12 +184,18 @@ def load_model(path_or_name: str | os.PathLike, device: torch.device | str = "cp
 
 
 def _released(path: Path) -> tuple[Student, TeacherStatistics]:
-    """The whole model of a published container: RADIO's, else DUNE's."""
+    """The whole model of a published container: RADIO's, Theia's, else DUNE's."""
     content = read_container(path)
     try:
         name = recognize(container_state(content, path), path)
     except TeacherWeightsError:
         name = None  # the other reader says what is wrong
+    if name == "theia":
+        return load_theia(path)
+    if path.suffix == ".safetensors":
+        raise ModelNotFoundError(
+            f"{path} holds an encoder without projectors: load it with load_encoder, or give the folder of its run"
+        )
     return load_released_radio(content, path) if name == "radio" else load_released(path)
 
 

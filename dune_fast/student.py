@@ -18,7 +18,15 @@ from dune_fast.kernels.nn.encoders import EncoderConfig, build_encoder
 from dune_fast.kernels.nn.patches import SharedPatches
 from dune_fast.kernels.nn.routing import OwnPatches, PatchSubset, Routes, select
 from dune_fast.kernels.nn.vit import ViTConfig
-from dune_fast.projectors.base import Projection, StudentShape, TeacherFeatures, Tokens, build_projector
+from dune_fast.projectors.base import (
+    Projection,
+    StudentShape,
+    Tokens,
+    blocks_read,
+    build_projector,
+    placed,
+    shared_layers,
+)
 from dune_fast.projectors.config import ProjectorConfig
 
 Teachers = Mapping[str, tuple[int, Sequence[str]]]
@@ -48,20 +56,19 @@ class Projectors(nn.ModuleDict):
         self, cfg: ProjectorConfig, student: StudentShape, teachers: Teachers, slots: Mapping[str, int] | None = None
     ) -> None:
         super().__init__()
-        last = student.depth - 1
         self.kind = cfg.kind
         self.prefix, self.slots = int(student.cls), None
         if slots:
             self.read_slots(slots, 1 + max(slots.values()))
-        self.sources = {name: TeacherFeatures(*features).source or name for name, features in teachers.items()}
         self.token_types = {name: tuple(features[1]) for name, features in teachers.items()}
-        self.blocks = (cfg.which_blocks or list(range(student.depth))) if cfg.kind == "lp" else [last]
-        if any(not 0 <= i <= last for i in self.blocks):
-            raise ValueError(f"projector.which_blocks {self.blocks}: the student's blocks are 0 to {last}")
+        self.blocks = blocks_read(cfg, student.depth)
         if unknown := sorted(set(cfg.teachers) - set(teachers)):
             raise ValueError(f"projector.teachers has {', '.join(unknown)}; there are: {', '.join(teachers)}")
-        for name, features in teachers.items():
-            self[name] = build_projector(cfg.of(name), student, TeacherFeatures(*features))
+        features = placed(teachers)
+        self.sources = {name: of_teacher.source for name, of_teacher in features.items()}
+        for name, of_teacher in features.items():
+            self[name] = build_projector(cfg.of(name), student, of_teacher)
+            self[name].share(next(iter(self.values())))
 
     def read_slots(self, slots: Mapping[str, int], count: int) -> None:
         """Reads each teacher's cls token at its place among `count`."""
@@ -69,12 +76,13 @@ class Projectors(nn.ModuleDict):
 
     def forward(
         self, tokens: Tokens, routes: Routes | None = None, subset: PatchSubset | OwnPatches | None = None,
-        grid: tuple[int, int] | None = None,
+        grid: tuple[int, int] | None = None, shared: Mapping[str, nn.Module] | None = None,
     ) -> dict[str, Projection]:  # fmt: skip
         """{block: [B, K + N, D]}, K cls tokens -> teacher -> token type -> [B, C] or [B, N, C], of the teacher's images
         if routed.
 
         Of a subset of the patches if there is one: then token-wise projectors see no others. `grid`: of the patches.
+        `shared`: source -> what makes other tokens {block: [B, K + N, D]} for its projectors.
 
         A projector without images runs on the batch's first one and gives none of its tokens: no operation has to take
         an empty batch, and every parameter gets a gradient, of zeros.
@@ -82,8 +90,9 @@ class Projectors(nn.ModuleDict):
         projections = {}
         last = tokens[self.blocks[-1]]
         kept = self._kept(subset, last.shape[1] - self.prefix, last.device)
+        of_source = {source: layers(tokens) for source, layers in (shared or {}).items()}
         for name, projector in self.items():
-            own, own_kept, nothing = self._own(name, tokens), kept, False
+            own, own_kept, nothing = self._own(name, of_source.get(self.sources[name], tokens)), kept, False
             if routes is not None:
                 route = routes[name]
                 nothing = not len(route)
@@ -112,7 +121,7 @@ class Projectors(nn.ModuleDict):
 
 def summary_slots(teachers: Teachers) -> dict[str, int]:
     """teacher -> the place of its source among all sources, in the order of the teachers."""
-    sources = {name: TeacherFeatures(*features).source or name for name, features in teachers.items()}
+    sources = {name: features.source for name, features in placed(teachers).items()}
     order = list(dict.fromkeys(sources.values()))
     return {name: order.index(source) for name, source in sources.items()}
 
@@ -154,6 +163,7 @@ class Student(nn.Module):
             cfg.embed_dim, cfg.depth, cfg.num_heads, self.encoder.num_cls > 0, cfg.image_size // cfg.patch_size
         )
         self.projectors = Projectors(projector, shape, teachers, slots)
+        self.shared = shared_layers(projector, shape, self.projectors.sources.values())
 
     def compile_blocks(self, **options: Any) -> None:
         """`torch.compile`, with its options, of every block on its own, in place: parameters keep their names."""
@@ -177,7 +187,8 @@ class Student(nn.Module):
         """`routes`: which of the images each teacher's projector gets, all by default; `patches`: the step's; `subset`:
         of the patches that are projected, all by default; `draws`: random numbers of a training step, else None."""
         with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return self.projectors(self.tokens(images, patches, draws), routes, subset, self.encoder.grid(images))
+            tokens = self.tokens(images, patches, draws)
+            return self.projectors(tokens, routes, subset, self.encoder.grid(images), self.shared)
 
 
 def build_student(

@@ -16,8 +16,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from dune_fast.distill.normalizers import BATCH, Standardizer
 from dune_fast.distill.phi_s import SecondMoments
-from dune_fast.distill.standardization import FROZEN, Features, Standardizer, TeacherStatistics
+from dune_fast.distill.standardization import Features, TeacherStatistics
 from dune_fast.projectors.base import split_cls
 from dune_fast.student import Student
 
@@ -53,7 +54,7 @@ def fit_projectors(
                 h = inputs[name][token][rows[name]].float()
                 z = torch.cat([h, y[rows[name]].float()], -1)
                 moments.setdefault((name, token), SecondMoments(z.shape[-1], z.device)).add(z)
-    fixed = statistics.running() if statistics.convention in FROZEN else None
+    known, normalizers = statistics.running(), {(name, token): n for name, token, n in statistics.items()}
     explained = {}
     for name, of_token in layers.items():
         by_layer: dict[nn.Linear, list[str]] = {}
@@ -65,8 +66,10 @@ def fit_projectors(
             for token in tokens:
                 mean, covariance = moments[name, token].mean_and_covariance()
                 at = layer.in_features
-                own = Standardizer(mean[at:], 1 / statistics.denominator(covariance.diagonal()[at:].sqrt()))
-                parts.append((mean, covariance, own if fixed is None else fixed[name][token]))
+                normalizer, own = normalizers[name, token], known[name][token]
+                if normalizer.convention in BATCH:
+                    own = Standardizer(mean[at:], 1 / normalizer.denominator(covariance.diagonal()[at:].sqrt()))
+                parts.append((mean, covariance, own))
             shares.append(_solve(layer, parts))
         explained[name] = sum(shares) / len(shares)
     return explained

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dune_fast.kernels.library import traced
 from dune_fast.kernels.nn.vit import ViTConfig
-from dune_fast.projectors.base import StudentShape, TeacherFeatures, build_projector
+from dune_fast.projectors.base import StudentShape, TeacherFeatures, blocks_read, build_projector, shared_layers
 from dune_fast.projectors.config import ProjectorConfig
 
 
@@ -37,15 +37,20 @@ def projector_cost(
     """
     cls = student.cls_token
     shape = StudentShape(student.embed_dim, student.depth, student.num_heads, cls, grid)
-    with torch.device("meta"):
+    with torch.device("meta"):  # initial weights of some kinds are drawn by values, which fake tensors have not
         projector = build_projector(cfg, shape, teacher)
-    with FakeTensorMode(), traced():
-        weights = {name: torch.empty(x.shape, requires_grad=True) for name, x in projector.named_parameters()}
+        # what teachers of one source have in common is counted for the first of them
+        shared = shared_layers(cfg, shape, ["first"] if teacher.place == 0 else [])
+    with FakeTensorMode(allow_non_fake_inputs=True), traced():
+        projector.to_empty(device="cpu")
+        shared.to_empty(device="cpu")
 
         def run(images: int) -> dict[str, Tensor]:
             x = torch.empty(images, grid**2 + int(cls), student.embed_dim, requires_grad=torch.is_grad_enabled())
-            inputs = dict.fromkeys(_blocks(cfg, student), x), None, (grid, grid)
-            return torch.func.functional_call(projector, weights, inputs)
+            tokens = dict.fromkeys(blocks_read(cfg, student.depth), x)
+            for layers in shared.values():
+                tokens = layers(tokens)
+            return projector(tokens, None, (grid, grid))
 
         # attention's products are counted apart from its memory: a fused kernel keeps no scores
         with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -68,7 +73,3 @@ def _kept(run: Callable[[], dict[str, Tensor]]) -> int:
             pack(x)
     return sum(x.untyped_storage().nbytes() for x in found.values())
 
-
-def _blocks(cfg: ProjectorConfig, student: ViTConfig) -> list[int]:
-    """Blocks whose tokens a projector is given."""
-    return (cfg.which_blocks or list(range(student.depth))) if cfg.kind == "lp" else [student.depth - 1]

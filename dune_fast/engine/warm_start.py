@@ -192,7 +192,7 @@ def _weights_file(source: str) -> Path:
 def _fitting_positions(table: Tensor, encoder: VisionTransformer) -> Tensor:
     """The source's position table on the student's grid; one that is no table of a square grid stays as it is."""
     cfg = encoder.cfg
-    side, prefix = cfg.image_size // cfg.patch_size, int(cfg.cls_token)
+    side, prefix = cfg.image_size // cfg.patch_size, encoder.table_prefix
     count = table.shape[1] - prefix if table.ndim == 3 else 0
     if count < 1 or math.isqrt(count) ** 2 != count:
         return table  # the comparison says what is wrong with it

@@ -26,6 +26,7 @@ def refuse_unlike(encoder: VisionTransformer, library: str) -> None:
         "rotary positions (pos_embed: rope2d)": cfg.pos_embed != "learned",
         "encoders without a cls token": not cfg.cls_token,
         "encoders without a final norm": not cfg.final_norm,
+        "registers with positions of their own": hasattr(encoder, "register_positions"),
     }
     for what, given in missing.items():
         if given:

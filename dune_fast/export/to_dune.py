@@ -50,7 +50,7 @@ def _refuse_unlike(model: DistilledModel) -> None:
     blocks = [block for p in projectors for block in p.blocks] if transformers else []
     demands = {
         "features standardized per channel (standardization.convention=dune or unic)":
-            model.statistics.convention != "phi_s",
+            len(model.statistics.of_convention("dune", "unic")) == len(model.statistics.items()),
         f"one of the encoders {', '.join(ARCHITECTURES)} (this one has {cfg.embed_dim} channels, {cfg.depth} blocks, "
         f"{cfg.num_heads} heads)":
             (cfg.embed_dim, cfg.depth, cfg.num_heads) in NAMES,

@@ -7,10 +7,10 @@ N, but for projectors that give the teacher's own grid.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,8 +25,14 @@ KINDS = {
     "lp": "dune_fast.projectors.ladder:ladder_projector",
     "sp": "dune_fast.projectors.simple:simple_projector",
     "heads": "dune_fast.projectors.heads:separate_heads",
+    "sak": "dune_fast.projectors.sak:level_projector",
+    "theia": "dune_fast.projectors.theia:theia_translator",
 }
 """Kind -> module and function (cfg, student, teacher) -> `Projector`, imported when asked for."""
+
+SHARED = {"sak": "dune_fast.projectors.sak:adapter_chain"}
+"""Kind whose teachers of one source have layers in common -> module and function (cfg, student) -> these: they make
+tokens {block: [B, K + N, D]} for the projectors of that source, of the student's tokens."""
 
 
 class TeacherFeatures(NamedTuple):
@@ -38,6 +44,8 @@ class TeacherFeatures(NamedTuple):
     """Teachers of one source belong together: they read one summary token. Empty for a teacher by itself."""
     grid: int = 0
     """Rows and columns of its patches, where they stay on the teacher's own grid; 0 for the student's."""
+    place: int = 0
+    """Which of its source's teachers it is, in their order, see `placed`."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,9 @@ class Projector(nn.Module):
         """
         raise NotImplementedError
 
+    def share(self, first: Projector) -> None:
+        """Takes what all teachers' projectors have in common of the first teacher's, which owns it."""
+
     def last_layers(self) -> dict[str, nn.Linear]:
         """Token type -> the linear layer whose output is the projection, to be fitted in closed form.
 
@@ -82,9 +93,42 @@ def split_cls(x: Tensor) -> Projection:
     return {"cls": cls.squeeze(1), "patch": patch}
 
 
+def placed(teachers: Mapping[str, Sequence[Any]]) -> dict[str, TeacherFeatures]:
+    """Features with their sources, each its own teacher's name by default, and their places."""
+    found: dict[str, TeacherFeatures] = {}
+    for name, given in teachers.items():
+        features = TeacherFeatures(*given)
+        source = features.source or name
+        found[name] = features._replace(source=source, place=sum(other.source == source for other in found.values()))
+    return found
+
+
+def blocks_read(cfg: ProjectorConfig, depth: int) -> list[int]:
+    """Blocks of a student whose tokens the projectors read, -1 for the embedding; ValueError for one that there is not.
+    """
+    chosen = list(cfg.which_blocks or range(depth))
+    if cfg.kind not in ("lp", "sak"):
+        return [depth - 1]
+    if any(not 0 <= i < depth for i in chosen):
+        raise ValueError(f"projector.which_blocks {chosen}: the student's blocks are 0 to {depth - 1}")
+    return chosen if cfg.kind == "lp" else list(range(-1, max(chosen) + 1))
+
+
+def shared_layers(cfg: ProjectorConfig, student: StudentShape, sources: Iterable[str]) -> nn.ModuleDict:
+    """Source -> what its projectors have in common, see `SHARED`; empty for most kinds."""
+    if cfg.kind not in SHARED:
+        return nn.ModuleDict()
+    build = _imported(SHARED[cfg.kind])
+    return nn.ModuleDict({source: build(cfg, student) for source in dict.fromkeys(sources)})
+
+
 def build_projector(cfg: ProjectorConfig, student: StudentShape, teacher: TeacherFeatures) -> Projector:
     """One teacher's projector with drawn weights. ValueError for a kind that there is not."""
     if cfg.kind not in KINDS:
         raise ValueError(f"projector kind {cfg.kind!r}; choose one of {', '.join(KINDS)}")
-    module, _, name = KINDS[cfg.kind].partition(":")
-    return getattr(import_module(module), name)(cfg, student, teacher)
+    return _imported(KINDS[cfg.kind])(cfg, student, teacher)
+
+
+def _imported(address: str) -> Callable[..., Any]:
+    module, _, name = address.partition(":")
+    return getattr(import_module(module), name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 HEAD_VERSIONS = ("v1", "v2", "attn")
+TRANSLATORS = ("lconv", "conv", "mlp", "transformer")
 
 
 @dataclass
@@ -41,7 +42,7 @@ class ProjectorConfig:
     """Which projector stands between the student and every teacher."""
 
     kind: str = "tp"
-    """One of `dune_fast.projectors.base.KINDS`: "tp", "lp", "sp", "heads"."""
+    """One of `dune_fast.projectors.base.KINDS`: "tp", "lp", "sp", "heads", "sak", "theia"."""
     num_blocks: int = 1
     """TP: transformer blocks before the linear layer."""
     num_heads: int | None = None
@@ -51,9 +52,10 @@ class ProjectorConfig:
     layer_scale: float | None = 1e-4
     """TP: initial LayerScale."""
     which_blocks: list[int] = field(default_factory=list)
-    """LP: encoder blocks that carry a projector, from 0; empty for all."""
+    """LP: encoder blocks that carry a projector, from 0; empty for all. SAK: those that the teachers of one source
+    belong to, in their order."""
     hidden_dim: int = 768
-    """LP and SP: hidden channels (LP: of every block but the last)."""
+    """LP and SP: hidden channels (LP: of every block but the last). Theia: of what its translators share."""
     last_hidden_dim: int = 3072
     """LP: hidden channels at the encoder's last block."""
     prenorm: bool = False
@@ -65,13 +67,31 @@ class ProjectorConfig:
     LN GELU Linear."""
     num_inner: int = 0
     """SP: inner layers."""
+    down_ratio: int = 4
+    """SAK: the student's channels over the adapters' hidden ones."""
     cls_head: HeadShape = field(default_factory=HeadShape)
     """Heads: of the cls token."""
     patch_head: HeadShape = field(default_factory=HeadShape)
     """Heads: of the patches."""
+    translator: str = "lconv"
+    """Theia: one of `TRANSLATORS`, see `dune_fast.projectors.theia`."""
+    hidden_factor: float = 1.0
+    """Theia, lconv: channels of the convolutions over the student's."""
+    source_grid: int = 0
+    """Theia: rows of patches of the run's images; 0 for those of `student.image_size`."""
+    translator_layers: int = 2
+    """Theia, transformer: layers of the decoder."""
+    translator_heads: int = 8
+    """Theia, transformer: attention heads of the decoder."""
     teachers: dict[str, dict[str, Any]] = field(default_factory=dict)
     """teacher -> fields that differ for its projector, e.g. {sam: {patch_head: {upsample: 2}}}; not `kind` or
     `which_blocks`, which all projectors share."""
+
+    def __post_init__(self) -> None:
+        if self.translator not in TRANSLATORS:
+            raise ValueError(
+                f"projector.translator is {self.translator!r}; choose one of {', '.join(TRANSLATORS)}"
+            )
 
     def of(self, teacher: str) -> ProjectorConfig:
         """The configuration of one teacher's projector. ValueError for a field that there is not."""

@@ -263,6 +263,11 @@ def start_from(head: Head, weights: str) -> str:
     other = load_head(weights)
     if other.kind != head.kind:
         raise ConfigError(f"head.weights={weights} is a {other.kind} head, not a {head.kind} head")
+    if (read := other.blocks(12)) and (wanted := head.blocks(12)) and read != wanted:
+        raise ConfigError(
+            f"head.weights={weights} reads the blocks {[i + 1 for i in read]} of an encoder of 12 blocks, this head "
+            f"{[i + 1 for i in wanted]}: give one that reads the same, or leave it out"
+        )
     own, theirs = head.state_dict(), other.state_dict()
     fitting = {name: x for name, x in theirs.items() if name in own and own[name].shape == x.shape}
     if not fitting:

@@ -12,7 +12,11 @@ import torch
 from dune_fast.kernels.nn.radio_options import RADIOOptions
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig, plain
 
-ENCODERS = {"vit": "dune_fast.kernels.nn.vit:VisionTransformer", "radio": "dune_fast.kernels.nn.radio:RADIOViT"}
+ENCODERS = {
+    "vit": "dune_fast.kernels.nn.vit:VisionTransformer",
+    "radio": "dune_fast.kernels.nn.radio:RADIOViT",
+    "theia": "dune_fast.kernels.nn.theia:TheiaViT",
+}
 """Family -> module and class, imported when asked for. Its `for_student(cfg, num_cls)` builds one with drawn weights'
 shapes; `num_cls`: cls tokens that the student has."""
 
@@ -22,7 +26,7 @@ class EncoderConfig(ViTConfig):
     """An encoder of any family."""
 
     family: str = "vit"
-    """One of `ENCODERS`: "vit" (DUNE's and UNIC's), "radio"."""
+    """One of `ENCODERS`: "vit" (DUNE's and UNIC's), "radio", "theia" (Hugging Face's ViT)."""
     radio: RADIOOptions = field(default_factory=RADIOOptions)
     """Family "radio"."""
 

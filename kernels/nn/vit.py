@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -154,11 +154,9 @@ class VisionTransformer(DINOv2Interface, nn.Module):
     def for_student(cls, cfg: ViTConfig, num_cls: int) -> VisionTransformer:
         """See `kernels.nn.encoders.ENCODERS`."""
         if num_cls != int(cfg.cls_token):
-            raise ValueError(
-                f"student.cls_per_teacher asks for {num_cls} cls tokens, and student.family=vit has one: set it to "
-                "false, or choose student.family=radio"
-            )
-        return cls(plain(cfg))
+            given = f"student.cls_per_teacher asks for {num_cls} cls tokens, and this student.family has one"
+            raise ValueError(f"{given}: set it to false, or choose student.family=radio")
+        return cls(cls.config_class(**asdict(plain(cfg))))
 
     def init_weights(self) -> VisionTransformer:
         """Draws the student's initial weights from torch's generator; see `dune_fast.student.build_student`.
@@ -201,11 +199,20 @@ class VisionTransformer(DINOv2Interface, nn.Module):
                 )
         return height // patch, width // patch
 
+    @property
+    def table_prefix(self) -> int:
+        """Rows of the position table that stand for no patch."""
+        return int(self.cfg.cls_token)
+
+    def registers(self) -> Tensor:
+        """What the registers are before the first block, [1, R, D]."""
+        return self.register_tokens
+
     def positions(self, height: int, width: int) -> Tensor:
         """The position table for a grid of height x width patches, [1, cls + height * width, D]."""
         cfg = self.cfg
         return resize_positions(
-            self.pos_embed, height, width, int(cfg.cls_token), cfg.interpolate_offset, cfg.interpolate_antialias
+            self.pos_embed, height, width, self.table_prefix, cfg.interpolate_offset, cfg.interpolate_antialias
         )
 
     def embed(self, images: Tensor, patches: SharedPatches | None = None, draws: StepDraws | None = None) -> Tensor:
@@ -218,7 +225,7 @@ class VisionTransformer(DINOv2Interface, nn.Module):
         # the patches' type
         table, at = self.positions(height, width), int(self.cfg.cls_token)
         cls = [self.cls_token + table[:, :1]] if self.cfg.cls_token else []
-        registers = [self.register_tokens] if self.cfg.num_registers else []
+        registers = [self.registers()] if self.cfg.num_registers else []
         return F.pad(x, (0, 0, self.num_prefix_tokens, 0)) + torch.cat([*cls, *registers, table[:, at:]], dim=1)
 
     def stream(self, x: Tensor) -> torch.dtype:

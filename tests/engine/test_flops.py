@@ -142,3 +142,15 @@ def test_a_network_that_no_configuration_describes_is_counted_once_it_is_built(c
     with caplog.at_level(logging.INFO):
         assert run_flops(cfg, {"own": Stubborn()}).training is None
     assert "own cannot be counted" in caplog.text
+
+
+def test_a_teachers_own_input_is_what_is_counted(overrides):
+    """Operations of a ViT at its own size, and of its share of a canvas."""
+    vit = ["+teachers@teachers.vit=dinov2_vits14_reg", "teachers.vit.weights=random:3"]
+    counts = {}
+    for side, more in ((56, []), (112, ["teachers.vit.input_size=112"]), (0, ["teachers.vit.mosaic=112"])):
+        cfg = compose_config([*overrides, *vit, *more])
+        counts[side] = run_flops(cfg).teachers["vit"]
+        if side:
+            assert counts[side] == teacher_flops("vit", compose_config([*overrides, *vit]).teachers["vit"], side // 14)
+    assert counts[0] == counts[112] // 4

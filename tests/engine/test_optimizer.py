@@ -22,6 +22,11 @@ def test_weight_decay_on_tensors_of_two_or_more_dimensions_only():
     assert not any(name.startswith("encoder.norm.") for name in in_plain)  # frozen
 
 
+def test_the_bias_of_a_layer_norm_over_a_map_does_not_decay():
+    decayed, plain = parameter_groups(torch.nn.LayerNorm((3, 4, 4)), 0.1)
+    assert [len(group["params"]) for group in (decayed, plain)] == [1, 1] and plain["weight_decay"] == 0
+
+
 def test_vectors_decay_on_demand():
     decayed, vectors = parameter_groups(torch.nn.Linear(2, 3), 0.1, vectors=True)
     assert decayed["weight_decay"] == vectors["weight_decay"] == 0.1 and len(vectors["params"]) == 1
