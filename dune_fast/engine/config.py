@@ -49,6 +49,7 @@ from dune_fast.engine.overrides import (
     with_timm_teachers,
 )
 from dune_fast.engine.schedules import iterations
+from dune_fast.engine.student_checks import check_student
 from dune_fast.heads.head import KINDS
 from dune_fast.projectors.base import TeacherFeatures, placed
 from dune_fast.projectors.config import ProjectorConfig
@@ -274,6 +275,7 @@ def _check_head(cfg: RunConfig) -> None:
 
 
 def _check_distillation(cfg: RunConfig) -> None:
+    check_student(cfg.student, cfg.image_size, cfg.train.compile)
     sizes, patch = image_sizes(cfg), cfg.student.patch_size
     check_projectors(
         cfg.projector, cfg.student, cfg.teacher_features, cfg.image_size, len(set(sizes.values())) > 1,

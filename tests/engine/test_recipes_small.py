@@ -25,8 +25,8 @@ WIDTH, DIM = 24, 48
 
 
 def smaller(size: int | None, patch: int, by: int) -> int | None:
-    """A side of about so many times fewer patches."""
-    return None if not size else patch * max(2, round(size / patch / by))
+    """A side of about so many times fewer patches, an even number, so that a window divides them."""
+    return None if not size else patch * 2 * max(1, round(size / patch / by / 2))
 
 
 def small_teacher(teacher, index: int, by: int):
