@@ -16,7 +16,8 @@ from dune_fast.evaluate.figures import loss_figure, pca_figure, smooth, to_displ
 from dune_fast.evaluate.held_out import cut, held_out_cosines, pca_rgb, window_knn
 from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.vit import ViTConfig
-from dune_fast.student import ProjectorConfig, build_student
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import build_student
 from dune_fast.teachers.ensemble import TeacherEnsemble
 
 TEACHERS = {"a": toy_teacher("random:1", 14, 24)}
