@@ -96,7 +96,7 @@ def test_the_count_is_what_the_allocator_sees(configured, network, kind, dtype):
         found.append(memory.part_bytes(task, network, batch, dtype))
         assert found[-1] == pytest.approx(allocated(task, network, batch, dtype), rel=0.1)
     assert found[-1] == found[0] or 1.3 < found[1] / found[0] < 2.5
-    if kind == "multihmr":  # of the others a GPU's operations take the same
+    if kind == "multihmr":  # the paths of a GPU are counted, too
         assert memory.part_bytes(task, network, batch, dtype, gpu=True) == pytest.approx(found[0], rel=0.5)
 
 
