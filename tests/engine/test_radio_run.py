@@ -29,7 +29,7 @@ RADIO = [
     "standardization.cls=none", "standardization.patch=phi_s_running", "standardization.phi_s_period=3",
     "objective.cls={cosine: 0.0, smooth_l1: 0.0, angle: 1.0}", "objective.tokens=sum",
     "objective.patch={cosine: 0.0, smooth_l1: 0.0, mse: 1.0}", "objective.drop_probability=0",
-    "train.steps=20", "train.checkpoint_every=10",
+    "train.steps=12", "train.checkpoint_every=6",
 ]  # fmt: skip
 IMAGES = torch.randn(2, 3, 56, 84, generator=torch.Generator().manual_seed(0))
 
