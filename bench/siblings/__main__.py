@@ -1,7 +1,7 @@
 """`python -m bench.siblings [--list] [--only CELLS] [--table]`: recipes of other systems in small, beside DUNE's.
 
-All students have the proof's size, teachers, images, steps and first weights. Tasks and split are those of the study, so
-that the final images stay unseen.
+All students have the proof's size, teachers, images, steps and first weights. Tasks and split are those of the study:
+the final images stay unseen.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def write_page(folder: Path, cells: Sequence[Cell], results: Mapping[str, Any]) 
         "# Recipes of other systems in small", "",
         "Made by `python -m bench.siblings`; `--table` writes this page again from the JSONs in `cells/`. Three real",
         f"teachers into a ViT-Ti/14, 112 px, {STEPS} steps of 16 images, on the study's split; mean and standard",
-        "deviation over seeds. All rows start from the same weights, made out of the semantic teacher; `DUNE` alone has",
-        "projectors that are fitted before the first step. Each recipe is its file's, `configs/experiment/`: none was",
-        "tuned for this schedule, which is a thousandth of theirs.", "",
+        "deviation over seeds. All rows start from the same weights, made out of the semantic teacher; `DUNE` alone",
+        "has projectors that are fitted before the first step. A recipe is its file's in `configs/experiment/`: none",
+        "was tuned for this schedule, which is a thousandth of theirs.", "",
         f"| recipe | {' | '.join(COLUMNS.values())} | seeds |", "|---|" + "---|" * (len(COLUMNS) + 1),
     ]  # fmt: skip
     for row, columns in table.items():
