@@ -7,6 +7,7 @@ last linear layer, W' = A W and b' = A b + mean, so that the container gives fea
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dune_fast.distill.phi_s_running import fold
 from dune_fast.export.check import ExportError, Reader
 from dune_fast.export.to_hf_radio import has_bias, statistics
 from dune_fast.export.to_safetensors import PLAIN
@@ -88,19 +90,9 @@ def teacher_entries(model: DistilledModel) -> dict[str, dict[str, str]]:
 
 def folded(model: DistilledModel, name: str, token: str) -> dict[str, Tensor]:
     """A head's tensors, the inverse of its teacher's standardization worked into the last layer."""
-    head = getattr(model.student.projectors[name], token)
-    state = dict(head.state_dict())
-    last = next(key for key, module in head.named_modules() if module is head.last)
-    weight, bias = state[f"{last}.weight"].double(), state.get(f"{last}.bias")
-    groups = head.upsample**2
-    channels = len(weight) // groups
-    zero = torch.zeros(1, channels, device=weight.device)
-    restored = model.statistics.restored({name: {token: torch.cat([zero, torch.eye(channels).to(zero)])}})[name][token]
-    mean, matrix = restored[0].double(), (restored[1:] - restored[0]).double().T  # y -> matrix y + mean
-    bias = weight.new_zeros(len(weight)) if bias is None else bias.double()
-    state[f"{last}.weight"] = torch.cat([matrix @ rows for rows in weight.chunk(groups)]).float()
-    state[f"{last}.bias"] = torch.cat([matrix @ rows + mean for rows in bias.chunk(groups)]).float()
-    return state
+    head = copy.deepcopy(getattr(model.student.projectors[name], token))
+    fold(head.last, *model.statistics.get_submodule(f"{name}.normalizers.{token}").inverse())
+    return head.state_dict()
 
 
 def _version(head: nn.Module) -> str:
@@ -131,8 +123,8 @@ def write(model: DistilledModel, folder: Path, step: int = 0, about: Mapping[str
         entry |= {"token_slot": slots[next(iter(entries.values()))]} if slots else {}
         for token, name in entries.items():
             head = getattr(model.student.projectors[name], token)
-            state |= {f"{GROUPS[token]}.{source}.{key}": x for key, x in folded(model, name, token).items()}
             entry["mlp_version" if token == "cls" else "spatial_mlp_version"] = _version(head)
+            state |= {f"{GROUPS[token]}.{source}.{key}": x for key, x in folded(model, name, token).items()}
             if head.upsample > 1:
                 entry["fd_upsample_factor"] = head.upsample
         teachers.append(entry)

@@ -25,7 +25,7 @@ RADIO = [
     "student.radio.position_dropout=0.1", "student.radio.register_multiple=8", "student.radio.window_sizes=[2]",
     "student.radio.num_windowed=1", "student.radio.window_probability=0.7", "student.radio.spectral=2",
     "projector=heads", "projector.cls_head.hidden_dim=32", "projector.patch_head.hidden_dim=32",
-    "train.steps=12", "train.checkpoint_every=6",
+    "standardization.patch=phi_s_running", "standardization.cls=none", "train.steps=12", "train.checkpoint_every=6",
 ]  # fmt: skip
 IMAGES = torch.randn(2, 3, 56, 84, generator=torch.Generator().manual_seed(0))
 
@@ -100,6 +100,11 @@ def test_exports(radio_run, target, tmp_path):
 def test_other_formats_refuse(radio_run, target, tmp_path):
     with pytest.raises(ValueError, match="no family of encoders|needs one of the encoders|of the family vit"):
         export(radio_run, target, tmp_path)
+
+
+def test_a_plain_student_is_none_of_radios(trained_run, tmp_path):
+    with pytest.raises(ValueError, match="needs a student of RADIO's family"):
+        export(trained_run, "radio", tmp_path)
 
 
 @pytest.mark.parametrize(
