@@ -111,6 +111,8 @@ def _head(
 ) -> tuple[HeadShape, int, dict[str, Tensor]]:
     """Shape, output channels and plain tensors of one head."""
     where = f"{path}, {'summary' if token == 'cls' else 'feature'} head of {teacher['name']}"
+    if version == "attn" and token == "cls":
+        raise TeacherWeightsError(f"{where}: it has attention (version attn), but reads a single token")
     tensors = plain_weights(tensors, path)
     mlp = below(tensors, "mlp.") if version == "attn" else tensors
     factor = teacher.get("fd_upsample_factor") or 1 if token == "patch" and version != "v1" else 1

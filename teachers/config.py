@@ -179,8 +179,8 @@ def check_config(name: str, cfg: TeacherConfig) -> None:
     """
     least, three = "it must be at least 1", "give three numbers: red, green, blue"
     tokens, offset = set(cfg.token_types), cfg.interpolate_offset
-    step = cfg.patch_size * cfg.grid_multiple
-    own, own_step = cfg.input_size, cfg.patch_size if cfg.mosaic else step
+    step = max(1, cfg.patch_size * cfg.grid_multiple)
+    own, own_step = cfg.input_size, max(1, cfg.patch_size) if cfg.mosaic else step
     lean = cfg.stream != "fp32" or cfg.epilogue_gelu
     faults = [
         *((key, getattr(cfg, key) < 1, least) for key in ("patch_size", "num_features", "grid_multiple")),

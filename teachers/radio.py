@@ -29,6 +29,8 @@ from dune_fast.teachers.foundation import with_patch_bias
 from dune_fast.teachers.protocol import Trunk
 from dune_fast.teachers.vit import ViTTeacher, plain_norm
 
+BACKBONE = "base_model."
+"""What stands before the backbone's names in a container."""
 _TABLE = "base_model.patch_generator.pos_embed"
 _ORIGINAL = ".parametrizations.weight.original"
 

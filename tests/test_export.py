@@ -86,7 +86,7 @@ def build(**changes) -> VisionTransformer:
     return model.eval()
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", sorted(set(TARGETS) - {"radio", "theia"}))  # of other students, see their tests
 def test_every_target_round_trips(run, published_run, target, tmp_path):
     if target == "hf":
         pytest.importorskip("transformers")
@@ -250,7 +250,7 @@ def test_command_line(run, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match="is a file"):
         export(run, "timm", tmp_path / "file")
-    with pytest.raises(ExportError, match="timm, hf, onnx, safetensors, dune"):
+    with pytest.raises(ExportError, match="timm, hf, onnx, safetensors, radio, theia, dune"):
         export(run, "tflite")
 
 

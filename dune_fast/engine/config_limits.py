@@ -1,4 +1,4 @@
-"""The range of every number in the configuration; datasets, teachers and `student.radio` check their own."""
+"""The range of every number in the configuration, but for those of datasets and teachers, which check their own."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ LIMITS: dict[str, Limit] = {
         *(f"projector.{head}_head.{field}" for head in ("cls", "patch") for field in ("hidden_dim", "upsample")),
         "image_size", "student.image_size", "student.patch_size", "student.embed_dim", "student.depth",
         "student.num_heads", "projector.num_blocks", "projector.num_heads", "projector.hidden_dim",
-        "projector.down_ratio", "projector.last_hidden_dim", "projector.translator_layers", "projector.translator_heads",
+        "projector.down_ratio", "projector.last_hidden_dim", "projector.translator_layers",
+        "projector.translator_heads",
         "standardization.phi_s_batches", "standardization.phi_s_period", "start.blocks", "objective.angle_samples",
         "train.images", "train.global_batch",
         "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "evaluation.batch",
         "evaluation.knn_images", "evaluation.knn_k", "evaluation.figure_size", "evaluation.figure_images",
-        "head.threads", "head.ahead",
+        "head.threads", "head.ahead", "student.radio.num_global",
     ), _COUNT),
     **dict.fromkeys((
         *(f"projector.{head}_head.{field}" for head in ("cls", "patch") for field in ("num_inner", "upsample_rank")),
@@ -47,6 +48,7 @@ LIMITS: dict[str, Limit] = {
         )),
         "optimizer.clip_per_parameter", "optimizer.clip_global", "optimizer.frozen_trunk_steps", "train.steps",
         "cache.components", "objective.teachers_per_step", "projector.source_grid",
+        *(f"student.radio.{field}" for field in ("cpe_max_size", "register_multiple", "num_windowed")),
     ), Limit()),
     **dict.fromkeys((
         "student.mlp_ratio", "projector.mlp_ratio", "standardization.eps", "train.max_loss", "train.timeout_minutes",
@@ -54,8 +56,10 @@ LIMITS: dict[str, Limit] = {
     ), _POSITIVE),
     **dict.fromkeys((
         "standardization.ema_start", "standardization.ema_end", "objective.drop_probability",
-        "optimizer.warmup_fraction", "optimizer.warmup_start",
+        "optimizer.warmup_fraction", "optimizer.warmup_start", "student.radio.position_dropout",
+        "student.radio.window_probability",
     ), _SHARE),
+    "student.radio.spectral": Limit(0, 2),
     "student.interpolate_offset": Limit(0, 0.99),
     "objective.patch_share": Limit(0, 1, above=True),
     "cache.patch_share": Limit(0, 1, above=True),

@@ -60,8 +60,9 @@ class SpectralScale(nn.Module):
 
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
-        """Random u and v of torch's generator, iterated; the gain that leaves the weight as it is."""
-        v = F.normalize(torch.randn_like(self._v), dim=0)
+        """Random u and v, the same ones every time, iterated; the gain that leaves the weight as it is."""
+        v = torch.randn(len(self._v), generator=torch.Generator().manual_seed(0), device="cpu").to(weight.device)
+        v = F.normalize(v, dim=0)
         for _ in range(FIRST_ITERATIONS):
             u, v = power_iteration(weight, v)
         self._u.copy_(u), self._v.copy_(v)

@@ -78,8 +78,8 @@ def test_what_a_run_cannot_do_is_refused(overrides):
     common = [*overrides, *(word for word in THEIA if "stored" not in word and "teachers_per_step" not in word)]
     for more, sentence in (
         (["standardization.convention=stored"], "standardization.file and standardization.files say where"),
-        (["standardization.convention=stored", "standardization.files={one: [a.npy, b.npy]}"], "nothing of two"),
-        (["standardization.convention=stored", "standardization.files={one: [a.npy]}"], "give two files"),
+        (["standardization.convention=stored", "+standardization.files.one=[a.npy,b.npy]"], "nothing of two"),
+        (["standardization.convention=stored", "+standardization.files.one=[a.npy]"], "give two files"),
         (["standardization.file=x"], "and none without"),
         (["objective.teachers_per_step=2"], "of 2 teachers: give fewer"),
         (["image_size=70", "teachers.two.input_size=null"], "4 x 4 patches, and this run's have 5"),
