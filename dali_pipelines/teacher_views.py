@@ -6,6 +6,9 @@ student's. Four random words a crop, Philox counter (position, which of the crop
 
     word 0   zoom, uniform           word 1, 2   shift, round(N(0, sigma)) patches across and down, by Box and Muller
 
+The window is decoded once more for every crop: DALI decodes one window of an image at a time. On a processor an image
+of 500 x 375 pixels at 224 px takes 3.0 ms, 7.0 with one crop of as many pixels, 7.8 with one of 384.
+
 Bounds are whole pixels of the image, and of the crop: a shift is that many patches to half a pixel. The transform is
 made of these bounds, and exact.
 """
