@@ -40,7 +40,7 @@ from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.projectors.base import blocks_read
 from dune_fast.student import Student
-from dune_fast.teachers.config import given_patches, seen, teachers_by_input, teachers_by_trunk
+from dune_fast.teachers.config import given_patches, network_key, seen, teachers_by_input, teachers_by_trunk
 
 SPARE = 0.15
 """Share of a device's memory that is left for what the model does not count."""
@@ -62,9 +62,12 @@ def trained_parameters(cfg: RunConfig) -> tuple[int, int]:
 def teacher_parameters(cfg: RunConfig) -> dict[str, int | None]:
     """Parameters of every network that teachers need, by the first teacher that reads it; None if it is unknown."""
     counts: dict[str, int | None] = {}
+    held = set()
     for first, *_ in teachers_by_trunk(cfg.teachers):
         network = published_network(first, cfg.teachers[first])
-        counts[first] = None if network is None else sum(p.numel() for p in network.parameters())
+        again = network_key(cfg.teachers[first]) in held  # for another input
+        counts[first] = 0 if again else None if network is None else sum(p.numel() for p in network.parameters())
+        held.add(network_key(cfg.teachers[first]))
     return counts
 
 
