@@ -49,6 +49,7 @@ from dune_fast.engine.overrides import (
     with_timm_teachers,
 )
 from dune_fast.engine.schedules import iterations
+from dune_fast.engine.student_checks import check_student
 from dune_fast.heads.head import KINDS
 from dune_fast.projectors.base import TeacherFeatures, placed
 from dune_fast.projectors.config import ProjectorConfig
@@ -258,10 +259,6 @@ def _check_head(cfg: RunConfig) -> None:
             "head.encoder is empty: give the frozen encoder, head.encoder=PATH (the folder of a run, a weights file, a "
             "published name such as dune_vitbase14_448_paper)"
         )
-    if cfg.train.accumulation == 0:
-        raise ConfigError(
-            "train.accumulation=0: how much memory a head takes is not known beforehand; give the number of parts"
-        )
     of_distillation = {
         "teachers": cfg.teachers, "cache.folder": cfg.cache.folder, "progressive": cfg.progressive,
         "partitions": cfg.partitions,
@@ -274,6 +271,7 @@ def _check_head(cfg: RunConfig) -> None:
 
 
 def _check_distillation(cfg: RunConfig) -> None:
+    check_student(cfg.student, cfg.image_size, cfg.train.compile)
     sizes, patch = image_sizes(cfg), cfg.student.patch_size
     check_projectors(
         cfg.projector, cfg.student, cfg.teacher_features, cfg.image_size, len(set(sizes.values())) > 1,

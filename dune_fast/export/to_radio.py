@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dune_fast.distill.phi_s_running import fold
 from dune_fast.export.check import ExportError, Reader
 from dune_fast.export.to_hf_radio import has_bias, statistics
 from dune_fast.export.to_safetensors import PLAIN
@@ -91,16 +92,9 @@ def folded(model: DistilledModel, name: str, token: str) -> dict[str, Tensor]:
     head = getattr(model.student.projectors[name], token)
     state = dict(head.state_dict())
     last = next(key for key, module in head.named_modules() if module is head.last)
-    weight, bias = state[f"{last}.weight"].double(), state.get(f"{last}.bias")
-    groups = head.upsample**2
-    channels = len(weight) // groups
-    zero = torch.zeros(1, channels, device=weight.device)
-    restored = model.statistics.restored({name: {token: torch.cat([zero, torch.eye(channels).to(zero)])}})[name][token]
-    mean, matrix = restored[0].double(), (restored[1:] - restored[0]).double().T  # y -> matrix y + mean
-    bias = weight.new_zeros(len(weight)) if bias is None else bias.double()
-    state[f"{last}.weight"] = torch.cat([matrix @ rows for rows in weight.chunk(groups)]).float()
-    state[f"{last}.bias"] = torch.cat([matrix @ rows + mean for rows in bias.chunk(groups)]).float()
-    return state
+    inverse = getattr(model.statistics, name).normalizers[token].inverse()
+    weight, bias = fold(state[f"{last}.weight"], state.get(f"{last}.bias"), *inverse)
+    return state | {f"{last}.weight": weight, f"{last}.bias": bias}
 
 
 def _version(head: nn.Module) -> str:

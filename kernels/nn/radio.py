@@ -65,6 +65,23 @@ class RADIOConfig(ViTConfig):
         return max(1, round((self.radio.cpe_max_size or self.image_size) / self.patch_size))
 
 
+def check_options(cfg: ViTConfig) -> None:
+    """ValueError where a student's options, `cfg` with its entry `radio`, do not go with each other."""
+    radio: RADIOOptions = cfg.radio  # type: ignore[attr-defined]
+    if cfg.pos_embed != "learned" or not cfg.cls_token:
+        raise ValueError(
+            "student.family=radio has summary tokens and a learned position table: set student.cls_token=true and "
+            "student.pos_embed=learned"
+        )
+    if 0 < radio.cpe_max_size < cfg.image_size:
+        raise ValueError(
+            f"student.radio.cpe_max_size={radio.cpe_max_size} is below student.image_size={cfg.image_size}: give the "
+            "largest image that the student is for, or 0"
+        )
+    if radio.window_sizes:
+        window_period(cfg.depth, radio.num_windowed, radio.num_global)  # refuses what windows nothing
+
+
 class ConditionedPatchEmbed(PatchEmbed):
     """A patch embedding whose weights want CLIP's statistics, on images normalised by ImageNet's."""
 
@@ -106,8 +123,6 @@ class RADIOViT(VisionTransformer):
             self.register_buffer("feature_matrix", torch.zeros(dim, dim))
         if radio.spectral:
             reparametrize(self.blocks, radio.spectral)
-        if radio.window_sizes:
-            window_period(cfg.depth, radio.num_windowed, radio.num_global)  # refuses what windows nothing
         self._iterated = -1
 
     @classmethod
@@ -116,15 +131,8 @@ class RADIOViT(VisionTransformer):
 
         `cfg` is a `ViTConfig` with an entry `radio`.
         """
+        check_options(cfg)
         radio: RADIOOptions = cfg.radio  # type: ignore[attr-defined]
-        if cfg.pos_embed != "learned" or not cfg.cls_token:
-            raise ValueError("student.family=radio has summary tokens and a learned position table: set "
-                             "student.cls_token=true, student.pos_embed=learned")  # fmt: skip
-        if 0 < radio.cpe_max_size < cfg.image_size:
-            raise ValueError(
-                f"student.radio.cpe_max_size={radio.cpe_max_size} is below student.image_size={cfg.image_size}: give "
-                "the largest image that the student is for, or 0"
-            )
         own = vars(plain(cfg))
         if radio.register_multiple:
             own["num_registers"] = radio.register_multiple - num_cls % radio.register_multiple

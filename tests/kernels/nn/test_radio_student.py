@@ -237,3 +237,19 @@ def test_spectral_gradient_treats_the_singular_vectors_as_constants():
 def test_options_that_do_not_fit(fields, radio, message):
     with pytest.raises(ValueError, match=message):
         student(**fields, radio=radio)
+
+
+def test_bfloat16_products_keep_positions_and_singular_values_in_float32():
+    options = {"cpe_max_size": 96, "window_sizes": [2], "num_windowed": 1, "spectral": 2, "position_dropout": 0.1}
+    vit, x = student(radio=options), torch.randn(2, 3, 32, 48)
+    full = vit.block_outputs(x, [4], draws=draws(2))[4]
+    scale = vit.blocks[0].attn.qkv.parametrizations.weight[0].parts[1]
+    before = scale._v.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = vit.block_outputs(x, [4], draws=draws(2, 0))[4]
+        positions = vit.embed(x).dtype
+        weight = vit.blocks[0].mlp.fc1.weight
+    assert torch.equal(scale._v, before) and low.dtype == positions == weight.dtype == torch.float32
+    assert 0 < float((low - full).detach().norm() / full.detach().norm()) < 2e-2
+    low.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in vit.parameters())
