@@ -29,7 +29,7 @@ from dune_fast.engine.opening import describe, stage_costs
 from dune_fast.engine.run_folder import count_images, refuse_other_images
 from dune_fast.engine.same_ranks import refuse_other_data
 from dune_fast.engine.schedules import ema_momenta
-from dune_fast.engine.stages import by_stage, stage_at, stages, turns
+from dune_fast.engine.stages import by_stage, stage_at, stages, teacher_sizes, turns
 from dune_fast.engine.start import look_ahead
 from dune_fast.engine.task import Place, Work
 from dune_fast.engine.teacher_crops import TeacherCrops
@@ -94,7 +94,7 @@ class Distillation:
         side = SideStream(run.device) if cfg.train.overlap_teachers else None
         self.distill = DistillationStep(
             student, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed, self.all_reduce, side,
-            self.states,
+            self.states, teacher_sizes(cfg),
         )
         if resume_step is None:
             look_ahead(self, student)
