@@ -129,14 +129,11 @@ def run_phi_s(case: Case) -> list[Check]:
         found = {"out": out, "back": ours.restore(out)}
         found = {name: y.transpose(1, 2).unflatten(2, x.shape[2:]) for name, y in found.items()}
         checks += compare(found, {name: case[f"step{step}/{name}"] for name in found}, under=f"step{step}/")
-        folded = ours.unwhiten, ours.mean
+        inverse = ours.inverse()
         ours.whiten.copy_(own)
     for name in ("linear", "linear_up"):
-        weight, bias = case[f"{name}/weight_in"], case[f"{name}/bias_in"]
-        layer = nn.Linear(*weight.T.shape)
-        layer.load_state_dict({"weight": weight, "bias": bias})
-        fold(layer, *folded)
-        found = {"weight_out": layer.weight.detach(), "bias_out": layer.bias.detach()}
+        weight, bias = fold(case[f"{name}/weight_in"], case[f"{name}/bias_in"], *inverse)
+        found = {"weight_out": weight, "bias_out": bias}
         checks += compare(found, {n: case[f"{name}/{n}"] for n in found}, under=f"{name}/")
     return checks
 

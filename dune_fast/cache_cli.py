@@ -47,8 +47,8 @@ def report(args: argparse.Namespace) -> int:
 def statistics(args: argparse.Namespace) -> int:
     """Measures mean and deviation of every teacher's features, for standardization.convention=stored.
 
-    Of a cache (`--cache`) those of all its views; else the teachers run over the views of all training images, or over
-    `--images` of them, evenly spread.
+    Of a cache (`--cache`) those of all its views; else the teachers run over the first images of the run: `--images`,
+    by default as many as there are to train on.
     """
     from dune_fast.cache.store import Store
     from dune_fast.distill.stored_statistics import write_statistics
@@ -83,4 +83,4 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("file", type=local, help="the safetensors file that is written")
     sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="of the run that will read it")
     sub.add_argument("--cache", type=local, metavar="FOLDER", help="a cache whose features are measured")
-    sub.add_argument("--images", type=int, default=0, metavar="N", help="of the training images (default: all)")
+    sub.add_argument("--images", type=int, default=0, metavar="N", help="of the run's first images (default: all)")

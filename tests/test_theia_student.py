@@ -59,6 +59,21 @@ def test_every_trainable_parameter_gets_a_gradient_and_parts_are_shared(translat
     assert all(torch.equal(again[n]["patch"], out[n]["patch"]) for n in teachers)
 
 
+@pytest.mark.parametrize("kind", ["lconv", "conv", "mlp", "transformer"])
+def test_products_in_bfloat16(kind):
+    """As on a GPU: features within bfloat16's rounding, gradients that are finite, weights in float32."""
+    student = build_student(
+        encoder(16), ProjectorConfig("theia", translator=kind, hidden_dim=32), {"a": TeacherFeatures(24, ("patch",))}
+    )
+    images = torch.randn(2, 3, 256, 256)
+    exact = student(images)["a"]["patch"].detach()
+    student.compute_in(torch.bfloat16, "bf16")
+    out = student(images)["a"]["patch"]
+    out.float().square().sum().backward()
+    assert (out.float() - exact).norm() < 0.05 * exact.norm() and not torch.equal(out, exact)
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in student.parameters())
+
+
 def test_lconv_is_the_layers_of_the_paper():
     """16 to 64 with cls, by functions of torch on the module's weights."""
     module = translator("lconv", 16, 64, tokens=("cls", "patch"))

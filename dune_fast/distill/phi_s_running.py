@@ -148,24 +148,26 @@ class RunningPhiS(nn.Module):
         return self.whiten.T / self.alpha.square()
 
 
-@torch.no_grad()
-def fold(layer: nn.Linear, inverse: Tensor, mean: Tensor) -> None:
-    """Makes a head's last layer give raw features x = inverse y + mean in place of standardized ones y.
+def fold(weight: Tensor, bias: Tensor | None, inverse: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """A head's last layer that gives raw features x = inverse y + mean, of one that gives standardized ones, y.
 
     Args:
-        layer: [.., C] or, of a head that enlarges its grid, [.., groups of C].
+        weight, bias: [C, D] and [C] or, of a head that enlarges its grid, [groups C, D] and [groups C].
         inverse: [C, C].
         mean: [C].
 
+    Returns:
+        Weight and bias of the same shapes, worked out in float64, in the weight's type.
+
     Raises:
-        ValueError: the layer's outputs are no multiple of C, or it has no bias.
+        ValueError: the layer's outputs are no multiple of C.
     """
-    if layer.out_features % len(mean) or layer.bias is None:
+    if len(weight) % len(mean):
         raise ValueError(
-            f"a layer of {layer.out_features} outputs {'without' if layer.bias is None else 'with'} bias cannot take "
-            f"statistics of {len(mean)} channels in: it needs a bias, and a multiple of the channels as outputs"
+            f"a layer of {len(weight)} outputs cannot take statistics of {len(mean)} channels in: its outputs must be "
+            "a multiple of the channels"
         )
-    weight = layer.weight.double().unflatten(0, (-1, len(mean)))  # [groups, C, inputs]
-    bias = layer.bias.double().unflatten(0, (-1, len(mean)))
-    layer.weight.copy_((inverse.double() @ weight).flatten(0, 1))
-    layer.bias.copy_((bias @ inverse.double().T + mean.double()).flatten())
+    back, groups = inverse.double(), weight.double().unflatten(0, (-1, len(mean)))  # [groups, C, D]
+    shift = torch.zeros_like(groups[..., 0]) if bias is None else bias.double().unflatten(0, (-1, len(mean)))
+    folded = (back @ groups).flatten(0, 1), (shift @ back.T + mean.double()).flatten()
+    return folded[0].to(weight.dtype), folded[1].to(weight.dtype)

@@ -23,7 +23,8 @@ from dune_fast.distill.summary import ANGLE_SAMPLES, TANGENT_SAMPLES, AngleDispe
 from dune_fast.kernels.distill_loss import distill_loss, standardize
 from dune_fast.kernels.nn.routing import Routes
 
-_WIDE = 2.0**20  # standardized features never differ by so much
+WIDE = 2.0**20
+"""A beta that no difference of features reaches."""
 
 
 @dataclass
@@ -169,11 +170,11 @@ def _fused(
         return tuple(x if reduce is None else reduce(x.view(shape)) for x in losses)
 
     if weights.mse and not weights.smooth_l1:
-        total, cosine, scaled = call(weights.cosine, 2 * _WIDE * weights.mse, _WIDE)
-        return total, {"cosine": cosine, "mse": 2 * _WIDE * scaled}
+        total, cosine, scaled = call(weights.cosine, 2 * WIDE * weights.mse, WIDE)
+        return total, {"cosine": cosine, "mse": 2 * WIDE * scaled}
     total, cosine, smooth_l1 = call(weights.cosine, weights.smooth_l1, beta)
     parts = {"cosine": cosine, "smooth_l1": smooth_l1}
     if weights.mse:
-        more, _, scaled = call(0.0, 2 * _WIDE * weights.mse, _WIDE)
-        total, parts["mse"] = total + more, 2 * _WIDE * scaled
+        more, _, scaled = call(0.0, 2 * WIDE * weights.mse, WIDE)
+        total, parts["mse"] = total + more, 2 * WIDE * scaled
     return total, parts

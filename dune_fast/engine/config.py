@@ -259,10 +259,6 @@ def _check_head(cfg: RunConfig) -> None:
             "head.encoder is empty: give the frozen encoder, head.encoder=PATH (the folder of a run, a weights file, a "
             "published name such as dune_vitbase14_448_paper)"
         )
-    if cfg.train.accumulation == 0:
-        raise ConfigError(
-            "train.accumulation=0: how much memory a head takes is not known beforehand; give the number of parts"
-        )
     of_distillation = {
         "teachers": cfg.teachers, "cache.folder": cfg.cache.folder, "progressive": cfg.progressive,
         "partitions": cfg.partitions,

@@ -248,7 +248,8 @@ def _flops_at_one_size(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = 
     teachers: dict[str, int | None] = {}
     for first, *others in [] if cfg.cache.folder else teachers_by_trunk(cfg.teachers):
         counts = [teacher_flops(name, cfg.teachers[name], grid) for name in (first, *others)]
-        deepest = None if None in counts else max(count for count in counts if count is not None)
+        # one network: an entry that reads another width of it (CLIP's projected cls) does not say which
+        deepest = max((count for count in counts if count is not None), default=None)
         if deepest is None and trunks is not None:
             given = seen(cfg.teachers[first], grid)
             deepest = _count_or_none(first, trunks[first], given.side) if given.images else None

@@ -85,8 +85,6 @@ def memory_bytes(cfg: RunConfig, ranks: int, low_precision: bool = True) -> dict
 
     `low_precision`: whether `precision: auto` means bf16, as on a GPU.
     """
-    trained, stage = sum(trained_parameters(cfg)), cfg.deepspeed.zero_stage
-    moments, gradients, weights = (ranks if stage >= first else 1 for first in (1, 2, 3))
     auto = "bf16" if low_precision else "fp32"
     teachers: int | None = 0
     none = cfg.cache.folder and not cfg.evaluation.every
@@ -94,12 +92,18 @@ def memory_bytes(cfg: RunConfig, ranks: int, low_precision: bool = True) -> dict
         precision = cfg.teachers[name].precision
         size = _TEACHER_BYTES[auto if precision == "auto" else precision]
         teachers = None if teachers is None or count is None else teachers + count * size
+    return {**trained_bytes(cfg, sum(trained_parameters(cfg)), ranks), "teachers": teachers}
+
+
+def trained_bytes(cfg: RunConfig, count: int, ranks: int) -> dict[str, int]:
+    """Bytes on each of `ranks` devices of so many trained parameters, by what they are for: what ZeRO shards."""
+    stage = cfg.deepspeed.zero_stage
+    moments, gradients, weights = (ranks if stage >= first else 1 for first in (1, 2, 3))
     return {
-        "weights": 4 * trained // weights,
-        "gradients": 4 * trained // gradients,
-        "AdamW's moments": ADAM_BYTES * trained // moments,
-        **({"average of the weights": 4 * trained // moments} if cfg.train.ema else {}),
-        "teachers": teachers,
+        "weights": 4 * count // weights,
+        "gradients": 4 * count // gradients,
+        "AdamW's moments": ADAM_BYTES * count // moments,
+        **({"average of the weights": 4 * count // moments} if cfg.train.ema else {}),
     }
 
 

@@ -111,7 +111,7 @@ class Trainer:
         freeze(cfg)
         self.dtype = autocast_dtype(cfg.train.precision, self.device)
         self.fit = self.task.fit(self.world_size, memory, self.dtype is not None, cfg.train.accumulation)
-        """An estimate of what a step takes of the smallest device's memory; None if the task has none."""
+        """An estimate of what a step takes of the smallest device's memory; None if the task makes none."""
         return resume_step
 
     def _build_step(self, resume_step: int | None) -> None:

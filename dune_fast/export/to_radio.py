@@ -7,7 +7,6 @@ last linear layer, W' = A W and b' = A b + mean, so that the container gives fea
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -90,9 +89,12 @@ def teacher_entries(model: DistilledModel) -> dict[str, dict[str, str]]:
 
 def folded(model: DistilledModel, name: str, token: str) -> dict[str, Tensor]:
     """A head's tensors, the inverse of its teacher's standardization worked into the last layer."""
-    head = copy.deepcopy(getattr(model.student.projectors[name], token))
-    fold(head.last, *model.statistics.get_submodule(f"{name}.normalizers.{token}").inverse())
-    return head.state_dict()
+    head = getattr(model.student.projectors[name], token)
+    state = dict(head.state_dict())
+    last = next(key for key, module in head.named_modules() if module is head.last)
+    inverse = getattr(model.statistics, name).normalizers[token].inverse()
+    weight, bias = fold(state[f"{last}.weight"], state.get(f"{last}.bias"), *inverse)
+    return state | {f"{last}.weight": weight, f"{last}.bias": bias}
 
 
 def _version(head: nn.Module) -> str:

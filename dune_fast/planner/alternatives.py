@@ -114,12 +114,13 @@ def _vits(cfg: RunConfig) -> list[str]:
 
 
 def _smaller_student(cfg: RunConfig) -> str | None:
-    """The largest student of `configs/student` that is smaller, of the same patch size."""
+    """The largest student of `configs/student` that is smaller, of the same family and patch size."""
     sizes = {}
     for name, path in config_names("student").items():
         other = OmegaConf.merge(OmegaConf.structured(StudentConfig), OmegaConf.load(path))
         size = other.embed_dim**2 * other.depth
-        if other.patch_size == cfg.student.patch_size and size < cfg.student.embed_dim**2 * cfg.student.depth:
+        alike = (other.family, other.patch_size) == (cfg.student.family, cfg.student.patch_size)
+        if alike and size < cfg.student.embed_dim**2 * cfg.student.depth:
             sizes[name] = size
     return max(sizes, key=sizes.__getitem__) if sizes else None
 

@@ -99,10 +99,12 @@ def test_a_batch_that_is_not_finite_gives_nan_not_an_error():
 def test_a_folded_layer_gives_raw_features(groups):
     module, layer, x = seen_by(1, 1), nn.Linear(6, groups * C), torch.randn(3, 6)
     expected = module.restore(layer(x).unflatten(1, (groups, C))).flatten(1)
-    fold(layer, *module.inverse())
-    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    weight, bias = fold(layer.weight, layer.bias, *module.inverse())
+    torch.testing.assert_close(x @ weight.T + bias, expected, rtol=1e-4, atol=1e-4)
+    _, without = fold(layer.weight, None, *module.inverse())
+    torch.testing.assert_close(without, module.mean.float().repeat(groups))
     with pytest.raises(ValueError, match="a layer of 6 outputs"):
-        fold(nn.Linear(3, 6), *module.inverse())
+        fold(torch.zeros(6, 3), None, *module.inverse())
 
 
 @pytest.mark.parametrize("convention", ["dune", "unic", "phi_s", "phi_s_running", "none"])

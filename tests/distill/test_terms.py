@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from dune_fast.distill.alignment import View
 from dune_fast.distill.objective import ObjectiveConfig, TermWeights, teacher_losses, term_states
 from dune_fast.distill.standardization import Standardizer
+from dune_fast.distill.terms import WIDE
+from dune_fast.kernels.distill_loss_kernels import backward_triton, forward_triton
 from dune_fast.kernels.nn.routing import make_routes
 
 B, N, C = 3, 16, 8
@@ -60,11 +62,53 @@ def test_a_token_types_loss_is_the_weighted_sum_of_its_terms(weights):
     torch.testing.assert_close(student.grad, again.grad, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("align", ["", "larger"])
+def test_tokens_in_bfloat16_are_compared_in_float32(align):
+    """What autocast gives: the same numbers as of the rounded tokens in float32, a gradient in their type."""
+    cfg = ObjectiveConfig(
+        TermWeights(0.1, 0.0, angle=1.0, tangent_sphere=1.0), TermWeights(*[0.3] * 5), align=align, tangent_samples=2
+    )
+    student, teacher = (
+        {n: {t: x.bfloat16() for t, x in tokens.items()} for n, tokens in given.items()}
+        for given in (STUDENT, draw(3, 64 if align else N))
+    )
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        s, t = (
+            {n: {k: x.to(dtype, copy=True) for k, x in tokens.items()} for n, tokens in of.items()}
+            for of in (student, teacher)
+        )
+        for x in (x for tokens in s.values() for x in tokens.values()):
+            x.requires_grad_()
+        states = term_states(cfg, TEACHERS, B)
+        states.update(teacher, STANDARD, torch.arange(B), None, None)
+        losses, _ = teacher_losses(s, t, STANDARD, cfg, states=states)
+        losses.sum().backward()
+        found[dtype] = losses, {(n, k): x.grad for n, tokens in s.items() for k, x in tokens.items()}
+    (low, low_gradients), (high, gradients) = found.values()
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, high, rtol=1e-5, atol=1e-6)
+    for key, gradient in gradients.items():
+        assert low_gradients[key].dtype == torch.bfloat16
+        torch.testing.assert_close(low_gradients[key].float(), gradient, rtol=1e-2, atol=1e-3)
+
+
 def test_the_squared_error_of_the_kernel_has_no_rounding_of_its_own():
     cfg = ObjectiveConfig(patch=TermWeights(0.0, 0.0, mse=1.0))
     _, parts = teacher_losses(STUDENT, TEACHER, None, cfg)
     exact = F.mse_loss(STUDENT["b"]["patch"].double(), TEACHER["b"]["patch"].double(), reduction="none").mean((1, 2))
     torch.testing.assert_close(parts["b/patch/mse"].double(), exact, rtol=1e-6, atol=0)
+
+
+def test_the_kernels_squared_error_and_its_gradient_are_exact_on_a_gpu_too():
+    """The Triton kernel, interpreted: each patch an image of its own, as where patches have weights."""
+    s, t, upstream = STUDENT["b"]["patch"].flatten(0, 1), TEACHER["b"]["patch"].flatten(0, 1), torch.ones(B * N)
+    terms = 0.0, 2 * WIDE, WIDE
+    total, _, _, saved = forward_triton(s, t, MEAN, INV, *terms)
+    difference = s - (t - MEAN) * INV
+    torch.testing.assert_close(total, difference.square().mean(1), rtol=1e-6, atol=0)
+    gradient = backward_triton(s, t, MEAN, INV, saved, upstream, *terms)
+    torch.testing.assert_close(gradient, 2 * difference / C, rtol=1e-6, atol=1e-7)
 
 
 def test_token_types_are_averaged_or_added_with_weights_of_each_teacher():

@@ -236,3 +236,38 @@ def test_dunes_four_statistics_take_one_small_all_reduce_whatever_the_batch():
     assert exchanged(2, 4) == exchanged(3, 9) == [4 * (2 * 1024 + 1) * 8]
     gathered = 8 * 128 * (3 * 576 + 1) * 1024 * 4  # 8 GPUs, 128 images each, at 336 px, float32
     assert gathered / 2**30 > 6.7 and sum(exchanged(2, 4)) < gathered / 100_000
+
+
+def block_parameters(dim: int, hidden: int, qkv_bias: bool = True, layer_scale: bool = False) -> int:
+    """A transformer block's by hand."""
+    attention = 3 * dim * dim + 3 * dim * qkv_bias + dim * dim + dim
+    return 2 * 2 * dim + attention + 2 * dim * hidden + hidden + dim + 2 * dim * layer_scale
+
+
+def head_parameters(dim: int, channels: int, hidden: int = 1024, inner: int = 2) -> int:
+    """RADIO's head v2 by hand: Linear, residual [LN GELU Linear], LN GELU Linear."""
+    of_inner = inner * (2 * hidden + hidden * hidden + hidden)
+    return dim * hidden + hidden + of_inner + 2 * hidden + hidden * channels + channels
+
+
+@pytest.mark.parametrize(
+    ("name", "student", "shape", "tokens", "cls", "patch"),
+    [
+        ("radio_v25", "radio_base16", (768, 12, 3072, 16), 8, (1024, 1152, 1536), (1280, 1152, 1536, 1280)),
+        ("radio_v25", "radio_huge16", (1280, 32, 5120, 16), 8, (1024, 1152, 1536), (1280, 1152, 1536, 1280)),
+        ("radio_v25_high", "radio_base16", (768, 12, 3072, 16), 8, (1024, 1152, 1536), (1280, 1152, 1536, 1280)),
+        ("c_radio_v4", "radio_so400m16", (1152, 27, 4304, 16), 8, (1536, 4096), (1536, 4096, 1280)),
+        ("c_radio_v4_high", "radio_so400m16", (1152, 27, 4304, 16), 8, (1536, 4096), (1536, 4096, 1280)),
+    ],
+)
+def test_radio_has_heads_and_a_summary_token_for_every_teacher(name, student, shape, tokens, cls, patch):
+    """Summary tokens of all sources and registers together are 8; a table of positions is for 2048 px."""
+    (dim, depth, hidden, side), built = shape, on_meta(experiment(name, f"student={student}"))
+    encoder = 3 * side**2 * dim + (2048 // side) ** 2 * dim + tokens * dim + depth * block_parameters(dim, hidden)
+    assert sum(p.numel() for p in built.encoder.parameters()) == encoder
+    attention = 2 * block_parameters(dim, 4 * dim, qkv_bias=False, layer_scale=True) * name.startswith("c_")
+    heads = sum(head_parameters(dim, channels) for channels in cls)
+    heads += sum(attention + head_parameters(dim, channels, inner=0 if attention else 2) for channels in patch)
+    assert sum(p.numel() for p in built.projectors.parameters()) == heads
+    slots = {name: built.projectors.sources[name] for name in built.projectors}
+    assert built.encoder.num_cls == len(set(slots.values())) == len(patch)

@@ -1,4 +1,5 @@
-"""A run with a student of RADIO's family: cropped positions, windows and spectral weights, all drawn by step."""
+"""A run with a student of RADIO's family: cropped positions, windows and spectral weights, all drawn by step; with
+RADIO's losses."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ RADIO = [
     "student.radio.position_dropout=0.1", "student.radio.register_multiple=8", "student.radio.window_sizes=[2]",
     "student.radio.num_windowed=1", "student.radio.window_probability=0.7", "student.radio.spectral=2",
     "projector=heads", "projector.cls_head.hidden_dim=32", "projector.patch_head.hidden_dim=32",
-    "standardization.patch=phi_s_running", "standardization.cls=none", "train.steps=12", "train.checkpoint_every=6",
+    "standardization.cls=none", "standardization.patch=phi_s_running", "standardization.phi_s_period=3",
+    "objective.cls={cosine: 0.0, smooth_l1: 0.0, angle: 1.0}", "objective.tokens=sum",
+    "objective.patch={cosine: 0.0, smooth_l1: 0.0, mse: 1.0}", "objective.drop_probability=0",
+    "train.steps=12", "train.checkpoint_every=6",
 ]  # fmt: skip
 IMAGES = torch.randn(2, 3, 56, 84, generator=torch.Generator().manual_seed(0))
 
@@ -98,7 +102,7 @@ def test_exports(radio_run, target, tmp_path):
 
 @pytest.mark.parametrize("target", ["timm", "onnx", "dune"])
 def test_other_formats_refuse(radio_run, target, tmp_path):
-    with pytest.raises(ValueError, match="no family of encoders|needs one of the encoders|of the family vit"):
+    with pytest.raises(ValueError, match="no family of encoders|standardized per channel|of the family vit"):
         export(radio_run, target, tmp_path)
 
 

@@ -46,6 +46,22 @@ def statistics(teachers):
     return statistics
 
 
+def test_a_teacher_on_a_finer_grid_is_compared_where_the_run_compares_it():
+    """A map that is constant over each 2 x 2 cells, and a student that knows the cells."""
+
+    class Finer(torch.nn.Module):
+        def forward(self, images):
+            coarse = images.unfold(2, 14, 14).unfold(3, 14, 14).mean((4, 5))  # [B, 3, 4, 4]
+            return {"a": {"patch": coarse.repeat_interleave(2, 2).repeat_interleave(2, 3).flatten(2).mT}}
+
+    def student(images):
+        return {"a": {"patch": images.unfold(2, 14, 14).unfold(3, 14, 14).mean((4, 5)).flatten(2).mT}}
+
+    statistics = TeacherStatistics({"a": (3, ["patch"])}, "none")
+    result = held_out_cosines({"own": student}, Finer(), statistics, batches([3]), align="smaller")
+    assert result["own"]["a"]["patch"] == pytest.approx(1, abs=1e-5)
+
+
 def test_a_student_that_is_its_teacher_has_cosine_one(teachers, statistics):
     standardizers = statistics.running()["a"]
 
