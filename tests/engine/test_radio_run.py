@@ -106,6 +106,11 @@ def test_other_formats_refuse(radio_run, target, tmp_path):
         export(radio_run, target, tmp_path)
 
 
+def test_a_plain_student_is_none_of_radios(trained_run, tmp_path):
+    with pytest.raises(ValueError, match="needs a student of RADIO's family"):
+        export(trained_run, "radio", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
