@@ -118,7 +118,7 @@ def _both_orders(head: Mast3rHead, encoder: VisionTransformer, case: Case) -> Ou
     images = [for_encoder(case[f"in/view{v}/img"][torch.cat(rows)], encoder) for v in (1, 2)]
     ends = torch.tensor([len(r) for r in rows]).cumsum(0).tolist()
     groups = [(*kind, first, last) for kind, first, last in zip(kinds.tolist(), [0, *ends], ends, strict=False)]
-    outputs = both_orders_outputs(head, lambda x: encode(encoder, x), *images, groups)
+    outputs = both_orders_outputs(head, lambda x, _: encode(encoder, x), *images, groups, [(None, None)] * ends[-1])
     back = torch.cat(rows).argsort()
     order = torch.stack([back, back + len(back)], dim=1).flatten()
     view1, view2 = ({name: x[order] for name, x in view.items()} for view in outputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -54,6 +54,12 @@ class EncoderTokens(NamedTuple):
             return BlockTokens(*(None if x is None else x[chosen] for x in part))
 
         return EncoderTokens(*cut(self.last), self.grid, {i: cut(part) for i, part in self.blocks.items()})
+
+
+def joined(parts: Sequence[EncoderTokens]) -> EncoderTokens:
+    """The tokens of all images of several batches on one grid; those of the last block."""
+    columns = zip(*(part.last for part in parts), strict=True)
+    return EncoderTokens(*(None if column[0] is None else torch.cat(column) for column in columns), parts[0].grid)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.engine.flops import run_flops, stage_flops
 from dune_fast.engine.memory import SPARE, disk_bytes, fit, memory_bytes, teacher_parameters, trained_parameters
 from dune_fast.engine.metrics import duration
+from dune_fast.engine.stages import shares, turns
 from dune_fast.planner.budget import mildest
 
 _GPU_GIB = (16, 24, 40, 80)
@@ -39,11 +40,17 @@ def describe(cfg: RunConfig, experiment: str, gpus: Sequence[int], tflops: float
         f"  TFLOP an image, forward: student {_tera(flops.student)}, projectors {_tera(flops.projectors)}, {teachers}",
     ]
     if cfg.progressive:
-        shares = "; ".join(
+        stages = "; ".join(
             f"steps {stage.first + 1:,} to {stage.end:,} at {stage}, {_tera(part.training)} in training"
             for stage, part in stage_flops(cfg)
         )
-        lines.append(f"  (means over the run, which is progressive: {shares})")
+        lines.append(f"  (means over the run, which is progressive: {stages})")
+    if cfg.partitions:
+        each = "; ".join(
+            f"{part.images:,} images at {part.image_size} px for {', '.join(part.teachers or cfg.teachers)}, counting "
+            f"{share:.3g}" for part, share in zip(cfg.partitions, shares(cfg), strict=True)
+        )  # fmt: skip
+        lines.append(f"  (means over a step's partitions, by {cfg.partition_by}: {each})")
     if flops.training is None:
         lines.append("  TFLOP an image in training: not known, as one teacher's network is not")
     else:
@@ -87,7 +94,12 @@ def _memory(cfg: RunConfig, experiment: str, count: int) -> list[str]:
     shown = ", ".join(f"{name} {_gib(value)}" for name, value in memory.items())
     unit = "1 GPU" if count == 1 else f"each of {count} GPUs"
     lines = [f"  memory of {unit} (ZeRO {cfg.deepspeed.zero_stage}), before the first image: {shown}"]
-    if batch % (count * max(parts, 1)):
+    if cfg.partitions:
+        try:
+            turns(cfg, 0, count)
+        except ValueError as error:
+            return [*lines, f"  {error}"]
+    elif batch % (count * max(parts, 1)):
         accumulated = f" x train.accumulation={parts}" if parts > 1 else ""
         return [*lines, f"  {batch} images cannot be shared by {count} GPUs{accumulated}"]
     how = f"train.accumulation={parts}" if parts else f"train.accumulation=0: worked out, {SPARE:.0%} spare"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,7 +23,7 @@ from dune_fast.heads.mast3r.loss import Mast3rLoss, Mast3rLossConfig
 from dune_fast.heads.mast3r.pair_check import WHERE, check_pairs
 from dune_fast.heads.mast3r.pair_folders import PairFolder, open_pairs
 from dune_fast.heads.mast3r.pairs import Example, PairDataConfig, PairSource, collate
-from dune_fast.heads.mast3r.training import both_orders_outputs, coloured, truth
+from dune_fast.heads.mast3r.training import KeptTokens, both_orders_outputs, coloured, truth
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.tasks.head_task import Batch, FrozenEncoder, Loss, Missing, section
 from dune_fast.tasks.mast3r_validation import measure
@@ -71,6 +72,7 @@ class Mast3rTask:
         n, block = self.data.n_corres, self.criterion.cfg.matching.blocksize
         if n > block and n % block:
             raise ConfigError(f"head.data.n_corres={n} is above head.loss.matching.blocksize={block}: give a multiple")
+        self.kept = KeptTokens()
         self.source: PairSource | None = None
         self.validation: list[PairFolder] = []
 
@@ -114,7 +116,8 @@ class Mast3rTask:
 
     def loss(self, head: Callable[..., Any], encoder: FrozenEncoder, batch: Batch, step: int) -> Loss:
         images = [coloured(batch[view]) for view in ("view1", "view2")]
-        outputs = both_orders_outputs(head, encoder, *images, batch["groups"])
+        encode = partial(self.kept, encoder) if self.data.keep_tokens else lambda pixels, _: encoder(pixels)
+        outputs = both_orders_outputs(head, encode, *images, batch["groups"], batch["views"])
         with torch.autocast(images[0].device.type, enabled=False):
             return Loss(*self.criterion(*truth(batch), *outputs))
 

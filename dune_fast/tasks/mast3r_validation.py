@@ -22,11 +22,11 @@ from dune_fast.heads.tokens import EncoderTokens
 from dune_fast.kernels.augment import augment_colour
 
 MEANS = ("points", "points_invariant", "average_precision", "match_5px")
-MEDIANS = ("match_px", "rotation_deg", "translation_m")
+MEDIANS = ("match_px", "rotation_deg", "direction_deg", "translation_m")
 """Over the pairs."""
 _QUERIES, _STEP = 8, 4
 """Pixels between queries of the matches' errors, and between start pixels of the pose's matches."""
-_NO_POSE = (180.0, float("inf"))
+_NO_POSE = (180.0, 180.0, float("inf"))
 
 
 @torch.no_grad()
@@ -39,7 +39,8 @@ def measure(
         Means over pairs: `points` and `points_invariant`, the pointmaps' mean distances (both views added, the second
         with scale and shift taken out; nan without depth), `average_precision` of the descriptors, `match_5px`, the
         share of matches less than 5 pixels off. Medians over pairs: `match_px`, a pair's median error of the nearest
-        descriptor, in pixels; `rotation_deg` and `translation_m` of the pose by PnP, 180 and inf where there is none.
+        descriptor, in pixels; of the pose by PnP `rotation_deg`, `direction_deg`, the angle between the translations,
+        0 to 180, and `translation_m`; 180, 180 and inf where there is no pose.
     """
     table = torch.zeros(len(folder), len(MEANS) + len(MEDIANS), dtype=torch.float64, device=ranks.device)
     for index in ranks.share(f"evaluating on {folder.name}", len(folder)):
@@ -63,11 +64,9 @@ def measure_pair(
     # as many negatives as the published test takes, or all there are
     found = held_out_metrics(*gts, pred1, pred2, max(0, min(12288, second.depth.size - n_corres)))
     errors = match_errors(pred1["desc"][0], pred2["desc"][0], points[0], first, second)
-    rotation, translation = pose_errors(pred1, pred2, first, second)
-    return [
-        *(float(found[name]) for name in MEANS[:3]), float((errors < 5).mean()),
-        float(np.median(errors)), rotation, translation,
-    ]  # fmt: skip
+    means = [float(found[name]) for name in MEANS[:3]]
+    pose = pose_errors(pred1, pred2, first, second)
+    return [*means, float((errors < 5).mean()), float(np.median(errors)), *pose]
 
 
 def match_errors(
@@ -90,17 +89,26 @@ def match_errors(
 
 def pose_errors(
     pred1: dict[str, Tensor], pred2: dict[str, Tensor], first: PosedView, second: PosedView
-) -> tuple[float, float]:
-    """Degrees and metres that the second camera's pose in the first one's frame is off, by PnP."""
+) -> tuple[float, float, float]:
+    """How far the second camera's pose in the first one's frame is off, by PnP, see `off`."""
     matches = symmetric(pred1["desc"][0], pred2["desc"][0], pred1["desc_conf"][0], pred2["desc_conf"][0], _STEP)
     x, y = matches.xy1.unbind(1)
     found = pnp(pred1["pts3d"][0][y, x].cpu().numpy(), matches.xy2.cpu().numpy(), second.intrinsics)
     if found.camera_to_world is None:
         return _NO_POSE
-    wanted = np.linalg.inv(first.pose.astype(np.float64)) @ second.pose
-    ours = found.camera_to_world
-    rotation = rotation_errors(*(torch.from_numpy(pose[:3, :3].copy()) for pose in (ours, wanted)))
-    return float(rotation), float(np.linalg.norm(ours[:3, 3] - wanted[:3, 3]))
+    return off(found.camera_to_world, np.linalg.inv(first.pose.astype(np.float64)) @ second.pose)
+
+
+def off(found: np.ndarray, true: np.ndarray) -> tuple[float, float, float]:
+    """How far a camera's pose [4, 4] is off: degrees of rotation, degrees between the translations, and metres.
+
+    A translation of zero has no direction: it is 90 degrees off, as far as one at random.
+    """
+    rotation = rotation_errors(*(torch.from_numpy(pose[:3, :3].copy()) for pose in (found, true)))
+    a, b = found[:3, 3], true[:3, 3]
+    lengths = np.linalg.norm(a) * np.linalg.norm(b)
+    angle = np.degrees(np.arccos(np.clip(a @ b / lengths, -1, 1))) if lengths > 0 else 90.0
+    return float(rotation), float(angle), float(np.linalg.norm(a - b))
 
 
 def _cut(view: PosedView, size: tuple[int, int]) -> PosedView:

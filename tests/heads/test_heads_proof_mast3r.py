@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+import torch.nn.functional as F
 from PIL import Image
 
 from bench.heads_proof import mast3r, stereo
@@ -12,6 +15,7 @@ from dune_fast.engine.config import compose_config
 from dune_fast.heads.mast3r.correspondences import back_project, project, visible
 from dune_fast.heads.mast3r.pair_check import check_pairs
 from dune_fast.heads.mast3r.pair_folders import PairDatasetConfig, open_pairs
+from dune_fast.heads.tokens import EncoderTokens
 from dune_fast.tasks.mast3r import Mast3rTask
 
 
@@ -74,15 +78,43 @@ def test_the_proof_s_training_is_a_task(tmp_path):
     assert str(places["train"]) in missing.where
 
 
-def test_the_page_says_what_fails():
-    values = {key: 3.0 for key in mast3r.COLUMNS} | {"translation_m": float("inf")}
-    checks = [{"set": "rooms", "metric": "match_px", "limit": limit, "untrained": 40.0, "trained": 3.0}
-              for limit in (4.0, 2.0)]  # fmt: skip
+def test_what_needs_no_head(rooms, tmp_path):
+    """Poses of a camera that stays where it is, and matches of tokens: near perfect between a view and itself."""
+    folder = open_pairs("rooms", PairDatasetConfig(str(rooms)))
+    first, second = folder.read(0)
+    found = mast3r.no_motion(dataclasses.replace(folder, pairs=folder.pairs[:1]))
+    assert np.isclose(found["translation_m"], np.linalg.norm(second.pose[:3, 3]), atol=1e-3)
+    assert np.isclose(2 * np.cos(np.radians(found["rotation_deg"])) + 1, np.trace(second.pose[:3, :3]), atol=1e-3)
+    assert found["direction_deg"] == 90
+    same = dataclasses.replace(folder, pairs=[(name, name) for name, _ in folder.pairs[:1]])
+
+    def encoder(images):  # a patch's mean colours in its nine parts
+        parts = F.adaptive_avg_pool2d(images, (9, 12))
+        patch = F.unfold(parts, 3, stride=3).mT
+        return EncoderTokens(None, patch, None, patch, (3, 4))
+
+    own, others = (mast3r.token_matches(encoder, pairs, (56, 42)) for pairs in (same, folder))
+    assert own["match_px"] <= 1 and own["match_5px"] > 0.9  # between the border and the first centres all are equal
+    assert others["match_px"] > 2
+
+
+def test_a_head_has_to_keep_the_limits_and_to_beat_all_that_needs_none(monkeypatch):
+    monkeypatch.setattr(mast3r, "LIMITS", {"rooms": {"match_px": 5.0, "rotation_deg": 9.0}})
+    rows = {
+        "no motion": {"rooms": {"rotation_deg": 8.0}}, "tokens": {"rooms": {"match_px": 6.5}},
+        "untrained": {"rooms": {"match_px": 47.0, "rotation_deg": 99.0}},
+        "trained": {"rooms": {"match_px": 4.0, "rotation_deg": 8.5}},
+    }  # fmt: skip
+    checks = mast3r.checked(rows)
+    assert [c["passed"] for c in checks] == [True, False]
+    rows["trained"]["rooms"] = {"match_px": 6.0, "rotation_deg": 7.5}
+    assert [c["passed"] for c in mast3r.checked(rows)] == [False, True]
     result = {
         "settings": {"steps": 3, "batch": 2, "size": (168, 126), "matching_weight": 1.0},
         "seconds": {"all": 9}, "parameters": 2_000_000, "checks": checks,
         "pairs": dict.fromkeys(("train", "rooms", "stereo"), 5),
-        "metrics": {row: dict.fromkeys(mast3r.LIMITS, values) for row in ("untrained", "trained")},
+        "metrics": rows | {"untrained": {"rooms": {"translation_m": float("inf")}}},
     }  # fmt: skip
     text = mast3r.page(result)
     assert text.count("- pass: rooms") == 1 and text.count("- FAIL: rooms") == 1 and "| none |" in text
+    assert "rotation (deg): 8.5, at most 9 is asked for, and less than no motion 8, untrained 99" in text

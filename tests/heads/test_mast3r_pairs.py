@@ -160,7 +160,7 @@ def test_portrait_images_are_stored_transposed():
     near = (made["pts3d1"][y1, x1] - made["pts3d2"][y2, x2]).norm(dim=-1)
     assert near.max() < 0.15
     swapped = {k[:-1] + str(3 - int(k[-1])) if k[-1] in "12" else k: v for k, v in made.items()}
-    own = {"is_metric_scale": torch.tensor(True)}
+    own = {"is_metric_scale": torch.tensor(True), "views": ("one", "two")}
     others = [dict(swapped, portrait=(False, True), name="b", **own), *(dict(made, name=n, **own) for n in "ac")]
     batch = collate(others)
     assert batch["groups"] == [(False, True, 0, 1), (True, False, 1, 3)] and batch["names"] == ["b", "a", "c"]

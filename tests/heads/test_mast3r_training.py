@@ -87,7 +87,7 @@ def test_a_batch_of_any_orientation_is_its_pairs_one_by_one(overrides, encoder_f
         example["portrait"] = portrait
     batch = task.collate(examples)
     images = [batch[view]["image"].permute(0, 3, 1, 2) / 255.0 for view in ("view1", "view2")]
-    outputs = both_orders_outputs(head, encoder, *images, batch["groups"])
+    outputs = both_orders_outputs(head, lambda x, _: encoder(x), *images, batch["groups"], batch["views"])
     gt = truth(batch)
 
     def single(i: int, order: int) -> tuple[dict, dict]:
@@ -108,6 +108,27 @@ def test_a_batch_of_any_orientation_is_its_pairs_one_by_one(overrides, encoder_f
     shuffled = torch.randperm(8)
     again = loss(*({n: x[shuffled] for n, x in part.items()} for part in (*gt, *outputs)))[0]
     assert torch.allclose(again, loss(*gt, *outputs)[0], rtol=1e-5)
+
+
+def test_kept_tokens_are_those_of_the_images(overrides):
+    """Every view is encoded once, whatever it is a pair with, and the loss stays what it is."""
+    fixed = ["head.data.crop=centre", "head.data.jitter=[0,0,0,0]"]
+    losses, encoded = {}, []
+    for keep in (False, True):
+        task, head, encoder = opened([*overrides, *fixed, f"head.data.keep_tokens={keep}"])
+
+        def counted(images, encoder=encoder, keep=keep):
+            encoded.extend([len(images)] * keep)
+            return encoder(images)
+
+        batches = [task.collate([task.example(step, slot) for slot in (0, 1)]) for step in range(3)]
+        losses[keep] = torch.stack([task.loss(head, counted, batch, 0).loss.detach() for batch in batches])
+    torch.testing.assert_close(losses[True], losses[False], rtol=1e-5, atol=1e-5)
+    views = {name for batch in batches for pair in batch["views"] for name in pair}
+    assert encoded == [1] * len(views) and len(views) < 12
+    for change in ("head.data.crop=auto", "head.data.jitter=[0,0.1,0,0]", "head.data.sizes=[[56,28],[56,42]]"):
+        with pytest.raises(ConfigError, match="images that do not change"):
+            opened([*overrides, *fixed, "head.data.keep_tokens=true", change])
 
 
 class TrueHead:
@@ -156,7 +177,7 @@ def test_metrics_of_the_truth_are_those_of_the_resolution(rooms):
     found = measure(head, lambda images: None, Folder(), cfg, Ranks())
     assert found["points"] < 1e-5 and found["points_invariant"] < 1e-4
     assert found["match_px"] < 1 and found["match_5px"] > 0.9 and found["average_precision"] > 0.5
-    assert found["rotation_deg"] < 1 and found["translation_m"] < 0.1
+    assert found["rotation_deg"] < 1 and found["translation_m"] < 0.1 and found["direction_deg"] < 10
     views = folder.read(0)
     first, second = TrueHead(views)()
     random = torch.randn(second["desc"][0].shape)

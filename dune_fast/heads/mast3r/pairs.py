@@ -58,6 +58,9 @@ class PairDataConfig:
     """Strengths of the colour jitter of each image: brightness, contrast, saturation, hue."""
     monocular: float = 0.005
     """Share of examples that take the first view twice."""
+    keep_tokens: bool = False
+    """Whether a view is encoded once and its tokens are kept in memory, on the device: 8 bytes for each of a patch's
+    channels. Only where a view is always the same image: one of `sizes`, the crop "centre", no jitter."""
 
     def __post_init__(self) -> None:
         for size in self.sizes:
@@ -72,6 +75,10 @@ class PairDataConfig:
                             "give at least 1, a share below 1, a share")  # fmt: skip
         if len(self.jitter) != 4:
             raise DataError(f"jitter is {self.jitter}: give brightness, contrast, saturation and hue")
+        if self.keep_tokens and (len(self.sizes) > 1 or self.crop != "centre" or any(self.jitter)):
+            raise DataError(f"keep_tokens with sizes {self.sizes}, crop {self.crop!r} and jitter {self.jitter}: tokens "
+                            "can be kept of images that do not change, with one size, crop=centre and "
+                            "jitter=[0,0,0,0]")  # fmt: skip
         self.colours()
 
     def colours(self) -> DataConfig:
@@ -122,14 +129,15 @@ class PairSource:
         folder, index = self.chosen(step, slot)
         position = step * self.batch + slot
         rng = _generator(self.seed, _EXAMPLE, position)
-        views = folder.read(index)
+        views, names = folder.read(index), folder.pairs[index]
         if rng.random() < self.cfg.monocular:
-            views = (views[0], views[0])
+            views, names = (views[0], views[0]), (names[0], names[0])
         made = make_example(views, self.size(step), self.cfg, rng)
         # a view's colours have a place of their own
         words = draw_words(self.seed, np.array([2 * position, 2 * position + 1]))
         made |= {f"colours{v}": row for v, row in enumerate(colour_params(words, self.cfg.colours()).pack(), 1)}
-        return made | {"is_metric_scale": torch.tensor(folder.metric), "name": f"{folder.name} {index}"}
+        made |= {"is_metric_scale": torch.tensor(folder.metric), "name": f"{folder.name} {index}"}
+        return made | {"views": tuple((folder.name, name) for name in names)}
 
 
 def make_example(
@@ -187,7 +195,8 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         last = first + len(list(members))
         groups.append((*portrait, first, last))
         first = last
-    return batch | {"groups": groups, "names": [example["name"] for example in examples]}
+    names, views = ([example[key] for example in examples] for key in ("name", "views"))
+    return batch | {"groups": groups, "names": names, "views": views}
 
 
 def _crop_together(

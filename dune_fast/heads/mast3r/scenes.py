@@ -49,6 +49,10 @@ class SceneConfig:
     """Distance of a view from the scene's first one, in metres."""
     samples: int = 2
     """Rays of a pixel's colour, along each axis; depth is that of its centre."""
+    focal: tuple[float, float] = (0.8, 1.2)
+    """Range of the focal length, in widths of the view."""
+    off_centre: float = 4.0
+    """Pixels that the principal point is off the middle, at most, along each axis."""
 
 
 class Room(NamedTuple):
@@ -197,8 +201,8 @@ def make_scene(number: int, cfg: SceneConfig, photographs: Sequence[Path] = ()) 
         target = room.halves[-1] * rng.uniform(-0.35, 0.35, 3)
         for _ in range(50):
             pose = _drawn_pose(rng, room, cfg, target, views[0].pose if views else None)
-            focal = cfg.size[0] * rng.uniform(0.8, 1.2)
-            middle = (np.array(cfg.size) - 1) / 2 + rng.uniform(-4, 4, 2)
+            focal = cfg.size[0] * rng.uniform(*cfg.focal)
+            middle = (np.array(cfg.size) - 1) / 2 + rng.uniform(-cfg.off_centre, cfg.off_centre, 2)
             camera = np.array([[focal, 0, middle[0]], [0, focal, middle[1]], [0, 0, 1]])
             view = render(room, camera, pose, cfg.size, cfg.samples)
             if np.quantile(view.depth, 0.05) > 0.4:  # no box fills the view
