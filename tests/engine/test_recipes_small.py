@@ -18,7 +18,7 @@ from dune_fast.teachers.config import TeacherConfig
 
 RECIPES = (
     "am_radio", "phi_s", "radio_v25", "radio_v25_high", "c_radio_v4", "c_radio_v4_high", "theia", "theia_cddsv",
-    "sak_b", "unic_l", "eupe_proxy", "eupe_student",
+    "sak_b", "unic_l", "eupe_proxy", "eupe_student", "eupe_student_sizes",
 )  # fmt: skip
 WIDTH, DIM = 24, 48
 """Channels of a teacher and of the student."""
@@ -34,6 +34,7 @@ def small_teacher(teacher, index: int, by: int):
     patch = teacher.patch_size
     kept = {name: getattr(teacher, name) for name in ("source", "grid", "groups", "norm")}
     kept |= {"input_size": smaller(teacher.input_size, patch, by), "mosaic": smaller(teacher.mosaic, patch, by) or 0}
+    kept |= {"input_sizes": sorted({smaller(size, patch, by) for size in teacher.input_sizes})}
     if teacher.layer is None:
         return toy_teacher(f"random:{index}", patch, WIDTH, teacher.token_types, **kept | {"norm": True})
     side = kept["input_size"] and 14 * (kept["input_size"] // patch)
