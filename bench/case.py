@@ -6,6 +6,7 @@ Tolerances: relative Frobenius error 1e-5 forward, 1e-4 gradients, in float32 on
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,13 @@ class Check:
     @property
     def passed(self) -> bool:
         return self.error <= self.tolerance  # False for NaN
+
+    @property
+    def excess(self) -> float:
+        """Error over tolerance, which may be 0; infinite for NaN."""
+        if not self.tolerance:
+            return 0.0 if self.error == 0 else math.inf
+        return self.error / self.tolerance if self.error == self.error else math.inf
 
 
 class Case:

@@ -10,10 +10,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench import head_cases_mast3r, head_cases_mast3r_training, head_cases_metrics, head_cases_multihmr
+from bench import (
+    head_cases_mast3r,
+    head_cases_mast3r_training,
+    head_cases_metrics,
+    head_cases_multihmr,
+    sibling_cases_heads,
+    sibling_cases_radio,
+)
 from bench.case import FORWARD, GRADIENT, Case, Check, batch_groups, compare, objective_of, relative_error
 from bench.linear_case import run_linear_depth, run_linear_seg
+from bench.sibling_cases_losses import LOSS_RUNNERS
+from bench.sibling_cases_sak import SAK_RUNNERS
 from bench.sibling_cases_teachers import TEACHER_RUNNERS
+from bench.sibling_cases_theia import THEIA_RUNNERS
+from bench.sibling_cases_views import VIEW_RUNNERS
 from bench.teacher_case import run_teacher
 from bench.train_case import run_train
 from dune_fast.distill.objective import coefficients, combine, teacher_losses
@@ -21,8 +32,9 @@ from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.kernels.distill_loss import standardize
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.kernels.rope2d import rope2d_angles, rotate
+from dune_fast.projectors.ladder import LadderProjector
+from dune_fast.projectors.transformer import TransformerProjector
 from dune_fast.released import load_released
-from dune_fast.student import LadderProjector, TransformerProjector
 from dune_fast.teachers.encoder_names import flat_blocks
 
 
@@ -66,7 +78,7 @@ def run_tp(case: Case) -> list[Check]:
     )
     projector.load_state_dict(case.under("state"))
     x = case["in"].clone().requires_grad_()
-    out = projector(x)
+    out = projector.project(x)
     out.backward(case["grad_out"])
     return [
         Check("out", relative_error(out.detach(), case["out"]), FORWARD),
@@ -177,7 +189,7 @@ def run_checkpoint(case: Case) -> list[Check]:
         tokens = student.tokens(image)
         ours["encoder_output"] = tokens[last]
         for name, projector in student.projectors.items():
-            ours[f"projector/{name}"] = projector(tokens[last])
+            ours[f"projector/{name}"] = projector.project(tokens[last])
     # the published dense output is that of the first teacher's projector, as a map
     dense = ours[f"projector/{case.info['teachers'][0]}"]
     height, width = student.encoder.grid(image)
@@ -215,6 +227,12 @@ RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     **head_cases_mast3r_training.RUNNERS,
     **head_cases_metrics.RUNNERS,
     **head_cases_multihmr.RUNNERS,
+    **SAK_RUNNERS,
     **TEACHER_RUNNERS,
+    **THEIA_RUNNERS,
+    **LOSS_RUNNERS,
+    **VIEW_RUNNERS,
+    **sibling_cases_radio.RUNNERS,
+    **sibling_cases_heads.RUNNERS,
 }
 """Kind of a case -> what recomputes it; a kind that is not here is "not built"."""

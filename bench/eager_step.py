@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dune_fast.distill.normalizers import CONVENTIONS
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.optimizer import parameter_groups
@@ -31,7 +32,9 @@ from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.block import MLP, Block, SelfAttention
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.kernels.teacher_drop import drop_uniforms
-from dune_fast.student import Student, TransformerProjector, split_cls
+from dune_fast.projectors.base import split_cls
+from dune_fast.projectors.transformer import TransformerProjector
+from dune_fast.student import Student
 from dune_fast.teachers.registry import build_teacher
 from dune_fast.teachers.vit import ViTTeacher
 
@@ -211,7 +214,7 @@ class EagerStep:
 
     def _losses(self, projections: dict, features: dict, momentum: float) -> tuple[Tensor, list[Tensor]]:
         """L float32 [T, B], and the metrics."""
-        losses, parts, eps = [], [], self.statistics.eps
+        losses, parts, eps = [], [], CONVENTIONS["dune"]
         for name, tokens in features.items():
             per_token = []
             for token, target in tokens.items():

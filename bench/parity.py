@@ -34,7 +34,7 @@ def report(path: Path, folder: Path) -> tuple[str, str]:
         checks = RUNNERS[case.kind](case)
     except Exception as error:  # a case that cannot be run is a failed one, the others still count
         return "fail", f"{name:42} FAIL  {type(error).__name__}: {error}"
-    worst = max(checks, key=lambda check: check.error / check.tolerance if check.error == check.error else float("inf"))
+    worst = max(checks, key=lambda check: check.excess)
     outcome = "pass" if checks and all(check.passed for check in checks) else "fail"
     return outcome, (
         f"{name:42} {case.kind:13} {outcome if outcome == 'pass' else 'FAIL'}  "

@@ -120,7 +120,7 @@ def run_depth_anything(case: Case) -> list[Check]:
 
 
 def run_radio(case: Case) -> list[Check]:
-    """`radio_model`, the backbone's summary and features of whole attention; heads and windows are not built here."""
+    """`radio_model`, the backbone's summary and features of whole attention, as a teacher reads them."""
     info, path = case.info, _file(case)
     summary = case["out0/NLC/backbone/summary"].shape[-1]
     width = case["out0/NLC/backbone/features"].shape[-1]
@@ -193,7 +193,6 @@ TEACHER_RUNNERS: dict[str, Callable[[Case], list[Check]]] = {
     "dinov3_vit": run_dinov3,
     "sam_encoder": run_sam,
     "depth_anything": run_depth_anything,
-    "radio_model": run_radio,
     "sam_table_resize": run_sam_table_resize,
 }
 """Kind of a case -> what recomputes it."""

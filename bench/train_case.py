@@ -18,7 +18,8 @@ from dune_fast.engine.deepspeed_engine import Engine, init_distributed, sum_over
 from dune_fast.engine.optimizer import OptimizerConfig
 from dune_fast.engine.schedules import ema_momenta, learning_rates
 from dune_fast.kernels.nn.vit import ViTConfig
-from dune_fast.student import ProjectorConfig, Student
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import Student
 from dune_fast.teachers.encoder_names import flat_blocks
 from dune_fast.teachers.ensemble import TeacherEnsemble
 

@@ -93,6 +93,12 @@ def resized_crops(words: torch.Tensor, sizes: np.ndarray, scale: list[float], ra
     return np.stack([left, top, w, h], axis=1)
 
 
+def shown_sizes(sizes: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """Width and height of images once they are turned, int64 [B, 2]; arguments as in `train_geometry`."""
+    sizes = np.asarray(sizes, np.int64)
+    return np.where(turn[:, None], sizes[:, ::-1], sizes)
+
+
 def train_geometry(
     words: torch.Tensor, sizes: np.ndarray, turn: np.ndarray, image_size: int, config: DataConfig
 ) -> Geometry:
@@ -105,12 +111,11 @@ def train_geometry(
         image_size: side of the result in pixels.
     """
     sizes = np.asarray(sizes, np.int64)
-    shown = np.where(turn[:, None], sizes[:, ::-1], sizes)
-    window = resized_crops(words, shown, list(config.crop_scale), list(config.crop_ratio))
+    window = resized_crops(words, shown_sizes(sizes, turn), list(config.crop_scale), list(config.crop_ratio))
     flip = (philox.to_uniform(words[:, 22]) < config.flip_probability).numpy()
     batch = len(flip)
     flip = np.stack([flip, np.zeros_like(flip)], axis=1)
-    return _as_stored(
+    return as_stored(
         Geometry(
             window, np.full((batch, 2), image_size), np.zeros((batch, 2), np.int64), flip, turn,
             np.full(batch, image_size),
@@ -129,11 +134,11 @@ def validation_geometry(stored_sizes: np.ndarray, turn: np.ndarray, image_size: 
     window = np.concatenate([np.zeros((batch, 2), np.int64), sizes], axis=1)
     upright, side = np.zeros((batch, 2), bool), np.full(batch, image_size)
     geometry = Geometry(window, np.ascontiguousarray(resized), anchor, upright, turn, side)
-    return _as_stored(geometry, stored_sizes, image_size)
+    return as_stored(geometry, stored_sizes, image_size)
 
 
-def _as_stored(shown: Geometry, stored_sizes: np.ndarray, image_size: int) -> Geometry:
-    """The same geometry in the pixels of the stored image, where an image is to be turned.
+def as_stored(shown: Geometry, stored_sizes: np.ndarray, image_size: int) -> Geometry:
+    """The same geometry, of results of `image_size`, in the pixels of the stored image, where an image is to be turned.
 
     The turned image shows at (y, x) the stored pixel (height - 1 - x, y). Cutting, resizing and mirroring commute with
     that, so all of it is done to the stored image and only the small result is turned.

@@ -100,6 +100,16 @@ class DataConfig:
     fresh_colour: bool = False
     """With `views`: draw colours anew whenever an image is seen, instead of once a view. A cache then holds features of
     images without colour augmentation, and the student alone sees the colours."""
+    teacher_views: bool = False
+    """Whether every teacher sees a crop of its own of the student's image, at its `input_size` where it has one. The
+    crop is decoded beside the student's: the window's decoding costs as much again for every one of them. Colours are
+    the student's. `objective.align` then brings student and teacher together."""
+    teacher_zoom: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    """Range of the student's crop over a teacher's, uniform: above 1 the teacher sees less, larger. Below 1 and with a
+    shift its crop may reach beyond the image: zeros, which no loss is taken on. C-RADIOv4: 1.0 to 1.1, and 0.9 to 1.4
+    above 512 pixels."""
+    teacher_shift: float = 0.0
+    """Deviation of the number of patches, rounded, that a teacher's crop is moved by; C-RADIOv4: 0.5."""
     colour: bool = True
     """Whether colours are augmented: jitter, grayscale, blur and solarize. False leaves the crop and the flip."""
     jitter_probability: float = 0.8
@@ -138,6 +148,11 @@ class DataConfig:
     """Seconds for which a read is tried again when the storage does not answer, before the run stops."""
 
     @property
+    def moves_teachers(self) -> bool:
+        """Whether a teacher may see another part of the image than the student."""
+        return self.teacher_views and (list(self.teacher_zoom) != [1.0, 1.0] or self.teacher_shift > 0)
+
+    @property
     def groups(self) -> list[str]:
         """Of the datasets to train on, sorted."""
         return sorted({dataset.group for dataset in self.datasets.values() if not dataset.evaluation_only})
@@ -145,14 +160,16 @@ class DataConfig:
     def __post_init__(self) -> None:
         shares = ("flip_probability", "jitter_probability", "grayscale_probability", "blur_probability")
         highest = dict.fromkeys((*shares, "solarize_probability", "max_broken_share"), 1.0) | {"hue": 0.5}
-        highest |= dict.fromkeys(("brightness", "contrast", "saturation", "read_patience"), float("inf"))
+        strengths = ("brightness", "contrast", "saturation")
+        highest |= dict.fromkeys((*strengths, "read_patience", "teacher_shift"), float("inf"))
         for name, high in highest.items():
             if not 0 <= getattr(self, name) <= high:
                 raise DataError(f"data.{name} is {getattr(self, name)}: allowed are values from 0 to {high}")
-        for name, low, high in (("crop_scale", 0, 1), ("crop_ratio", 0, float("inf")), ("blur_sigma", 0, float("inf"))):
+        unlimited = dict.fromkeys(("crop_ratio", "blur_sigma", "teacher_zoom"), float("inf"))
+        for name, high in {"crop_scale": 1, **unlimited}.items():
             values = list(getattr(self, name))
-            if len(values) != 2 or not low < values[0] <= values[1] <= high:
-                raise DataError(f"data.{name} is {values}: give [smallest, largest], above {low} and at most {high}")
+            if len(values) != 2 or not 0 < values[0] <= values[1] <= high:
+                raise DataError(f"data.{name} is {values}: give [smallest, largest], above 0 and at most {high}")
         for name in ("num_threads", "prefetch", "read_ahead", "read_threads"):
             if getattr(self, name) < 1:
                 raise DataError(f"data.{name} is {getattr(self, name)}: at least 1 is needed")

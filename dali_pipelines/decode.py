@@ -22,18 +22,19 @@ from dune_fast.dali_pipelines.source import ImageSource
 
 _IN_FLIGHT = 2  # batches inside DALI: one is decoded while the next one's files are read
 
-Decoded = tuple[Plan, Tensor, torch.cuda.Event | None]
-"""A plan, its images, uint8 [B, S, S, 3] on the device, and the event after which they may be read."""
+Pictures = list[tuple[Tensor, torch.cuda.Event | None]]
+"""For each of `Plan.geometries`: uint8 [B, S, S, 3] on the device, and the event after which they may be read."""
+Decoded = tuple[Plan, Pictures]
 Planner = Callable[[int], Plan | None]
 
 
 def decode_steps(
     plans: Planner, source: ImageSource, read_ahead: int, new_decoder: Callable[..., Decoder], start: int
 ) -> Iterator[Decoded]:
-    """Decodes the steps from `start` on.
+    """Decodes the plans from the number `start` on.
 
     Args:
-        plans: step -> plan, None after the last step.
+        plans: number -> plan, None after the last one.
         source: that the plans read from.
         read_ahead: steps whose files are read before they are decoded.
         new_decoder: depth -> decoder.
@@ -46,7 +47,7 @@ def decode_steps(
         try:
             for decoded in _until_failure(plan_ahead(plans, read_ahead, start), new_decoder, in_flight):
                 yield decoded
-                start = decoded[0].step + 1
+                start = decoded[0].number + 1
             return
         except DecodeError as error:
             _set_aside(in_flight, source, new_decoder(1), str(error))
@@ -58,16 +59,23 @@ def _until_failure(plans: Iterator[Plan], new_decoder: Callable[..., Decoder], i
         in_flight.extend(itertools.islice(plans, _IN_FLIGHT))
         if not in_flight:
             return
-        with closing(new_decoder(len(in_flight))) as decoder:
+        with closing(new_decoder(sum(len(plan.geometries) for plan in in_flight))) as decoder:
             for plan in in_flight:
-                decoder.submit(plan.encoded, plan.geometry)
+                _submit(plan, decoder)
             while in_flight:
-                images, event = decoder.receive()
-                done = in_flight.popleft()
+                done = in_flight[0]
+                pictures = [decoder.receive() for _ in done.geometries]
+                in_flight.popleft()
                 if (plan := next(plans, None)) is not None:
                     in_flight.append(plan)
-                    decoder.submit(plan.encoded, plan.geometry)
-                yield done, images, event
+                    _submit(plan, decoder)
+                yield done, pictures
+
+
+def _submit(plan: Plan, decoder: Decoder) -> None:
+    """The images once for each of their geometries: two windows of one image are two decodings."""
+    for geometry in plan.geometries:
+        decoder.submit(plan.encoded, geometry)
 
 
 def plan_ahead(plans: Planner, read_ahead: int, start: int) -> Iterator[Plan]:
@@ -87,10 +95,11 @@ def plan_ahead(plans: Planner, read_ahead: int, start: int) -> Iterator[Plan]:
 
 def _set_aside(failed: Sequence[Plan], source: ImageSource, decoder: Decoder, failure: str) -> None:
     """Finds the images that DALI refuses."""
-    images = [image for plan in failed for image in plan.images]
-    encoded = [data for plan in failed for data in plan.encoded]
+    images = [image for plan in failed for _ in plan.geometries for image in plan.images]
+    encoded = [data for plan in failed for _ in plan.geometries for data in plan.encoded]
     with closing(decoder):
-        refused = decoder.refused(encoded, Geometry.concatenate([plan.geometry for plan in failed]), failure)
+        geometries = [geometry for plan in failed for geometry in plan.geometries]
+        refused = decoder.refused(encoded, Geometry.concatenate(geometries), failure)
     for i, reason in refused.items():
         if (broken := source.refused(images[i], encoded[i], reason)) is not None:
             source.quarantine.add(*images[i], str(broken), broken.lasting)

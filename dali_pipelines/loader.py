@@ -20,13 +20,14 @@ from torch import Tensor
 
 from dune_fast.dali_pipelines.batch import Batch, ToDevice
 from dune_fast.dali_pipelines.datasets import DataConfig, Dataset, index_datasets
-from dune_fast.dali_pipelines.decode import Decoded, decode_steps
+from dune_fast.dali_pipelines.decode import Decoded, Pictures, decode_steps
 from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.dali_pipelines.order import rank_slots
 from dune_fast.dali_pipelines.pipeline import Decoder, import_dali
-from dune_fast.dali_pipelines.plan import Plan, TrainPlans, ValPlans, ViewPlans, group_weights
+from dune_fast.dali_pipelines.plan import Part, Plan, TrainPlans, ValPlans, ViewPlans, group_weights
 from dune_fast.dali_pipelines.source import ImageSource
-from dune_fast.kernels.augment import augment_colour
+from dune_fast.dali_pipelines.teacher_views import OwnCrop, as_given
+from dune_fast.kernels.augment import ColourParams, augment_colour
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ class ImageLoader(contextlib.AbstractContextManager):
         self.read_views: Callable[[np.ndarray, np.ndarray, list[str]], ToDevice] | None = None
         """Called ahead, in the decoding thread, with the numbers of a batch's views, their images' checksums and
         paths: what it returns makes `Batch.features` of them, on the device."""
+        self.parts = 1
+        """Batches of a step."""
         self._source = source
         self._new_decoder = functools.partial(Decoder, batch, image_size, config.num_threads, device)
         self._streams: set[Iterator[Batch]] = set()
@@ -112,7 +115,8 @@ class ImageLoader(contextlib.AbstractContextManager):
 
     def _consume(self, start: int, wanted: Callable[[float], bool] | None) -> Iterator[Batch]:
         """Takes decoded batches from a thread and finishes them on the device."""
-        steps = decode_steps(self.plans, self._source, self.config.read_ahead, self._new_decoder, start)
+        of_plans = self.plans, self._source, self.config.read_ahead, self._new_decoder
+        steps = decode_steps(*of_plans, start * self.parts)
         # the current device is a matter of each thread
         set_device = functools.partial(torch.cuda.set_device, self.device) if self.device.type == "cuda" else None
         thread = ThreadPoolExecutor(1, "decode-images", set_device)
@@ -151,25 +155,34 @@ class ImageLoader(contextlib.AbstractContextManager):
         finally:
             self.waited_s += time.perf_counter() - began
 
-    def _finish(self, plan: Plan, images: Tensor, event: torch.cuda.Event | None, read: ToDevice | None) -> Batch:
+    def _finish(self, plan: Plan, pictures: Pictures, read: ToDevice | None) -> Batch:
         """Colour augmentation and the transfer of all else, on the consumer's stream; the host waits for neither."""
+        dataset = np.array([dataset for dataset, _ in plan.images])
+        table = np.stack([plan.positions, plan.group, dataset, plan.geometry.turn]).astype(np.int64)
+        table = self._on_device(torch.from_numpy(table))
+        turn = table[3].bool() if plan.geometry.turn.any() else None
+        colour = None if plan.colour is None else plan.colour.to(self.device)
+        images, *others = (self._coloured(*picture, turn, colour) for picture in pictures)
+        features, patches = (None, None) if read is None else read(self.device)
+        return Batch(
+            images, table[0], table[1], table[2], self._paths(plan), plan.step, plan.group, plan.views, features,
+            plan.positions, patches, plan.checksums, as_given(plan.crops, others, self._on_device), plan.part,
+        )  # fmt: skip
+
+    def _coloured(
+        self, images: Tensor, event: torch.cuda.Event | None, turn: Tensor | None, colour: ColourParams | None
+    ) -> Tensor:
+        """One picture of each image, uint8 [B, S, S, 3], as the networks get it."""
         if event is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(event)
             images.record_stream(current)
-        dataset = np.array([dataset for dataset, _ in plan.images])
-        table = torch.from_numpy(np.stack([plan.positions, plan.group, dataset, plan.geometry.turn]).astype(np.int64))
-        if self.device.type == "cuda":
-            table = table.pin_memory()
-        table = table.to(self.device, non_blocking=True)
-        if plan.geometry.turn.any():
-            images = torch.where(table[3].bool()[:, None, None, None], images.rot90(-1, (1, 2)), images)
-        images = augment_colour(images, None if plan.colour is None else plan.colour.to(self.device))
-        features, patches = (None, None) if read is None else read(self.device)
-        return Batch(
-            images, table[0], table[1], table[2], self._paths(plan), plan.step, plan.group, plan.views, features,
-            plan.positions, patches, plan.checksums,
-        )  # fmt: skip
+        if turn is not None:
+            images = torch.where(turn[:, None, None, None], images.rot90(-1, (1, 2)), images)
+        return augment_colour(images, colour)
+
+    def _on_device(self, x: Tensor) -> Tensor:
+        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
 
 
 def _close(loader: weakref.ref[ImageLoader]) -> None:
@@ -189,6 +202,8 @@ class TrainLoader(ImageLoader):
         datasets: from `index_datasets(config)`, to index them once for several loaders.
         folder: of the run, for the record of broken images (`quarantine`); None keeps it in memory.
         sizes: step -> side of its images, up to `image_size`; None for `image_size` at every step.
+        parts: what this rank takes of a step, one batch after the other; None for its share of the slots at once.
+        crops: the teachers' own, with `data.teacher_views`; `patch`: of the student, in pixels.
 
     Raises:
         DataError: wrong configuration, no images, a batch that the ranks cannot share, or no DALI.
@@ -208,15 +223,20 @@ class TrainLoader(ImageLoader):
         datasets: Sequence[Dataset] | None = None,
         folder: Path | None = None,
         sizes: Callable[[int], int] | None = None,
+        parts: Sequence[Part] | None = None,
+        crops: Sequence[OwnCrop] = (),
+        patch: int = 1,
     ) -> None:
         datasets = index_datasets(config) if datasets is None else datasets
         for dataset in datasets:
             if contents := dataset.contents():
                 logger.info("dataset %s: %s", dataset.name, contents)
-        slots = rank_slots(global_batch, rank, world_size)
+        parts = [Part(rank_slots(global_batch, rank, world_size))] if parts is None else parts
         source = ImageSource(datasets, "train", config, folder, rank)
-        plans = TrainPlans(source, config, sizes or (lambda step: image_size), global_batch, slots, seed)
-        super().__init__(plans, source, config, image_size, global_batch // world_size, device)
+        plans = TrainPlans(source, config, sizes or (lambda _: image_size), global_batch, parts, seed, crops, patch)
+        largest = max(part.slots.stop - part.slots.start for part in parts)
+        super().__init__(plans, source, config, image_size, largest, device)
+        self.parts = len(parts)
 
 
 class ViewLoader(ImageLoader):

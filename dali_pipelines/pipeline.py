@@ -66,7 +66,7 @@ def build_pipeline(batch_size: int, num_threads: int, device: torch.device, dept
         as_pillow = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
         images = fn.decoders.image_slice(encoded, start, shape, device=where, **kind, **as_pillow)
         images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
-        images = fn.slice(images, start=anchor, shape=side, axes=[0, 1])
+        images = fn.slice(images, start=anchor, shape=side, axes=[0, 1], out_of_bounds_policy="pad")  # zeros
         return fn.flip(images, horizontal=flip[0], vertical=flip[1])
 
     device_id = (device.index if device.index is not None else torch.cuda.current_device()) if on_gpu else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from dune_fast.dali_pipelines.datasets import DataConfig
 from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.dali_pipelines.order import SampleOrder
 from dune_fast.dali_pipelines.source import Encoded, Image, ImageSource
+from dune_fast.dali_pipelines.teacher_views import CropPlan, OwnCrop, own_crops
 from dune_fast.kernels import philox
 from dune_fast.kernels.augment import ColourParams
 
@@ -44,10 +46,33 @@ class Plan:
     """int64 [B]: number of each image's view, with `data.views`, see `Views`."""
     checksums: np.ndarray | None = None
     """int64 [B]: `source.Encoded.checksum` of each image, with `data.views`."""
+    crops: Sequence[CropPlan] = ()
+    """The teachers' own, with `data.teacher_views`."""
+    part: int = 0
+    """Which of the parts of the step that this rank works on one after the other."""
+    parts: int = 1
+
+    @property
+    def number(self) -> int:
+        """Among all plans."""
+        return self.step * self.parts + self.part
+
+    @property
+    def geometries(self) -> list[Geometry]:
+        """Of all that is decoded of the images: the student's, then each crop's."""
+        return [self.geometry, *(crop.geometry for crop in self.crops)]
 
 
 def _checksums(read: Sequence[Encoded]) -> np.ndarray:
     return np.array([image.checksum for image in read], np.int64)
+
+
+class Part(NamedTuple):
+    """What one rank takes of a step: some slots of the global batch, at one size."""
+
+    slots: slice
+    side: int | None = None
+    """Of the images in pixels; None for the step's."""
 
 
 class Groups:
@@ -122,7 +147,7 @@ class ViewPlans:
 
 
 class TrainPlans:
-    """Plans of training, without end; `slots` of the global batch are this rank's. `sizes`: step -> side of its images.
+    """Plans of training, without end: a step has as many as this rank has parts. `sizes`: step -> side of its images.
 
     Other arguments: see `loader.TrainLoader`.
 
@@ -131,12 +156,13 @@ class TrainPlans:
     """
 
     def __init__(
-        self, source: ImageSource, config: DataConfig, sizes: Callable[[int], int], global_batch: int, slots: slice,
-        seed: int,
+        self, source: ImageSource, config: DataConfig, sizes: Callable[[int], int], global_batch: int,
+        parts: Sequence[Part], seed: int, crops: Sequence[OwnCrop] = (), patch: int = 1,
     ) -> None:  # fmt: skip
         self.groups = Groups(source)
         self._source, self._config, self._side = source, config, sizes
-        self._slots, self._seed = slots, seed
+        self._parts, self._seed = parts, seed
+        self._crops, self._patch = (crops if config.teacher_views else ()), patch
         self.views = Views(source, config.views, seed) if config.views else None
         self._sizes = source.sizes()
         # a group's images are those of its datasets, one after the other, `repeat` times each
@@ -146,9 +172,11 @@ class TrainPlans:
         weights = group_weights(config, self.groups.names)
         self.order = SampleOrder([int(ends[-1]) for ends in self._ends], weights, seed, global_batch)
 
-    def __call__(self, step: int) -> Plan:
-        group, draw, images = self.choose(step)
-        positions = step * self.order.batch + np.arange(self.order.batch)[self._slots]
+    def __call__(self, number: int) -> Plan:
+        step, part = divmod(number, len(self._parts))
+        group, draw, images = self.choose(step, part)
+        slots, side = self._parts[part]
+        positions = step * self.order.batch + np.arange(self.order.batch)[slots]
         read = self._source.read_good(images)
         for i in (i for i, result in enumerate(read) if result is None):
             images[i], read[i] = self._replacement(group[i : i + 1], draw[i : i + 1])
@@ -159,18 +187,23 @@ class TrainPlans:
             views = self.views.number(images, draw // self.order.group_sizes[group])
             at = self.views.words(views)
             of = words if self._config.fresh_colour else at
-        geometry = train_geometry(at, sizes, turned, self._side(step), self._config)
+        geometry = train_geometry(at, sizes, turned, side or self._side(step), self._config)
+        crops = own_crops(
+            self._crops, self._seed, positions, at, sizes, turned, geometry, self._patch, self._config
+        ) if self._crops else ()  # fmt: skip
         colour = colour_of(of, self._config)
         data, checksums = [image.data for image in read], None if views is None else _checksums(read)
-        return Plan(step, images, positions, group, data, geometry, colour, views, checksums)
+        return Plan(
+            step, images, positions, group, data, geometry, colour, views, checksums, crops, part, len(self._parts)
+        )
 
-    def choose(self, step: int) -> tuple[np.ndarray, np.ndarray, list[Image]]:
+    def choose(self, step: int, part: int = 0) -> tuple[np.ndarray, np.ndarray, list[Image]]:
         """What this rank's part of a step consists of, before any file is read and any broken image replaced.
 
         Returns:
             The group and the draw (`SampleOrder.step`) of each image, int64 [B], and the B images themselves.
         """
-        group, draw = (values[self._slots] for values in self.order.step(step))
+        group, draw = (values[self._parts[part].slots] for values in self.order.step(step))
         return group, draw, self._resolve(group, self.order.image(group, draw))
 
     def _resolve(self, group: np.ndarray, index: np.ndarray) -> list[Image]:

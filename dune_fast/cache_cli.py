@@ -1,12 +1,16 @@
-"""`dune-fast cache build | report`: teachers' features on disk."""
+"""`dune-fast cache build | report | statistics`: teachers' features on disk."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 
 from dune_fast.console import add_command
+from dune_fast.teachers.local_paths import local
+
+logger = logging.getLogger(__name__)
 
 
 def build(args: argparse.Namespace) -> int:
@@ -40,6 +44,29 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
+def statistics(args: argparse.Namespace) -> int:
+    """Measures mean and deviation of every teacher's features, for standardization.convention=stored.
+
+    Of a cache (`--cache`) those of all its views; else the teachers run over the first images of the run: `--images`,
+    by default as many as there are to train on.
+    """
+    from dune_fast.cache.store import Store
+    from dune_fast.distill.stored_statistics import write_statistics
+    from dune_fast.engine.config import ConfigError, compose_config
+
+    if bool(args.cache) == bool(args.overrides):
+        raise ConfigError("give the overrides of a run, e.g. experiment=theia, or --cache FOLDER: one of the two")
+    if args.cache:
+        found = Store(str(args.cache)).moments()
+    else:
+        from dune_fast.engine.feature_statistics import measure
+
+        found = measure(compose_config(args.overrides), args.images)
+    write_statistics(args.file, found)
+    logger.info("%s: statistics of %s", args.file, ", ".join(found))
+    return 0
+
+
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Adds `cache` and what is below it."""
     parser = commands.add_parser("cache", help="teachers' features on disk")
@@ -51,3 +78,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     sub = add_command(own, "report", report, "what a cache holds")
     sub.add_argument("folder", help="the cache")
     sub.add_argument("--json", action="store_true", help="as JSON")
+    example = "example: dune-fast cache statistics runs/statistics.safetensors experiment=demo --images 200"
+    sub = add_command(own, "statistics", statistics, "measure what features are standardized with", epilog=example)
+    sub.add_argument("file", type=local, help="the safetensors file that is written")
+    sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="of the run that will read it")
+    sub.add_argument("--cache", type=local, metavar="FOLDER", help="a cache whose features are measured")
+    sub.add_argument("--images", type=int, default=0, metavar="N", help="of the run's first images (default: all)")

@@ -2,9 +2,10 @@
 
 What a path may be: the folder of a run (its newest checkpoint if it has not ended) or of a checkpoint; a run's
 `encoder.safetensors`, `student.safetensors` or, beside an average, `student_raw.safetensors`; an exported
-`encoder.safetensors`; a published checkpoint (`.pth`); a state dict of a ViT, by itself or below any prefix, as `.pth`
-or `.safetensors`. A published name stands for `<name>.pth` in the folder $DUNE_FAST_WEIGHTS, `weights` by default.
-Nothing is downloaded and no file can run code.
+`encoder.safetensors`; a published checkpoint, DUNE's (`.pth`), RADIO's or Theia's; a state dict of a ViT, by itself or
+below any prefix, as `.pth` or `.safetensors`. A published name stands for `<name>.pth`, or RADIO's own file, in the
+folder $DUNE_FAST_WEIGHTS,
+`weights` by default. Nothing is downloaded and no file can run code.
 """
 
 from __future__ import annotations
@@ -19,10 +20,15 @@ from torch import Tensor, nn
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine.checkpoints import RAW, STUDENT, load_run
 from dune_fast.engine.config import load_config
-from dune_fast.kernels.nn.vit import VisionTransformer
+from dune_fast.kernels.nn.encoders import ENCODERS, encoder_class, network
+from dune_fast.kernels.nn.radio import RADIOConfig, RADIOViT
+from dune_fast.kernels.nn.vit import VisionTransformer, plain
+from dune_fast.projectors.base import Projection
 from dune_fast.released import load_released
-from dune_fast.student import Projection, Student
-from dune_fast.teachers.architecture import stored_architecture
+from dune_fast.released_radio import PUBLISHED_RADIO, load_released_radio, nominal
+from dune_fast.released_theia import load_theia
+from dune_fast.student import Student
+from dune_fast.teachers.architecture import stored_architecture, stored_statistics
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import TeacherWeightsError, container_state, read_container
 from dune_fast.teachers.encoder_names import beside_encoder
@@ -43,7 +49,7 @@ PUBLISHED_ENCODERS = {"unic": "unic_vitb16", "unic_l": "unic_vitl14"}
 """Checkpoints that UNIC's authors have published, by the stems of their files: the encoder is read, nothing else. They
 are teachers too, by the names on the right."""
 
-_ARCHIVES = (".pth", ".pt")
+_ARCHIVES = (".pth", ".pt", ".pth.tar")
 
 
 class ModelNotFoundError(ValueError):
@@ -130,7 +136,7 @@ def load_encoder(
             f"{path} is dBOT fine-tuned, whose class token is a norm of the patches' mean: an encoder of this kind has "
             "none; use it as a teacher, family: dbotft"
         )
-    if family.network is not VisionTransformer:
+    if family.network not in {encoder_class(known) for known in ENCODERS}:
         raise TeacherWeightsError(
             f"{path} is of the family {name}, whose network is another than a student's encoder; use it as a teacher, "
             f"family: {name}"
@@ -138,13 +144,16 @@ def load_encoder(
     config = path.parent / "config.yaml"
     if path.suffix == ".safetensors" and stored_architecture(path) is None and config.is_file():
         state = family.convert(container_state(content, path), path)
-        architecture = load_config(config).student  # as runs of the first version left them
+        architecture = plain(load_config(config).student)  # as runs of the first version left them
     else:
         architecture, state = family.read_content(content, path, asked)
-    built = build_loaded(lambda: VisionTransformer(architecture), state, path, beside_encoder)
+    stored = stored_statistics(path)
+    if isinstance(architecture, RADIOConfig) and stored is None:
+        architecture = nominal(architecture, content, path)
+    built = build_loaded(lambda: network(architecture)(architecture), state, path, beside_encoder)
     assert isinstance(built, VisionTransformer)
-    built.mean, built.std = family.statistics
-    return built.to(device)
+    built.mean, built.std = stored or family.statistics
+    return (built.plain() if isinstance(built, RADIOViT) else built).to(device)
 
 
 def _in_folder(path: Path, *names: str) -> Path:
@@ -167,13 +176,27 @@ def load_model(path_or_name: str | os.PathLike, device: torch.device | str = "cp
     if path.is_dir():
         _in_folder(path, file)  # says what is missing
         _, student, statistics = load_run(path, file)
-    elif path.suffix == ".safetensors":
+    else:
+        student, statistics = _released(path)
+    if isinstance(student.encoder, RADIOViT):
+        student.encoder.plain()
+    return DistilledModel(student, statistics).eval().requires_grad_(False).to(device)
+
+
+def _released(path: Path) -> tuple[Student, TeacherStatistics]:
+    """The whole model of a published container: RADIO's, Theia's, else DUNE's."""
+    content = read_container(path)
+    try:
+        name = recognize(container_state(content, path), path)
+    except TeacherWeightsError:
+        name = None  # the other reader says what is wrong
+    if name == "theia":
+        return load_theia(path)
+    if path.suffix == ".safetensors":
         raise ModelNotFoundError(
             f"{path} holds an encoder without projectors: load it with load_encoder, or give the folder of its run"
         )
-    else:
-        student, statistics = load_released(path)
-    return DistilledModel(student, statistics).eval().requires_grad_(False).to(device)
+    return load_released_radio(content, path) if name == "radio" else load_released(path)
 
 
 def locate(path_or_name: str | os.PathLike) -> Path:
@@ -182,13 +205,21 @@ def locate(path_or_name: str | os.PathLike) -> Path:
     ModelNotFoundError if there is none, AddressError for an address of an object store.
     """
     path = local_path(path_or_name, "the model")
-    if path.is_dir() or (path.is_file() and path.suffix in (".safetensors", *_ARCHIVES)):
+    if path.is_dir() or (path.is_file() and path.name.endswith((".safetensors", *_ARCHIVES))):
         return path
     if path.is_file():
         raise ModelNotFoundError(f"{path} is neither a .safetensors nor a .pth file, nor the folder of a run")
     name = str(path_or_name)
     folder = local_path(os.environ.get("DUNE_FAST_WEIGHTS") or "weights", "the variable DUNE_FAST_WEIGHTS")
-    published = (*PUBLISHED, *PUBLISHED_ENCODERS)
+    published = (*PUBLISHED, *PUBLISHED_ENCODERS, *PUBLISHED_RADIO)
+    if name in PUBLISHED_RADIO:
+        if (file := folder / PUBLISHED_RADIO[name].file).is_file():
+            return file
+        raise ModelNotFoundError(
+            f"the weights of {name} are not here: get {PUBLISHED_RADIO[name].file} from its publishers "
+            f"(huggingface.co/nvidia) and put it at {file} (set DUNE_FAST_WEIGHTS for another folder), or give the "
+            "file's path"
+        )
     if name in published:
         for file in (folder / f"{name}{suffix}" for suffix in _ARCHIVES):
             if file.is_file():
@@ -199,6 +230,7 @@ def locate(path_or_name: str | os.PathLike) -> Path:
             "folder), or give the file's path"
         )
     here = [known for known in published if (folder / f"{known}.pth").is_file()]
+    here += [known for known, released in PUBLISHED_RADIO.items() if (folder / released.file).is_file()]
     runs = sorted(str(found.parent) for found in Path("runs").glob("*/encoder.safetensors"))
     raise ModelNotFoundError(
         f"there is no model {name!r}: give a run's folder ({', '.join(runs) or 'none in runs/'}), a .safetensors or "

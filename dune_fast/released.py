@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from dune_fast.distill.standardization import TeacherStatistics
-from dune_fast.student import ProjectorConfig, Student
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import Student
 from dune_fast.teachers.architecture import infer_vit
 from dune_fast.teachers.containers import (
     TeacherWeightsError,

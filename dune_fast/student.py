@@ -1,229 +1,136 @@
 """The student: an encoder, and one projector a teacher, which is thrown away after distillation.
 
-    TP  transformer projector (DUNE): one block over [cls, patches], then a linear layer
-    LP  ladder of projectors (UNIC): an own MLP per teacher, token type and chosen block, summed over the blocks
-    SP  simple projector (AM-RADIO): an MLP on every token, version 1 or 2
-
-A projector maps {block index: tokens [B, 1 + N, D]} (cls first, registers left out) to {"cls": [B, C], "patch":
-[B, N, C]}; `blocks` says which block outputs it reads.
+`dune_fast.projectors` has the projectors, `dune_fast.kernels.nn.encoders` the encoders.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dune_fast.kernels.nn.block import Block, init_linear, product_dtype, run_blocks
+from dune_fast.kernels.nn.block import Block
+from dune_fast.kernels.nn.draws import StepDraws
+from dune_fast.kernels.nn.encoders import EncoderConfig, build_encoder
 from dune_fast.kernels.nn.patches import SharedPatches
 from dune_fast.kernels.nn.routing import OwnPatches, PatchSubset, Routes, select
-from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.projectors.base import (
+    Projection,
+    StudentShape,
+    Tokens,
+    blocks_read,
+    build_projector,
+    placed,
+    shared_layers,
+)
+from dune_fast.projectors.config import ProjectorConfig
 
-Tokens = Mapping[int, Tensor]
-Projection = dict[str, Tensor]
+Teachers = Mapping[str, tuple[int, Sequence[str]]]
+"""name -> `TeacherFeatures`, of which the first two are enough."""
 
 
 @dataclass
-class ProjectorConfig:
-    """Which projector stands between the student and every teacher."""
+class StudentConfig(EncoderConfig):
+    """The encoder that is trained, and what projectors read of it."""
 
-    kind: str = "tp"
-    """"tp", "lp" or "sp"."""
-    num_blocks: int = 1
-    """TP: transformer blocks before the linear layer."""
-    num_heads: int | None = None
-    """TP: attention heads; as many as the student's by default."""
-    mlp_ratio: float = 4.0
-    """TP: hidden channels of the block's MLP over the student's channels."""
-    layer_scale: float | None = 1e-4
-    """TP: initial LayerScale."""
-    which_blocks: list[int] = field(default_factory=list)
-    """LP: encoder blocks that carry a projector, from 0; empty for all."""
-    hidden_dim: int = 768
-    """LP and SP: hidden channels (LP: of every block but the last)."""
-    last_hidden_dim: int = 3072
-    """LP: hidden channels at the encoder's last block."""
-    prenorm: bool = False
-    """LP: LayerNorm before the first linear layer."""
-    midnorm: bool = False
-    """LP: LayerNorm after the first linear layer."""
-    version: int = 2
-    """SP: 1 = Linear LN ReLU Linear; 2 = Linear [LN GELU Linear] x num_inner, LN GELU Linear."""
-    num_inner: int = 0
-    """SP version 2: inner layers."""
-
-
-def split_cls(x: Tensor) -> Projection:
-    """[B, 1 + N, C] -> cls [B, C] and patch [B, N, C], views."""
-    cls, patch = x.split([1, x.shape[1] - 1], dim=1)  # one cat in the backward, where two slices fill and add
-    return {"cls": cls.squeeze(1), "patch": patch}
-
-
-class TransformerProjector(nn.Module):
-    """TP: transformer blocks, then Linear(D -> C). The linear layers keep PyTorch's default initialisation."""
-
-    def __init__(
-        self,
-        input_dim: int,
-        output_dim: int,
-        num_heads: int,
-        num_blocks: int = 1,
-        mlp_ratio: float = 4.0,
-        layer_scale: float | None = 1e-4,
-    ) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(input_dim, num_heads, mlp_ratio, layer_scale) for _ in range(num_blocks))
-        self.linear = nn.Linear(input_dim, output_dim)
-
-    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        """[B, 1 + N, D] -> [B, 1 + N, C]; of the tokens `kept`, [n] or [B, n], which read all of them, [B, n, C]."""
-        *_, tokens = x, *run_blocks(self.blocks, x, last_dtype=product_dtype(x), last_kept=kept)
-        return self.linear(tokens)
-
-
-class LadderMLP(nn.Module):
-    """One rung of the ladder: [LN] Linear [LN] GELU Linear (LN eps 1e-5); truncated normal 0.02 and zero bias."""
-
-    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, prenorm: bool, midnorm: bool) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.LayerNorm(input_dim)] if prenorm else []
-        layers.append(nn.Linear(input_dim, hidden_dim))
-        layers += [nn.LayerNorm(hidden_dim)] if midnorm else []
-        layers += [nn.GELU(), nn.Linear(hidden_dim, output_dim)]
-        self.layers = nn.Sequential(*layers)
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear):
-                init_linear(layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-
-class LadderProjector(nn.Module):
-    """LP for one teacher: `cls.<block>` and `patch.<block>` MLPs whose outputs are summed over the blocks."""
-
-    def __init__(
-        self, input_dim: int, output_dim: int, blocks: Sequence[int], hidden_dims: Sequence[int],
-        prenorm: bool = False, midnorm: bool = False, token_types: Sequence[str] = ("cls", "patch"),
-    ) -> None:  # fmt: skip
-        super().__init__()
-        for token in token_types:
-            rungs = {
-                str(block): LadderMLP(input_dim, hidden, output_dim, prenorm, midnorm)
-                for block, hidden in zip(blocks, hidden_dims, strict=True)
-            }
-            self.add_module(token, nn.ModuleDict(rungs))
-        self.token_types = tuple(token_types)
-
-    def forward(self, tokens: Tokens) -> Projection:
-        """{block: [B, 1 + N, D]} -> {"cls": [B, C], "patch": [B, N, C]}."""
-        parts = {block: split_cls(x) for block, x in tokens.items()}
-        projection = {}
-        for token in self.token_types:
-            rungs = [rung(parts[int(block)][token]) for block, rung in getattr(self, token).items()]
-            projection[token] = torch.stack(rungs).sum(0) if len(rungs) > 1 else rungs[0]
-        return projection
-
-
-class SimpleProjector(nn.Module):
-    """SP: a token-wise MLP (Ranzinger et al., AM-RADIO, CVPR 2024). [B, 1 + N, D] -> [B, 1 + N, C]."""
-
-    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, version: int = 2, num_inner: int = 0) -> None:
-        super().__init__()
-        if version not in (1, 2):
-            raise ValueError(f"simple projector version {version}; choose 1 or 2")
-        layers: list[nn.Module] = [nn.Linear(input_dim, hidden_dim)]
-        if version == 1:
-            layers += [nn.LayerNorm(hidden_dim), nn.ReLU()]
-        else:
-            for _ in range(num_inner):
-                layers += [nn.LayerNorm(hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim)]
-            layers += [nn.LayerNorm(hidden_dim), nn.GELU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(hidden_dim, output_dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+    normed: bool = False
+    """Projectors read tokens after the final norm, which is trained then (Theia); DUNE's read them before it."""
+    cls_per_teacher: bool = False
+    """A cls token for every `source` of the teachers, which its projector reads (family "radio")."""
 
 
 class Projectors(nn.ModuleDict):
     """One projector a teacher, all of one kind; ValueError for a kind that is not known, or blocks that are not there.
 
     Args:
-        embed_dim, depth, num_heads: of the student.
-        teachers: name -> (channels, token types) of the teacher's features.
+        student: what is known of the encoder.
+        teachers: name -> its features.
+        slots: teacher -> its cls token's place among the student's; None where the student has one.
     """
 
     def __init__(
-        self,
-        cfg: ProjectorConfig,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        teachers: Mapping[str, tuple[int, Sequence[str]]],
+        self, cfg: ProjectorConfig, student: StudentShape, teachers: Teachers, slots: Mapping[str, int] | None = None
     ) -> None:
         super().__init__()
-        last = depth - 1
         self.kind = cfg.kind
-        self.token_types = {name: tuple(tokens) for name, (_, tokens) in teachers.items()}
-        self.blocks = (cfg.which_blocks or list(range(depth))) if cfg.kind == "lp" else [last]
-        if any(not 0 <= i <= last for i in self.blocks):
-            raise ValueError(f"projector.which_blocks {self.blocks}: the student's blocks are 0 to {last}")
-        for name, (channels, token_types) in teachers.items():
-            if cfg.kind == "tp":
-                self[name] = TransformerProjector(
-                    embed_dim, channels, cfg.num_heads or num_heads, cfg.num_blocks, cfg.mlp_ratio, cfg.layer_scale
-                )
-            elif cfg.kind == "sp":
-                self[name] = SimpleProjector(embed_dim, cfg.hidden_dim, channels, cfg.version, cfg.num_inner)
-            elif cfg.kind == "lp":
-                hidden = [cfg.last_hidden_dim if i == last else cfg.hidden_dim for i in self.blocks]
-                self[name] = LadderProjector(
-                    embed_dim, channels, self.blocks, hidden, cfg.prenorm, cfg.midnorm, token_types
-                )
-            else:
-                raise ValueError(f"projector kind {cfg.kind!r}; choose 'tp', 'lp' or 'sp'")
+        self.prefix, self.slots = int(student.cls), None
+        if slots:
+            self.read_slots(slots, 1 + max(slots.values()))
+        self.token_types = {name: tuple(features[1]) for name, features in teachers.items()}
+        self.blocks = blocks_read(cfg, student.depth)
+        if unknown := sorted(set(cfg.teachers) - set(teachers)):
+            raise ValueError(f"projector.teachers has {', '.join(unknown)}; there are: {', '.join(teachers)}")
+        features = placed(teachers)
+        self.sources = {name: of_teacher.source for name, of_teacher in features.items()}
+        for name, of_teacher in features.items():
+            self[name] = build_projector(cfg.of(name), student, of_teacher)
+            self[name].share(next(iter(self.values())))
+
+    def read_slots(self, slots: Mapping[str, int], count: int) -> None:
+        """Reads each teacher's cls token at its place among `count`."""
+        self.prefix, self.slots = count, dict(slots) if count > 1 else None
 
     def forward(
-        self, tokens: Tokens, routes: Routes | None = None, subset: PatchSubset | OwnPatches | None = None
-    ) -> dict[str, Projection]:
-        """{block: [B, 1 + N, D]} -> teacher -> token type -> [B, C] or [B, N, C], of the teacher's images if routed.
+        self, tokens: Tokens, routes: Routes | None = None, subset: PatchSubset | OwnPatches | None = None,
+        grid: tuple[int, int] | None = None, shared: Mapping[str, nn.Module] | None = None,
+    ) -> dict[str, Projection]:  # fmt: skip
+        """{block: [B, K + N, D]}, K cls tokens -> teacher -> token type -> [B, C] or [B, N, C], of the teacher's images
+        if routed.
 
-        Of a subset of the patches if there is one: then token-wise projectors see no others.
+        Of a subset of the patches if there is one: then token-wise projectors see no others. `grid`: of the patches.
+        `shared`: source -> what makes other tokens {block: [B, K + N, D]} for its projectors.
 
         A projector without images runs on the batch's first one and gives none of its tokens: no operation has to take
         an empty batch, and every parameter gets a gradient, of zeros.
         """
         projections = {}
         last = tokens[self.blocks[-1]]
-        kept = None if subset is None else subset.with_cls(last.shape[1] - 1, last.device)
-        if self.kind != "tp":
-            tokens = {block: select(x, kept) for block, x in tokens.items()}
+        kept = self._kept(subset, last.shape[1] - self.prefix, last.device)
+        of_source = {source: layers(tokens) for source, layers in (shared or {}).items()}
         for name, projector in self.items():
-            own, own_kept, nothing = tokens, kept, False
+            own, own_kept, nothing = self._own(name, of_source.get(self.sources[name], tokens)), kept, False
             if routes is not None:
                 route = routes[name]
                 nothing = not len(route)
-                own = {block: x[:1] if nothing else route.take(x) for block, x in tokens.items()}
+                own = {block: x[:1] if nothing else route.take(x) for block, x in own.items()}
                 if kept is not None and kept.ndim == 2:
                     own_kept = kept[:1] if nothing else route.take(kept)
-            if self.kind == "lp":
-                projection = projector(own)
-            else:
-                inside = (own_kept,) if self.kind == "tp" else ()  # its blocks read all tokens
-                both = split_cls(projector(own[self.blocks[-1]], *inside))
-                projection = {token: both[token] for token in self.token_types[name]}
+            if not projector.reads_all_tokens:
+                own, own_kept = {block: select(x, own_kept) for block, x in own.items()}, None
+            projection = projector(own, own_kept, grid)
             projections[name] = {token: x[:0] for token, x in projection.items()} if nothing else projection
         return projections
+
+    def _kept(self, subset: PatchSubset | OwnPatches | None, patches: int, device: torch.device) -> Tensor | None:
+        """The tokens of a subset, a cls token before them where there is one; None for all."""
+        if subset is None:
+            return None
+        return subset.with_cls(patches, device) if self.prefix else subset.index(patches, device)
+
+    def _own(self, name: str, tokens: Tokens) -> Tokens:
+        """The tokens with the teacher's own cls token alone."""
+        if self.slots is None:
+            return tokens
+        at = self.slots[name]
+        return {block: torch.cat([x[:, at : at + 1], x[:, self.prefix :]], dim=1) for block, x in tokens.items()}
+
+
+def summary_slots(teachers: Teachers) -> dict[str, int]:
+    """teacher -> the place of its source among all sources, in the order of the teachers."""
+    sources = {name: features.source for name, features in placed(teachers).items()}
+    order = list(dict.fromkeys(sources.values()))
+    return {name: order.index(source) for name, source in sources.items()}
 
 
 class Student(nn.Module):
     """Encoder and projectors. images [B, 3, H, W] -> teacher -> token type -> [B, C] or [B, N, C].
 
     The projectors take un-normalised [cls, patches] without the registers, so no loss reaches the encoder's final norm:
-    it is frozen at gamma = 1, beta = 0.
+    it is frozen at gamma = 1, beta = 0. With `StudentConfig.normed` they take them after it.
 
     `autocast_dtype` is the type of its matrix products; weights, norms and residuals stay float32. It lives here, not
     around the call: DeepSpeed's engine switches an outer autocast off. None: float32 throughout.
@@ -237,15 +144,26 @@ class Student(nn.Module):
         bf16 = stream == "bf16" and autocast_dtype is torch.bfloat16
         self.encoder.stream_dtype = torch.bfloat16 if bf16 else None
 
-    def __init__(
-        self, encoder: ViTConfig, projector: ProjectorConfig, teachers: Mapping[str, tuple[int, Sequence[str]]]
-    ) -> None:
+    def __init__(self, encoder: ViTConfig, projector: ProjectorConfig, teachers: Teachers) -> None:
         super().__init__()
-        if not encoder.cls_token:
-            raise ValueError("the student needs a cls token: the projectors' input is [cls, patches]")
-        self.encoder = VisionTransformer(encoder)
-        self.encoder.norm.requires_grad_(False)
-        self.projectors = Projectors(projector, encoder.embed_dim, encoder.depth, encoder.num_heads, teachers)
+        cfg = encoder if isinstance(encoder, StudentConfig) else StudentConfig(**vars(encoder))
+        slots = summary_slots(teachers) if cfg.cls_per_teacher else None
+        self.encoder = build_encoder(cfg, 1 + max(slots.values()) if slots else int(cfg.cls_token))
+        if not self.encoder.num_cls and any("cls" in features[1] for features in teachers.values()):
+            raise ValueError(
+                "the student has no cls token, and a teacher's cls tokens are to be distilled: give it one "
+                "(student.cls_token=true), or leave them out (teachers.NAME.token_types=[patch])"
+            )
+        if slots:  # the encoder's own summary is that of the sources that have one
+            read = {slots[name] for name, features in teachers.items() if "cls" in features[1]}
+            self.encoder.cfg.summaries = tuple(sorted(read)) or self.encoder.cfg.summaries
+        self.normed = cfg.normed
+        self.encoder.norm.requires_grad_(cfg.normed)
+        shape = StudentShape(
+            cfg.embed_dim, cfg.depth, cfg.num_heads, self.encoder.num_cls > 0, cfg.image_size // cfg.patch_size
+        )
+        self.projectors = Projectors(projector, shape, teachers, slots)
+        self.shared = shared_layers(projector, shape, self.projectors.sources.values())
 
     def compile_blocks(self, **options: Any) -> None:
         """`torch.compile`, with its options, of every block on its own, in place: parameters keep their names."""
@@ -253,30 +171,32 @@ class Student(nn.Module):
             if isinstance(module, Block):
                 module.compile(**{"dynamic": False, **options})
 
-    def tokens(self, images: Tensor, patches: SharedPatches | None = None) -> dict[int, Tensor]:
-        """[cls, patches] after the blocks that the projectors read: block -> un-normalised [B, 1 + N, D]."""
-        outputs = self.encoder.block_outputs(images, self.projectors.blocks, patches)
-        prefix = self.encoder.num_prefix_tokens
-        if prefix == 1:
-            return outputs
-        return {i: torch.cat([x[:, :1], x[:, prefix:]], dim=1) for i, x in outputs.items()}
+    def tokens(
+        self, images: Tensor, patches: SharedPatches | None = None, draws: StepDraws | None = None
+    ) -> dict[int, Tensor]:
+        """[cls, patches] after the blocks that the projectors read: block -> [B, K + N, D], K cls tokens."""
+        outputs = self.encoder.block_outputs(images, self.projectors.blocks, patches, draws)
+        if self.normed:
+            outputs = {i: self.encoder.norm(x) for i, x in outputs.items()}
+        return {i: self.encoder.without_registers(x) for i, x in outputs.items()}
 
     def forward(
         self, images: Tensor, routes: Routes | None = None, patches: SharedPatches | None = None,
-        subset: PatchSubset | OwnPatches | None = None,
+        subset: PatchSubset | OwnPatches | None = None, draws: StepDraws | None = None,
     ) -> dict[str, Projection]:  # fmt: skip
         """`routes`: which of the images each teacher's projector gets, all by default; `patches`: the step's; `subset`:
-        of the patches that are projected, all by default."""
+        of the patches that are projected, all by default; `draws`: random numbers of a training step, else None."""
         with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return self.projectors(self.tokens(images, patches), routes, subset)
+            tokens = self.tokens(images, patches, draws)
+            return self.projectors(tokens, routes, subset, self.encoder.grid(images), self.shared)
 
 
 def build_student(
-    encoder: ViTConfig, projector: ProjectorConfig, teachers: Mapping[str, tuple[int, Sequence[str]]], seed: int = 0
+    encoder: ViTConfig, projector: ProjectorConfig, teachers: Teachers, seed: int = 0
 ) -> Student:
     """A student with initial weights that are a function of the configuration and `seed` alone.
 
-    `teachers`: name -> (channels, token types) of its features.
+    `teachers`: name -> (channels, token types) of its features, or `TeacherFeatures`.
     """
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)

@@ -39,6 +39,16 @@ PATCHES = 5
 """Subset of the patches that a step's loss is taken on: a = patch, b = step."""
 VIEW_PATCHES = 6
 """Patches that a cache keeps of a fixed view: a = number of the view, b = patch."""
+TEACHER_VIEW = 7
+"""A teacher's own crop of an image: a = global position of the image, b = which of the crops."""
+SIZES = 8
+"""Size of a step's images: a = step."""
+POSITION_CROP = 9
+"""Crop of the student's position table: a = global position of the image, b = step."""
+POSITION_DROPOUT = 10
+"""Images that are trained without positions: a = global position of the image, b = step."""
+WINDOW = 11
+"""Attention windows of a step: a = step."""
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

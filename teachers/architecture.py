@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.kernels.nn.encoders import architecture, as_stored, encoder_config, from_stored
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.teachers.containers import TeacherWeightsError, damaged
 from dune_fast.teachers.run_files import Manifest, is_checkpoint
@@ -20,7 +22,8 @@ HEAD_DIM = 64
 """Channels of an attention head in every published encoder; the tensors do not show it."""
 
 ARCHITECTURE = "vit_config"
-"""Entry of a safetensors file's metadata that holds the encoder's `ViTConfig` as JSON."""
+"""Entry of a safetensors file's metadata that holds the encoder's `ViTConfig` as JSON; of another family than "vit",
+with that too."""
 
 PREPROCESSING = "preprocessing"
 """Entry of a file's metadata that says as JSON how images become the encoder's input."""
@@ -117,7 +120,7 @@ def random_vit_state(
 
 def architecture_metadata(cfg: ViTConfig) -> dict[str, str]:
     """Metadata of a safetensors file from which the encoder can be built without a configuration."""
-    return {"format": "pt", ARCHITECTURE: json.dumps(asdict(cfg))}
+    return {"format": "pt", ARCHITECTURE: json.dumps(as_stored(cfg))}
 
 
 def stored_architecture(path: Path) -> ViTConfig | None:
@@ -126,7 +129,9 @@ def stored_architecture(path: Path) -> ViTConfig | None:
     TeacherWeightsError if it is senseless.
     """
     if is_checkpoint(path):
-        values = Manifest.read(path).config.get("student")
+        config = Manifest.read(path).config
+        if (values := config.get("student")) is not None:
+            return _checked(lambda: _of_student(values, config.get("teachers") or {}), path)
     elif path.suffix == ".safetensors":
         with safe_open(path, "pt") as handle:
             values = (handle.metadata() or {}).get(ARCHITECTURE)
@@ -134,20 +139,61 @@ def stored_architecture(path: Path) -> ViTConfig | None:
         return None
     if values is None:
         return None
+    return _checked(lambda: from_stored(json.loads(values)), path)
+
+
+def stored_statistics(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation that images for a file of ours are normalised by: ImageNet's unless its metadata say else.
+
+    None for a file that is none of ours.
+    """
+    if stored_architecture(path) is None:
+        return None
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as handle:
+            values = (handle.metadata() or {}).get(PREPROCESSING)
+        if values is not None:
+            try:
+                found = json.loads(values)
+                mean, std = (tuple(float(x) for x in found[key]) for key in ("mean", "std"))
+            except (TypeError, ValueError, KeyError) as error:
+                raise damaged(path, f"its preprocessing is senseless: {error}") from error
+            if len(mean) == len(std) == 3 and min(std) > 0:
+                return mean, std
+            raise damaged(path, f"its preprocessing is senseless: mean {mean}, std {std}")
+    return IMAGENET_MEAN, IMAGENET_STD
+
+
+def _of_student(student: Mapping[str, Any], teachers: Mapping[str, Any]) -> ViTConfig:
+    """The architecture of a run's encoder by its configuration; summaries are those of sources with cls tokens."""
+    sources = {name: (teacher or {}).get("source") or name for name, teacher in teachers.items()}
+    order = list(dict.fromkeys(sources.values()))
+    cfg = encoder_config(student)
+    _check_sizes(cfg)
+    if not student.get("cls_per_teacher"):
+        return architecture(cfg, int(cfg.cls_token))
+    found = architecture(cfg, max(1, len(order)))
+    read = {order.index(sources[name]) for name, teacher in teachers.items() if "cls" in teacher["token_types"]}
+    found.summaries = tuple(sorted(read)) or found.summaries
+    return found
+
+
+def _checked(make: Callable[[], ViTConfig], path: Path) -> ViTConfig:
+    """The architecture that `make` gives; TeacherWeightsError if it is senseless."""
     try:
-        cfg = ViTConfig(**(json.loads(values) if isinstance(values, str) else values))
+        cfg = make()
         _check_sizes(cfg)
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (TypeError, ValueError, KeyError, ArithmeticError, AttributeError) as error:
         raise damaged(path, f"its architecture is senseless: {error}") from error
     return cfg
 
 
 def _check_sizes(cfg: ViTConfig) -> None:
     """ValueError for values that no encoder has; nothing else checks a file's metadata before it is used."""
-    for name, default in asdict(ViTConfig()).items():
+    for name, default in vars(type(cfg)()).items():
         value = getattr(cfg, name)
-        if name == "layer_scale" and value is None:
-            continue
+        if (name == "layer_scale" and value is None) or not isinstance(default, int | float | str):
+            continue  # sections and lists check themselves
         kinds = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
             raise ValueError(f"{name} is {value!r}")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dune_fast.teachers.inputs import Mosaic
 
 TOKEN_TYPES = ("cls", "patch")
 PRECISIONS = ("auto", "bf16", "fp8", "fp32")
 STREAMS = ("fp32", "bf16")
 ACTIVATIONS = ("", "gelu", "quick_gelu")
+GRIDS = ("student", "own")
 RANDOM = "random:"
 """Weights called "random:SEED" are drawn, not read: for tests and benchmarks of the full size."""
 
@@ -37,11 +40,24 @@ class TeacherConfig:
     """See `mean`."""
     groups: list[str] = field(default_factory=list)
     """Groups of datasets whose images count as the teacher's own, for data sharing."""
+    source: str = ""
+    """Name of the model that it is read from, where several entries of `teachers` are: they share one cls token of a
+    student with `cls_per_teacher`. Empty for the entry's own name."""
     grid_multiple: int = 1
     """Rows and columns of the patch grid must be multiples of this."""
     scale: float = 1.0
     """Below 1 the teacher sees its images smaller: rows and columns of its grid over the student's, rounded to what
     `grid_multiple` allows. Its patch tokens are interpolated to the student's grid. Departs from the papers."""
+    input_size: int | None = None
+    """Side in pixels of the images that the teacher runs on, whatever the student's: a multiple of `patch_size`. The
+    student's images are resized to it (longer side, bicubic; the rest of the square is zeros); with
+    `data.teacher_views` it is the size of the teacher's own crop. Null: as many patches as the student has."""
+    mosaic: int = 0
+    """Side in pixels of a canvas that several of the teacher's images are packed on, for a network that is made for
+    large images: `teachers.inputs.Mosaic`. 0 for one image at a time."""
+    grid: str = "student"
+    """Where its patch tokens are laid: "student" (bilinearly on the student's grid) or "own" (as many as it gives: the
+    loss aligns them, or the projector gives that grid)."""
     layer: int | None = None
     """ViT: read the tokens after this many blocks through a LayerNorm without weights; null reads the final norm."""
     norm: bool = True
@@ -89,8 +105,8 @@ class TeacherConfig:
 
 
 _READING = (
-    "token_types", "mean", "std", "groups", "grid_multiple", "scale", "layer", "norm", "projected", "force_precision",
-    "url", "bytes", "sha256",
+    "token_types", "source", "mean", "std", "groups", "grid_multiple", "scale", "input_size", "mosaic", "grid", "layer",
+    "norm", "projected", "force_precision", "url", "bytes", "sha256",
 )  # fmt: skip
 """Fields that say what the network sees and what is read from it, or are bookkeeping."""
 
@@ -103,14 +119,57 @@ def network_key(cfg: TeacherConfig) -> str:
     return json.dumps(network, sort_keys=True, default=repr)
 
 
-def input_key(cfg: TeacherConfig) -> tuple[tuple[int, float], tuple[float, ...], tuple[float, ...]]:
+def input_key(cfg: TeacherConfig) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
     """Equal for teachers that see the same pixels of an image."""
-    return (cfg.patch_size, cfg.scale), tuple(cfg.mean), tuple(cfg.std)
+    return (cfg.patch_size, cfg.scale, cfg.input_size or 0, cfg.mosaic), tuple(cfg.mean), tuple(cfg.std)
+
+
+def teachers_by_trunk(teachers: Mapping[str, TeacherConfig]) -> list[list[str]]:
+    """Names of teachers, those that share a network and its input together."""
+    shared: dict[tuple, list[str]] = {}
+    for name, cfg in teachers.items():
+        shared.setdefault((network_key(cfg), input_key(cfg)), []).append(name)
+    return list(shared.values())
 
 
 def scaled_grid(patches: int, scale: float, multiple: int = 1) -> int:
     """Rows or columns of a teacher's grid where the student's has `patches`: the nearest multiple to the scale's."""
     return patches if scale == 1 else max(1, round(patches * scale / multiple)) * multiple
+
+
+def teachers_by_input(teachers: Mapping[str, TeacherConfig]) -> list[list[str]]:
+    """Names of teachers, those of one file that see the same pixels together: all that might share a trunk's pass."""
+    shared: dict[tuple, list[str]] = {}
+    for name, cfg in teachers.items():
+        shared.setdefault((cfg.family, cfg.weights, cfg.model, input_key(cfg)), []).append(name)
+    return list(shared.values())
+
+
+class Seen(NamedTuple):
+    """What a teacher's network gets where the student has a square grid."""
+
+    side: int
+    """Pixels of what goes in: an image, or a canvas."""
+    images: int
+    """In one such input; 0 where not even one fits on the canvas."""
+    grid: int
+    """Rows of an image's own patch tokens."""
+
+
+def seen(cfg: TeacherConfig, patches: int) -> Seen:
+    """A teacher's input where the student has `patches` rows of patches."""
+    if cfg.input_size is None:
+        grid = scaled_grid(patches, cfg.scale, 1 if cfg.mosaic else cfg.grid_multiple)
+    else:
+        grid = cfg.input_size // cfg.patch_size
+    if not cfg.mosaic:
+        return Seen(grid * cfg.patch_size, 1, grid)
+    return Seen(cfg.mosaic, Mosaic(grid * cfg.patch_size, cfg.mosaic, cfg.patch_size).per_side ** 2, grid)
+
+
+def given_patches(cfg: TeacherConfig, patches: int) -> int:
+    """How many patch tokens of an image a teacher's features have where the student has `patches` rows of them."""
+    return seen(cfg, patches).grid ** 2 if cfg.grid == "own" else patches**2
 
 
 def check_config(name: str, cfg: TeacherConfig) -> None:
@@ -120,12 +179,20 @@ def check_config(name: str, cfg: TeacherConfig) -> None:
     """
     least, three = "it must be at least 1", "give three numbers: red, green, blue"
     tokens, offset = set(cfg.token_types), cfg.interpolate_offset
+    step = max(1, cfg.patch_size * cfg.grid_multiple)
+    own, own_step = cfg.input_size, max(1, cfg.patch_size) if cfg.mosaic else step
     lean = cfg.stream != "fp32" or cfg.epilogue_gelu
     faults = [
         *((key, getattr(cfg, key) < 1, least) for key in ("patch_size", "num_features", "grid_multiple")),
         ("token_types", not tokens or len(tokens) != len(cfg.token_types) or not tokens <= set(TOKEN_TYPES),
          f"choose one or more of {', '.join(TOKEN_TYPES)}, each once"),
         ("scale", not 0 < cfg.scale <= 1, "it must lie above 0, up to 1"),
+        ("scale", cfg.scale != 1 and own is not None, "with input_size it has no meaning; leave one of them out"),
+        ("input_size", own is not None and (own < 1 or own % own_step),
+         f"give a multiple of {own_step} pixels (whole patches, as many as its grid allows), or null"),
+        ("mosaic", cfg.mosaic < 0 or cfg.mosaic % step or 0 < cfg.mosaic < (own or 0),
+         f"give a multiple of {step} pixels that is not below input_size, or 0 for none"),
+        ("grid", cfg.grid not in GRIDS, f"choose one of {', '.join(GRIDS)}"),
         ("mean", len(cfg.mean) != 3, three),
         ("std", len(cfg.std) != 3, three),
         ("std", min(cfg.std, default=0) <= 0, "deviations must be above 0"),

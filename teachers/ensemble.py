@@ -16,6 +16,7 @@ from dune_fast.kernels.nn.routing import Route, Routes, union, within
 from dune_fast.kernels.nn.vit import nearest_multiples
 from dune_fast.kernels.resize import resize_normalize
 from dune_fast.teachers.config import TeacherConfig, input_key, network_key, scaled_grid
+from dune_fast.teachers.inputs import Layout, Mosaic, fit_longest, fitted
 from dune_fast.teachers.precision import autocast, prepare, resolve_precision
 from dune_fast.teachers.protocol import Teacher, Trunk
 from dune_fast.teachers.registry import build_teacher
@@ -31,7 +32,8 @@ class TeacherEnsemble(nn.Module):
     around the call. Nothing here waits for the device.
 
     With `scale` below 1 a teacher's grid is coarser: its images are resized with antialias, its patch tokens
-    bilinearly, cell by cell, to the student's grid.
+    bilinearly, cell by cell, to the student's grid. With `input_size` it runs on images of that size, with `mosaic`
+    on several of them at once (`teachers.inputs`); `grid: own` leaves its tokens where they are.
 
     Args:
         student_patch_size: q, in pixels.
@@ -62,9 +64,11 @@ class TeacherEnsemble(nn.Module):
         for teacher in self.teachers.values():
             run = network_key(teacher.config), input_key(teacher.config)
             self._runs.setdefault(run, []).append(teacher)
-        self._grid_multiples = {
-            name: math.lcm(teacher.config.grid_multiple, teacher.trunk.grid_multiple)
-            for name, teacher in self.teachers.items()
+        self._grid_multiples = {name: _grid_multiple(teacher) for name, teacher in self.teachers.items()}
+        self._run_multiples = {
+            teacher.name: math.lcm(*(self._grid_multiples[other.name] for other in readers))
+            for readers in self._runs.values()
+            for teacher in readers
         }
         self.size_multiple = student_patch_size * math.lcm(*self._grid_multiples.values())
         """Heights and widths of the student's images must be multiples of this, in pixels."""
@@ -81,7 +85,11 @@ class TeacherEnsemble(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, images: Tensor, routes: Routes | None = None, patches: SharedPatches | None = None
+        self,
+        images: Tensor,
+        routes: Routes | None = None,
+        patches: SharedPatches | None = None,
+        views: Mapping[str, Tensor] | None = None,
     ) -> dict[str, dict[str, Tensor]]:
         """Tokens of every teacher.
 
@@ -90,41 +98,47 @@ class TeacherEnsemble(nn.Module):
             routes: which n of these images each teacher gets; all of them by default. A trunk runs once, on the images
                 that any of its teachers gets, and not at all if there are none.
             patches: of these images, shared with the student; by default the teachers share among themselves.
+            views: teacher -> its own pictures of the B images, [B, 3, h, w], ImageNet-normalised, in place of `images`;
+                those of teachers that share a trunk are the same.
 
         Returns:
             teacher name -> {"cls": [n, C], "patch": [n, N, C]}, the token types that its configuration asks for, in
-            float32 or bfloat16.
+            float32 or bfloat16; N are the patches of the student's grid or, with `grid: own`, of the teacher's.
 
         Raises:
             ValueError: an image size that some teacher cannot take, or tokens that do not cover the student's grid.
         """
-        rows, columns = self.grid(images)
+        grid = self.grid(images)
         patches = SharedPatches() if patches is None else patches
         inputs: dict[Hashable, Tensor] = {}
         outputs: dict[str, dict[str, Tensor]] = dict.fromkeys(self.teachers, {})
         for readers in self._runs.values():
-            cfg = readers[0].config
+            first, cfg = readers[0], readers[0].config
             chosen = None if routes is None else union([routes[teacher.name] for teacher in readers])
+            own = first.name if views is not None and first.name in views else None
+            source = images if own is None else views[own]
+            layout = self._layout(first, grid, (source.shape[-2], source.shape[-1]))
             if chosen is not None and not len(chosen):
-                outputs |= {teacher.name: _no_tokens(teacher.config, rows * columns, images) for teacher in readers}
+                for teacher in readers:
+                    left = layout.grid if teacher.config.grid == "own" else grid
+                    outputs[teacher.name] = _no_tokens(teacher.config, math.prod(left), images)
                 continue
-            multiple = math.lcm(*(self._grid_multiples[teacher.name] for teacher in readers))
-            grid = (scaled_grid(rows, cfg.scale, multiple), scaled_grid(columns, cfg.scale, multiple))
-            key = (input_key(cfg), grid, None if chosen is None else chosen.host.tobytes())
+            key = (input_key(cfg), layout, own, None if chosen is None else chosen.host.tobytes())
             if key not in inputs:
-                size = (grid[0] * cfg.patch_size, grid[1] * cfg.patch_size)
-                inputs[key] = self._input(images if chosen is None else chosen.take(images), size, cfg)
+                inputs[key] = self._input(source if chosen is None else chosen.take(source), layout, cfg)
             with autocast(cfg.precision, images.device):
                 try:
-                    features = _features(readers[0], inputs[key], patches if inputs[key] is images else None)
+                    features = _features(first, inputs[key], patches if inputs[key] is images else None)
                 except (AssertionError, RuntimeError) as error:
-                    self._explain(readers[0], inputs[key], error)
+                    self._explain(first, inputs[key], error)
                     raise
                 tokens = {teacher.name: teacher.read(features) for teacher in readers}
+            count = len(images) if chosen is None else len(chosen)
             for name, read in tokens.items():
-                self._check(name, read, *grid)
-                own = read if chosen is None else _share(read, routes[name], chosen)
-                outputs[name] = own if grid == (rows, columns) else _on_grid(own, grid, (rows, columns))
+                self._check(name, read, *layout.network_grid)
+                read = layout.of_images(read, count)
+                share = read if chosen is None else _share(read, routes[name], chosen)
+                outputs[name] = dict(share) if self.teachers[name].config.grid == "own" else layout.laid(share, grid)
         return outputs
 
     def grid(self, images: Tensor) -> tuple[int, int]:
@@ -150,19 +164,51 @@ class TeacherEnsemble(nn.Module):
         scaled = "" if teacher.config.scale == 1 else f"teachers.{teacher.name}.scale=1 and "
         raise ValueError(
             f"teachers.{teacher.name}: {teacher.config.model} takes images of {own} px alone, and this run gives it "
-            f"{size} px: choose {scaled}image_size={own // patch * self.student_patch_size}, or a model that takes any "
-            "size"
+            f"{size} px: choose {scaled}image_size={own // patch * self.student_patch_size}, "
+            f"teachers.{teacher.name}.input_size={own}, or a model that takes any size"
         ) from error
 
-    def _input(self, images: Tensor, size: tuple[int, int], cfg: TeacherConfig) -> Tensor:
-        """Student's images to a teacher's: resized first, then re-normalised."""
+    def _layout(self, teacher: Teacher, grid: tuple[int, int], size: tuple[int, int]) -> Layout:
+        """How a teacher's images are made of pictures of `size` (h, w) where the student has `grid` patches."""
+        cfg, name = teacher.config, teacher.name
+        if cfg.input_size is None:
+            multiple = self._run_multiples[name]
+            rows, columns = (scaled_grid(n, cfg.scale, multiple) for n in grid)
+            shown: tuple[float, float] = (rows, columns)
+        else:
+            rows = columns = cfg.input_size // cfg.patch_size
+            height, width = fitted(size, cfg.input_size)
+            shown = (height / cfg.patch_size, width / cfg.patch_size)
+            if shown != (rows, columns) and cfg.grid == "own":
+                raise ValueError(
+                    f"teachers.{name}: images of {size[0]}x{size[1]} pixels do not fill its own grid of "
+                    f"{rows}x{columns} patches; give square images, or choose grid: student"
+                )
+        if not cfg.mosaic:
+            return Layout((rows, columns), shown, None)
+        mosaic = Mosaic(rows * cfg.patch_size, cfg.mosaic, cfg.patch_size)
+        if rows != columns or not mosaic.per_side:
+            raise ValueError(
+                f"teachers.{name}: images of {rows * cfg.patch_size}x{columns * cfg.patch_size} pixels cannot be "
+                f"packed on a canvas of {cfg.mosaic}; give square images that are not larger, or mosaic: 0"
+            )
+        return Layout((rows, columns), shown, mosaic)
+
+    def _input(self, images: Tensor, layout: Layout, cfg: TeacherConfig) -> Tensor:
+        """Pictures to a teacher's images: resized first, then re-normalised, then filled up or packed."""
         name = self._affine_names.get(input_key(cfg)[1:])
         scale, shift = (None, None) if name is None else getattr(self, name)
+        size = (layout.grid[0] * cfg.patch_size, layout.grid[1] * cfg.patch_size)
         with torch.autocast(images.device.type, enabled=False):
             images = images.float()
             if cfg.scale < 1:
                 images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
-            return resize_normalize(images, size, scale, shift)
+            if cfg.input_size is not None:
+                images = resize_normalize(images, (images.shape[-2], images.shape[-1]), scale, shift)
+                images = fit_longest(images, cfg.input_size, antialias=cfg.input_size < max(images.shape[-2:]))
+            else:
+                images = resize_normalize(images, size, scale, shift)
+            return images if layout.mosaic is None else layout.mosaic.pack(images)
 
     def _register_affine(self, cfg: TeacherConfig) -> None:
         """A buffer [2, 3] that undoes ImageNet's normalisation and applies the teacher's; none if equal."""
@@ -185,6 +231,23 @@ class TeacherEnsemble(nn.Module):
             )
         for kind, x in tokens.items():
             assert x.shape[-1] == cfg.num_features, (name, kind, x.shape)
+
+
+def _grid_multiple(teacher: Teacher) -> int:
+    """What rows and columns of the student's grid must be multiples of for this teacher's sake.
+
+    ValueError if the teacher has an input of its own that does not suit its network.
+    """
+    cfg = teacher.config
+    multiple = math.lcm(cfg.grid_multiple, teacher.trunk.grid_multiple)
+    step = multiple * cfg.patch_size
+    for field, side in (("mosaic", cfg.mosaic), ("input_size", 0 if cfg.mosaic else cfg.input_size or 0)):
+        if side % step:
+            raise ValueError(
+                f"teachers.{teacher.name}.{field} is {side}; its network takes multiples of {step} pixels, the nearest "
+                f"are {nearest_multiples(side, step)}"
+            )
+    return 1 if cfg.mosaic or cfg.input_size is not None else multiple
 
 
 def _build(configs: Mapping[str, TeacherConfig], device: torch.device) -> dict[str, Teacher]:
@@ -216,15 +279,6 @@ def _share(tokens: Mapping[str, Tensor], route: Route, whole: Route) -> dict[str
         return dict(tokens)
     own = within(route, whole)
     return {kind: own.take(x) for kind, x in tokens.items()}
-
-
-def _on_grid(tokens: Mapping[str, Tensor], grid: tuple[int, int], wanted: tuple[int, int]) -> dict[str, Tensor]:
-    """Patch tokens [n, h w, C] of a grid h x w bilinearly on another one, cells over cells; cls tokens as they are."""
-    if "patch" not in tokens:
-        return dict(tokens)
-    planes = tokens["patch"].transpose(1, 2).unflatten(2, grid)  # [n, C, h, w], channels last
-    patch = F.interpolate(planes, size=wanted, mode="bilinear", align_corners=False)
-    return {**tokens, "patch": patch.flatten(2).transpose(1, 2).contiguous()}
 
 
 def _no_tokens(cfg: TeacherConfig, patches: int, images: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""RADIO's and C-RADIO's ViTs, out of their own container; heads for its teachers ("adaptors") are left out.
+"""RADIO's and C-RADIO's ViTs, out of their own container, without its heads for teachers ("adaptors").
 
 Ranzinger et al., "AM-RADIO", CVPR 2024; "PHI-S", ICLR 2025; Heinrich et al., "RADIOv2.5", CVPR 2025. The arguments in
 the container say how many summary tokens there are and which of them are the summary. Weights that were trained with
@@ -14,24 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dune_fast.kernels.nn.block import product_dtype
-from dune_fast.kernels.nn.radio import RADIOConfig, RADIOViT
+from dune_fast.kernels.nn.radio import CLIP_MEAN, CLIP_STD, RADIOConfig, RADIOViT
+from dune_fast.kernels.nn.spectral import power_iteration, spectral_weight
 from dune_fast.kernels.nn.vit import ViTConfig
-from dune_fast.teachers.clip import CLIP_MEAN, CLIP_STD
+from dune_fast.teachers.architecture import stored_architecture
 from dune_fast.teachers.config import TeacherConfig
-from dune_fast.teachers.containers import TeacherWeightsError, below
+from dune_fast.teachers.containers import TeacherWeightsError, below, container_state
 from dune_fast.teachers.dune import container_options
-from dune_fast.teachers.encoder_names import from_timm
+from dune_fast.teachers.encoder_names import encoder_state, from_timm
 from dune_fast.teachers.foundation import with_patch_bias
+from dune_fast.teachers.protocol import Trunk
 from dune_fast.teachers.vit import ViTTeacher, plain_norm
 
+BACKBONE = "base_model."
+"""What stands before the backbone's names in a container."""
 _TABLE = "base_model.patch_generator.pos_embed"
 _ORIGINAL = ".parametrizations.weight.original"
-_SMALLEST_GAIN, _EPS = 0.05, 1e-6
-"""Of spectral reparametrisation: what is added to softplus of the gain, and to sigma."""
 
 
 class RADIOTeacher(ViTTeacher):
@@ -49,10 +50,12 @@ class RADIOTeacher(ViTTeacher):
 
     @classmethod
     def recognizes(cls, keys: Collection[str]) -> bool:
-        return _TABLE in keys
+        return _TABLE in keys or "prefix_tokens" in keys
 
     @classmethod
     def convert(cls, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+        if _TABLE not in state:
+            return encoder_state(state, path)
         for name, published in (("norm_mean", CLIP_MEAN), ("norm_std", CLIP_STD)):
             found = state.get(f"input_conditioner.{name}")
             if found is not None and not torch.allclose(found.flatten().float(), torch.tensor(published), atol=1e-3):
@@ -93,6 +96,8 @@ class RADIOTeacher(ViTTeacher):
     def read_content(
         cls, content: Mapping[str, Any], path: Path, cfg: TeacherConfig
     ) -> tuple[ViTConfig, dict[str, Tensor]]:
+        if _TABLE not in container_state(content, path):
+            return cls._own(content, path, cfg)
         architecture, state = super().read_content(content, path, cfg)
         assert isinstance(architecture, RADIOConfig)
         args, prefix = container_options(content), state.get("prefix_tokens")
@@ -104,7 +109,27 @@ class RADIOTeacher(ViTTeacher):
         if count > prefix.shape[1]:
             raise TeacherWeightsError(f"{path} names {count} teachers, but has {prefix.shape[1]} tokens for them")
         registers = prefix.shape[1] - count
-        return replace(architecture, num_cls=count, summaries=summaries, num_registers=registers), state
+        nominal = (args.get("model_kwargs") or {}).get("img_size")
+        cropped = type(nominal) is not int or nominal < architecture.image_size
+        found = replace(
+            architecture, num_cls=count, summaries=summaries, num_registers=registers, cropped=cropped
+        )  # fmt: skip
+        return found, state
+
+    @classmethod
+    def _own(cls, content: Mapping[str, Any], path: Path, cfg: TeacherConfig) -> tuple[ViTConfig, dict[str, Tensor]]:
+        """The encoder of a run with `student.family=radio`."""
+        if not isinstance(stored_architecture(path), RADIOConfig):
+            raise TeacherWeightsError(
+                f"{path} has the names of a student of RADIO's family, but does not say its architecture: give the "
+                "run's folder or its encoder.safetensors"
+            )
+        return super().read_content(content, path, cfg)
+
+    def build_trunk(self) -> Trunk:
+        trunk = super().build_trunk()
+        trunk.vit.plain()
+        return trunk
 
     @classmethod
     def alike(cls, architecture: ViTConfig) -> Collection[str]:
@@ -179,9 +204,5 @@ def plain_weights(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 def _spectral(weight: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
     """W times its gain over its largest singular value, estimated by one more step."""
-    u = F.normalize(weight @ parts["_v"].float(), dim=0)
-    v = F.normalize(weight.t() @ u, dim=0)
-    gain = parts["scale"].float()
-    if "_sn_version" in parts:
-        gain = F.softplus(gain) + _SMALLEST_GAIN
-    return weight * gain / (u @ (weight @ v) + _EPS)
+    u, v = power_iteration(weight, parts["_v"].float())
+    return spectral_weight(weight, parts["scale"].float(), u, v, 2 if "_sn_version" in parts else 1)

@@ -34,6 +34,8 @@ _FAMILIES = {
     "depth_anything": "depth_anything.DepthAnythingTeacher",
     "depth_anything_v2": "depth_anything.DepthAnythingV2Teacher",
     "radio": "radio.RADIOTeacher",
+    "hf_vit": "hf_vit.HFViTTeacher",
+    "theia": "hf_vit.TheiaTeacher",
     "timm": "timm_model.TimmTeacher",
     "module": "module_path.ModuleTeacher",
     "onnx_vit": "onnx_vit.OnnxViTTeacher",
@@ -41,8 +43,8 @@ _FAMILIES = {
 }
 
 _RECOGNIZED = (
-    "clip", "open_clip", "siglip", "sam", "dinov3", "depth_anything", "radio", "mast3r", "multihmr", "dune", "deit3",
-    "dbotft", "dinov2", "dino",
+    "clip", "open_clip", "siglip", "sam", "dinov3", "depth_anything", "radio", "theia", "hf_vit", "mast3r", "multihmr",
+    "dune", "deit3", "dbotft", "dinov2", "dino",
 )  # fmt: skip
 """ViTs told apart by their names of tensors, the most peculiar first; iBOT's are DINO's, UNIC's DUNE's, EUPE's
 DINOv3's, those of Depth Anything V2 the first version's."""

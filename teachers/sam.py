@@ -1,8 +1,9 @@
 """Segment Anything's image encoder: under its release's names, with prompt encoder and decoder beside it, or Hugging
 Face's.
 
-Kirillov et al., "Segment Anything", ICCV 2023. timm's files of it are read too. An official run pads the image to
-1024 x 1024 pixels after normalisation; here images of any size go in whole, positions resized.
+Kirillov et al., "Segment Anything", ICCV 2023. timm's files of it are read too. An official run resizes the longer side
+to 1024 pixels and pads the rest of the square after normalisation: here with `input_size: 1024`. Without it, images of
+the student's size go in whole, positions resized.
 """
 
 from __future__ import annotations

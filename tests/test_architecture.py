@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("kernels", "teachers", "dali_pipelines", "dune_fast", "bench")
 """From the lowest up. The first three are imported as dune_fast.NAME, through links."""
 ROOMS = {
-    "distill": {"student"},
-    "engine": {"cache", "distill", "heads", "student", "released"},
+    "projectors": set(),
+    "distill": {"projectors", "student"},
+    "engine": {"cache", "distill", "heads", "projectors", "student", "released"},
     "evaluate": {"distill", "engine", "heads", "load", "student"},
     "tasks": {"distill", "engine", "evaluate", "heads", "load", "student"},
     "cache": set(),

@@ -19,6 +19,7 @@ from dune_fast.heads.linear.depth import DepthHead
 from dune_fast.heads.linear.segmentation import SegmentationHead
 from dune_fast.heads.mast3r.head import Mast3rHead
 from dune_fast.heads.multihmr.head import MultiHmrHead
+from dune_fast.infer import dense
 from dune_fast.infer.legends import class_colours, depth_colours, with_class_legend, with_depth_legend
 from tests.evaluate.conftest import encoder_file, write_encoder
 
@@ -99,6 +100,21 @@ def test_pictures_of_no_content():
     assert depth_colours(np.array([0.0, 1.0]), 1.0, 2.0)[0].tolist() == [0, 0, 0]
     many = [(f"a class of number {i}", np.zeros(3)) for i in range(40)]
     assert with_class_legend(np.zeros((10, 10, 3), np.uint8), many).size[1] > 400
+
+
+def test_a_legend_names_what_can_be_seen_and_cuts_no_letter(tmp_path, monkeypatch):
+    entries = []
+    drawn = Image.new("L", (1, 1))
+    monkeypatch.setattr(dense, "with_class_legend", lambda image, found: entries.extend(found) or drawn)
+    labels = np.zeros((100, 100), np.int64)
+    labels[0, :30], labels[1, :60] = 1, 2
+    image = np.zeros((100, 100, 3), np.uint8)
+    for head in (SegmentationHead(8, 3, names=("sky", "a far bird", "tree")), SegmentationHead(8, 3)):
+        found = dense._write_labels("x", image, labels, head, tmp_path)
+    assert [text for text, _ in entries] == ["99 % sky", "1 % tree", "99 % class 0", "1 % class 2"]
+    assert found["classes"]["1"] == 0.003
+    long = with_class_legend(image, [("a name of a class that is wider than the image", np.zeros(3))])
+    assert long.size[0] == 120 and (np.array(long)[100:, -3:] == 255).all()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from dune_fast.heads.multihmr.body_file import BodyModelError
 from dune_fast.heads.multihmr.head import MultiHmrHead
 from dune_fast.heads.multihmr.people_files import read_people, write_people
 from dune_fast.heads.multihmr.smplx import load_body_model
-from dune_fast.infer.bodies import draw_bodies
+from dune_fast.infer.bodies import draw_bodies, draw_scores
 from dune_fast.infer.multihmr import predict_people, run
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.teachers.architecture import architecture_metadata
@@ -126,6 +126,29 @@ def test_bad_input_is_answered_by_a_sentence(tmp_path, networks, photograph, mod
     other = MultiHmrHead(48, 56, heads=2, head_dim=8, dim=24, hidden=24)
     with pytest.raises(HeadError, match="reads 48 channels"):
         run([photograph], encoder, other, model_file, out)
+
+
+def test_photographs_are_turned_upright(tmp_path, networks, photograph, model_file):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right
+    with Image.open(photograph) as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    for path in (photograph, tmp_path / "turned.png"):
+        run([path], *networks, model_file, tmp_path / "out", threshold=0.4, meshes=False)
+    as_is, turned = (read_people(tmp_path / "out" / f"{name}.npz") for name in ("two people", "turned"))
+    assert all(np.array_equal(array, turned[name]) for name, array in as_is.items()) and len(as_is["scores"])
+
+
+def test_scores_stay_inside_the_picture():
+    """At the edges as many pixels are written as in the middle, less the dot; larger pictures have larger ones."""
+    grey, score = np.full((200, 300, 3), 100, np.uint8), np.array([0.5])
+    middle, *edges = (
+        (draw_scores(grey, np.array([place]), score) != 100).any(-1).sum()
+        for place in ((100.0, 100.0), (290.0, 100.0), (100.0, -20.0), (100.0, 240.0))
+    )
+    assert min(edges) > 0.75 * middle
+    large = draw_scores(np.full((2000, 3000, 3), 100, np.uint8), np.array([[9.0, 9.0]]), score)
+    assert (large != 100).any(-1).sum() > 8 * middle
 
 
 def test_nearer_bodies_hide_farther_ones():

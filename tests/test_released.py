@@ -12,8 +12,9 @@ import torch.nn.functional as F
 import dune_fast
 from dune_fast.engine.warm_start import warm_start
 from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.projectors.config import ProjectorConfig
 from dune_fast.released import load_released
-from dune_fast.student import ProjectorConfig, build_student
+from dune_fast.student import build_student
 from dune_fast.teachers.architecture import random_vit_state
 from dune_fast.teachers.containers import read_container
 from dune_fast.teachers.weights import TeacherWeightsError

@@ -7,7 +7,9 @@ import torch
 
 from dune_fast.kernels.nn.block import Block
 from dune_fast.kernels.nn.vit import ViTConfig
-from dune_fast.student import ProjectorConfig, Projectors, build_student
+from dune_fast.projectors.base import StudentShape
+from dune_fast.projectors.config import HeadShape, ProjectorConfig
+from dune_fast.student import Projectors, build_student
 
 TEACHERS = {"a": (24, ["cls", "patch"]), "b": (40, ["patch"])}
 ENCODER = ViTConfig(image_size=56, embed_dim=48, depth=4, num_heads=3)
@@ -20,6 +22,8 @@ ENCODER = ViTConfig(image_size=56, embed_dim=48, depth=4, num_heads=3)
         ProjectorConfig("sp", hidden_dim=32, version=1),
         ProjectorConfig("sp", hidden_dim=32, version=2, num_inner=2),
         ProjectorConfig("lp", hidden_dim=16, last_hidden_dim=32),
+        ProjectorConfig("heads", cls_head=HeadShape("v1", 16), patch_head=HeadShape("attn", 16)),
+        ProjectorConfig("heads", patch_head=HeadShape("v2", 16, 1, prenorm=True, bias=False)),
         ProjectorConfig("lp", which_blocks=[1, 3], hidden_dim=16, last_hidden_dim=32, prenorm=True, midnorm=True),
     ],
 )
@@ -71,9 +75,32 @@ def test_registers_never_reach_the_projectors():
     torch.testing.assert_close(tokens, torch.cat([cls[:, None], patches], 1))
 
 
+def test_a_head_gives_the_cells_of_a_patch_in_their_places():
+    """A cell's number, written into the last layer's bias, must show at its place on the finer grid."""
+    heads = Projectors(
+        ProjectorConfig("heads", teachers={"a": {"patch_head": {"upsample": 2, "num_inner": 0, "hidden_dim": 8}}}),
+        StudentShape(48, 4, 3), {"a": (1, ["patch"]), "b": (1, ["patch"])},
+    )  # fmt: skip
+    assert heads["a"].patch.fc1.out_features == 16 and heads["b"].patch.fc1.out_features == 1024
+    torch.nn.init.zeros_(heads["a"].patch.last.weight)
+    heads["a"].patch.last.bias.data = torch.arange(4.0)
+    out = heads({3: torch.randn(2, 1 + 6, 48)}, grid=(2, 3))["a"]["patch"]
+    rows = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).repeat(2, 3)
+    torch.testing.assert_close(out, rows.flatten()[None, :, None].expand(2, 24, 1))
+
+
+def test_a_teachers_own_fields_are_checked():
+    with pytest.raises(ValueError, match=r"projector\.teachers\.a has width; it may have .*hidden_dim"):
+        ProjectorConfig(teachers={"a": {"width": 3}}).of("a")
+    with pytest.raises(ValueError, match=r"teachers\.a\.cls_head is 3; give fields of it"):
+        ProjectorConfig(teachers={"a": {"cls_head": 3}}).of("a")
+
+
 def test_ladder_is_the_sum_of_its_rungs():
     torch.manual_seed(0)
-    projectors = Projectors(ProjectorConfig("lp", which_blocks=[0, 2], hidden_dim=8), 48, 4, 3, {"a": (5, ["patch"])})
+    projectors = Projectors(
+        ProjectorConfig("lp", which_blocks=[0, 2], hidden_dim=8), StudentShape(48, 4, 3), {"a": (5, ["patch"])}
+    )
     tokens = {0: torch.randn(2, 5, 48), 2: torch.randn(2, 5, 48)}
     ladder = projectors["a"]
     expected = ladder.patch["0"](tokens[0][:, 1:]) + ladder.patch["2"](tokens[2][:, 1:])

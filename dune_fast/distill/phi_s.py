@@ -92,29 +92,37 @@ class SecondMoments:
     Args:
         channels: C of the features.
         device: of the features.
+        shift: float64 [C], subtracted from every row.
     """
 
-    def __init__(self, channels: int, device: torch.device) -> None:
-        self.channels = channels
+    def __init__(self, channels: int, device: torch.device, shift: Tensor | None = None) -> None:
+        self.channels, self.shift = channels, shift
         self.sums = torch.zeros(1 + channels + channels**2, dtype=torch.float64, device=device)
         """count, sum [C], sum of outer products [C, C]; sums of ranks add."""
 
-    def add(self, x: Tensor) -> None:
-        """Takes features [..., C] in, any number of rows."""
-        count, total, products = self._parts()
-        count += x.numel() // self.channels
-        for rows in x.reshape(-1, self.channels).split(_ROWS):
+    def add(self, x: Tensor, valid: Tensor | None = None) -> None:
+        """Takes features [..., C] in, any number of rows: those where `valid` [...], bool, is true."""
+        count, total, products = self.parts()
+        count += x.numel() // self.channels if valid is None else valid.sum()
+        chunks = x.reshape(-1, self.channels).split(_ROWS)
+        masks = [None] * len(chunks) if valid is None else valid.reshape(-1, 1).split(_ROWS)
+        for rows, mask in zip(chunks, masks, strict=True):
             rows = rows.double()
+            if self.shift is not None:
+                rows = rows - self.shift
+            if mask is not None:
+                rows = rows.where(mask, 0.0)
             total += rows.sum(0)
             products.addmm_(rows.T, rows)
 
     def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
         """Mean [C] and unbiased covariance [C, C], float64."""
-        count, total, products = self._parts()
+        count, total, products = self.parts()
         mean = total / count
         return mean, (products - count * mean.outer(mean)) / (count - 1).clamp_min(1)
 
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of `sums`: count [1], sum [C], sum of outer products [C, C]."""
         count, total, products = self.sums.split([1, self.channels, self.channels**2])
         return count, total, products.view(self.channels, self.channels)
 

@@ -16,9 +16,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from dune_fast.distill.normalizers import BATCH, Standardizer
 from dune_fast.distill.phi_s import SecondMoments
-from dune_fast.distill.standardization import FROZEN, Features, Standardizer, TeacherStatistics
-from dune_fast.student import LadderProjector, Student, split_cls
+from dune_fast.distill.standardization import Features, TeacherStatistics
+from dune_fast.projectors.base import split_cls
+from dune_fast.student import Student
 
 PENALTY = 1e-2
 
@@ -42,7 +44,7 @@ def fit_projectors(
     Returns:
         teacher -> share of its standardized features that is explained.
     """
-    layers = {name: last_layers(projector) for name, projector in student.projectors.items()}
+    layers = {name: projector.last_layers() for name, projector in student.projectors.items()}
     moments: dict[tuple[str, str], SecondMoments] = {}
     for images, raw, rows in batches:
         features = statistics.rotated(raw)
@@ -52,7 +54,7 @@ def fit_projectors(
                 h = inputs[name][token][rows[name]].float()
                 z = torch.cat([h, y[rows[name]].float()], -1)
                 moments.setdefault((name, token), SecondMoments(z.shape[-1], z.device)).add(z)
-    fixed = statistics.running() if statistics.convention in FROZEN else None
+    known, normalizers = statistics.running(), {(name, token): n for name, token, n in statistics.items()}
     explained = {}
     for name, of_token in layers.items():
         by_layer: dict[nn.Linear, list[str]] = {}
@@ -64,26 +66,13 @@ def fit_projectors(
             for token in tokens:
                 mean, covariance = moments[name, token].mean_and_covariance()
                 at = layer.in_features
-                own = Standardizer(mean[at:], 1 / statistics.denominator(covariance.diagonal()[at:].sqrt()))
-                parts.append((mean, covariance, own if fixed is None else fixed[name][token]))
+                normalizer, own = normalizers[name, token], known[name][token]
+                if normalizer.convention in BATCH:
+                    own = Standardizer(mean[at:], 1 / normalizer.denominator(covariance.diagonal()[at:].sqrt()))
+                parts.append((mean, covariance, own))
             shares.append(_solve(layer, parts))
         explained[name] = sum(shares) / len(shares)
     return explained
-
-
-def last_layers(projector: nn.Module) -> dict[str, nn.Linear]:
-    """Token type -> the linear layer that gives its projection; sets the outputs of a ladder's other rungs to 0."""
-    if not isinstance(projector, LadderProjector):
-        last = [module for module in projector.modules() if isinstance(module, nn.Linear)][-1]
-        return {"cls": last, "patch": last}
-    layers = {}
-    for token in projector.token_types:
-        *others, top = (rung.layers[-1] for rung in getattr(projector, token).values())
-        layers[token] = top
-        for layer in others:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-    return layers
 
 
 def _inputs(
@@ -122,11 +111,14 @@ def _solve(layer: nn.Linear, parts: list[tuple[Tensor, Tensor, Standardizer]]) -
         hy.append(covariance[:at, at:] * scale + h[-1].outer(y[-1]))
         yy.append((covariance.diagonal()[at:] * scale.square() + y[-1].square()).sum())
     h_mean, y_mean = torch.stack(h).mean(0), torch.stack(y).mean(0)
+    if layer.bias is None:  # then nothing takes the means away
+        h_mean, y_mean = torch.zeros_like(h_mean), torch.zeros_like(y_mean)
     gram = torch.stack(hh).mean(0) - h_mean.outer(h_mean)
     cross = torch.stack(hy).mean(0) - h_mean.outer(y_mean)
     ridge = gram + PENALTY * gram.diagonal().mean() * torch.eye(at, dtype=gram.dtype, device=device)
     weight = torch.linalg.solve(ridge, cross)  # [at, C]
     layer.weight.copy_(weight.T)
-    layer.bias.copy_(y_mean - h_mean @ weight)
+    if layer.bias is not None:
+        layer.bias.copy_(y_mean - h_mean @ weight)
     total = torch.stack(yy).mean() - y_mean.square().sum()
     return ((2 * (weight * cross).sum() - (weight * (gram @ weight)).sum()) / total).item()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,9 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dune_fast.distill.objective import ObjectiveConfig, coefficients, combine, presampled, teacher_losses
+from dune_fast.distill.alignment import RULES, View, side_of, token_mask
+from dune_fast.distill.objective import (
+    ObjectiveConfig,
+    coefficients,
+    combine,
+    drawn_teachers,
+    presampled,
+    teacher_losses,
+)
 from dune_fast.distill.overlap import SideStream
 from dune_fast.distill.standardization import AllReduce, Features, TeacherStatistics
+from dune_fast.distill.terms import TermStates
+from dune_fast.kernels.nn.draws import StepDraws
 from dune_fast.kernels.nn.patches import SharedPatches
 from dune_fast.kernels.nn.routing import OwnPatches, PatchSubset, Routes, make_routes, select
 
@@ -68,6 +78,14 @@ def routed(features: Features, routes: Routes) -> Features:
     return {name: {kind: routes[name].take(x) for kind, x in kinds.items()} for name, kinds in features.items()}
 
 
+def views_of(views: Mapping[str, View] | None, routes: Routes | None) -> dict[str, View]:
+    """Of views of all images, those of the images that each teacher gets."""
+    if routes is None or not views:
+        return dict(views or {})
+    taken = {name: [None if x is None else routes[name].take(x) for x in view] for name, view in views.items()}
+    return {name: View(*parts) for name, parts in taken.items()}
+
+
 @dataclass
 class DistillationStep:
     """Images in, loss out.
@@ -76,10 +94,11 @@ class DistillationStep:
     """
 
     student: Callable[..., Features]
-    """The student, wrapped or not: images, routes or None, patches, subset of patches or None -> teacher -> token type
-    -> projection."""
+    """The student, wrapped or not: images, routes or None, patches, subset of patches or None, draws -> teacher ->
+    token type -> projection."""
     teachers: Callable[..., Features]
-    """The frozen teachers: images, routes or None, patches -> teacher -> token type -> raw features."""
+    """The frozen teachers: images, routes or None, patches, and pictures if there are some -> teacher -> token type ->
+    raw features."""
     statistics: TeacherStatistics
     """Updated in place by every step."""
     own: Tensor
@@ -89,10 +108,12 @@ class DistillationStep:
     all_reduce: AllReduce | None = None
     side: SideStream | None = None
     """Where the teachers run beside the student; None for after it, on the same stream."""
+    states: TermStates | None = None
+    """Statistics of the loss's terms, updated in place by every step; None where no term has any."""
 
     def __post_init__(self) -> None:
         # read once: which images a teacher gets is decided on the host
-        self._own_on_host: np.ndarray | None = self.own.cpu().numpy() if self.objective.route_by_dataset else None
+        self._own_on_host: np.ndarray = self.own.cpu().numpy()
 
     def __call__(
         self,
@@ -105,6 +126,9 @@ class DistillationStep:
         features: Features | None = None,
         positions_on_host: np.ndarray | None = None,
         kept: Tensor | None = None,
+        views: Mapping[str, View] | None = None,
+        pictures: Mapping[str, Tensor] | None = None,
+        active: Collection[str] = (),
     ) -> StepOutput:
         """One forward pass.
 
@@ -118,47 +142,72 @@ class DistillationStep:
             features: of all images, from a cache: the teachers do not run.
             positions_on_host: the same of `positions`; needed with `objective.presample`.
             kept: the n patches of every image that `features` are of, int64 [B, n], where a cache has not kept all.
+            views: of the teachers that see other crops than the student, of all B images.
+            pictures: teacher -> what it sees in place of `images`, [B, 3, h, w].
+            active: the teachers that take part, by default all; the others get no image.
         """
-        routes = self.routes(images, step, groups_on_host, positions_on_host)
+        routes = self.routes(images, step, groups_on_host, positions_on_host, active)
         share = self.objective.patch_share
         subset = PatchSubset(share, self.seed, step) if share < 1 else None
-        patches = SharedPatches()
+        patches, own = SharedPatches(), (pictures,) if pictures else ()
+        draws = StepDraws(self.seed, step, positions)
         if features is not None:
             chosen = subset if kept is None else own_patches(kept, subset)
-            projections = self.student(images, routes, patches, chosen)
+            projections = self.student(images, routes, patches, chosen, draws)
             features = features if routes is None else routed(features, routes)
         elif self.side is None:
-            projections = self.student(images, routes, patches, subset)  # teacher -> token type -> [B, C] or [B, N, C]
-            features = self.teachers(images, routes, patches)
+            # teacher -> token type -> [B, C] or [B, N, C]
+            projections = self.student(images, routes, patches, subset, draws)
+            features = self.teachers(images, routes, patches, *own)
         else:
             with self.side.fork():  # with patches of their own: the student's belong to the other stream
-                features = self.teachers(images, routes, SharedPatches())
-            projections = self.student(images, routes, patches, subset)
+                features = self.teachers(images, routes, SharedPatches(), *own)
+            projections = self.student(images, routes, patches, subset, draws)
             self.side.join()
         if subset is not None:
             features = of_subset(features, subset)
-        features = self.statistics.rotated(features)  # the same shapes, frozen
-        standardizers = self.statistics.update(features, momentum, self.all_reduce)
-        losses, parts = teacher_losses(projections, features, standardizers, self.objective, routes)  # [T, B]
+        views = views_of(views, routes)
+        standardizers = self.statistics.update(features, momentum, self.all_reduce, self.valid(features, views))
+        features = self.statistics.rotated(features)  # the same shapes
+        if self.states is not None:
+            self.states.update(features, standardizers, positions, routes, self.all_reduce)
+        losses, parts = teacher_losses(
+            projections, features, standardizers, self.objective, routes, self.states, views, self.all_reduce
+        )  # [T, B]
         c = coefficients(losses, self.own, groups, positions, step, self.seed, self.objective, routes)  # [T, B]
         loss = combine(losses, c)
         seen = [len(images) if routes is None else len(routes[name]) for name in features]
         metrics = self.metrics(loss, losses, c, parts, dict(zip(features, seen, strict=True)))
         return StepOutput(loss, metrics, PerImage(losses.detach(), finite_images(features, routes)))
 
+    def valid(self, features: Features, views: Mapping[str, View]) -> dict[str, Tensor]:
+        """teacher -> which of its patches show the image, bool [n, N], where a view says so."""
+        found = {}
+        for name, view in views.items():
+            if view.teacher_valid is not None and "patch" in features[name]:
+                side = side_of(features[name]["patch"])
+                rule = RULES[self.objective.align]
+                found[name] = token_mask(view.teacher_valid, side, side, rule.whole).flatten(1) > 0
+        return found
+
     def routes(
-        self, images: Tensor, step: int, groups_on_host: np.ndarray | None, positions_on_host: np.ndarray | None
-    ) -> Routes | None:
+        self, images: Tensor, step: int, groups_on_host: np.ndarray | None, positions_on_host: np.ndarray | None,
+        active: Collection[str] = (),
+    ) -> Routes | None:  # fmt: skip
         """The images that count for each teacher; None where all teachers get all images."""
         names = [name for name, _ in self.statistics.named_children()]  # in the order of `own`'s rows
         if self.objective.presample:
             assert positions_on_host is not None, "objective.presample needs the positions on the host"
             kept = presampled(positions_on_host, len(names), step, self.seed, self.objective)
-        elif self._own_on_host is not None:
+        elif count := self.objective.teachers_per_step:
+            kept = np.repeat(drawn_teachers(len(names), count, step, self.seed)[:, None], len(images), axis=1)
+        elif self.objective.route_by_dataset or (active and len(active) < len(names)):
             assert groups_on_host is not None, "objective.route_by_dataset needs the groups on the host"
             kept = self._own_on_host[:, groups_on_host]
         else:
             return None
+        if active:
+            kept = kept & np.array([name in active for name in names])[:, None]
         indices = {name: np.flatnonzero(row) for name, row in zip(names, kept, strict=True)}
         return make_routes(indices, len(images), images.device)
 

@@ -17,6 +17,7 @@ from dune_fast.dali_pipelines.datasets import Dataset, DatasetConfig, index_data
 from dune_fast.distill.objective import ownership
 from dune_fast.doctor import FAIL, OK, WARN, Check, Finding
 from dune_fast.doctor.machine import existing, writable
+from dune_fast.engine.accumulation import micro_batch_size
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.memory import disk_bytes
 from dune_fast.engine.overrides import config_names
@@ -152,6 +153,13 @@ def batch(cfg: RunConfig, processes: int | None = None) -> Finding:
     """Whether the batch can be shared out over this machine's GPUs."""
     count, size = processes or max(1, torch.cuda.device_count()), cfg.train.global_batch
     parts = max(1, cfg.train.accumulation)  # 0: the run works it out, so that it divides the batch
+    if cfg.partitions:
+        try:
+            at_once = micro_batch_size(cfg, count)
+        except ValueError as error:
+            return Finding("batch", FAIL, str(error), "another number of processes, or partition_by=steps")
+        text = f"{size} images a step in {len(cfg.partitions)} partitions, {at_once} and more at once on each process"
+        return Finding("batch", OK, text)
     shared = f"{count} processes" + (f" in {parts} parts (train.accumulation)" if parts > 1 else "")
     if size % (count * parts):
         cure = f"for example train.global_batch={math.ceil(size / (count * parts)) * count * parts}"

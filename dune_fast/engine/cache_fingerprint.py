@@ -18,10 +18,10 @@ from dune_fast.engine.same_ranks import fingerprint as of_images
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.files import file_sha256
 
-_BOOKKEEPING = ("groups", "force_precision", "attention", "compile", "url", "bytes", "sha256", "weights")
+_BOOKKEEPING = ("groups", "source", "force_precision", "attention", "compile", "url", "bytes", "sha256", "weights")
 """A teacher's fields that do not change its features, beyond rounding."""
-_OPTIONS = ("activation", "projected")
-"""A teacher's fields that are left out where they are empty, as in caches of versions that did not have them."""
+_OPTIONS = {"activation": "", "projected": False, "input_size": None, "mosaic": 0, "grid": "student"}
+"""A teacher's fields that are left out at these values, as in caches of versions that did not have them."""
 _VIEW = (
     "views", "fresh_colour", "colour", "crop_scale", "crop_ratio", "flip_probability", "jitter_probability",
     "brightness", "contrast", "saturation", "hue", "grayscale_probability", "blur_probability", "blur_sigma",
@@ -48,7 +48,8 @@ def fingerprint(cfg: RunConfig, datasets: Sequence[Dataset], device: torch.devic
         **{f"cache.{name}": getattr(cfg.cache, name) for name in _STORED},
     }  # fmt: skip
     for name, teacher in cfg.teachers.items():
-        fields = {k: v for k, v in asdict(teacher).items() if k not in _BOOKKEEPING and (v or k not in _OPTIONS)}
+        values = {k: v for k, v in asdict(teacher).items() if k not in _BOOKKEEPING}
+        fields = {k: v for k, v in values.items() if k not in _OPTIONS or v != _OPTIONS[k]}
         fields["precision"] = auto if teacher.precision == "auto" else teacher.precision
         found |= {f"teachers.{name}.{key}": value for key, value in fields.items()}
         found[f"weights of teacher {name}"] = _weights(teacher)

@@ -14,14 +14,15 @@ from dune_fast.cache.store import IMAGES, PATCHES, Features
 from dune_fast.engine.config import RunConfig
 from dune_fast.kernels.moments import moments
 from dune_fast.kernels.nn.routing import PatchSubset, patches_of_views, select
+from dune_fast.teachers.config import given_patches
 
 
 def bytes_per_view(cfg: RunConfig) -> int:
     """What the features of one view take on the disk."""
-    every = (cfg.image_size // cfg.student.patch_size) ** 2
-    patches, wanted = PatchSubset(cfg.cache.patch_share, 0, 0).count(every), cfg.cache.components
-    total = 4 * patches if patches < every else 0  # their indices
+    grid, share, wanted = cfg.image_size // cfg.student.patch_size, cfg.cache.patch_share, cfg.cache.components
+    total = 4 * PatchSubset(share, 0, 0).count(grid**2) if share < 1 else 0  # their indices
     for teacher in cfg.teachers.values():
+        patches = PatchSubset(share, 0, 0).count(given_patches(teacher, grid))
         channels = min(wanted, teacher.num_features) if wanted else teacher.num_features
         for shape in [(1, patches, channels) if kind == "patch" else (1, teacher.num_features)
                       for kind in teacher.token_types]:  # fmt: skip

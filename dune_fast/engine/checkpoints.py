@@ -277,14 +277,16 @@ def load(run: Path, step: int, state: ShardedState, shapes: dict[str, list[int]]
     return manifest, reader.state()
 
 
-def load_statistics(statistics: TeacherStatistics, tensors: dict[str, Tensor]) -> None:
-    """Loads the teachers' statistics; CheckpointError if they are of another convention."""
+def load_statistics(
+    statistics: nn.Module, tensors: dict[str, Tensor], of: str = "standardization.convention"
+) -> None:  # fmt: skip
+    """Loads the teachers' statistics; CheckpointError if they are of another configuration, in the field `of`."""
     try:
         statistics.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(
-            "the checkpoint's statistics of the teachers are of another standardization.convention: take that change "
-            "back, or start a new run with another name=..."
+            f"the checkpoint's statistics of the teachers are of another {of}: take that change back, or start a new "
+            "run with another name=..."
         ) from error
 
 
@@ -299,7 +301,8 @@ def export(run: Path, cfg: RunConfig, student: Student, statistics: TeacherStati
     weights themselves, to `student_raw.safetensors` alone.
     """
     dump_config(cfg, run / "config.yaml")
-    about = architecture_metadata(cfg.student) | ({AVERAGE: str(cfg.train.ema)} if cfg.train.ema and not raw else {})
+    about = architecture_metadata(student.encoder.cfg)
+    about |= {AVERAGE: str(cfg.train.ema)} if cfg.train.ema and not raw else {}
     everything = _cpu(student) | _cpu(statistics, "teacher_norms.")
     files = {RAW: everything} if raw else {"encoder.safetensors": _cpu(student.encoder), STUDENT: everything}
     for name, tensors in files.items():
@@ -334,7 +337,7 @@ def load_run(run: Path, file: str = STUDENT) -> tuple[RunConfig, Student, Teache
         cfg = load_config(path.parent / "config.yaml")
     cfg.head.refuse(run)
     student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
-    statistics = TeacherStatistics(cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps)
+    statistics = TeacherStatistics.of(cfg.teacher_features, cfg.standardization)
     try:
         state = state if path.is_dir() else load_file(path)
         norms = {k.removeprefix("teacher_norms."): state.pop(k) for k in list(state) if k.startswith("teacher_norms.")}

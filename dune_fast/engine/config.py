@@ -5,7 +5,6 @@ More than 300 lines: what is composed, kept and checked is one thing.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dune_fast.dali_pipelines.datasets import DataConfig
 from dune_fast.distill.objective import ObjectiveConfig
-from dune_fast.distill.phi_s import HadamardError, hadamard_base
+from dune_fast.engine.config_inputs import check_crops, check_own_grids, check_sizes
 from dune_fast.engine.config_limits import find_fault
+from dune_fast.engine.config_objective import check_objective, check_standardization
+from dune_fast.engine.config_projectors import check_projectors
 from dune_fast.engine.config_sections import (
     CacheConfig,
     ConfigError,
@@ -28,11 +29,11 @@ from dune_fast.engine.config_sections import (
     EvaluationConfig,
     HeadConfig,
     LoggingConfig,
-    ProgressiveConfig,
     StandardizationConfig,
     StartConfig,
     TrainConfig,
 )
+from dune_fast.engine.config_stages import PartitionConfig, ProgressiveConfig, check_stages, image_sizes
 from dune_fast.engine.optimizer import OptimizerConfig
 from dune_fast.engine.overrides import (
     config_names,
@@ -48,10 +49,12 @@ from dune_fast.engine.overrides import (
     with_timm_teachers,
 )
 from dune_fast.engine.schedules import iterations
+from dune_fast.engine.student_checks import check_student
 from dune_fast.heads.head import KINDS
-from dune_fast.kernels.nn.vit import ViTConfig, nearest_multiples
-from dune_fast.student import ProjectorConfig
-from dune_fast.teachers.config import TeacherConfig
+from dune_fast.projectors.base import TeacherFeatures, placed
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import StudentConfig
+from dune_fast.teachers.config import TeacherConfig, seen
 from dune_fast.teachers.local_paths import address_fault
 from dune_fast.teachers.registry import check_family
 
@@ -67,9 +70,19 @@ class RunConfig:
     image_size: int = 336
     """Side of the student's training images, in pixels."""
     progressive: list[ProgressiveConfig] = field(default_factory=list)
-    """Departs from the papers: smaller images first, e.g. [{until: 0.5, image_size: 112}, {until: 0.8, image_size:
+    """Stages. Departs from DUNE: smaller images first, e.g. [{until: 0.5, image_size: 112}, {until: 0.8, image_size:
     224}], then `image_size`. Empty for one size throughout."""
-    student: ViTConfig = field(default_factory=ViTConfig)
+    stage_restarts: list[str] = field(default_factory=list)
+    """What begins anew with every stage: "learning_rate" (the schedule over its steps; PHI-S' paper), "statistics" (the
+    teachers')."""
+    partitions: list[PartitionConfig] = field(default_factory=list)
+    """Parts of every step's images at sizes of their own, e.g. [{image_size: 256, images: 1024, teachers: [clip,
+    dino]}, {image_size: 1024, images: 128, teachers: [sam]}] (RADIO). Empty for one."""
+    partition_by: str = "ranks"
+    """Who works on a partition: "ranks" (each a group of ranks of its own) or "steps" (every rank on one after the
+    other, within a step). Weights change alike, but for statistics of a teacher that several partitions share: by
+    ranks they are taken over all of these, by steps over one after the other."""
+    student: StudentConfig = field(default_factory=StudentConfig)
     student_weights: str = ""
     """What the student starts from: the folder of a finished run, a published checkpoint, any encoder of the same
     architecture; positions are resized to `image_size`. Empty for initial weights by `train.seed`."""
@@ -93,9 +106,14 @@ class RunConfig:
         return iterations(self.train.images, self.train.global_batch) if self.train.steps is None else self.train.steps
 
     @property
-    def teacher_features(self) -> dict[str, tuple[int, tuple[str, ...]]]:
-        """teacher -> (channels, token types)."""
-        return {name: (t.num_features, tuple(t.token_types)) for name, t in self.teachers.items()}
+    def teacher_features(self) -> dict[str, TeacherFeatures]:
+        """teacher -> what it gives."""
+        side = self.image_size // self.student.patch_size
+        given = {
+            name: (t.num_features, tuple(t.token_types), t.source, seen(t, side).grid if t.grid == "own" else 0)
+            for name, t in self.teachers.items()
+        }
+        return placed(given)
 
 
 def compose_config(overrides: list[str], folder: Path | None = None, complete: bool = True) -> RunConfig:
@@ -209,6 +227,7 @@ def validate(cfg: RunConfig) -> None:
             f"no teacher is configured: choose an experiment, e.g. experiment=demo (there are: {experiments})"
         )
     places = {"output_dir": cfg.output_dir, "student_weights": cfg.student_weights}
+    places |= {"standardization.file": cfg.standardization.file}
     places |= {"cache.folder": cfg.cache.folder, "head.encoder": cfg.head.encoder, "head.weights": cfg.head.weights}
     places |= {f"teachers.{name}.weights": teacher.weights for name, teacher in cfg.teachers.items()}
     if fault := next(filter(None, (address_fault(place, what) for what, place in places.items())), ""):
@@ -240,36 +259,32 @@ def _check_head(cfg: RunConfig) -> None:
             "head.encoder is empty: give the frozen encoder, head.encoder=PATH (the folder of a run, a weights file, a "
             "published name such as dune_vitbase14_448_paper)"
         )
-    if cfg.train.accumulation == 0:
-        raise ConfigError(
-            "train.accumulation=0: how much memory a head takes is not known beforehand; give the number of parts"
-        )
     of_distillation = {
         "teachers": cfg.teachers, "cache.folder": cfg.cache.folder, "progressive": cfg.progressive,
+        "partitions": cfg.partitions,
         "train.compile": cfg.train.compile, "evaluation.knn_dataset": cfg.evaluation.knn_dataset,
-        "start": cfg.start.wanted, "student_weights": cfg.student_weights,
+        "optimizer.frozen_trunk_steps": cfg.optimizer.frozen_trunk_steps, "start": cfg.start.wanted,
+        "student_weights": cfg.student_weights,
     }  # fmt: skip
     if given := [name for name, value in of_distillation.items() if value]:
         raise ConfigError(f"head.kind={cfg.head.kind} trains a head: {', '.join(given)} belongs to a distillation")
 
 
 def _check_distillation(cfg: RunConfig) -> None:
-    sizes, patch = {"image_size": cfg.image_size}, cfg.student.patch_size
+    check_student(cfg.student, cfg.image_size, cfg.train.compile)
+    sizes, patch = image_sizes(cfg), cfg.student.patch_size
+    check_projectors(
+        cfg.projector, cfg.student, cfg.teacher_features, cfg.image_size, len(set(sizes.values())) > 1,
+        cfg.objective.patch_share,
+    )  # fmt: skip
     sizes |= {"evaluation.figure_size": cfg.evaluation.figure_size} if cfg.evaluation.figures else {}
-    sizes |= {f"progressive[{i}].image_size": entry.image_size for i, entry in enumerate(cfg.progressive)}
-    for field_name, size in sizes.items():
-        if size % patch:
-            raise ConfigError(
-                f"{field_name}={size} is not a multiple of the student's patch size {patch}; the nearest are "
-                f"{nearest_multiples(size, patch)}"
-            )
-        for name, teacher in cfg.teachers.items():
-            if size // patch % teacher.grid_multiple:
-                raise ConfigError(
-                    f"{field_name}={size} gives a grid of {size // patch} patches, but teacher {name!r} needs a "
-                    f"multiple of {teacher.grid_multiple}; the nearest image sizes are "
-                    f"{nearest_multiples(size, patch * teacher.grid_multiple)}"
-                )
+    check_sizes(sizes, patch, cfg.teachers)
+    check_crops(cfg.data, cfg.objective.align, cfg.cache.folder)
+    shares = {"objective.patch_share": cfg.objective.patch_share}
+    shares |= {"cache.patch_share": cfg.cache.patch_share} if cfg.cache.folder else {}
+    own = {} if cfg.objective.align else {name: cfg.projector.of(name) for name in cfg.teachers}
+    finer = {n: p.patch_head.upsample if p.kind == "heads" else 1 for n, p in own.items() if p.kind != "theia"}
+    check_own_grids(cfg.teachers, shares, image_sizes(cfg), patch, finer)
     if cfg.cache.folder and cfg.progressive:
         raise ConfigError(
             f"cache.folder={cfg.cache.folder!r} with progressive: a cache holds features of one image size; leave one "
@@ -280,11 +295,6 @@ def _check_distillation(cfg: RunConfig) -> None:
             f"cache.folder={cfg.cache.folder!r} with data.views=0: a cache holds fixed views; give data.views the "
             "number that it was built with"
         )
-    if cfg.standardization.convention == "fixed" and not cfg.cache.folder:
-        raise ConfigError(
-            "standardization.convention=fixed without cache.folder: its statistics are those of a cache; give the "
-            "folder of one, or choose dune, unic or phi_s"
-        )
     if cfg.start.teacher:
         if cfg.start.teacher not in cfg.teachers:
             known = ", ".join(sorted(cfg.teachers))
@@ -294,13 +304,8 @@ def _check_distillation(cfg: RunConfig) -> None:
                 f"start.teacher={cfg.start.teacher!r} and student_weights={cfg.student_weights!r} exclude each other: "
                 "the student starts from the one or from the other"
             )
-    if cfg.standardization.convention == "phi_s":
-        for name, teacher in cfg.teachers.items():
-            try:
-                hadamard_base(teacher.num_features)
-            except HadamardError as error:
-                choice = "choose standardization.convention=dune or unic"
-                raise ConfigError(f"teacher {name!r}: {error}; {choice}") from None
+    check_standardization(cfg.standardization, cfg.teachers, cfg.cache, cfg.start)
+    check_objective(cfg.objective, cfg.teachers, cfg.cache)
     if cfg.train.compile and cfg.deepspeed.zero_stage == 3:
         raise ConfigError(
             "train.compile=true with deepspeed.zero_stage=3: the compiler does not see DeepSpeed gather weights; "
@@ -319,28 +324,6 @@ def _check_distillation(cfg: RunConfig) -> None:
             raise ConfigError(f"evaluation.knn_dataset={knn!r} is not a dataset of this run; there are: {known}")
         if not cfg.evaluation.every:
             raise ConfigError("evaluation.knn_dataset is set, but evaluation.every=0 evaluates never: set both")
-    _check_progressive(cfg)
+    check_stages(cfg)
 
 
-def _check_progressive(cfg: RunConfig) -> None:
-    """Borders and sizes rise, every stage has a step."""
-    border, size = 0, 0
-    for i, entry in enumerate(cfg.progressive):
-        end = round(entry.until * cfg.steps)
-        if not 0 < entry.until < 1 or end <= border or end >= cfg.steps:
-            raise ConfigError(
-                f"progressive[{i}].until={entry.until:g} ends its stage at step {end} of {cfg.steps}, after one that "
-                f"ends at {border}; it is a share of the steps, between 0 and 1, that leaves every stage a step"
-            )
-        if not size < entry.image_size < cfg.image_size:
-            raise ConfigError(
-                f"progressive[{i}].image_size={entry.image_size}; sizes rise, from above {size} to below "
-                f"image_size={cfg.image_size}, which comes last"
-            )
-        border, size = end, entry.image_size
-    first = round(cfg.progressive[0].until * cfg.steps) * cfg.train.global_batch if cfg.progressive else math.inf
-    if cfg.start.wanted and cfg.start.images > first:
-        raise ConfigError(
-            f"start.images={cfg.start.images}, but progressive[0] ends after {first} images: the start takes images "
-            "of one size; lower start.images or raise progressive[0].until"
-        )

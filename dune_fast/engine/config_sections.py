@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dune_fast.cache.formats import FORMATS
-from dune_fast.distill.standardization import CONVENTIONS
+from dune_fast.distill.normalizers import CONVENTIONS, STORED
+from dune_fast.distill.phi_s_running import PERIOD
 
 
 class ConfigError(ValueError):
@@ -20,21 +21,52 @@ class StandardizationConfig:
 
     convention: str = "dune"
     """"dune" (statistics of the current global batch), "unic" (running ones from before the step), "phi_s" (rotated to
-    equal variances, estimated before the first step and then frozen), or "fixed" (departs from the papers: statistics
-    of all views of the cache that the run reads, frozen, so that parts of a batch are standardized like the whole)."""
+    equal variances, estimated before the first step and then frozen), "phi_s_running" (the same as published: along
+    the first steps, see `dune_fast.distill.phi_s_running`), "none" (raw features), "stored" and "stored_bf16"
+    (of `file` or `files`, frozen; computed in bfloat16, as Theia), or "fixed" (departs from the papers:
+    statistics of all views of the cache that the run reads, frozen, so that parts of a batch are standardized like the
+    whole)."""
+    cls: str = ""
+    """The convention of cls tokens; empty for the common one. RADIO: none."""
+    patch: str = ""
+    """The convention of patches; empty for the common one. PHI-S as published: phi_s_running."""
     eps: float | None = None
     """Of the convention's formula; null for its own."""
     ema_start: float = 1.0
     """Momentum of the running statistics at the first step."""
     ema_end: float = 0.001
     """Momentum that its cosine ends at."""
+    file: str = ""
+    """Stored: the statistics that `dune-fast cache statistics` has measured, of all teachers that `files` has not."""
+    files: dict[str, list[str]] = field(default_factory=dict)
+    """Stored: teacher -> its mean and its deviation, two .npy files, as Theia publishes them (`imagenet_mean_*` and
+    `imagenet_var_*`); for all its token types."""
     phi_s_batches: int = 100
     """PHI-S: the global batches, the run's first, that rotations and scales are estimated from, by the teachers alone.
     A run that goes on has them in its checkpoint."""
+    phi_s_period: int = PERIOD
+    """Running PHI-S: steps (with `train.accumulation`: parts of steps) between two rotations, which stay after 30 such
+    periods. It starts anew with every stage of `progressive`."""
 
     def __post_init__(self) -> None:
-        if self.convention not in CONVENTIONS:
-            raise ConfigError(f"standardization.convention={self.convention!r}; choose one of {', '.join(CONVENTIONS)}")
+        for name, chosen in {"convention": self.convention, "cls": self.cls, "patch": self.patch}.items():
+            if chosen not in CONVENTIONS and (chosen or name == "convention"):
+                raise ConfigError(f"standardization.{name}={chosen!r}; choose one of {', '.join(CONVENTIONS)}")
+
+        if wrong := [name for name, pair in self.files.items() if len(pair) != 2]:
+            raise ConfigError(
+                f"standardization.files.{wrong[0]} is {list(self.files[wrong[0]])}; give two files: mean, deviation"
+            )
+        stored = any(self.of(token) in STORED for token in ("cls", "patch"))
+        if stored != bool(self.file or self.files):
+            raise ConfigError(
+                "standardization.file and standardization.files say where the conventions stored and stored_bf16 have "
+                "their statistics: give one with such a convention, and none without"
+            )
+
+    def of(self, token: str) -> str:
+        """The convention of a token type."""
+        return getattr(self, token) or self.convention
 
 
 @dataclass
@@ -111,16 +143,6 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ConfigError(f"cache.format={self.format!r}; choose one of {', '.join(FORMATS)}")
-
-
-@dataclass
-class ProgressiveConfig:
-    """A first part of the run at smaller images; see `dune_fast.engine.stages`."""
-
-    until: float = 0.0
-    """Share of the run's steps at which it ends, above that of the entry before and below 1."""
-    image_size: int = 0
-    """Side of its images in pixels, above that of the entry before and below the run's `image_size`."""
 
 
 @dataclass

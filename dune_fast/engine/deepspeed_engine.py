@@ -195,8 +195,9 @@ class Engine:
             self._average.finish()
 
     def step(
-        self, learning_rate: float, loss: Tensor | None = None, skip: Tensor | None = None, beta: float | None = None
-    ) -> Tensor:
+        self, learning_rate: float, loss: Tensor | None = None, skip: Tensor | None = None, beta: float | None = None,
+        frozen_trunk: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Clips the gradients, updates the weights, clears the gradients.
 
         Where a gradient or `loss` is not finite on any rank, weights and moments stay what they are on all of them,
@@ -206,6 +207,7 @@ class Engine:
             loss: this rank's, a scalar on the device; None to look at the gradients alone.
             skip: bool scalar on the device, the same on all ranks; true skips the step whatever it brings.
             beta: AdamW's first one in this step; None for the configuration's.
+            frozen_trunk: whether the encoder's weights stay, see `OptimizerConfig.frozen_trunk_steps`.
 
         Returns:
             Norms before clipping, float32 [number of trained parameters], in the module's order.
@@ -216,7 +218,7 @@ class Engine:
             self.skipped = self.skipped | skip
         self.state.adamw.found_inf = self.skipped.float()  # read by torch's fused kernel on the device
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = 0.0 if frozen_trunk and group.get("trunk") else learning_rate
             if beta is not None:
                 group["betas"] = (beta, group["betas"][1])
         self.engine.step()

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from dune_fast.cache.teachers import LateTeachers
 from dune_fast.dali_pipelines.loader import Batch, TrainLoader
-from dune_fast.distill.objective import ownership
+from dune_fast.distill.objective import ownership, term_states
 from dune_fast.distill.overlap import SideStream
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep, StepOutput
 from dune_fast.engine import checkpoints
-from dune_fast.engine.accumulation import part_momentum, split
+from dune_fast.engine.accumulation import Batches, part_momentum, split, weighted
 from dune_fast.engine.cache_fingerprint import open_cache
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.conflicts import TeacherConflicts
@@ -29,9 +29,10 @@ from dune_fast.engine.opening import describe, stage_costs
 from dune_fast.engine.run_folder import count_images, refuse_other_images
 from dune_fast.engine.same_ranks import refuse_other_data
 from dune_fast.engine.schedules import ema_momenta
-from dune_fast.engine.stages import stage_at, stages
+from dune_fast.engine.stages import by_stage, stage_at, stages, turns
 from dune_fast.engine.start import look_ahead
 from dune_fast.engine.task import Place, Work
+from dune_fast.engine.teacher_crops import TeacherCrops
 from dune_fast.engine.warm_start import initial_student
 from dune_fast.student import build_student
 from dune_fast.teachers.ensemble import TeacherEnsemble
@@ -62,10 +63,12 @@ class Distillation:
         """Data, teachers, student and the walk of a batch through them."""
         cfg, self.run, self.device = self.cfg, run, run.device
         self.rank, self.world_size, self.run_dir = run.rank, run.world_size, run.run_dir
-        self.stages = stages(cfg)
+        self.stages, self.crops = stages(cfg), TeacherCrops(cfg)
+        self.turns = turns(cfg, run.rank, run.world_size)
         self.loader = TrainLoader(
             cfg.data, cfg.image_size, cfg.train.global_batch, run.rank, run.world_size, cfg.train.seed, run.device,
-            folder=run.run_dir, sizes=lambda step: stage_at(self.stages, step).image_size,
+            folder=run.run_dir, sizes=lambda step: stage_at(self.stages, step).size(step, cfg.train.seed),
+            parts=[turn.part for turn in self.turns], crops=self.crops.crops, patch=cfg.student.patch_size,
         )  # fmt: skip
         self.cache = open_cache(cfg, self.loader.datasets, run.device) if cfg.cache.folder else None
         self.loader.read_views = None if self.cache is None else self.cache.read
@@ -83,13 +86,14 @@ class Distillation:
             student, self.warm_start = initial_student(cfg)
         student.compute_in(run.dtype, cfg.train.student_stream)
         student.encoder.activation_checkpointing = cfg.train.activation_checkpointing
-        self.statistics = TeacherStatistics(
-            cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps
-        ).to(run.device)
+        self.statistics = TeacherStatistics.of(cfg.teacher_features, cfg.standardization).to(run.device)
+        self.statistics.leads = run.rank == 0
+        self.states = term_states(cfg.objective, cfg.teacher_features, cfg.train.global_batch).to(run.device)
         self.all_reduce = sum_over_ranks if run.world_size > 1 else None
         side = SideStream(run.device) if cfg.train.overlap_teachers else None
         self.distill = DistillationStep(
-            student, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed, self.all_reduce, side
+            student, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed, self.all_reduce, side,
+            self.states,
         )
         if resume_step is None:
             look_ahead(self, student)
@@ -97,7 +101,8 @@ class Distillation:
                 self.teachers.release()
         if cfg.train.compile:
             student.compile_blocks()
-        self.momenta = ema_momenta(cfg.steps, cfg.standardization.ema_start, cfg.standardization.ema_end)
+        ends = cfg.standardization.ema_start, cfg.standardization.ema_end
+        self.momenta = by_stage(cfg, "statistics", lambda n: ema_momenta(n, *ends))
         self.conflicts = None
         if cfg.logging.conflicts and len(cfg.teachers) > 1:
             self.conflicts = TeacherConflicts(list(cfg.teachers), cfg.train.log_every, run.device, run.world_size)
@@ -111,6 +116,9 @@ class Distillation:
         prefix = "statistics/"
         found = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         checkpoints.load_statistics(self.statistics, found)
+        prefix = "terms/"
+        found = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        checkpoints.load_statistics(self.states, found, "objective.cls")
         refuse_other_images(about.get("images", {}), count_images(self.loader.datasets), allowed)
 
     def describe(self) -> None:
@@ -130,27 +138,43 @@ class Distillation:
         """Seconds that the run has waited for images."""
         return self.loader.waited_s
 
-    def batches(self, step: int, wanted: Callable[[float], bool]) -> Iterator[Batch]:
-        return self.loader.batches(step, wanted)
+    def batches(self, step: int, wanted: Callable[[float], bool]) -> Iterator[Batch | Batches]:
+        batches = self.loader.batches(step, wanted)
+        if len(self.turns) == 1:
+            return batches
+        return map(Batches, map(list, zip(*[batches] * len(self.turns), strict=False)))
 
-    def begin(self, step: int, batch: Batch) -> None:
+    def begin(self, step: int, batch: Batch | Batches) -> None:
         """Checks the teachers' precision at the first step; says where a stage begins."""
         images = self.cfg.train.drift_images
         if step == 0 and images and not self.cfg.cache.folder:
-            check_teachers(self.teachers, batch.images[:images], self.run_dir)
-        if self.rank == 0 and (stage := stage_at(self.stages, step)).first == step > 0:
-            logger.info("step %d to %d at %d px", stage.first + 1, stage.end, stage.image_size)
+            first = batch.parts[0] if isinstance(batch, Batches) else batch
+            check_teachers(self.teachers, first.images[:images], self.run_dir)
+        if (stage := stage_at(self.stages, step)).first == step > 0:
+            self.statistics.restart()
+            if "statistics" in self.cfg.stage_restarts:
+                fresh = TeacherStatistics.of(self.cfg.teacher_features, self.cfg.standardization)
+                self.statistics.load_state_dict(fresh.state_dict())
+            if self.rank == 0:
+                logger.info("step %d to %d at %s", stage.first + 1, stage.end, stage)
 
-    def split(self, batch: Batch) -> Sequence[Batch]:
-        return split(batch, self.cfg.train.accumulation)
+    def split(self, batch: Batch | Batches) -> Sequence[Batch]:
+        whole = batch.parts if isinstance(batch, Batches) else [batch]
+        return [part for one in whole for part in split(one, self.cfg.train.accumulation)]
 
     def forward(self, part: Batch, step: int) -> StepOutput:
-        momentum = part_momentum(float(self.momenta[step]), self.cfg.train.accumulation)
+        turn = self.turns[part.part]
+        active = turn.teachers or stage_at(self.stages, step).teachers
+        momentum = part_momentum(float(self.momenta[step]), self.cfg.train.accumulation * len(self.turns))
         inputs = part.images, part.group, part.positions, step, momentum, part.group_on_host, part.features
-        return self.distill(*inputs, part.positions_on_host, part.patches)
+        views, pictures = self.crops.views(part), self.crops.pictures(part)
+        output = self.distill(*inputs, part.positions_on_host, part.patches, views, pictures, active)
+        return weighted(output, turn) if self.cfg.partitions else output
 
     def live(self) -> Sequence[Tensor]:
-        return list(self.statistics.buffers())
+        student = self.distill.student.module  # whose buffers are elsewhere, once the engine has it
+        moving = [x for x in student.buffers() if x.is_floating_point()]
+        return [*self.statistics.buffers(), *self.states.live(), *moving]
 
     def stepped(self, metrics: Mapping[str, Tensor]) -> None:
         if self.conflicts is not None:
@@ -161,7 +185,8 @@ class Distillation:
         return {"ema_momentum": float(self.momenta[step - 1])} | conflicts
 
     def state(self) -> dict[str, Tensor]:
-        return {f"statistics/{name}": x for name, x in self.statistics.state_dict().items()}
+        found = {f"statistics/{name}": x for name, x in self.statistics.state_dict().items()}
+        return found | {f"terms/{name}": x for name, x in self.states.state_dict().items()}
 
     def about(self) -> dict[str, Any]:
         return {"images": count_images(self.loader.datasets)}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,14 +28,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from dune_fast.dali_pipelines.loader import group_weights
 from dune_fast.distill.objective import ownership
 from dune_fast.engine.config import RunConfig
-from dune_fast.engine.stages import Stage, at_size, stages
+from dune_fast.engine.projector_cost import projector_cost
+from dune_fast.engine.stages import Stage, at_size, settings, stages
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
 from dune_fast.kernels.nn.depth_anything import DepthAnything
 from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.kernels.nn.sam import SAMEncoder
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
-from dune_fast.student import ProjectorConfig
-from dune_fast.teachers.config import TeacherConfig, input_key, network_key, scaled_grid
+from dune_fast.projectors.base import TeacherFeatures
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.teachers.config import TeacherConfig, seen, teachers_by_trunk
 from dune_fast.teachers.registry import check_family, family_class
 from dune_fast.teachers.vit import ViTTeacher
 
@@ -92,21 +95,22 @@ def vit_flops(cfg: ViTConfig, grid_size: int, depth: int | None = None) -> int:
 
 
 def projector_flops(
-    cfg: ProjectorConfig, student: ViTConfig, channels: int, token_types: list[str], grid: int, share: float = 1.0
+    cfg: ProjectorConfig, student: ViTConfig, teacher: TeacherFeatures, grid: int, share: float = 1.0
 ) -> int:
-    """One teacher's projector on one image of grid x grid patches; `channels` and `token_types` are the teacher's.
+    """One teacher's projector on one image of grid x grid patches.
 
     `share`: of the patches that it is asked for, `objective.patch_share`.
     """
-    dim, every = student.embed_dim, grid**2
+    dim, every, channels, token_types = student.embed_dim, grid**2, teacher.channels, teacher.token_types
+    if cfg.kind not in ("tp", "sp", "lp"):
+        return projector_cost(cfg, student, teacher, grid).flops
     patches = PatchSubset(share, 0, 0).count(every)
     if cfg.kind == "tp":
         blocks = cfg.num_blocks * block_flops(every + 1, dim, cfg.mlp_ratio)
         blocks -= linear_flops(every - patches, dim, 2 * int(dim * cfg.mlp_ratio))  # of the last one, after attention
         return blocks + linear_flops(patches + 1, dim, channels)
     if cfg.kind == "sp":
-        inner = cfg.num_inner if cfg.version == 2 else 0
-        return linear_flops(patches + 1, cfg.hidden_dim, dim + inner * cfg.hidden_dim + channels)
+        return linear_flops(patches + 1, cfg.hidden_dim, dim + cfg.num_inner * cfg.hidden_dim + channels)
     rows = {"cls": 1, "patch": patches}
     blocks = cfg.which_blocks or range(student.depth)
     hidden = sum(cfg.last_hidden_dim if i == student.depth - 1 else cfg.hidden_dim for i in blocks)
@@ -163,13 +167,14 @@ def _meta_network(network: Callable[[Any], nn.Module], architecture: type, field
 
 
 def teacher_flops(name: str, cfg: TeacherConfig, grid: int) -> int | None:
-    """One teacher where the student has grid x grid patches of an image; see `published_network`."""
-    network, grid = published_network(name, cfg), scaled_grid(grid, cfg.scale, cfg.grid_multiple)
-    if network is None:
+    """One teacher on one image where the student has grid x grid patches of it; see `published_network`."""
+    network, given = published_network(name, cfg), seen(cfg, grid)
+    if network is None or not given.images:
         return None
     if isinstance(network, VisionTransformer) and not isinstance(network, SAMEncoder | DepthAnything):
-        return vit_flops(network.cfg, grid, cfg.layer)
-    return _count_or_none(name, network, grid * cfg.patch_size)
+        return vit_flops(network.cfg, given.side // cfg.patch_size, cfg.layer) // given.images
+    count = _count_or_none(name, network, given.side)
+    return None if count is None else count // given.images
 
 
 def loss_patches(cfg: RunConfig, every: int) -> int:
@@ -179,11 +184,13 @@ def loss_patches(cfg: RunConfig, every: int) -> int:
 
 
 def share_of_images(cfg: RunConfig, teachers: Sequence[str]) -> float:
-    """The share of a batch's images that any of these teachers gets: all, unless `route_by_dataset` or `presample` keep
-    some back."""
-    groups = cfg.data.groups
+    """The share of a batch's images that any of these teachers gets: all, unless `route_by_dataset`, `presample` or
+    `teachers_per_step` keep some back."""
+    groups, every = cfg.data.groups, len(cfg.teachers)
+    if drawn := cfg.objective.teachers_per_step:
+        return 1.0 - math.comb(every - len(teachers), drawn) / math.comb(every, drawn)
     if cfg.objective.presample:
-        p, count, every = cfg.objective.drop_probability, len(teachers), len(cfg.teachers)
+        p, count = cfg.objective.drop_probability, len(teachers)
         return 1.0 - p**count + p**every * count / every
     if not cfg.objective.route_by_dataset or not groups:
         return 1.0
@@ -202,13 +209,27 @@ def run_flops(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = None) -> 
 
 
 def stage_flops(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = None) -> list[tuple[Stage, Flops]]:
-    """Of every stage of a run, which has one without `progressive`; `trunks` as in `run_flops`."""
-    return [(stage, _flops_at_one_size(at_size(cfg, stage.image_size), trunks)) for stage in stages(cfg)]
+    """Of every stage of a run, which has one without `progressive`; `trunks` as in `run_flops`. The mean over images
+    where a stage has several sizes, or a step partitions."""
+    found = []
+    for stage in stages(cfg):
+        parts = [
+            (setting.images, _flops_at_one_size(at_size(cfg, setting.image_size, setting.teachers), trunks))
+            for setting in settings(cfg, stage)
+        ]
+        found.append((stage, _mean(parts, list(cfg.teachers))))
+    return found
 
 
 def mean_flops(parts: Sequence[tuple[Stage, Flops]]) -> Flops:
     """Over the steps of all stages."""
-    counts = [stage.end - stage.first for stage, _ in parts]
+    names = list(parts[0][1].teachers)
+    return _mean([(stage.end - stage.first, flops) for stage, flops in parts], names)
+
+
+def _mean(parts: Sequence[tuple[float, Flops]], names: Sequence[str]) -> Flops:
+    """By weights; a teacher that has no part in some counts nothing there."""
+    counts = [weight for weight, _ in parts]
 
     def mean(values: list[int | None]) -> int | None:
         if None in values:
@@ -218,7 +239,7 @@ def mean_flops(parts: Sequence[tuple[Stage, Flops]]) -> Flops:
     every = [flops for _, flops in parts]
     student, projectors = mean([f.student for f in every]), mean([f.projectors for f in every])
     assert student is not None and projectors is not None
-    return Flops(student, projectors, {name: mean([f.teachers[name] for f in every]) for name in every[0].teachers})
+    return Flops(student, projectors, {name: mean([f.teachers.get(name, 0) for f in every]) for name in names})
 
 
 def _flops_at_one_size(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = None) -> Flops:
@@ -227,18 +248,19 @@ def _flops_at_one_size(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = 
     teachers: dict[str, int | None] = {}
     for first, *others in [] if cfg.cache.folder else teachers_by_trunk(cfg.teachers):
         counts = [teacher_flops(name, cfg.teachers[name], grid) for name in (first, *others)]
-        deepest = None if None in counts else max(count for count in counts if count is not None)
+        # one network: an entry that reads another width of it (CLIP's projected cls) does not say which
+        deepest = max((count for count in counts if count is not None), default=None)
         if deepest is None and trunks is not None:
-            read = cfg.teachers[first]
-            side = scaled_grid(grid, read.scale, read.grid_multiple) * read.patch_size
-            deepest = _count_or_none(first, trunks[first], side)
+            given = seen(cfg.teachers[first], grid)
+            deepest = _count_or_none(first, trunks[first], given.side) if given.images else None
+            deepest = None if deepest is None else deepest // given.images
         if deepest is not None:
             deepest = round(deepest * share_of_images(cfg, [first, *others]))
         teachers |= {first: deepest, **dict.fromkeys(others, 0)}
     projectors = 0
-    for name, t in cfg.teachers.items():
+    for name, features in cfg.teacher_features.items():
         share = loss_patches(cfg, grid**2) / grid**2
-        count = projector_flops(cfg.projector, cfg.student, t.num_features, t.token_types, grid, share)
+        count = projector_flops(cfg.projector.of(name), cfg.student, features, grid, share)
         projectors += round(count * share_of_images(cfg, [name]))
     return Flops(vit_flops(cfg.student, grid), projectors, {name: teachers.get(name, 0) for name in cfg.teachers})
 
@@ -249,11 +271,3 @@ def _count_or_none(name: str, trunk: nn.Module, side: int) -> int | None:
     except Exception as error:  # anybody's network, on tensors without data: whatever it does, the run can do without
         logger.info("the operations of teacher %s cannot be counted, so there is no MFU: %s", name, error)
         return None
-
-
-def teachers_by_trunk(teachers: Mapping[str, TeacherConfig]) -> list[list[str]]:
-    """Names of teachers, those that share a network and its input together."""
-    shared: dict[tuple, list[str]] = {}
-    for name, cfg in teachers.items():
-        shared.setdefault((network_key(cfg), input_key(cfg)), []).append(name)
-    return list(shared.values())

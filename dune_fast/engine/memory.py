@@ -10,16 +10,18 @@ Three things lie on a device:
   norms, qkv, attention, its projection, both sides of GELU, the MLP's output. Added are the projectors, the features
   and their gradients, and the larger of a teacher's forward pass (12 s a value) and the gradients within one block.
 
-With `progressive` the images are those of the last stage, the largest. What a teacher and its projector take is counted
-for the images that they get (`presample`, `route_by_dataset`: the mean share and three deviations of a part's), on the
-patches that the loss is taken on, and for a teacher's own `scale`. A run from a cache has no teachers, unless
-`evaluation.every` loads them; it has their features of the rank's whole batch, twice where that is split into parts.
+With `progressive` the images are those of the largest size, with `partitions` those of the fullest rank. What a teacher
+and its projector take is counted for the images that they get (`presample`, `route_by_dataset`: the mean share and
+three deviations of a part's), on the patches that the loss is taken on, and for a teacher's own `scale`, `input_size`,
+`mosaic` and grid. A run from a cache has no teachers, unless `evaluation.every` loads them; it has their features of
+the rank's whole batch, twice where that is split into parts.
 
 Workspaces, fragmentation, NCCL, DALI's decoder and DeepSpeed's copies are not in the model: `SPARE` is for them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +30,15 @@ import torch
 import torch.distributed as dist
 
 from dune_fast.engine.config import RunConfig
-from dune_fast.engine.flops import loss_patches, published_network, share_of_images, teachers_by_trunk
+from dune_fast.engine.flops import loss_patches, published_network, share_of_images
+from dune_fast.engine.projector_cost import projector_cost
+from dune_fast.engine.stages import at_size, turns
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
 from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.projectors.base import blocks_read
 from dune_fast.student import Student
-from dune_fast.teachers.config import scaled_grid
+from dune_fast.teachers.config import given_patches, seen, teachers_by_trunk
 
 SPARE = 0.15
 """Share of a device's memory that is left for what the model does not count."""
@@ -80,8 +85,6 @@ def memory_bytes(cfg: RunConfig, ranks: int, low_precision: bool = True) -> dict
 
     `low_precision`: whether `precision: auto` means bf16, as on a GPU.
     """
-    trained, stage = sum(trained_parameters(cfg)), cfg.deepspeed.zero_stage
-    moments, gradients, weights = (ranks if stage >= first else 1 for first in (1, 2, 3))
     auto = "bf16" if low_precision else "fp32"
     teachers: int | None = 0
     none = cfg.cache.folder and not cfg.evaluation.every
@@ -89,12 +92,18 @@ def memory_bytes(cfg: RunConfig, ranks: int, low_precision: bool = True) -> dict
         precision = cfg.teachers[name].precision
         size = _TEACHER_BYTES[auto if precision == "auto" else precision]
         teachers = None if teachers is None or count is None else teachers + count * size
+    return {**trained_bytes(cfg, sum(trained_parameters(cfg)), ranks), "teachers": teachers}
+
+
+def trained_bytes(cfg: RunConfig, count: int, ranks: int) -> dict[str, int]:
+    """Bytes on each of `ranks` devices of so many trained parameters, by what they are for: what ZeRO shards."""
+    stage = cfg.deepspeed.zero_stage
+    moments, gradients, weights = (ranks if stage >= first else 1 for first in (1, 2, 3))
     return {
-        "weights": 4 * trained // weights,
-        "gradients": 4 * trained // gradients,
-        "AdamW's moments": ADAM_BYTES * trained // moments,
-        **({"average of the weights": 4 * trained // moments} if cfg.train.ema else {}),
-        "teachers": teachers,
+        "weights": 4 * count // weights,
+        "gradients": 4 * count // gradients,
+        "AdamW's moments": ADAM_BYTES * count // moments,
+        **({"average of the weights": 4 * count // moments} if cfg.train.ema else {}),
     }
 
 
@@ -113,18 +122,19 @@ def _encoder(cfg: ViTConfig, tokens: int, size: int, stream: int, recompute: boo
     return _block(tokens, cfg.embed_dim, size, stream, cfg.mlp_ratio, cfg.mlp) * cfg.depth
 
 
-def _projector(
-    cfg: RunConfig, channels: int, token_types: list[str], every: int, patches: int, size: int, stream: int
-) -> int:
+def _projector(cfg: RunConfig, name: str, every: int, patches: int, size: int, stream: int) -> int:
     """Kept of one image of so many patches in one teacher's projector, its output on some of them included."""
-    p, dim, tokens = cfg.projector, cfg.student.embed_dim, patches + 1
+    p, dim, tokens = cfg.projector.of(name), cfg.student.embed_dim, patches + 1
+    teacher = cfg.teacher_features[name]
+    channels, token_types = teacher.channels, teacher.token_types
+    if p.kind not in ("tp", "sp", "lp"):
+        return projector_cost(p, cfg.student, teacher, math.isqrt(every), size).kept
     if p.kind == "tp":
         blocks = (p.num_blocks - 1) * _block(every + 1, dim, size, stream, p.mlp_ratio)
         blocks += _block(every + 1, dim, size, stream, p.mlp_ratio, kept=tokens) if p.num_blocks else 0
         return blocks + tokens * ((stream + size) * dim + size * channels)
     if p.kind == "sp":  # norm and GELU in float32, their inputs and outputs
-        inner = 1 + (p.num_inner if p.version == 2 else 0)
-        return tokens * (size * dim + inner * (2 * size + 8) * p.hidden_dim + size * channels)
+        return tokens * (size * dim + (1 + p.num_inner) * (2 * size + 8) * p.hidden_dim + size * channels)
     rows = {"cls": 1, "patch": patches}
     kept = 0
     for block in p.which_blocks or range(cfg.student.depth):
@@ -140,8 +150,9 @@ def _sizes(cfg: RunConfig, low_precision: bool) -> tuple[int, int]:
 
 
 def _peak_share(cfg: RunConfig, teachers: list[str], images: int | None) -> float:
-    """Of a part's images, the most that any of these teachers gets: the mean share and three deviations."""
-    share = share_of_images(cfg, teachers)
+    """Of a part's images, the most that any of these teachers gets: the mean share and three deviations; all where
+    teachers are drawn for whole steps."""
+    share = 1.0 if cfg.objective.teachers_per_step else share_of_images(cfg, teachers)
     return min(1.0, share + 3 * (share * (1 - share) / images) ** 0.5) if images else share
 
 
@@ -154,11 +165,11 @@ def kept_bytes(cfg: RunConfig, low_precision: bool = True, images: int | None = 
     patches, dim = (cfg.image_size // cfg.student.patch_size) ** 2, cfg.student.embed_dim
     tokens = patches + 1 + cfg.student.num_registers
     total = _encoder(cfg.student, tokens, size, stream, cfg.train.activation_checkpointing)
-    read = len(cfg.projector.which_blocks or range(cfg.student.depth)) if cfg.projector.kind == "lp" else 1
+    read = len(blocks_read(cfg.projector, cfg.student.depth))
     total += stream * dim * (patches + 1) * read  # [cls, patches] without the registers
     some = loss_patches(cfg, patches)
-    for name, teacher in cfg.teachers.items():
-        own = _projector(cfg, teacher.num_features, teacher.token_types, patches, some, size, stream)
+    for name in cfg.teachers:
+        own = _projector(cfg, name, patches, some, size, stream)
         total += round(own * _peak_share(cfg, [name], images))
     return total
 
@@ -173,16 +184,19 @@ def image_bytes(cfg: RunConfig, low_precision: bool = True, images: int | None =
     for group in teachers_by_trunk(cfg.teachers):
         read = cfg.teachers[group[0]]
         for name in group:
-            of_loss = some * size * cfg.teachers[name].num_features * _peak_share(cfg, [name], images)
+            teacher = cfg.teachers[name]
+            channels = size * teacher.num_features * _peak_share(cfg, [name], images)
+            of_loss = some * channels
             gradients += of_loss
-            features += of_loss * patches / some if not cfg.cache.folder else 0
+            features += given_patches(teacher, grid) * channels if not cfg.cache.folder else 0
             features += of_loss if cfg.objective.patch_share < 1 else 0  # a copy
         if cfg.cache.folder:
             continue
-        share, own = _peak_share(cfg, group, images), scaled_grid(grid, read.scale, read.grid_multiple)
-        forward = max(forward, share * own**2 * 12 * size * max(cfg.teachers[name].num_features for name in group))
-        if own * read.patch_size != cfg.image_size:
-            total += share * len(group) * 12 * (own * read.patch_size) ** 2
+        share, given = _peak_share(cfg, group, images) / max(1, seen(read, grid).images), seen(read, grid)
+        tokens_in = (given.side // read.patch_size) ** 2
+        forward = max(forward, share * tokens_in * 12 * size * max(cfg.teachers[name].num_features for name in group))
+        if given.side != cfg.image_size:
+            total += share * len(group) * 12 * given.side**2
     backward = gradients + size * tokens * int(2 * cfg.student.mlp_ratio * dim)
     if cfg.train.activation_checkpointing:  # one block is whole again
         backward = max(backward, _block(tokens, dim, size, stream, cfg.student.mlp_ratio, cfg.student.mlp))
@@ -193,9 +207,12 @@ def cached_bytes(cfg: RunConfig) -> int:
     """Bytes of one image's features out of a cache, decoded; 0 without a cache."""
     if not cfg.cache.folder:
         return 0
-    patches = PatchSubset(cfg.cache.patch_share, 0, 0).count((cfg.image_size // cfg.student.patch_size) ** 2)
-    rows, size = {"patch": patches, "cls": 1}, 4 if cfg.cache.format == "fp32" else 2
-    return sum(size * rows[token] * t.num_features for t in cfg.teachers.values() for token in t.token_types)
+    size, grid = 4 if cfg.cache.format == "fp32" else 2, cfg.image_size // cfg.student.patch_size
+    total = 0
+    for teacher in cfg.teachers.values():
+        rows = {"patch": PatchSubset(cfg.cache.patch_share, 0, 0).count(given_patches(teacher, grid)), "cls": 1}
+        total += sum(size * rows[token] * teacher.num_features for token in teacher.token_types)
+    return total
 
 
 @dataclass(frozen=True)
@@ -233,22 +250,43 @@ def fit(cfg: RunConfig, ranks: int, available: int, low_precision: bool = True, 
         low_precision: whether `auto` precisions mean bf16, as on a GPU.
         parts: look at this number of parts alone.
     """
-    assert cfg.train.global_batch % ranks == 0
-    images = cfg.train.global_batch // ranks
     held = memory_bytes(cfg, ranks, low_precision)
     unknown: tuple[str, ...] = ()
     if held["teachers"] is None:
         unknown = tuple(name for name, count in teacher_parameters(cfg).items() if count is None)
     fixed = sum(count or 0 for count in held.values())
-    fixed += images * 12 * cfg.image_size**2 * (cfg.data.prefetch + _BATCHES_IN_FLIGHT)
-    for count in [n for n in range(1, images + 1) if images % n == 0] if parts is None else [parts]:
-        part = images // count
-        needed = fixed + part * image_bytes(cfg, low_precision, part)
-        needed += images * cached_bytes(cfg) * (2 if count > 1 else 1)
+    every = _batches(cfg, ranks)
+    shared = math.gcd(*(images for batches in every for _, images in batches))
+    for count in [n for n in range(1, shared + 1) if shared % n == 0] if parts is None else [parts]:
+        needed = fixed + max(_of_batches(batches, count, low_precision) for batches in every)
+        images = max(sum(n for _, n in batches) for batches in every)
         found = Fit(images, count, needed, available, unknown)
         if found.fits:
             break
     return found
+
+
+def _batches(cfg: RunConfig, ranks: int) -> list[list[tuple[RunConfig, int]]]:
+    """The batches of a step, (configuration, images), of every rank that has others than the ranks before."""
+    if not cfg.partitions:
+        assert cfg.train.global_batch % ranks == 0
+        return [[(cfg, cfg.train.global_batch // ranks)]]
+    found = {}
+    for rank in range(ranks):
+        own = turns(cfg, rank, ranks)
+        key = tuple((turn.part.side, turn.teachers, turn.part.slots.stop - turn.part.slots.start) for turn in own)
+        found[key] = [(at_size(cfg, side, names), images) for side, names, images in key]
+    return list(found.values())
+
+
+def _of_batches(batches: list[tuple[RunConfig, int]], count: int, low_precision: bool) -> int:
+    """Bytes of a rank's batches in a step, each in `count` parts."""
+    total, peak = 0, 0
+    for cfg, images in batches:
+        total += images * 12 * cfg.image_size**2 * (cfg.data.prefetch + _BATCHES_IN_FLIGHT)
+        total += images * cached_bytes(cfg) * (2 if count > 1 else 1)
+        peak = max(peak, images // count * image_bytes(cfg, low_precision, images // count))
+    return total + peak
 
 
 def device_memory(device: torch.device, ranks: int) -> int:

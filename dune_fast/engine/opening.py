@@ -17,7 +17,7 @@ from dune_fast.engine.flops import Flops
 from dune_fast.engine.memory import SPARE
 from dune_fast.engine.metrics import MetricsLog, Workload
 from dune_fast.engine.provenance import RunRecord
-from dune_fast.engine.stages import Stage
+from dune_fast.engine.stages import Stage, shares
 from dune_fast.engine.task import Place, Task
 from dune_fast.engine.trackers import open_trackers
 
@@ -85,7 +85,13 @@ def describe(run: Place, task: OpenedDistillation) -> None:
         run.engine.zero_stage, "bf16" if run.dtype else "fp32", run.run_dir,
     )  # fmt: skip
     for stage in task.stages[:-1]:
-        logger.info("progressive: steps %d to %d at %d px", stage.first + 1, stage.end, stage.image_size)
+        logger.info("progressive: steps %d to %d at %s", stage.first + 1, stage.end, stage)
+    portions = shares(cfg) if cfg.partitions else []
+    for part, share in zip(cfg.partitions, portions, strict=True):
+        logger.info(
+            "partition by %s: %d images of a step at %d px, teachers %s, counts %.3g", cfg.partition_by, part.images,
+            part.image_size, ", ".join(part.teachers or cfg.teachers), share,
+        )  # fmt: skip
     one, several = ("GPU", "GPUs") if run.device.type == "cuda" else ("process", "processes")
     where = f"each of {run.world_size} {several}" if run.world_size > 1 else f"1 {one}"
     logger.info("%d images a step on %s, %s", run.fit.images, where, run.fit)

@@ -32,9 +32,12 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     eps: float = 1e-15
     weight_decay: float = 0.03
-    """On tensors of two or more dimensions."""
+    """On tensors of two or more dimensions that are no biases."""
     decay_vectors: bool = False
-    """Weight decay on tensors of one dimension, too."""
+    """Weight decay on tensors of one dimension and biases, too."""
+    frozen_trunk_steps: int = 0
+    """The student's encoder keeps its weights for the first so many steps, in which AdamW's moments settle; the
+    projectors learn. PHI-S: 5,000."""
     clip_per_parameter: float = 1.0
     """L2 norm that each parameter's gradient is clipped to, after averaging over ranks; 0 for none of this kind."""
     clip_global: float = 0.0
@@ -64,19 +67,36 @@ class OptimizerConfig:
             )
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, vectors: bool = False) -> list[dict]:
-    """Trainable parameters in two groups: tensors of two or more dimensions with weight decay; the others without, or
-    with it for `vectors`."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": weight_decay * vectors},
-    ]
+TRUNK = "encoder."
+"""What names of the encoder's parameters begin with."""
+
+
+def parameter_groups(
+    module: nn.Module, weight_decay: float, vectors: bool = False, own_trunk: bool = False
+) -> list[dict]:
+    """Trainable parameters in two groups: tensors of two or more dimensions with weight decay; vectors and biases (that
+    of a LayerNorm over a map has three dimensions) without, or with it for `vectors`. A third one has those that a
+    module of the network names `undecayed`. With `own_trunk` the encoder's follow in groups of their own, marked
+    "trunk"."""
+    every = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    never = {id(getattr(part, name)) for part in module.modules() for name in getattr(part, "undecayed", ())}
+    vector = {id(p) for name, p in every if p.ndim < 2 or name.rpartition(".")[2] == "bias"}
+    groups = []
+    for trunk in (False, True) if own_trunk else (None,):
+        own = [p for name, p in every if trunk is None or name.startswith(TRUNK) == trunk]
+        mark = {"trunk": True} if trunk else {}
+        groups += [
+            {"params": [p for p in own if id(p) not in vector | never], "weight_decay": weight_decay, **mark},
+            {"params": [p for p in own if id(p) in vector], "weight_decay": weight_decay * vectors, **mark},
+        ]
+        if rest := [p for p in own if id(p) in never - vector]:
+            groups.append({"params": rest, "weight_decay": 0.0, **mark})
+    return groups
 
 
 def build_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
     """torch's fused AdamW (its step count stays on the device: nothing is read by the host)."""
-    groups = parameter_groups(module, cfg.weight_decay, cfg.decay_vectors)
+    groups = parameter_groups(module, cfg.weight_decay, cfg.decay_vectors, cfg.frozen_trunk_steps > 0)
     return torch.optim.AdamW(groups, lr=0.0, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
 
 

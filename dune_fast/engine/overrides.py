@@ -195,6 +195,10 @@ def explain(error: Exception, overrides: list[str], kind: type) -> str:
         if re.match(r"head\.(options|data|loss)\.", key):
             name, _, entry = key.rpartition(".")
             return f"an entry that {name} has not yet is added with a plus in front: +{name}.{entry}=VALUE"
+        if of_teachers := re.match(r"objective\.weights|projector\.teachers|standardization\.files", key):
+            name = of_teachers.group()
+            field = ".FIELD" * (name != "standardization.files")
+            return f"an entry that {name} has not yet is added with a plus in front: +{name}.TEACHER{field}=VALUE"
         close = difflib.get_close_matches(key, field_names(kind), n=3, cutoff=0.5)
         everything = "`dune-fast config experiment=demo` prints all fields"
         hint = f"; did you mean {' or '.join(close)}?" if close else f"; {everything}"

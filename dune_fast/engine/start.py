@@ -1,7 +1,7 @@
 """What is computed on a run's first images, before the first step trains on them.
 
-PHI-S estimates its rotations and scales; the convention "fixed" takes a cache's statistics; the start in closed form is
-weights out of a teacher, projectors that fit.
+PHI-S estimates its rotations and scales; the convention "fixed" takes a cache's statistics, "stored" those of files;
+the start in closed form is weights out of a teacher, projectors that fit.
 Rank 0 computes the start, on images that do not depend on the number of ranks.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,12 +22,16 @@ from torch import Tensor
 from dune_fast.cache.store import Store
 from dune_fast.dali_pipelines.loader import Batch, TrainLoader
 from dune_fast.distill.narrowing import NarrowingError, check_pair, narrow
+from dune_fast.distill.normalizers import STORED
 from dune_fast.distill.projector_fit import fit_projectors
-from dune_fast.distill.standardization import Features, TeacherStatistics
+from dune_fast.distill.standardization import AnyNormalizer, Features, TeacherStatistics
 from dune_fast.distill.step import DistillationStep, routed
+from dune_fast.distill.stored_statistics import Statistics, read_statistics
 from dune_fast.engine.accumulation import all_ranks
 from dune_fast.engine.checkpoints import write_tensors
 from dune_fast.engine.config import ConfigError, RunConfig
+from dune_fast.engine.stages import Turn
+from dune_fast.engine.teacher_crops import TeacherCrops
 from dune_fast.engine.warm_start import initial_student
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.student import Student, build_student
@@ -57,17 +61,29 @@ class Opened(Protocol):
     teachers: TeacherEnsemble
     statistics: TeacherStatistics
     distill: DistillationStep
+    crops: TeacherCrops
+    turns: Sequence[Turn]
 
 
 def look_ahead(run: Opened, student: Student) -> None:
     """Statistics and start, as far as the configuration asks for them. All ranks call it; see `compute_start`."""
-    if run.cfg.standardization.convention == "phi_s":
+    if run.statistics.of_convention("phi_s"):
         estimate_statistics(run)
-    if run.cfg.standardization.convention == "fixed":
+    if run.statistics.of_convention("fixed"):
         assert run.cache is not None  # the configuration was checked
-        run.statistics.fix(run.cache.moments())
+        run.statistics.fix(run.cache.moments(), "fixed")
+    if stored := run.statistics.of_convention(*STORED):
+        run.statistics.fix(_stored(run.cfg, stored), *STORED)
     if run.cfg.start.wanted:
         compute_start(run, student)
+
+
+def _stored(cfg: RunConfig, wanted: list[tuple[str, str, AnyNormalizer]]) -> Statistics:
+    """What the files of a run's configuration have of these teachers and token types."""
+    teachers: dict[str, tuple[int, list[str]]] = {}
+    for name, token, normalizer in wanted:
+        teachers.setdefault(name, (len(normalizer.mean), []))[1].append(token)
+    return read_statistics(cfg.standardization.file, cfg.standardization.files, teachers)
 
 
 def estimate_statistics(run: Opened) -> None:
@@ -79,12 +95,14 @@ def estimate_statistics(run: Opened) -> None:
 
     def features(batch: Batch) -> Features:
         """Of the images that each teacher is trained on."""
-        routes = run.distill.routes(batch.images, batch.step, batch.group_on_host, batch.positions_on_host)
+        routes = run.distill.routes(
+            batch.images, batch.step, batch.group_on_host, batch.positions_on_host, run.turns[batch.part].teachers
+        )  # fmt: skip
         if batch.features is None:
-            return run.teachers(batch.images, routes)
+            return run.teachers(batch.images, routes, None, run.crops.pictures(batch))
         return batch.features if routes is None else routed(batch.features, routes)
 
-    run.statistics.estimate(map(features, itertools.islice(batches, count)), run.distill.all_reduce)
+    run.statistics.estimate(map(features, itertools.islice(batches, count * len(run.turns))), run.distill.all_reduce)
     batches.close()
     for buffer in run.statistics.buffers():  # eigenvectors of equal eigenvalues are a library's choice
         dist.broadcast(buffer, 0)
@@ -120,7 +138,7 @@ def compute_start(run: Opened, student: Student) -> None:
             dist.broadcast(x, 0)
     if run.rank == 0:
         kept = {name: x.detach().cpu().contiguous() for name, x in state.items()}
-        write_tensors(run.run_dir / START_FILE, kept, architecture_metadata(cfg.student))
+        write_tensors(run.run_dir / START_FILE, kept, architecture_metadata(student.encoder.cfg))
         logger.info("the start took %.0f s", time.perf_counter() - began)
 
 

@@ -78,7 +78,7 @@ class Task(Protocol):
         """Bytes of one checkpoint; rank 0 calls it."""
 
     def fit(self, ranks: int, available: int, low_precision: bool, parts: int | None = None) -> Fit | None:
-        """See `memory.fit`; None if the task has no estimate."""
+        """See `memory.fit`; None if the task estimates nothing for a given number of parts."""
 
     def build(self, run: Place, resume_step: int | None) -> nn.Module:
         """Opens data and network.

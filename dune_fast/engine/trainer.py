@@ -39,6 +39,7 @@ from dune_fast.engine.run_folder import how_to_go_on, open_run
 from dune_fast.engine.run_state import RUNNING, STOPPED, fail, write_state
 from dune_fast.engine.same_ranks import meet, refuse_own_folders
 from dune_fast.engine.schedules import average_decay, cycled_beta
+from dune_fast.engine.stages import by_stage, passes
 from dune_fast.engine.task import Task
 from dune_fast.engine.trackers import check_packages
 from dune_fast.engine.watchdog import Watchdog
@@ -110,7 +111,7 @@ class Trainer:
         freeze(cfg)
         self.dtype = autocast_dtype(cfg.train.precision, self.device)
         self.fit = self.task.fit(self.world_size, memory, self.dtype is not None, cfg.train.accumulation)
-        """An estimate of what a step takes of the smallest device's memory; None if the task has none."""
+        """An estimate of what a step takes of the smallest device's memory; None if the task makes none."""
         return resume_step
 
     def _build_step(self, resume_step: int | None) -> None:
@@ -120,14 +121,14 @@ class Trainer:
         self.engine = Engine(
             module, cfg.optimizer, micro_batch_size(cfg, self.world_size),
             useful_zero_stage(cfg.deepspeed.zero_stage, self.world_size), cfg.deepspeed.options,
-            cfg.train.accumulation, cfg.deepspeed.gradient_dtype,
+            cfg.train.accumulation * passes(cfg), cfg.deepspeed.gradient_dtype,
         )  # fmt: skip
         self.task.use(self.engine)
 
     def _build_loop(self, resume_step: int | None) -> None:
         """What goes round the step: schedules, checkpoints, guards; loads the checkpoint."""
         cfg, train = self.cfg, self.cfg.train
-        self.lr = cfg.optimizer.rates(cfg.steps, train.global_batch)
+        self.lr = by_stage(cfg, "learning_rate", lambda n: cfg.optimizer.rates(n, train.global_batch))
         self.betas = cycled_beta(cfg.steps, *cfg.optimizer.cycle_beta) if cfg.optimizer.cycle_beta else None
         timeout = 60.0 * train.timeout_minutes
         self.stop = Stop(self.world_size, timeout, train.notice_seconds)
@@ -256,10 +257,11 @@ class Trainer:
             outputs.append(self.task.forward(part, i))
             self.watchdog.at(f"step {i + 1}, backward")
             self.engine.backward(outputs[-1].loss)
-        metrics, images = merge(outputs)
+        metrics, images = merge(outputs, self.cfg.train.accumulation)
         self.watchdog.at(f"step {i + 1}, update")
         beta = None if self.betas is None else float(self.betas[i])
-        norms = self.engine.step(float(self.lr[i]), metrics["loss"], self.guard.halted, beta)
+        frozen = i < self.cfg.optimizer.frozen_trunk_steps
+        norms = self.engine.step(float(self.lr[i]), metrics["loss"], self.guard.halted, beta, frozen)
         self.engine.state.average(average_decay(self.cfg.train.ema, i), self.engine.skipped)
         undo_if(self.engine.skipped, live, before)
         self.guard.add(i, metrics["loss"], self.engine.skipped, norms, images, batch)

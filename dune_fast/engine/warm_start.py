@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 from dune_fast.engine.config import RunConfig
+from dune_fast.engine.warm_start_radio import fitted_to_radio
+from dune_fast.kernels.nn.radio import RADIOViT
+from dune_fast.kernels.nn.spectral import start_spectral
 from dune_fast.kernels.nn.vit import VisionTransformer, resize_positions
 from dune_fast.released import released_projector
 from dune_fast.student import Student, build_student
@@ -26,6 +29,7 @@ from dune_fast.teachers.assets import asset_path
 from dune_fast.teachers.containers import container_state, read_container
 from dune_fast.teachers.encoder_names import beside_encoder, encoder_prefix
 from dune_fast.teachers.local_paths import local_path
+from dune_fast.teachers.radio import BACKBONE
 from dune_fast.teachers.registry import recognize, vit_family
 from dune_fast.teachers.run_files import CheckpointError, weights_in
 from dune_fast.teachers.timm_names import SHORTHAND
@@ -105,22 +109,24 @@ def warm_start(student: Student, source: str) -> WarmStart:
     state = container_state(content, path)
     name = recognize(state, path) or "dune"
     family = vit_family(name)
-    if family.network is not VisionTransformer:
+    if family.network not in (VisionTransformer, type(student.encoder)):
         raise WarmStartError(
-            f"student_weights={source} is of the family {name}, whose network is another than a student's encoder; "
+            f"student_weights={source} is of the family {name}, whose network is another than this student's encoder; "
             "choose weights of DUNE, DINOv2 or a plain ViT of timm"
         )
     encoder = family.completed(family.convert(state, path), content, path)
     fitted = []
-    if "pos_embed" in encoder:
+    if isinstance(student.encoder, RADIOViT):
+        encoder, fitted = fitted_to_radio(encoder, student.encoder, path)
+    elif "pos_embed" in encoder:
         before = encoder["pos_embed"].shape
         encoder["pos_embed"] = _fitting_positions(encoder["pos_embed"], student.encoder)
         if (after := encoder["pos_embed"].shape) != before:
             fitted.append(f"positions resized from {before[1] - 1} to {after[1] - 1} patches")
-    if student.encoder.num_register_tokens and "register_tokens" not in encoder:
+    wanted = student.encoder.state_dict()
+    if "register_tokens" in wanted and "register_tokens" not in encoder:
         encoder["register_tokens"] = student.encoder.register_tokens.detach()
         fitted.append(f"{student.encoder.num_register_tokens} registers drawn, the source has none")
-    wanted = student.encoder.state_dict()
     if not any(key.endswith("ls1.gamma") for key in encoder):
         scales = {key: torch.ones_like(value) for key, value in wanted.items() if key.endswith(".gamma")}
         encoder |= scales
@@ -132,6 +138,8 @@ def warm_start(student: Student, source: str) -> WarmStart:
             f"that {path.name} was made with, or other weights"
         )
     student.encoder.load_state_dict({key: encoder[key] for key in wanted})
+    if not any(".parametrizations." in key for key in state):  # gains that leave the source's weights as they are
+        start_spectral(student.encoder)
     found = WarmStart(str(path), len(wanted), fitted)
     for name, projector in student.projectors.items():
         theirs = released_projector(state, name, content, path)
@@ -140,7 +148,8 @@ def warm_start(student: Student, source: str) -> WarmStart:
         else:
             projector.load_state_dict(theirs)
             found.projectors.append(name)
-    found.not_taken = _not_taken(state, encoder_prefix(state, path), found.projectors)
+    prefix = BACKBONE if any(key.startswith(BACKBONE) for key in state) else encoder_prefix(state, path)
+    found.not_taken = _not_taken(state, prefix, found.projectors)
     logger.info("warm start from %s: %s", path, found)
     return found
 
@@ -183,7 +192,7 @@ def _weights_file(source: str) -> Path:
 def _fitting_positions(table: Tensor, encoder: VisionTransformer) -> Tensor:
     """The source's position table on the student's grid; one that is no table of a square grid stays as it is."""
     cfg = encoder.cfg
-    side, prefix = cfg.image_size // cfg.patch_size, int(cfg.cls_token)
+    side, prefix = cfg.image_size // cfg.patch_size, encoder.table_prefix
     count = table.shape[1] - prefix if table.ndim == 3 else 0
     if count < 1 or math.isqrt(count) ** 2 != count:
         return table  # the comparison says what is wrong with it

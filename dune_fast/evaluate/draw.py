@@ -71,7 +71,7 @@ def variance_spectra(
     statistics, as the loss compares them, and "raw teacher" is without.
     """
     cfg, statistics, device = opened.cfg, opened.statistics, opened.device
-    tokens = {name: "patch" if "patch" in kinds else "cls" for name, (_, kinds) in cfg.teacher_features.items()}
+    tokens = {name: "patch" if "patch" in kinds else "cls" for name, (_, kinds, *_) in cfg.teacher_features.items()}
     standardizers = statistics.running()
     spectra, rows = {}, []
     for dataset in datasets:

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dune_fast.dali_pipelines.loader import Batch
+from dune_fast.distill.alignment import RULES, align_tokens
 from dune_fast.distill.standardization import AllReduce, TeacherStatistics
 from dune_fast.evaluate.knn import knn_predict
 from dune_fast.kernels.distill_loss import standardize
@@ -38,6 +39,7 @@ def held_out_cosines(
     statistics: TeacherStatistics,
     batches: Iterable[Batch],
     all_reduce: AllReduce | None = None,
+    align: str = "",
 ) -> dict[str, Cosines]:
     """Mean cosine similarity of several students on the same images.
 
@@ -47,6 +49,7 @@ def held_out_cosines(
         statistics: their running statistics standardize.
         batches: this rank's share of the held-out images.
         all_reduce: sums a tensor over ranks.
+        align: `objective.align` of the run, where teachers have grids of their own.
 
     Returns:
         student -> teacher -> token type -> cosine, over the images of all ranks.
@@ -62,8 +65,11 @@ def held_out_cosines(
         features = statistics.rotated(teachers(batch.images))
         projections = {name: student(batch.images) for name, student in students.items()}
         for i, (name, teacher, token) in enumerate(keys):
-            target = standardize(features[teacher][token], *standardizers[teacher][token])
-            cosine = F.cosine_similarity(projections[name][teacher][token].float(), target, dim=-1)
+            projection, target = projections[name][teacher][token], features[teacher][token]
+            if align and token == "patch":
+                projection, target, _ = align_tokens(projection, target, RULES[align])
+            target = standardize(target, *standardizers[teacher][token])
+            cosine = F.cosine_similarity(projection.float(), target, dim=-1)
             sums[i] += cosine.flatten(1).mean(1).sum() if cosine.ndim > 1 else cosine.sum()
         sums[-1] += len(batch.images)
     if all_reduce is not None:

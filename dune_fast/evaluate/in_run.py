@@ -17,8 +17,10 @@ from torch import Tensor
 
 from dune_fast.dali_pipelines.datasets import Dataset, index_dataset
 from dune_fast.dali_pipelines.loader import Batch, ValLoader
+from dune_fast.distill.normalizers import Standardizer
 from dune_fast.distill.objective import ObjectiveConfig, teacher_losses
-from dune_fast.distill.standardization import Features, Standardizer
+from dune_fast.distill.standardization import Features
+from dune_fast.distill.terms import TermStates
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.deepspeed_engine import sum_over_ranks
 from dune_fast.engine.trainer import Trainer
@@ -53,6 +55,7 @@ class HeldOutLoss:
         standardizers: Mapping[str, Mapping[str, Standardizer]],
         objective: ObjectiveConfig,
         dataset: Tensor,
+        states: TermStates | None = None,
     ) -> None:
         """Takes a batch in.
 
@@ -62,8 +65,9 @@ class HeldOutLoss:
             standardizers: of the running statistics.
             objective: its loss; every teacher counts on every image here, whatever the sharing.
             dataset: int64 [B], of each image.
+            states: statistics of the loss's terms.
         """
-        losses, parts = teacher_losses(projections, features, standardizers, objective)
+        losses, parts = teacher_losses(projections, features, standardizers, objective, states=states)
         cosines = torch.stack([1 - parts[f"{name}/{token}/cosine"] for name, token in self.tokens])
         rows = torch.cat([losses, cosines, torch.ones_like(losses[:1])]).double()
         self.sums.index_add_(1, dataset, rows)
@@ -164,13 +168,14 @@ class InRunEvaluation:
         return student.eval()
 
     def _held_out(self, trainer: Trainer, student: Student) -> dict[str, float]:
-        teachers = {name: tokens for name, (_, tokens) in self.cfg.teacher_features.items()}
+        teachers = {name: tokens for name, (_, tokens, *_) in self.cfg.teacher_features.items()}
         sums = HeldOutLoss(teachers, trainer.task.loader.dataset_names, trainer.device)
         statistics = trainer.task.statistics
         standardizers = statistics.running()
         for batch in self._batches(trainer, "held-out images", trainer.task.loader.datasets):
             features = statistics.rotated(trainer.task.teachers(batch.images))
-            sums.add(student(batch.images), features, standardizers, self.cfg.objective, batch.dataset)
+            given = student(batch.images), features, standardizers, self.cfg.objective, batch.dataset
+            sums.add(*given, trainer.task.states)
         sum_over_ranks(sums.sums)
         return sums.result()
 

@@ -88,6 +88,7 @@ def open_model(
     projector: str = "",
     norm: bool = True,
     layers: int = 1,
+    last_blocks: bool = False,
     precision: str = "auto",
 ) -> FrozenModel:
     """Loads a network.
@@ -100,6 +101,7 @@ def open_model(
         projector: of a student, the teacher whose projector's output is read, by its name or an unambiguous part of it.
         norm: whether the final norm is applied.
         layers: how many blocks are read, 1 (the last) or 4.
+        last_blocks: whether four are the last ones, instead of evenly spread ones.
         precision: of the products, see `TrainConfig.precision`.
 
     Raises:
@@ -110,7 +112,8 @@ def open_model(
     if layers not in (1, 4):
         raise ValueError(f"{layers} layers: the heads read 1 block (the last) or 4")
     dtype = autocast_dtype(precision, device)
-    how = {"norm": norm, "layers": layers, "precision": str(dtype or torch.float32), "projector": projector}
+    how: dict[str, Any] = {"norm": norm, "layers": layers, "precision": str(dtype or torch.float32)}
+    how |= {"projector": projector} | ({"last_blocks": True} if last_blocks else {})
     if projector:
         if layers > 1:
             raise ValueError("--layers 4 reads blocks of an encoder; a projector's output is one layer: leave one out")
@@ -133,7 +136,7 @@ def frozen_encoder(
     """An encoder that is loaded already; see `open_model` for `how`."""
     how = {"norm": True, "layers": 1, "precision": str(dtype or torch.float32), "projector": ""} if how is None else how
     try:
-        blocks = blocks_read(len(encoder.blocks), how["layers"])
+        blocks = blocks_read(len(encoder.blocks), how["layers"], how.get("last_blocks", False))
     except HeadError as error:
         raise HeadError(f"{name}: {error}") from error
     device = next(encoder.parameters()).device

@@ -96,7 +96,9 @@ def evaluate_run(run: Path, figures: bool, device: torch.device | None = None, m
                 f"{run} has no held-out image: name a folder of images that it has not seen in {run / 'config.yaml'}, "
                 "data.datasets.<name>.val_root"
             )
-        result = held_out_cosines(opened.students, teachers, opened.statistics, loader)
+        result = held_out_cosines(
+            opened.students, teachers, opened.statistics, loader, align=opened.cfg.objective.align
+        )
     found = _window_knn(opened, teachers, loader.num_images)
     written = {"images": loader.num_images, **result, "window_knn": found}
     (run / "held_out.json").write_text(json.dumps(written, indent=2) + "\n")

@@ -21,10 +21,12 @@ def refuse_unlike(encoder: VisionTransformer, library: str) -> None:
     """ExportError for an encoder that the library's DINOv2 cannot be."""
     cfg = encoder.cfg
     missing = {
+        "family of encoders like this one (student.family)": type(encoder) is not VisionTransformer,
         "gated MLPs (mlp: swiglu) in this form": not all(hasattr(block.mlp, "fc1") for block in encoder.blocks),
         "rotary positions (pos_embed: rope2d)": cfg.pos_embed != "learned",
         "encoders without a cls token": not cfg.cls_token,
         "encoders without a final norm": not cfg.final_norm,
+        "registers with positions of their own": hasattr(encoder, "register_positions"),
     }
     for what, given in missing.items():
         if given:

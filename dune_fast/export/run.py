@@ -12,15 +12,19 @@ from pathlib import Path
 from safetensors import safe_open
 
 from dune_fast.engine.config import load_config
-from dune_fast.export import TARGETS, to_dune, to_hf, to_onnx, to_safetensors, to_timm
+from dune_fast.export import TARGETS, to_dune, to_hf, to_onnx, to_radio, to_safetensors, to_theia, to_timm
 from dune_fast.export.check import ExportError, compare, encoder_outputs, sizes
 from dune_fast.export.dinov2_alike import resizes_alike
+from dune_fast.kernels.nn.radio import RADIOViT
 from dune_fast.load import load_encoder, load_model, locate
 from dune_fast.teachers.local_paths import local_path
 from dune_fast.teachers.run_files import AVERAGE, Manifest, is_checkpoint
 from dune_fast.teachers.weights import folder_weights
 
-_MODULES = {"timm": to_timm, "hf": to_hf, "onnx": to_onnx, "safetensors": to_safetensors, "dune": to_dune}
+_MODULES = {
+    "timm": to_timm, "hf": to_hf, "onnx": to_onnx, "safetensors": to_safetensors, "dune": to_dune, "radio": to_radio,
+    "theia": to_theia,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,12 +119,23 @@ def _write_and_compare(path: Path, target: str, part: Path) -> tuple[float, bool
             notes.append(
                 f"its own code reads the encoder; the whole model once TEACHER_CFG there knows {', '.join(others)}"
             )
+    elif target == "theia":
+        model = load_model(path)
+        to_theia.write(model, part, _average(path))
+        encoder, reference = model.encoder, to_theia.theia_outputs(model)
+    elif target == "radio":
+        model = load_model(path)
+        to_radio.write(model, part, _steps(path), _average(path))
+        encoder, reference = model.encoder, to_radio.reference(model)
     else:
         encoder = load_encoder(path)
         _MODULES[target].write(encoder, part, _average(path))
         reference = partial(encoder_outputs, encoder)
-    every_size = target not in ("timm", "hf") or resizes_alike(encoder.cfg)
-    if not every_size:
+    alike = isinstance(encoder, RADIOViT) or resizes_alike(encoder.cfg)
+    every_size = target != "theia" and (target not in ("timm", "hf") or alike)
+    if target == "theia":
+        notes.append("its translators are for images of one size, so other sizes were not compared")
+    elif not every_size:
         notes.append(
             f"{target} resizes the position table by size and with antialias, this encoder otherwise: features agree "
             "at the image size it was trained for, at others they differ slightly"

@@ -15,8 +15,10 @@ from dune_fast.export.check import ExportError, Reader, encoder_outputs
 from dune_fast.export.to_safetensors import PLAIN
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.load import DistilledModel
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.projectors.transformer import TransformerProjector
 from dune_fast.released import load_released
-from dune_fast.student import ProjectorConfig, Student, TransformerProjector
+from dune_fast.student import Student
 from dune_fast.teachers.containers import read_container
 from dune_fast.teachers.dune import ARCHITECTURES, ENCODER_OPTIONS, PROJECTOR_OPTIONS
 from dune_fast.teachers.weights import check_fit, compare
@@ -48,7 +50,7 @@ def _refuse_unlike(model: DistilledModel) -> None:
     blocks = [block for p in projectors for block in p.blocks] if transformers else []
     demands = {
         "features standardized per channel (standardization.convention=dune or unic)":
-            model.statistics.convention != "phi_s",
+            len(model.statistics.of_convention("dune", "unic")) == len(model.statistics.items()),
         f"one of the encoders {', '.join(ARCHITECTURES)} (this one has {cfg.embed_dim} channels, {cfg.depth} blocks, "
         f"{cfg.num_heads} heads)":
             (cfg.embed_dim, cfg.depth, cfg.num_heads) in NAMES,

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dune_fast.export import to_hf_radio
 from dune_fast.export.check import ExportError, Outputs, Reader
 from dune_fast.export.dinov2_alike import CONFIG, WEIGHTS, refuse_unlike
 from dune_fast.export.to_safetensors import PLAIN, save
 from dune_fast.kernels.nn.block import LAYER_NORM_EPS
+from dune_fast.kernels.nn.radio import RADIOViT
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.teachers.timm_model import import_timm
 
@@ -45,10 +47,14 @@ def hf_state(encoder: VisionTransformer) -> dict[str, Tensor]:
 
 
 def write(encoder: VisionTransformer, folder: Path, about: Mapping[str, str] = PLAIN) -> None:
-    """Writes both configurations and `model.safetensors`, of a Dinov2WithRegisters or, without registers, a Dinov2.
+    """Writes both configurations and `model.safetensors`, of a Dinov2WithRegisters, without registers a Dinov2, or
+    of RADIO's family a RadioModel.
 
     `about` is metadata of the latter.
     """
+    if isinstance(encoder, RADIOViT):
+        to_hf_radio.write(encoder, folder, about)
+        return
     cfg = encoder.cfg
     refuse_unlike(encoder, "transformers")
     if cfg.layer_scale is None:
@@ -90,6 +96,9 @@ def read(folder: Path) -> Reader:
             shown = ", ".join(names[:4])
             raise ExportError(f"transformers does not take the weights that were written: {kind} {shown}")
     model = model.float().eval()
+
+    if to_hf_radio.is_radio(folder):
+        return to_hf_radio.reader(model, folder)
 
     def run(images: Tensor) -> Outputs:
         return {"tokens": model(pixel_values=images).last_hidden_state}

@@ -193,10 +193,11 @@ def build_graph(encoder: VisionTransformer, about: Mapping[str, str] = PLAIN) ->
 
 def _refuse(encoder: VisionTransformer) -> None:
     cfg = encoder.cfg
-    if cfg.pos_embed != "learned" or not cfg.cls_token or not all(hasattr(b.mlp, "fc1") for b in encoder.blocks):
+    plain = type(encoder) is VisionTransformer and cfg.pos_embed == "learned" and cfg.cls_token
+    if not plain or not all(hasattr(block.mlp, "fc1") for block in encoder.blocks):
         raise ExportError(
-            "the onnx export knows encoders with a cls token, a learned position table and GELU's MLP alone: "
-            "export this one to safetensors instead"
+            "the onnx export knows encoders of the family vit with a cls token, a learned position table and GELU's "
+            "MLP alone: export this one to safetensors instead"
         )
     size = sum(p.numel() * 4 for p in encoder.parameters())
     if size > _SIZE_LIMIT:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dune_fast.dali_pipelines.storage import write_whole
+from dune_fast.infer.legends import font_for
 
 COLOURS = ((230, 126, 83), (93, 156, 206), (140, 190, 110), (205, 130, 190), (222, 190, 92), (110, 195, 190))
 """RGB of people, in turns."""
@@ -59,13 +60,16 @@ def draw_bodies(
 
 
 def draw_scores(image: np.ndarray, places: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """The image with each person's score at [P, 2] pixels (x, y)."""
+    """The image with each person's number and score at [P, 2] pixels (x, y), inside the image."""
     out = Image.fromarray(image)
     paint = ImageDraw.Draw(out)
-    radius = max(2, min(out.size) // 150)
-    for (x, y), score in zip(places.tolist(), scores.tolist(), strict=True):
+    radius, (font, line) = max(2, min(out.size) // 150), font_for(min(out.size))
+    for i, ((x, y), score) in enumerate(zip(places.tolist(), scores.tolist(), strict=True)):
         paint.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(255, 255, 255), outline=(0, 0, 0))
-        paint.text((x + 2 * radius, y - 3 * radius), f"{score:.2f}", fill=(255, 255, 255), stroke_width=1,
+        text, stroke = f"{i}: {score:.2f}", max(1, line // 16)
+        x = min(x + 2 * radius, out.width - font.getlength(text) - 2 * stroke)
+        y = min(max(y, line / 2), out.height - line / 2)
+        paint.text((max(x, stroke), y), text, fill=(255, 255, 255), font=font, anchor="lm", stroke_width=stroke,
                    stroke_fill=(0, 0, 0))  # fmt: skip
     return np.asarray(out)
 

@@ -1,7 +1,7 @@
 """Segmentation and depth of photographs: `dune-fast infer seg | depth`.
 
     seg     NAME.labels.png   the class of each pixel, 8 bits (16 with more than 256 classes)
-            NAME.seg.png      the photograph with the classes' colours over it, and their names or numbers
+            NAME.seg.png      the photograph under the classes' colours, with the names of those of 0.5 % or more
             classes.json      label -> name and colour
     depth   NAME.depth.png    millimetres, 16 bits
             NAME.depth.npy    metres, float32
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 SHORT_SIDE = 480
 """Pixels, of the images that depth heads are trained and evaluated on (NYUd's); larger images are made so small."""
 _STRENGTH = 0.55  # of colours over the photograph
+_NAMED = 0.005  # share of an image from which on a class is in its legend
 _MILLIMETRES, _DEEPEST = 1000.0, 65.535
 
 
@@ -75,7 +76,7 @@ def run(
     device = device or torch.device("cpu")
     model = open_model(
         encoder, device, teacher=teacher, projector=head.projector, norm=head.normalised, layers=head.layers,
-        precision=precision,
+        last_blocks=head.last_blocks, precision=precision,
     )  # fmt: skip
     check_model(head, model)
     head, results = head.eval().to(device), []
@@ -147,11 +148,13 @@ def _write_labels(
     counts = np.bincount(labels.reshape(-1), minlength=head.classes)
     present = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
     called = {i: head.names[i] if head.names else str(i) for i in present}
+    said = [i for i in present if counts[i] >= _NAMED * labels.size] or present[:1]
     overlay = np.round((1 - _STRENGTH) * image + _STRENGTH * colours[labels]).astype(np.uint8)
     files = [out / f"{name}.labels.png", out / f"{name}.seg.png"]
     Image.fromarray(labels.astype(np.uint8 if head.classes <= 256 else np.uint16)).save(files[0])
     shares = {called[i]: counts[i] / labels.size for i in present}
-    entries = [(f"{called[i]} {100 * counts[i] / labels.size:.0f} %", colours[i]) for i in present]
+    words = {i: called[i] if head.names else f"class {i}" for i in said}
+    entries = [(f"{100 * counts[i] / labels.size:.0f} % {words[i]}", colours[i]) for i in said]
     with_class_legend(overlay, entries).save(files[1])
     return {"classes": {key: round(float(share), 4) for key, share in shares.items()}, "files": list(map(str, files))}
 

@@ -31,17 +31,29 @@ def depth_colours(depth: np.ndarray, low: float, high: float) -> np.ndarray:
     return colours
 
 
-def _font(height: int) -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, int]:
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def font_for(height: int) -> tuple[Font, int]:
     """A font, and its lines' height, for an image of so many pixels."""
     size = int(np.clip(height / 28, 11, 40))
     return ImageFont.load_default(size), round(1.5 * size)
 
 
+def _shortened(text: str, font: Font, width: float) -> str:
+    """The text, its end cut off where it is wider than so many pixels."""
+    if font.getlength(text) <= width:
+        return text
+    kept = next((n for n in range(len(text), 0, -1) if font.getlength(f"{text[:n]}...") <= width), 0)
+    return f"{text[:kept].rstrip()}..."
+
+
 def with_class_legend(image: np.ndarray, entries: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
     """The image with a strip below it: a box of colour and a name each, as many a line as fit."""
-    font, line = _font(image.shape[0])
+    font, line = font_for(image.shape[0])
     width, places, x, y = max(image.shape[1], 120), [], 0, 0
     for name, colour in entries:
+        name = _shortened(name, font, width - 2 * line)
         needed = round(font.getlength(name)) + 2 * line
         if x and x + needed > width:
             x, y = 0, y + line
@@ -60,7 +72,7 @@ def with_class_legend(image: np.ndarray, entries: Sequence[tuple[str, np.ndarray
 def with_depth_legend(colours: np.ndarray, low: float, high: float) -> Image.Image:
     """The image with a bar of colours at its right and the metres that they stand for, near ones at the bottom."""
     height = colours.shape[0]
-    font, line = _font(height)
+    font, line = font_for(height)
     bar, marks = max(10, line // 2), max(2, min(6, height // (2 * line)))
     canvas = Image.new("RGB", (colours.shape[1] + 2 * bar + round(font.getlength(" 88.888 m")), height), "white")
     canvas.paste(Image.fromarray(colours), (0, 0))

@@ -33,7 +33,7 @@ def write_ply(path: Path, points: np.ndarray, colours: np.ndarray) -> None:
 def draw_matches(
     path: Path, images: Sequence[np.ndarray], pixels: Sequence[np.ndarray], depths: Sequence[np.ndarray]
 ) -> None:
-    """Both images with lines between matches, evenly chosen where there are many, and both depth maps beside them.
+    """Both images with lines between matches, evenly chosen where there are many, and their depth maps below them.
 
     Args:
         path: PNG to write.
@@ -43,12 +43,13 @@ def draw_matches(
     """
     positive = np.concatenate([depth[depth > 0] for depth in depths])
     low, high = np.percentile(positive, (2, 98)) if len(positive) else (0.0, 1.0)
-    maps = [with_depth_legend(depth_colours(depth, low, high), low, high) for depth in depths]
-    parts = [*(Image.fromarray(image) for image in images), *maps]
-    lefts = np.cumsum([0, *(part.width + _GAP for part in parts)])
-    canvas = Image.new("RGB", (int(lefts[-1]) - _GAP, max(part.height for part in parts)), "white")
-    for part, left in zip(parts, lefts, strict=False):
-        canvas.paste(part, (int(left), 0))
+    maps = [depth_colours(depth, low, high) for depth in depths]
+    parts = Image.fromarray(maps[0]), with_depth_legend(maps[1], low, high)
+    lefts, top = (0, images[0].shape[1] + _GAP), max(image.shape[0] for image in images) + _GAP
+    canvas = Image.new("RGB", (lefts[1] + parts[1].width, top + max(part.height for part in parts)), "white")
+    for image, part, left in zip(images, parts, lefts, strict=True):
+        canvas.paste(Image.fromarray(image), (left, 0))
+        canvas.paste(part, (left, top))
     draw = ImageDraw.Draw(canvas)
     count = len(pixels[0])
     for i in np.unique(np.linspace(0, count - 1, _DRAWN).round().astype(int)) if count else ():

@@ -1,7 +1,8 @@
 """The people of photographs as SMPL-X bodies: `dune-fast infer multihmr`.
 
 For each image NAME.jpg the folder gets NAME.npz, the people as `heads.multihmr.people_files` describes them, in pixels
-of the image; NAME_people.png, the bodies drawn; NAME_person0.obj and so on, a mesh each.
+of the image, turned upright; NAME_people.png, the bodies drawn, with number and score; NAME_person0.obj and so on, a
+mesh each.
 """
 
 from __future__ import annotations

@@ -14,10 +14,11 @@ from dune_fast.distill.narrowing import NarrowingError, check_pair
 from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.engine.flops import published_network, run_flops
 from dune_fast.engine.overrides import config_names
-from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.planner.budget import Alternative, Machine, longest
 from dune_fast.planner.cached import cached
 from dune_fast.planner.numbers import COUNTED, Number
+from dune_fast.student import StudentConfig
 from dune_fast.teachers.config import TeacherConfig
 
 _MEASURED = "measured on a small student and a short schedule: docs/training_well.md"
@@ -102,7 +103,8 @@ def _less_of_the_teachers(cfg: RunConfig, machine: Machine, add: Callable, found
     objective = cfg.objective
     if objective.sharing == "full" and objective.drop_probability and not objective.presample:
         add("presample", "each image's teachers drawn before they run", ["objective.presample=true"])
-    if scaled := [f"teachers.{name}.scale={SCALE}" for name in _vits(cfg) if cfg.teachers[name].scale == 1]:
+    plain = [name for name in _vits(cfg) if cfg.teachers[name].scale == 1 and cfg.teachers[name].input_size is None]
+    if scaled := [f"teachers.{name}.scale={SCALE}" for name in plain]:
         add("teachers' scale", f"teachers' images of {SCALE} of the side", scaled)
 
 
@@ -112,12 +114,13 @@ def _vits(cfg: RunConfig) -> list[str]:
 
 
 def _smaller_student(cfg: RunConfig) -> str | None:
-    """The largest student of `configs/student` that is smaller, of the same patch size."""
+    """The largest student of `configs/student` that is smaller, of the same family and patch size."""
     sizes = {}
     for name, path in config_names("student").items():
-        other = OmegaConf.merge(OmegaConf.structured(ViTConfig), OmegaConf.load(path))
+        other = OmegaConf.merge(OmegaConf.structured(StudentConfig), OmegaConf.load(path))
         size = other.embed_dim**2 * other.depth
-        if other.patch_size == cfg.student.patch_size and size < cfg.student.embed_dim**2 * cfg.student.depth:
+        alike = (other.family, other.patch_size) == (cfg.student.family, cfg.student.patch_size)
+        if alike and size < cfg.student.embed_dim**2 * cfg.student.depth:
             sizes[name] = size
     return max(sizes, key=sizes.__getitem__) if sizes else None
 

@@ -39,7 +39,8 @@ def beside(cfg: RunConfig, gpus: int, flops_per_second: float) -> Beside:
     look = held_out * (student + frozen) / flops_per_second
     once = START_S + size / (DISK_GB_S * 1e9) + (2 * look if cfg.evaluation.held_out else 0.0)
     ahead = cfg.start.images * gpus if cfg.start.wanted else 0  # by one rank
-    ahead += cfg.standardization.phi_s_batches * train.global_batch if cfg.standardization.convention == "phi_s" else 0
+    tokens = {cfg.standardization.of(token) for t in cfg.teachers.values() for token in t.token_types}
+    ahead += cfg.standardization.phi_s_batches * train.global_batch if "phi_s" in tokens else 0
     once += ahead * (student + frozen) / flops_per_second
     step = copied / train.checkpoint_every
     if cfg.evaluation.every:

@@ -13,20 +13,20 @@ from dataclasses import dataclass
 import torch
 
 from dune_fast.dali_pipelines.loader import group_weights
-from dune_fast.distill.objective import ownership
+from dune_fast.distill.objective import ownership, term_states
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.config_sections import CacheConfig, StandardizationConfig
 from dune_fast.engine.deepspeed_engine import Engine, init_distributed
 from dune_fast.engine.devices import autocast_dtype, device_name
-from dune_fast.engine.flops import run_flops, teachers_by_trunk
+from dune_fast.engine.flops import run_flops
 from dune_fast.engine.memory import device_memory, fit
 from dune_fast.planner.budget import Machine
 from dune_fast.planner.gpus import gpu_of_device
 from dune_fast.planner.numbers import MEASURED, Number
 from dune_fast.student import build_student
-from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.config import TeacherConfig, teachers_by_trunk
 from dune_fast.teachers.ensemble import TeacherEnsemble
 from dune_fast.teachers.registry import family_class
 from dune_fast.teachers.vit import ViTTeacher
@@ -95,10 +95,11 @@ def calibrate(cfg: RunConfig, steps: int, gpus: int = 1) -> Calibration:
     student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
     student.compute_in(dtype, cfg.train.student_stream)
     student.encoder.activation_checkpointing = cfg.train.activation_checkpointing
-    statistics = TeacherStatistics(cfg.teacher_features, cfg.standardization.convention, cfg.standardization.eps)
+    statistics = TeacherStatistics.of(cfg.teacher_features, cfg.standardization)
     step = DistillationStep(
         student, TeacherEnsemble(teachers, cfg.student.patch_size, dtype, device), statistics.to(device), own,
         cfg.objective, cfg.train.seed,
+        states=term_states(cfg.objective, cfg.teacher_features, cfg.train.global_batch).to(device),
     )  # fmt: skip
     engine = step.student = Engine(student, cfg.optimizer, size, 0)
     generator = torch.Generator().manual_seed(0)

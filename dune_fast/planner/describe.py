@@ -40,7 +40,7 @@ def describe(cfg: RunConfig, experiment: str, gpus: Sequence[int], tflops: float
     ]
     if cfg.progressive:
         shares = "; ".join(
-            f"steps {stage.first + 1:,} to {stage.end:,} at {stage.image_size} px, {_tera(part.training)} in training"
+            f"steps {stage.first + 1:,} to {stage.end:,} at {stage}, {_tera(part.training)} in training"
             for stage, part in stage_flops(cfg)
         )
         lines.append(f"  (means over the run, which is progressive: {shares})")
@@ -49,9 +49,9 @@ def describe(cfg: RunConfig, experiment: str, gpus: Sequence[int], tflops: float
     else:
         total = flops.training * images
         lines.append(f"  TFLOP an image in training: {_tera(flops.training)}; the run: {total / 1e18:.3g} EFLOP")
-        if cfg.objective.route_by_dataset or cfg.objective.presample:
-            why = "presample" if cfg.objective.presample else "route_by_dataset"
-            lines.append(f"  (means over images: each goes to the teachers that it counts for, {why})")
+        options = "presample", "route_by_dataset", "teachers_per_step"
+        if given := [name for name in options if getattr(cfg.objective, name)]:
+            lines.append(f"  (means over images: each goes to the teachers that it counts for, {given[0]})")
     for count in gpus:
         lines += _memory(cfg, experiment, count)
     lines.append(f"  disk: {disk_bytes(cfg) / 2**30:.2f} GiB at most")

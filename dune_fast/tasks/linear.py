@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.engine.config import ConfigError, RunConfig
@@ -238,6 +239,8 @@ class SharedBatchNorm(nn.BatchNorm2d):
 
     @staticmethod
     def over_ranks(x: Tensor) -> None:
-        """Sums in place."""
+        """Sums in place; tensors without content, of an estimate of the memory, are this rank's alone."""
+        if isinstance(x, FakeTensor):
+            return
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             sum_over_ranks(x)

@@ -21,7 +21,7 @@ from dune_fast.distill.step import PerImage, StepOutput
 from dune_fast.engine.config import ConfigError, RunConfig
 from dune_fast.engine.deepspeed_engine import Engine
 from dune_fast.engine.guards import Names
-from dune_fast.engine.memory import ADAM_BYTES
+from dune_fast.engine.memory import ADAM_BYTES, SPARE, Fit
 from dune_fast.engine.run_folder import refuse_other_images
 from dune_fast.engine.same_ranks import refuse_differences
 from dune_fast.engine.task import Place, Work
@@ -31,7 +31,7 @@ from dune_fast.heads.files import FILE, load_head, save_head
 from dune_fast.heads.head import Head, check_encoder
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.load import load_encoder
-from dune_fast.tasks import TASKS
+from dune_fast.tasks import TASKS, memory
 from dune_fast.tasks.head_task import Batch, FrozenEncoder, HeadTask, Missing
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,23 @@ class HeadTraining:
         values = 4 + ADAM_BYTES + (4 if self.cfg.train.ema else 0)
         return values * sum(p.numel() for p in head.parameters() if p.requires_grad)
 
-    def fit(self, ranks: int, available: int, low_precision: bool, parts: int | None = None) -> None:
-        """There is no estimate of what a head's step takes."""
+    def fit(self, ranks: int, available: int, low_precision: bool, parts: int | None = None) -> Fit | None:
+        """The fewest parts that fit, by examples of the data; None for a given number of parts: it is taken as it is.
+
+        One rank calls it.
+        """
+        if parts is not None:
+            return None
+        found = memory.fit(
+            self.cfg, head_task(self.cfg), self.network, ranks, available, low_precision, torch.cuda.is_available()
+        )
+        logger.info("train.accumulation=0: %d examples a step and device, %s", found.images, found)
+        if not found.fits:
+            logger.warning(
+                "by this estimate less than %.0f %% of the memory is left: take more devices, deepspeed.zero_stage=2, "
+                "smaller images or a smaller head", 100 * SPARE,
+            )  # fmt: skip
+        return found
 
     def build(self, run: Place, resume_step: int | None) -> nn.Module:
         self.run = run
@@ -263,6 +278,11 @@ def start_from(head: Head, weights: str) -> str:
     other = load_head(weights)
     if other.kind != head.kind:
         raise ConfigError(f"head.weights={weights} is a {other.kind} head, not a {head.kind} head")
+    if (read := other.blocks(12)) and (wanted := head.blocks(12)) and read != wanted:
+        raise ConfigError(
+            f"head.weights={weights} reads the blocks {[i + 1 for i in read]} of an encoder of 12 blocks, this head "
+            f"{[i + 1 for i in wanted]}: give one that reads the same, or leave it out"
+        )
     own, theirs = head.state_dict(), other.state_dict()
     fitting = {name: x for name, x in theirs.items() if name in own and own[name].shape == x.shape}
     if not fitting:

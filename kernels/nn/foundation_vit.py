@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dune_fast.kernels.nn.block import ACTIVATIONS, LAYER_NORM_EPS, MLP, MLP_KINDS, LayerNorm, Linear
+from dune_fast.kernels.nn.draws import StepDraws
 from dune_fast.kernels.nn.patches import SharedPatches
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 
@@ -95,8 +96,8 @@ class FoundationViT(VisionTransformer):
         if cfg.pos_embed == "rope2d":
             self.register_buffer("rope_periods", torch.zeros(dim // cfg.num_heads // 4))
 
-    def embed(self, images: Tensor, patches: SharedPatches | None = None) -> Tensor:
-        x = super().embed(images, patches)
+    def embed(self, images: Tensor, patches: SharedPatches | None = None, draws: StepDraws | None = None) -> Tensor:
+        x = super().embed(images, patches, draws)
         if self.cfg.pos_embed == "rope2d":  # cls and registers, which the table does not bring
             tokens = [self.cls_token, self.register_tokens] if self.cfg.num_registers else [self.cls_token]
             x = torch.cat([torch.cat(tokens, dim=1).expand(len(x), -1, -1), x], dim=1)

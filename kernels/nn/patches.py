@@ -71,7 +71,12 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor, patches: SharedPatches | None = None) -> Tensor:
         """`patches`: where other networks of this step find the same pixels."""
         pixels = (patches or unfold)(images, self.patch_size, product_dtype(images))
-        weight = self.proj.weight.flatten(1).to(pixels.dtype)
+        kernel, bias = self.projection()
+        weight = kernel.flatten(1).to(pixels.dtype)
         if padding := pixels.shape[-1] - weight.shape[1]:
             weight = F.pad(weight, (0, padding))
-        return F.linear(pixels, weight, self.proj.bias)
+        return F.linear(pixels, weight, bias)
+
+    def projection(self) -> tuple[Tensor, Tensor | None]:
+        """The kernel [D, 3, p, p] and the bias [D] that images of this call are multiplied by."""
+        return self.proj.weight, self.proj.bias

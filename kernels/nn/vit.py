@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -28,6 +28,7 @@ from dune_fast.kernels.nn.block import (
     run_blocks,
 )
 from dune_fast.kernels.nn.dinov2_interface import DINOv2Interface
+from dune_fast.kernels.nn.draws import StepDraws
 from dune_fast.kernels.nn.patches import PatchEmbed, SharedPatches
 from dune_fast.kernels.rope2d import grid_positions, rope2d_angles
 
@@ -82,6 +83,11 @@ class ViTConfig:
             raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
 
 
+def plain(cfg: ViTConfig) -> ViTConfig:
+    """The fields that a `ViTConfig` has, of a configuration that may have more."""
+    return ViTConfig(**{f.name: getattr(cfg, f.name) for f in fields(ViTConfig)})
+
+
 def nearest_multiples(size: int, step: int) -> str:
     """The multiples of `step` on both sides of `size`, for error messages: "98 and 112"."""
     below = size // step * step
@@ -118,6 +124,8 @@ class VisionTransformer(DINOv2Interface, nn.Module):
     like that. `forward` applies the final norm and returns the dictionary that users of DINOv2 know.
     """
 
+    config_class: ClassVar[type[ViTConfig]] = ViTConfig
+    """Type of `cfg`."""
     activation_checkpointing = False
     """Whether the backward pass computes each block again instead of keeping what is inside."""
     stream_dtype: torch.dtype | None = None
@@ -142,6 +150,14 @@ class VisionTransformer(DINOv2Interface, nn.Module):
         )
         self.norm = LayerNorm(dim, eps=cfg.norm_eps) if cfg.final_norm else nn.Identity()
 
+    @classmethod
+    def for_student(cls, cfg: ViTConfig, num_cls: int) -> VisionTransformer:
+        """See `kernels.nn.encoders.ENCODERS`."""
+        if num_cls != int(cfg.cls_token):
+            given = f"student.cls_per_teacher asks for {num_cls} cls tokens, and this student.family has one"
+            raise ValueError(f"{given}: set it to false, or choose student.family=radio")
+        return cls(cls.config_class(**asdict(plain(cfg))))
+
     def init_weights(self) -> VisionTransformer:
         """Draws the student's initial weights from torch's generator; see `dune_fast.student.build_student`.
 
@@ -160,9 +176,14 @@ class VisionTransformer(DINOv2Interface, nn.Module):
         return self
 
     @property
+    def num_cls(self) -> int:
+        """Tokens of classes or summaries, which come first."""
+        return int(self.cfg.cls_token)
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches: cls and registers."""
-        return int(self.cfg.cls_token) + self.cfg.num_registers
+        return self.num_cls + self.cfg.num_registers
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of images [B, 3, H, W]; ValueError if H or W is not a multiple of the patch."""
@@ -178,15 +199,24 @@ class VisionTransformer(DINOv2Interface, nn.Module):
                 )
         return height // patch, width // patch
 
+    @property
+    def table_prefix(self) -> int:
+        """Rows of the position table that stand for no patch."""
+        return int(self.cfg.cls_token)
+
+    def registers(self) -> Tensor:
+        """What the registers are before the first block, [1, R, D]."""
+        return self.register_tokens
+
     def positions(self, height: int, width: int) -> Tensor:
         """The position table for a grid of height x width patches, [1, cls + height * width, D]."""
         cfg = self.cfg
         return resize_positions(
-            self.pos_embed, height, width, int(cfg.cls_token), cfg.interpolate_offset, cfg.interpolate_antialias
+            self.pos_embed, height, width, self.table_prefix, cfg.interpolate_offset, cfg.interpolate_antialias
         )
 
-    def embed(self, images: Tensor, patches: SharedPatches | None = None) -> Tensor:
-        """Images [B, 3, H, W] to the tokens before the first block, [B, P + N, D]; `patches` as in `PatchEmbed`."""
+    def embed(self, images: Tensor, patches: SharedPatches | None = None, draws: StepDraws | None = None) -> Tensor:
+        """Images [B, 3, H, W] to the tokens before the first block, [B, P + N, D]; see `block_outputs`."""
         height, width = self.grid(images)
         x = self.patch_embed(images, patches)
         if self.cfg.pos_embed != "learned":
@@ -195,7 +225,7 @@ class VisionTransformer(DINOv2Interface, nn.Module):
         # the patches' type
         table, at = self.positions(height, width), int(self.cfg.cls_token)
         cls = [self.cls_token + table[:, :1]] if self.cfg.cls_token else []
-        registers = [self.register_tokens] if self.cfg.num_registers else []
+        registers = [self.registers()] if self.cfg.num_registers else []
         return F.pad(x, (0, 0, self.num_prefix_tokens, 0)) + torch.cat([*cls, *registers, table[:, at:]], dim=1)
 
     def stream(self, x: Tensor) -> torch.dtype:
@@ -212,32 +242,44 @@ class VisionTransformer(DINOv2Interface, nn.Module):
         return rope2d_angles(positions, self.cfg.embed_dim // self.cfg.num_heads)
 
     def block_outputs(
-        self, images: Tensor, blocks: Sequence[int], patches: SharedPatches | None = None
-    ) -> dict[int, Tensor]:
+        self, images: Tensor, blocks: Sequence[int], patches: SharedPatches | None = None,
+        draws: StepDraws | None = None,
+    ) -> dict[int, Tensor]:  # fmt: skip
         """Un-normalised tokens [B, P + N, D] after chosen blocks, by index; ValueError for a block that there is not.
 
         Args:
             images: [B, 3, H, W].
             blocks: indices from 0; -1 is the embedding before the first block. No block beyond the largest is run.
             patches: shared with the other networks of a step, see `PatchEmbed`.
+            draws: random numbers of a training step, for a network that takes some; None in evaluation.
         """
         unknown = [i for i in blocks if not -1 <= i < len(self.blocks)]
         if unknown or not blocks:
             depth = len(self.blocks)
             raise ValueError(f"blocks {list(blocks)} of an encoder with {depth}: give some of -1 .. {depth - 1}")
-        x = self.embed(images, patches)
+        x = self.embed(images, patches, draws)
         x = x.to(self.stream(x))
-        rope = self.rope(images)
         outputs = {-1: x} if -1 in blocks else {}
-        for i, tokens in enumerate(run_blocks(self.blocks[: max(blocks) + 1], x, rope, self.activation_checkpointing)):
-            if i in blocks:
-                outputs[i] = tokens
-        return outputs
+        return outputs | self.run(x, blocks, images, draws)
+
+    def run(
+        self, x: Tensor, blocks: Sequence[int], images: Tensor, draws: StepDraws | None = None
+    ) -> dict[int, Tensor]:
+        """Un-normalised tokens [B, P + N, D] after chosen blocks, by index, of the embedding x; see `block_outputs`."""
+        rope = self.rope(images)
+        tokens = run_blocks(self.blocks[: max(blocks) + 1], x, rope, self.activation_checkpointing)
+        return {i: after for i, after in enumerate(tokens) if i in blocks}
 
     def forward_tokens(self, images: Tensor) -> Tensor:
         """Un-normalised tokens after the last block, [B, P + N, D]."""
         last = len(self.blocks) - 1
         return self.block_outputs(images, [last])[last]
+
+    def without_registers(self, tokens: Tensor) -> Tensor:
+        """[cls, patches] of all tokens [B, P + N, D]."""
+        if self.num_prefix_tokens == self.num_cls:
+            return tokens
+        return torch.cat([tokens[:, : self.num_cls], tokens[:, self.num_prefix_tokens :]], dim=1)
 
     def split(self, tokens: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """Tokens [B, P + N, D] into (cls [B, D] or None, registers [B, R, D], patches [B, N, D]), views."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 from bench.heads_proof import __main__, multihmr
 from bench.heads_proof.bodies import body_arrays
 from bench.heads_proof.people import Painter, PeopleConfig
+from dune_fast.heads.files import load_head
 from dune_fast.heads.multihmr.camera import default_intrinsics, project
 from dune_fast.heads.multihmr.smplx import BodyModel
 from dune_fast.heads.multihmr.targets import PARTS
@@ -63,6 +65,13 @@ def test_the_proof_runs_and_says_whether_it_holds(backgrounds, tmp_path, monkeyp
         assert page.size == (6 * 56, 3 * 56)
     kept = multihmr.prepared(cfg, BodyModel(body_arrays(400)), tmp_path / "work")  # read, not encoded again
     assert kept["test"][0].shape == (6, 16, 24) and len(kept["test"][1]) == 6
+    # the test images are not those that settings and limits were chosen on
+    fresh, tuned_on = (
+        Painter(BodyModel(body_arrays(400)), dataclasses.replace(CFG, seed=seed), backgrounds, "test")(0)[0]
+        for seed in (cfg.test_seed, CFG.seed)
+    )
+    assert np.array_equal(kept["test"][2][0], fresh) and not np.array_equal(kept["test"][2][0], tuned_on)
+    assert load_head(tmp_path / "work" / "head.safetensors").kind == "multihmr"
 
 
 def test_the_mean_of_people_is_a_person():

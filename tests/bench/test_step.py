@@ -20,9 +20,8 @@ from bench.toy.conv_patchify import toy_teacher
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.config_sections import TrainConfig
 from dune_fast.engine.deepspeed_engine import init_distributed
-from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.kernels.rope2d import grid_positions, rope2d_angles, rope2d_reference
-from dune_fast.student import build_student
+from dune_fast.student import StudentConfig, build_student
 from dune_fast.teachers.config import TeacherConfig
 
 CPU = torch.device("cpu")
@@ -33,7 +32,7 @@ def config() -> RunConfig:
     """Three ViT teachers of the published families, as small as published sizes are."""
     return RunConfig(
         image_size=56,
-        student=ViTConfig(image_size=56, embed_dim=48, depth=2, num_heads=3),
+        student=StudentConfig(image_size=56, embed_dim=48, depth=2, num_heads=3),
         teachers={
             "dinov2": TeacherConfig("dinov2", "random:1", 14, 192, image_size=56, num_registers=4, groups=["generic"]),
             "mast3r": TeacherConfig("mast3r", "random:2", 16, 192, ["patch"], mean=HALF, std=HALF, groups=["3d"]),

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dune_fast import cli
 from dune_fast.cache.formats import FORMATS, decode, encode
 from dune_fast.cache.store import IMAGES, CacheError, Store, Stored, shard_path
 from dune_fast.dali_pipelines.datasets import index_datasets
-from dune_fast.dali_pipelines.plan import TrainPlans
+from dune_fast.dali_pipelines.plan import Part, TrainPlans
 from dune_fast.dali_pipelines.source import ImageSource
 from dune_fast.engine.cache_build import build as build_cache
 from dune_fast.engine.cache_shard import bytes_per_view
@@ -73,6 +74,20 @@ def test_a_cached_run_has_the_losses_of_the_live_one(photos, cache, tmp_path, mo
         assert other == pytest.approx(one, rel=1e-3)
 
 
+def test_statistics_of_a_cache_are_those_of_the_live_features(photos, tmp_path, capsys):
+    cfg = composed(photos, tmp_path / "cache", "data.views=1")
+    paths = [str(tmp_path / name) for name in ("cached.safetensors", "live.safetensors")]
+    assert cli.main(["cache", "statistics", paths[0], "--cache", str(build_cache(cfg))]) == 0
+    assert cli.main(["cache", "statistics", paths[1], *small_run(photos, tmp_path / "run"), "data.views=1"]) == 0
+    cached, live = map(load_file, paths)
+    assert sorted(cached) == ["one/cls/mean", "one/cls/std", "one/patch/mean", "one/patch/std", "two/patch/mean",
+                              "two/patch/std"]  # fmt: skip
+    for name, x in live.items():
+        torch.testing.assert_close(cached[name], x, rtol=1e-5, atol=1e-6)
+    for wrong in ([], ["--cache", str(tmp_path / "cache"), "experiment=demo"], ["--images", "1", "experiment=demo"]):
+        assert cli.main(["cache", "statistics", paths[0], *wrong]) == 2
+
+
 def test_a_start_asks_the_teachers(photos, cache, tmp_path):
     more = "standardization.convention=phi_s", "standardization.phi_s_batches=2", "start.fit_projectors=true"
     train(small_run(photos, tmp_path / "live"), *VIEWS, *more)
@@ -85,7 +100,7 @@ def test_a_start_asks_the_teachers(photos, cache, tmp_path):
 def test_views_take_turns_and_repeat(photos):
     cfg = composed(photos, photos.with_name("none"))
     source = ImageSource(index_datasets(cfg.data), "train", cfg.data)
-    plans = TrainPlans(source, cfg.data, lambda step: 56, 20, slice(0, 20), 0)  # a pass is one step
+    plans = TrainPlans(source, cfg.data, lambda step: 56, 20, [Part(slice(0, 20))], 0)  # a pass is one step
     seen = [plans(step) for step in range(4)]
     windows = [{image: tuple(plan.geometry.window[i]) for i, image in enumerate(plan.images)} for plan in seen]
     assert windows[0] == windows[2] and windows[1] == windows[3] and windows[0] != windows[1]
@@ -93,7 +108,7 @@ def test_views_take_turns_and_repeat(photos):
     colours = [dict(zip(plan.images, plan.colour.brightness.tolist(), strict=True)) for plan in seen]
     assert colours[0] == colours[2] != colours[1]
     cfg.data.fresh_colour = True
-    fresh = TrainPlans(source, cfg.data, lambda step: 56, 20, slice(0, 20), 0)
+    fresh = TrainPlans(source, cfg.data, lambda step: 56, 20, [Part(slice(0, 20))], 0)
     first, third = fresh(0), fresh(2)
     assert sorted(first.views) == sorted(third.views)
     assert sorted(first.colour.brightness.tolist()) != sorted(third.colour.brightness.tolist())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dune_fast.distill.objective import ObjectiveConfig, presampled
+from dune_fast.distill.objective import ObjectiveConfig, drawn_teachers, presampled
 from dune_fast.kernels.distill_loss import distill_loss_reference
 from dune_fast.kernels.moments import moments
 from dune_fast.kernels.nn.routing import PatchSubset, patches_of_views, select
@@ -70,6 +70,20 @@ def test_presampled_teachers_give_what_masking_them_would(projector, images):
         _, expected = whole(images)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_so_many_teachers_are_drawn_for_a_whole_step(images):
+    """By running statistics: the mean of the drawn ones' losses, whose teachers alone run; all are drawn as often."""
+    whole = Distillation(False, "full", drop_probability=0.0)
+    economical = Distillation(False, "full", teachers_per_step=2)
+    kept = drawn_teachers(3, 2, 0, 0)
+    every, (found, _) = whole(images)[0], economical(images)
+    torch.testing.assert_close(found.loss, every.images.losses[torch.from_numpy(kept)].mean())
+    assert sorted(economical.seen) == sorted(np.array(list(TEACHERS))[kept])
+    often = np.mean([drawn_teachers(5, 2, step, 7) for step in range(4000)], axis=0)
+    np.testing.assert_allclose(often, 0.4, atol=0.04)
+    with pytest.raises(ValueError, match="choose one of them"):
+        ObjectiveConfig(teachers_per_step=2, presample=True)
 
 
 def test_presampling_without_dropping_is_the_whole_step(images):

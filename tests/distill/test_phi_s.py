@@ -167,5 +167,5 @@ def test_constant_features_stay_finite():
 def test_nothing_to_estimate_from_is_explained():
     with pytest.raises(ValueError, match="no two rows of a's cls"):
         estimated()
-    with pytest.raises(ValueError, match="'dune' estimates nothing"):
+    with pytest.raises(ValueError, match="no token type has the convention 'phi_s'"):
         TeacherStatistics(TEACHERS).estimate([features(2, 0)])

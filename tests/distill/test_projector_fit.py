@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dune_fast.distill.projector_fit import fit_projectors, last_layers
+from dune_fast.distill.projector_fit import fit_projectors
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.kernels.distill_loss import standardize
 from dune_fast.kernels.nn.vit import ViTConfig
-from dune_fast.student import ProjectorConfig, Student, build_student
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import Student, build_student
 
 TEACHERS = {"one": (8, ("cls", "patch")), "two": (12, ("patch",))}
 IMAGES = 48
@@ -24,7 +25,7 @@ def hidden_linear_maps(student: Student, images: torch.Tensor) -> dict[str, dict
     """Features that a last layer can give: the projections of a student whose last layers are other ones."""
     with torch.no_grad():
         for projector in student.projectors.values():
-            for layer in set(last_layers(projector).values()):
+            for layer in set(projector.last_layers().values()):
                 torch.nn.init.normal_(layer.weight)
                 torch.nn.init.normal_(layer.bias)
         return {name: {k: 3 * x + 5 for k, x in tokens.items()} for name, tokens in student(images).items()}

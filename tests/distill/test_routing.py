@@ -14,7 +14,8 @@ from dune_fast.distill.step import DistillationStep
 from dune_fast.kernels.moments import moments
 from dune_fast.kernels.nn.routing import make_routes, union, within
 from dune_fast.kernels.nn.vit import ViTConfig
-from dune_fast.student import ProjectorConfig, build_student
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import build_student
 from dune_fast.teachers.ensemble import TeacherEnsemble
 
 GROUPS = ["3d", "generic", "human"]

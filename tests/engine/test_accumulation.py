@@ -14,7 +14,7 @@ from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.dali_pipelines.order import rank_slots
 from dune_fast.distill.step import PerImage, StepOutput
 from dune_fast.engine import trainer
-from dune_fast.engine.accumulation import merge, part_momentum, split
+from dune_fast.engine.accumulation import all_ranks, merge, part_momentum, split
 from dune_fast.engine.config import compose_config, load_config
 from dune_fast.engine.memory import SPARE, fit, image_bytes
 from dune_fast.engine.metrics import read_metrics
@@ -36,7 +36,7 @@ def test_parts_have_every_image_once_and_are_merged_in_order():
     assert all(part.step == 4 and len(part) == 2 and part.images.is_contiguous() for part in parts)
     assert parts[2].group_on_host.tolist() == [2, 5]
     outputs = [StepOutput(torch.ones(()), {}, PerImage(p.positions[None], p.positions[None] > 11)) for p in parts]
-    _, images = merge(outputs)
+    _, images = merge(outputs, len(outputs))
     assert torch.equal(images.losses[0], batch.positions) and torch.equal(images.finite[0], batch.positions > 11)
 
 
@@ -102,3 +102,19 @@ def test_parts_that_are_worked_out_stay_when_the_run_goes_on(overrides, tmp_path
     assert [record["loss"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == losses
     with pytest.raises(ValueError, match="train.accumulation: 2 -> 1"):
         build(overrides, "train.accumulation=1")
+
+
+@pytest.mark.parametrize("dim", [0, -1])
+def test_ranks_with_unequal_numbers_of_images_are_gathered_in_order(monkeypatch, dim):
+    """Regression: all_gather takes equal shapes, and partitions by ranks have others on every rank."""
+    every = [torch.arange(n * 2).view(n, 2).movedim(0, dim) + 100 * n for n in (3, 1)]
+    longest = [torch.cat([x.movedim(dim, 0), torch.zeros(3 - x.shape[dim], 2, dtype=x.dtype)]) for x in every]
+
+    def gather(parts, x):
+        known = [torch.tensor([3]), torch.tensor([1])] if x.shape == (1,) else longest
+        assert x.is_contiguous() and torch.equal(x, known[0])
+        for part, found in zip(parts, known, strict=True):
+            part.copy_(found)
+
+    monkeypatch.setattr("torch.distributed.all_gather", gather)
+    assert torch.equal(all_ranks(every[0], 2, dim), torch.cat(every, dim))

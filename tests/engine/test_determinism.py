@@ -14,8 +14,7 @@ from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.determinism import NotDeterministicError, deterministic_algorithms, explained
-from dune_fast.kernels.nn.vit import ViTConfig
-from dune_fast.student import build_student
+from dune_fast.student import StudentConfig, build_student
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.ensemble import TeacherEnsemble
 from tests.engine.conftest import build, same_weights, train
@@ -76,7 +75,7 @@ def test_no_operation_of_a_step_lacks_a_deterministic_form():
     half = [0.5] * 3
     cfg = RunConfig(
         image_size=168,  # tokens enough for the attention of long sequences
-        student=ViTConfig(image_size=168, embed_dim=48, depth=2, num_heads=3),
+        student=StudentConfig(image_size=168, embed_dim=48, depth=2, num_heads=3),
         teachers={
             "dinov2": TeacherConfig("dinov2", "random:1", 14, 192, image_size=56, num_registers=4, groups=["generic"]),
             "mast3r": TeacherConfig("mast3r", "random:2", 16, 192, ["patch"], mean=half, std=half, groups=["3d"]),

@@ -19,7 +19,8 @@ DUNE_TEACHERS = {
 UNIC_TEACHERS = dict.fromkeys(
     ("dbotft_vitbase_16", "deit3_vitbase_16", "dino_vitbase_16", "ibot_vitbase_16"), (768, ("cls", "patch"))
 )
-DUNE = ("dune_336", "dune_448", "dune_sp", "dune_lp", "dune_no_sharing", "dune_generic_sharing", "am_radio")
+DUNE = ("dune_336", "dune_448", "dune_sp", "dune_lp", "dune_no_sharing", "dune_generic_sharing")
+RADIO = ("am_radio", "phi_s")
 EPOCH = 1_281_167  # images of ImageNet-1K, the unit of both papers
 
 
@@ -51,7 +52,7 @@ def vit_parameters(size: int, patch: int, registers: int, dim: int = 768, depth:
 
 
 @pytest.mark.parametrize(("name", "size", "patch", "registers"), [
-    *((name, 448 if name == "dune_448" else 336, 14, 4) for name in DUNE), ("unic", 224, 16, 0),
+    *((name, 448 if name == "dune_448" else 336, 14, 4) for name in (*DUNE, *RADIO)), ("unic", 224, 16, 0),
 ])  # fmt: skip
 def test_students_have_the_papers_size(name, size, patch, registers):
     cfg = experiment(name)
@@ -63,11 +64,11 @@ def test_students_have_the_papers_size(name, size, patch, registers):
     assert sum(p.numel() for p in student.encoder.parameters()) == vit_parameters(size, patch, registers)
 
 
-@pytest.mark.parametrize("name", DUNE)
+@pytest.mark.parametrize("name", (*DUNE, *RADIO))
 def test_dune_distils_three_teachers_as_published(name):
     cfg = experiment(name)
     assert cfg.name == name
-    assert cfg.teacher_features == DUNE_TEACHERS
+    assert {name: tuple(features[:2]) for name, features in cfg.teacher_features.items()} == DUNE_TEACHERS
     dinov2, mast3r, multihmr = (cfg.teachers[teacher] for teacher in DUNE_TEACHERS)
     assert [t.family for t in (dinov2, mast3r, multihmr)] == ["dinov2", "mast3r", "multihmr"]
     assert [t.patch_size for t in (dinov2, mast3r, multihmr)] == [14, 16, 14]
@@ -75,13 +76,13 @@ def test_dune_distils_three_teachers_as_published(name):
     assert (dinov2.num_registers, dinov2.interpolate_offset, dinov2.interpolate_antialias) == (4, 0.1, False)
     assert mast3r.mean == mast3r.std == [0.5, 0.5, 0.5]
     assert len(cfg.data.datasets) == 19 and not cfg.data.group_weights and cfg.data.crop_scale == [0.4, 1.0]
-    assert cfg.standardization.convention == ("phi_s" if name == "am_radio" else "dune")
+    assert cfg.standardization.convention == ("none" if name in RADIO else "dune")
     assert cfg.standardization.eps is None
     assert (cfg.standardization.ema_start, cfg.standardization.ema_end) == (1.0, 0.001)
     optimizer = cfg.optimizer
     assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ([0.9, 0.99], 1e-15, 0.03)
     assert (optimizer.min_lr, optimizer.clip_per_parameter) == (1e-6, 1.0)
-    assert cfg.student.layer_scale == 1e-4 and cfg.objective.beta == 1.0
+    assert cfg.student.layer_scale == 1e-4 and cfg.objective.beta == (2.0 if name in RADIO else 1.0)
 
 
 @pytest.mark.parametrize("name", DUNE)
@@ -139,25 +140,33 @@ def test_ladder_of_dune_is_on_every_third_block():
     assert not hasattr(projectors["mast3r_vitlarge_16"], "cls")  # that teacher has none
 
 
-@pytest.mark.parametrize("name", ["dune_sp", "am_radio"])
-def test_simple_projectors(name):
-    cfg = experiment(name)
+def test_simple_projectors():
+    cfg = experiment("dune_sp")
     assert (cfg.projector.kind, cfg.projector.version) == ("sp", 2)
     projectors = on_meta(cfg).projectors
     assert all(p.layers[-1].out_features == 1024 for p in projectors.values()) and projectors.blocks == [11]
     assert cfg.objective.sharing == "full"
 
 
-def test_am_radio_weighs_its_terms():
-    objective = experiment("am_radio").objective
-    assert (objective.cls.cosine, objective.cls.smooth_l1) == (1.0, 0.0)
-    assert (objective.patch.cosine, objective.patch.smooth_l1) == (0.9, 0.1)
-    assert objective.drop_probability == 0.0
+@pytest.mark.parametrize("name", RADIO)
+def test_radio_has_two_heads_a_teacher_and_adds_the_losses_of_raw_cls_and_patches(name):
+    cfg, phi_s = experiment(name), name == "phi_s"
+    assert cfg.projector.kind == "heads" and cfg.projector.patch_head.version == "v2"
+    conventions = cfg.standardization.of("cls"), cfg.standardization.of("patch")
+    assert conventions == ("none", "phi_s_running" if phi_s else "none")
+    objective = cfg.objective
+    assert {term: w for term, w in vars(objective.cls).items() if w} == {"cosine": 1.0}
+    patch = {term: w for term, w in vars(objective.patch).items() if w}
+    assert patch == ({"mse": 1.0} if phi_s else {"cosine": 0.9, "smooth_l1": 0.1})
+    assert (objective.drop_probability, objective.tokens) == (0.0, "sum")
+    projectors = on_meta(cfg).projectors
+    for teacher, projector in projectors.items():
+        assert set(projector.token_types) == set(cfg.teachers[teacher].token_types)
 
 
 def test_unic():
     cfg = experiment("unic")
-    assert cfg.teacher_features == UNIC_TEACHERS
+    assert {name: tuple(features[:2]) for name, features in cfg.teacher_features.items()} == UNIC_TEACHERS
     assert sorted(t.family for t in cfg.teachers.values()) == ["dbotft", "deit3", "dino", "ibot"]
     assert {(t.patch_size, t.image_size) for t in cfg.teachers.values()} == {(16, 224)}
     assert list(cfg.data.datasets) == ["in1k"] and cfg.data.crop_scale == [0.08, 1.0]
@@ -215,7 +224,7 @@ def exchanged(images: int, patches: int) -> list[int]:
     shapes = {"cls": (images,), "patch": (images, patches)}
     features = {
         name: {token: torch.randn(*shapes[token], channels) for token in tokens}
-        for name, (channels, tokens) in cfg.teacher_features.items()
+        for name, (channels, tokens, *_) in cfg.teacher_features.items()
     }
     calls: list[int] = []
     statistics.update(features, 0.5, lambda packed: calls.append(packed.numel() * packed.element_size()))
@@ -227,3 +236,38 @@ def test_dunes_four_statistics_take_one_small_all_reduce_whatever_the_batch():
     assert exchanged(2, 4) == exchanged(3, 9) == [4 * (2 * 1024 + 1) * 8]
     gathered = 8 * 128 * (3 * 576 + 1) * 1024 * 4  # 8 GPUs, 128 images each, at 336 px, float32
     assert gathered / 2**30 > 6.7 and sum(exchanged(2, 4)) < gathered / 100_000
+
+
+def block_parameters(dim: int, hidden: int, qkv_bias: bool = True, layer_scale: bool = False) -> int:
+    """A transformer block's by hand."""
+    attention = 3 * dim * dim + 3 * dim * qkv_bias + dim * dim + dim
+    return 2 * 2 * dim + attention + 2 * dim * hidden + hidden + dim + 2 * dim * layer_scale
+
+
+def head_parameters(dim: int, channels: int, hidden: int = 1024, inner: int = 2) -> int:
+    """RADIO's head v2 by hand: Linear, residual [LN GELU Linear], LN GELU Linear."""
+    of_inner = inner * (2 * hidden + hidden * hidden + hidden)
+    return dim * hidden + hidden + of_inner + 2 * hidden + hidden * channels + channels
+
+
+@pytest.mark.parametrize(
+    ("name", "student", "shape", "tokens", "cls", "patch"),
+    [
+        ("radio_v25", "radio_base16", (768, 12, 3072, 16), 8, (1024, 1152, 1536), (1280, 1152, 1536, 1280)),
+        ("radio_v25", "radio_huge16", (1280, 32, 5120, 16), 8, (1024, 1152, 1536), (1280, 1152, 1536, 1280)),
+        ("radio_v25_high", "radio_base16", (768, 12, 3072, 16), 8, (1024, 1152, 1536), (1280, 1152, 1536, 1280)),
+        ("c_radio_v4", "radio_so400m16", (1152, 27, 4304, 16), 8, (1536, 4096), (1536, 4096, 1280)),
+        ("c_radio_v4_high", "radio_so400m16", (1152, 27, 4304, 16), 8, (1536, 4096), (1536, 4096, 1280)),
+    ],
+)
+def test_radio_has_heads_and_a_summary_token_for_every_teacher(name, student, shape, tokens, cls, patch):
+    """Summary tokens of all sources and registers together are 8; a table of positions is for 2048 px."""
+    (dim, depth, hidden, side), built = shape, on_meta(experiment(name, f"student={student}"))
+    encoder = 3 * side**2 * dim + (2048 // side) ** 2 * dim + tokens * dim + depth * block_parameters(dim, hidden)
+    assert sum(p.numel() for p in built.encoder.parameters()) == encoder
+    attention = 2 * block_parameters(dim, 4 * dim, qkv_bias=False, layer_scale=True) * name.startswith("c_")
+    heads = sum(head_parameters(dim, channels) for channels in cls)
+    heads += sum(attention + head_parameters(dim, channels, inner=0 if attention else 2) for channels in patch)
+    assert sum(p.numel() for p in built.projectors.parameters()) == heads
+    slots = {name: built.projectors.sources[name] for name in built.projectors}
+    assert built.encoder.num_cls == len(set(slots.values())) == len(patch)

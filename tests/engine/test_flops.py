@@ -13,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from dune_fast.engine.config import compose_config
 from dune_fast.engine.flops import Flops, count_flops, projector_flops, run_flops, teacher_flops, vit_flops
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
-from dune_fast.student import ProjectorConfig, Projectors, build_student
+from dune_fast.projectors.base import StudentShape, TeacherFeatures
+from dune_fast.projectors.config import HeadShape, ProjectorConfig
+from dune_fast.student import Projectors, build_student
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.registry import build_teacher
 from dune_fast.teachers.xfeat import XFeat
@@ -45,18 +47,19 @@ def test_a_vit_has_the_operations_that_torch_counts(cfg, grid):
     "cfg",
     [
         ProjectorConfig("tp", num_blocks=2, mlp_ratio=3.0),
-        ProjectorConfig("sp", hidden_dim=40, version=1, num_inner=3),  # version 1 has no inner layers
+        ProjectorConfig("sp", hidden_dim=40, version=1, num_inner=3),
         ProjectorConfig("sp", hidden_dim=40, version=2, num_inner=2),
         ProjectorConfig("lp", hidden_dim=40, last_hidden_dim=72),
         ProjectorConfig("lp", which_blocks=[0, 2], hidden_dim=40, last_hidden_dim=72),
         ProjectorConfig("lp", which_blocks=[1], hidden_dim=40, last_hidden_dim=72),
+        ProjectorConfig("heads", patch_head=HeadShape("attn", 40, upsample=2), cls_head=HeadShape("v1", 40, 1)),
     ],
 )
 @pytest.mark.parametrize("token_types", [["cls", "patch"], ["patch"]])
 def test_a_projector_has_the_operations_that_torch_counts(cfg, token_types):
-    projectors = Projectors(cfg, 48, 3, 3, {"one": (24, token_types)}).requires_grad_(False)
+    projectors = Projectors(cfg, StudentShape(48, 3, 3), {"one": (24, token_types)}).requires_grad_(False)
     tokens = {block: torch.randn(1, 17, 48) for block in projectors.blocks}
-    assert projector_flops(cfg, SMALL, 24, token_types, 4) == counted(projectors, tokens)
+    assert projector_flops(cfg, SMALL, TeacherFeatures(24, token_types), 4) == counted(projectors, tokens)
 
 
 def test_training_costs_three_forward_passes_of_the_student():
@@ -64,7 +67,7 @@ def test_training_costs_three_forward_passes_of_the_student():
     student = build_student(SMALL, ProjectorConfig(), {"one": (24, ("cls", "patch"))})
     images = torch.randn(1, 3, 56, 56)
     found = counted(lambda: sum(x.sum() for x in student(images)["one"].values()).backward())
-    projector = projector_flops(ProjectorConfig(), SMALL, 24, ["cls", "patch"], 4)
+    projector = projector_flops(ProjectorConfig(), SMALL, TeacherFeatures(24, ["cls", "patch"]), 4)
     assert found == Flops(vit_flops(SMALL, 4), projector, {}).training - vit_flops(SMALL, 4, depth=0)
 
 
@@ -139,3 +142,15 @@ def test_a_network_that_no_configuration_describes_is_counted_once_it_is_built(c
     with caplog.at_level(logging.INFO):
         assert run_flops(cfg, {"own": Stubborn()}).training is None
     assert "own cannot be counted" in caplog.text
+
+
+def test_a_teachers_own_input_is_what_is_counted(overrides):
+    """Operations of a ViT at its own size, and of its share of a canvas."""
+    vit = ["+teachers@teachers.vit=dinov2_vits14_reg", "teachers.vit.weights=random:3"]
+    counts = {}
+    for side, more in ((56, []), (112, ["teachers.vit.input_size=112"]), (0, ["teachers.vit.mosaic=112"])):
+        cfg = compose_config([*overrides, *vit, *more])
+        counts[side] = run_flops(cfg).teachers["vit"]
+        if side:
+            assert counts[side] == teacher_flops("vit", compose_config([*overrides, *vit]).teachers["vit"], side // 14)
+    assert counts[0] == counts[112] // 4

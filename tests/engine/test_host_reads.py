@@ -15,7 +15,8 @@ from dune_fast.distill.step import DistillationStep
 from dune_fast.engine.deepspeed_engine import Engine, init_distributed
 from dune_fast.engine.optimizer import OptimizerConfig
 from dune_fast.kernels.nn.vit import ViTConfig
-from dune_fast.student import ProjectorConfig, build_student
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import build_student
 from dune_fast.teachers.ensemble import TeacherEnsemble
 
 TEACHERS = {

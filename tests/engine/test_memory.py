@@ -11,6 +11,7 @@ from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.engine.memory import (
     SPARE,
     Fit,
+    _projector,
     cached_bytes,
     device_memory,
     fit,
@@ -19,6 +20,7 @@ from dune_fast.engine.memory import (
     memory_bytes,
     trained_parameters,
 )
+from dune_fast.engine.projector_cost import projector_cost
 from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.student import Student
 from tests.engine.fake_tensors import faked
@@ -192,3 +194,14 @@ def test_the_words_of_a_fit():
 def test_memory_of_a_cpu_is_shared_by_the_ranks():
     one, four = (device_memory(torch.device("cpu"), ranks) for ranks in (1, 4))
     assert one > GIB / 4 and four == pytest.approx(one / 4, rel=0.2)
+
+
+def test_a_counted_projector_agrees_with_the_formula():
+    """Kinds without a formula are counted on tensors without data; those that have one show that the count is right."""
+    cfg = compose_config(["experiment=dune_336"])
+    patches = (cfg.image_size // cfg.student.patch_size) ** 2
+    for kind in ("tp", "lp"):  # a simple one's LayerNorm is in float32 under a GPU's autocast alone
+        own = dataclasses.replace(cfg, projector=dataclasses.replace(cfg.projector, kind=kind))
+        name, features = next(iter(own.teacher_features.items()))
+        counted = projector_cost(own.projector, own.student, features, 24, size=2).kept
+        assert counted == pytest.approx(_projector(own, name, patches, patches, 2, 4), rel=0.1), kind

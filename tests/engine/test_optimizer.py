@@ -7,7 +7,8 @@ import torch
 
 from dune_fast.engine.optimizer import OptimizerConfig, parameter_groups, scale_gradients
 from dune_fast.kernels.nn.vit import ViTConfig
-from dune_fast.student import ProjectorConfig, build_student
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import build_student
 
 
 def test_weight_decay_on_tensors_of_two_or_more_dimensions_only():
@@ -19,6 +20,11 @@ def test_weight_decay_on_tensors_of_two_or_more_dimensions_only():
     in_plain = {names[id(p)] for p in plain["params"]}
     assert {"encoder.blocks.0.ls1.gamma", "encoder.blocks.0.norm1.weight"} <= in_plain
     assert not any(name.startswith("encoder.norm.") for name in in_plain)  # frozen
+
+
+def test_the_bias_of_a_layer_norm_over_a_map_does_not_decay():
+    decayed, plain = parameter_groups(torch.nn.LayerNorm((3, 4, 4)), 0.1)
+    assert [len(group["params"]) for group in (decayed, plain)] == [1, 1] and plain["weight_decay"] == 0
 
 
 def test_vectors_decay_on_demand():

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from dune_fast.engine.config import load_config
 from dune_fast.engine.warm_start import WarmStartError, warm_start
 from dune_fast.kernels.nn.vit import ViTConfig
-from dune_fast.student import ProjectorConfig, Student, build_student
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import Student, build_student
 from dune_fast.teachers.containers import TeacherWeightsError
 from tests.engine.conftest import build
 

@@ -16,7 +16,8 @@ from dune_fast.evaluate.figures import loss_figure, pca_figure, smooth, to_displ
 from dune_fast.evaluate.held_out import cut, held_out_cosines, pca_rgb, window_knn
 from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.vit import ViTConfig
-from dune_fast.student import ProjectorConfig, build_student
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import build_student
 from dune_fast.teachers.ensemble import TeacherEnsemble
 
 TEACHERS = {"a": toy_teacher("random:1", 14, 24)}
@@ -43,6 +44,22 @@ def statistics(teachers):
     statistics = TeacherStatistics(WIDTHS)
     statistics.update(teachers(torch.randn(8, 3, 56, 56)), 1.0)
     return statistics
+
+
+def test_a_teacher_on_a_finer_grid_is_compared_where_the_run_compares_it():
+    """A map that is constant over each 2 x 2 cells, and a student that knows the cells."""
+
+    class Finer(torch.nn.Module):
+        def forward(self, images):
+            coarse = images.unfold(2, 14, 14).unfold(3, 14, 14).mean((4, 5))  # [B, 3, 4, 4]
+            return {"a": {"patch": coarse.repeat_interleave(2, 2).repeat_interleave(2, 3).flatten(2).mT}}
+
+    def student(images):
+        return {"a": {"patch": images.unfold(2, 14, 14).unfold(3, 14, 14).mean((4, 5)).flatten(2).mT}}
+
+    statistics = TeacherStatistics({"a": (3, ["patch"])}, "none")
+    result = held_out_cosines({"own": student}, Finer(), statistics, batches([3]), align="smaller")
+    assert result["own"]["a"]["patch"] == pytest.approx(1, abs=1e-5)
 
 
 def test_a_student_that_is_its_teacher_has_cosine_one(teachers, statistics):

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dune_fast
+from dune_fast.engine.config import ConfigError
+from dune_fast.evaluate.model import frozen_encoder
 from dune_fast.heads.files import KIND, OPTIONS, head_bytes, save_head
 from dune_fast.heads.head import KINDS, HeadError, check_encoder, head_class
 from dune_fast.heads.linear.depth import DepthHead
@@ -17,6 +19,7 @@ from dune_fast.heads.mast3r.head import Mast3rHead
 from dune_fast.heads.multihmr.head import MultiHmrHead
 from dune_fast.heads.tokens import encode
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.tasks.training import start_from
 from dune_fast.teachers.architecture import architecture_metadata
 
 SMALL = {"dec_dim": 8, "dec_heads": 2, "layer_dims": [4] * 4, "feature_dim": 4, "last_dim": 4, "desc_dim": 3}
@@ -75,6 +78,59 @@ def test_published_linear_heads_are_of_the_last_block(tmp_path, name, kind):
     assert found.options() == head.options() and found.kind == kind
     layers = [(torch.randn(1, 16, 2, 3), torch.randn(1, 16))]
     assert torch.equal(found.from_layers(layers), head.from_layers(layers))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "layers", "options"),
+    [
+        ("dinov2_vitb14_nyu_linear4_head.pth", "depth", (4, 768), {"max_depth": 10.0}),
+        ("dinov2_vits14_kitti_linear4_head.pth", "depth", (4, 384), {"max_depth": 80.0}),  # or one block of ViT-g
+        ("dinov2_vitg14_reg4_nyu_linear_head.pth", "depth", (1, 1536), {"max_depth": 10.0}),
+        ("renamed.pth", "depth", (4, 1024), {"max_depth": 10.0}),
+        ("dinov2_vitl14_ade20k_linear_head.pth", "seg", (1, 1024), {"window": 512}),
+        ("dinov2_vits14_voc2012_ms_head.pth", "seg", (4, 384), {"window": 640, "stride": 320, "last_blocks": True}),
+        ("mine.pth", "seg", (1, 192), {"window": 512}),  # no published width: the last block
+    ],
+)
+def test_published_names_and_channels_say_which_blocks_are_read(tmp_path, caplog, name, kind, layers, options):
+    count, width = layers
+    parts = {"depth": ("conv_depth", 256, 2 * count * width), "seg": ("conv_seg", 21, count * width)}
+    conv, outputs, channels = parts[kind]
+    state = {f"{conv}.weight": torch.zeros(outputs, channels, 1, 1), f"{conv}.bias": torch.zeros(outputs)}
+    if kind == "seg":
+        state |= {f"bn.{part}": torch.ones(channels) for part in ("weight", "bias", "running_mean", "running_var")}
+        state["bn.num_batches_tracked"] = torch.tensor(5)
+    torch.save({"state_dict": {f"decode_head.{key}": x for key, x in state.items()}}, tmp_path / name)
+    with caplog.at_level("INFO"):
+        head = dune_fast.load_head(tmp_path / name)
+    found = head.options()
+    assert (head.layers, head.width) == layers and options.items() <= found.items()
+    assert f"taken as DINOv2's: {count} x {width} channels" in caplog.text
+    assert ("a guess" in caplog.text) == (name == "renamed.pth")
+    ends = (3, 6, 9, 12) if kind == "depth" else (9, 10, 11, 12)
+    assert head.blocks(12) == (() if count == 1 else tuple(i - 1 for i in ends))
+    save_head(head, tmp_path / "again.safetensors")
+    assert dune_fast.load_head(tmp_path / "again.safetensors").options() == found
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "change", "words"),
+    [
+        ("head.pth", "depth", {}, "may read one block of 1536 channels or four of 384, and neither .* name say which"),
+        ("head.pth", "seg", {}, "may read one block of 1536 channels or four of 384"),
+        ("dinov2_vits14_ade20k_head.pth", "seg", {"bn.running_var": None}, "lacks decode_head.bn.running_var: "),
+        ("head.pth", "seg", {"convs.0.conv.weight": torch.zeros(2)}, "more than a linear head, such as .*convs.0.conv"),
+        ("head.pth", "depth", {"project.weight": torch.zeros(2)}, "more than a linear head, such as .*project.weight"),
+    ],
+)
+def test_linear_heads_that_cannot_be_told_are_refused(tmp_path, name, kind, change, words):
+    head = DepthHead(1536) if kind == "depth" else SegmentationHead(1536, 3)
+    old_file(head, tmp_path / name)
+    content = torch.load(tmp_path / name)["state_dict"]
+    content |= {f"decode_head.{key}": x for key, x in change.items()}
+    torch.save({key: x for key, x in content.items() if x is not None}, tmp_path / name)
+    with pytest.raises(HeadError, match=words):
+        dune_fast.load_head(tmp_path / name)
 
 
 def test_a_head_of_an_earlier_evaluation_is_what_its_result_says(tmp_path):
@@ -165,6 +221,21 @@ def test_every_kind_has_a_class_and_an_official_reader():
         assert head_class(kind).kind == kind
     with pytest.raises(HeadError, match="there is no head 'walking'; the kinds are linear_seg"):
         head_class("walking")
+
+
+def test_inference_reads_the_blocks_that_the_head_does(tmp_path):
+    torch.manual_seed(0)
+    encoder = VisionTransformer(ViTConfig(28, 14, 24, 6, 2)).init_weights().eval()
+    head, images = SegmentationHead(24, 3, layers=4, last_blocks=True).eval(), torch.randn(1, 3, 28, 28)
+    how = {"norm": True, "layers": 4, "last_blocks": head.last_blocks, "projector": ""}
+    model = frozen_encoder("six blocks", encoder, how=how)
+    assert model.reading["blocks"] == [2, 3, 4, 5]
+    with torch.no_grad():
+        expected = head(encode(encoder, images, head.blocks(6)))
+        torch.testing.assert_close(head.from_layers(model.encode(images)), expected)
+    save_head(head, tmp_path / "h.safetensors")
+    with pytest.raises(ConfigError, match=r"reads the blocks \[9, 10, 11, 12\] of an encoder of 12 blocks, this head"):
+        start_from(SegmentationHead(24, 3, layers=4), str(tmp_path / "h.safetensors"))
 
 
 def test_the_encoder_must_be_the_heads():

@@ -240,7 +240,6 @@ def test_a_head_starts_from_another_ones_weights(overrides, whole, tmp_path):
     [
         ("head.kind=linear", "head.kind='linear'; choose one of linear_seg"),
         ("head.encoder=", "head.encoder is empty: give the frozen encoder"),
-        ("train.accumulation=0", "train.accumulation=0: how much memory a head takes is not known"),
         ("train.compile=true", "head.kind=linear_seg trains a head: train.compile belongs to a distillation"),
         ("optimizer.schedule=poly", "optimizer.schedule='poly'; choose one of dune, mast3r"),
         ("optimizer.cycle_beta=[0.9]", r"optimizer.cycle_beta=\[0.9\]; give two numbers"),

@@ -15,7 +15,8 @@ import dune_fast
 from bench.case import Case
 from dune_fast.engine.warm_start import warm_start
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
-from dune_fast.student import ProjectorConfig, build_student
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import build_student
 from dune_fast.teachers.architecture import architecture_metadata, random_vit_state
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import TeacherWeightsError

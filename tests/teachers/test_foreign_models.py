@@ -58,6 +58,38 @@ def test_timm_map_and_tokens_are_read_row_by_row():
     assert torch.equal(ensemble(images)["a"]["patch"], tokens[:, 1:])
 
 
+@pytest.mark.parametrize(
+    ("model", "tokens", "channels"),
+    [("vit_tiny_patch16_224", ("cls", "patch"), 192), ("samvit_base_patch16", ("patch",), 256)],
+)
+def test_timm_blocks_are_read_in_one_pass_with_the_output(model, tokens, channels):
+    """What `layer` meant was ignored for timm's models."""
+    options = {"depth": 3} | ({"embed_dim": 48, "global_attn_indexes": [2]} if "sam" in model else {})
+    width = options.get("embed_dim", 192)
+    read = {f"block{i}": timm_config(model, 16, width, tokens, model_args=options, layer=i, norm=False) for i in (1, 3)}
+    normed = timm_config(model, 16, width, tokens, model_args=options, layer=3)
+    ensemble = TeacherEnsemble({**read, "normed": normed}, 16)
+    images = torch.randn(2, 3, 64, 96)
+    outputs = ensemble(images)
+    found: list[torch.Tensor] = []
+    (trunk,) = ensemble.trunks
+    for block in trunk.model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: found.append(output))
+    trunk.model(images)
+    for name, x in (("block1", found[0]), ("block3", found[2])):
+        x = x.flatten(1, 2) if x.ndim == 4 else x
+        assert torch.equal(outputs[name]["patch"], x[:, trunk.num_prefix_tokens :])
+        assert "cls" not in tokens or torch.equal(outputs[name]["cls"], x[:, 0])
+    expected = torch.nn.functional.layer_norm(outputs["block3"]["patch"], (width,), eps=1e-6)
+    torch.testing.assert_close(outputs["normed"]["patch"], expected)
+    last = timm_config(model, 16, channels, tokens, model_args=options)
+    both = TeacherEnsemble({"last": last, "block1": read["block1"]}, 16)
+    if width == channels:  # drawn weights are known by their width too
+        assert len(both.trunks) == 1
+    alone = TeacherEnsemble({"last": last}, 16)(images)["last"]
+    assert all(torch.equal(both(images)["last"][kind], x) for kind, x in alone.items())
+
+
 def test_timm_weights_come_from_a_file(tmp_path):
     import timm
 
@@ -84,6 +116,9 @@ def test_timm_weights_come_from_a_file(tmp_path):
         ({"patch_size": 14}, "patch_size is 14"),
         ({"weights": "nowhere.safetensors"}, "no weights file"),
         ({"model": "resnet18", "patch_size": 32, "num_features": 512, "token_types": ["cls"]}, "has no cls token"),
+        ({"layer": 13}, "layer is 13; vit_tiny_patch16_224 has 12 blocks"),
+        ({"model": "resnet18", "patch_size": 32, "num_features": 512, "layer": 1}, "resnet18 has no blocks"),
+        ({"norm": False}, "norm is false: of a model of timm, `layer` must name"),
     ],
 )
 def test_timm_mistakes_are_explained(fields, message):

@@ -17,7 +17,8 @@ from dune_fast.engine.flops import count_flops, published_network, teacher_flops
 from dune_fast.engine.warm_start import WarmStartError, warm_start
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.planner.calibrate import _random_teachers
-from dune_fast.student import ProjectorConfig, build_student
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import build_student
 from dune_fast.teacher_files import load_teacher_config
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import TeacherWeightsError

@@ -107,8 +107,8 @@ def test_precisions_and_verify(images, tmp_path):
     report = inspect_file(tmp_path / "radio.pth")
     assert report.family == "radio" and report.sound and report.fit.surplus == ["_heads.0.fc1.weight"]
     assert set(report.fingerprint) == {"patch"}  # the summary of two tokens is another teacher's
-    with pytest.raises(TeacherWeightsError, match="is of the family radio, whose network is another"):
-        dune_fast.load_encoder(tmp_path / "radio.pth")
+    encoder = dune_fast.load_encoder(tmp_path / "radio.pth")
+    assert encoder.mean == CLIP_MEAN and encoder.cfg.image_size == 64  # at most what its table is for
 
 
 def test_summary_tokens():

@@ -18,14 +18,15 @@ _FOUR_BLOCKS = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23)}
 """Depth -> blocks that DINOv2's heads of four layers read; other depths take the ends of their quarters."""
 
 
-def blocks_read(depth: int, layers: int) -> tuple[int, ...]:
+def blocks_read(depth: int, layers: int, last: bool = False) -> tuple[int, ...]:
     """Indices, from 0, of the blocks that a head of 1 or 4 layers reads of an encoder of `depth` blocks.
 
-    HeadError if there are not enough of them.
+    Four are evenly spread, or the `last` ones. HeadError if there are not enough of them.
     """
     if layers == 1:
         return (depth - 1,)
-    blocks = _FOUR_BLOCKS.get(depth, tuple(round(depth * i / 4) - 1 for i in (1, 2, 3, 4)))
+    even = _FOUR_BLOCKS.get(depth, tuple(round(depth * i / 4) - 1 for i in (1, 2, 3, 4)))
+    blocks = tuple(range(depth - 4, depth)) if last else even
     if len(set(blocks)) != 4 or min(blocks) < 0:
         raise HeadError(f"4 layers of an encoder that has {depth} blocks alone: read the last one")
     return blocks
@@ -48,6 +49,8 @@ class LinearHead(Head):
 
     normalised: ClassVar[bool]
     """Whether it reads tokens after the encoder's final norm."""
+    last_blocks: bool = False
+    """Whether four layers are the last four blocks, instead of evenly spread ones."""
 
     def __init__(self, width: int, patch_size: int, layers: int, with_cls: bool, projector: str) -> None:
         super().__init__()
@@ -65,7 +68,7 @@ class LinearHead(Head):
         }  # fmt: skip
 
     def blocks(self, depth: int) -> tuple[int, ...]:
-        return blocks_read(depth, self.layers) if self.layers > 1 else ()
+        return blocks_read(depth, self.layers, self.last_blocks) if self.layers > 1 else ()
 
     def forward(self, tokens: EncoderTokens) -> Tensor:
         """Tokens of images of one size -> what `from_layers` gives."""

@@ -27,6 +27,7 @@ class SegmentationHead(LinearHead):
         names: of the classes, where they are known.
         window, stride: of the sliding windows that it was trained for, in pixels; the image's short side is a window.
         projector: the teacher whose projector's output it reads in place of the encoder's; "" for none.
+        last_blocks: whether four layers are the last four blocks, as in DINOv2's multi-scale heads.
 
     Raises:
         HeadError: other `layers`, names that are not one a class, or a count that is not above 0.
@@ -45,11 +46,13 @@ class SegmentationHead(LinearHead):
         window: int = 512,
         stride: int = 341,
         projector: str = "",
+        last_blocks: bool = False,
     ) -> None:
         super().__init__(width, patch_size, layers, False, projector)
         check_whole(classes=classes, window=window, stride=stride)
         if names and len(names) != classes:
             raise HeadError(f"{len(names)} names for {classes} classes: give one each, in the order of the labels")
+        self.last_blocks = bool(last_blocks)
         self.classes, self.names, self.window, self.stride = classes, tuple(map(str, names)), window, stride
         self.bn = nn.BatchNorm2d(width * layers, eps=1e-5, momentum=0.1)
         self.conv_seg = nn.Conv2d(width * layers, classes, 1)
@@ -58,7 +61,7 @@ class SegmentationHead(LinearHead):
 
     def options(self) -> dict[str, Any]:
         own = {"classes": self.classes, "names": list(self.names), "window": self.window, "stride": self.stride}
-        return super().options() | own
+        return super().options() | own | ({"last_blocks": True} if self.last_blocks else {})
 
     def from_layers(self, layers: Sequence[Layer]) -> Tensor:
         """Logits [B, classes, h, w] of patch maps [B, C, h, w]."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dune_fast.dali_pipelines.errors import BrokenImage, DataError
@@ -34,9 +34,9 @@ def find_people(
 
 
 def read_image(path: Path) -> Image.Image:
-    """An RGB image; DataError if it cannot be read."""
+    """An RGB image, turned upright by its EXIF orientation; DataError if it cannot be read."""
     try:
-        return decode(np.fromfile(path, np.uint8))
+        return ImageOps.exif_transpose(decode(np.fromfile(path, np.uint8)))
     except (OSError, ValueError, BrokenImage) as error:
         raise DataError(f"{path} cannot be read as an image: {error}") from error
 

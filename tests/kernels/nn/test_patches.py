@@ -10,7 +10,8 @@ from dune_fast.kernels.library import traced
 from dune_fast.kernels.nn import patches as module
 from dune_fast.kernels.nn.patches import PatchEmbed, SharedPatches, unfold
 from dune_fast.kernels.nn.vit import ViTConfig
-from dune_fast.student import ProjectorConfig, build_student
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import build_student
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.ensemble import TeacherEnsemble
 

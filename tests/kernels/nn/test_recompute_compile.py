@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dune_fast.kernels.nn.vit import ViTConfig
-from dune_fast.student import ProjectorConfig, Student, build_student
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import Student, build_student
 
 TEACHERS = {"a": (24, ["cls", "patch"]), "b": (32, ["patch"])}
 

@@ -1,0 +1,64 @@
+"""What a run's projectors ask of its student, its teachers and its images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from dune_fast.engine.config_sections import ConfigError
+from dune_fast.projectors.base import KINDS, StudentShape, TeacherFeatures, blocks_read, build_projector
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.projectors.sak import check_levels
+from dune_fast.student import StudentConfig
+
+
+def check_projectors(
+    projector: ProjectorConfig, student: StudentConfig, teachers: Mapping[str, TeacherFeatures], image_size: int,
+    progressive: bool, patch_share: float,
+) -> None:  # fmt: skip
+    """ConfigError if there is no such kind or field, or a teacher's projector cannot be built, or not used.
+
+    Args:
+        image_size: of the run, in pixels.
+        progressive: whether the run has images of other sizes, too.
+        patch_share: of the patches, that the loss is taken on.
+    """
+    if projector.kind not in KINDS:
+        raise ConfigError(f"projector.kind={projector.kind!r}; choose one of {', '.join(KINDS)}")
+    if unknown := sorted(set(projector.teachers) - set(teachers)):
+        known = ", ".join(sorted(teachers))
+        raise ConfigError(f"projector.teachers has {', '.join(unknown)}; this run's teachers are: {known}")
+    grid = projector.source_grid or student.image_size // student.patch_size
+    if projector.kind == "theia" and (progressive or image_size != grid * student.patch_size):
+        raise ConfigError(
+            f"projector.kind=theia: its translators are for images of {grid} x {grid} patches, and this run's have "
+            f"{image_size // student.patch_size} rows{' and, by progressive, fewer' if progressive else ''}: set "
+            "projector.source_grid (or student.image_size), and leave progressive out"
+        )
+    try:
+        of_teacher = {name: projector.of(name) for name in teachers}
+        blocks_read(projector, student.depth)
+        if projector.kind == "sak":
+            check_levels(projector, teachers)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    for name, own in of_teacher.items():
+        if own.kind == "heads" and own.patch_head.upsample > 1 and patch_share < 1:
+            raise ConfigError(
+                f"objective.patch_share={patch_share:g} with upsample={own.patch_head.upsample} in the head of {name}: "
+                "a subset of patches has no finer grid; choose one of the two"
+            )
+        if own.kind == "theia":
+            _check_translator(own, student, name, teachers[name])
+
+
+def _check_translator(projector: ProjectorConfig, student: StudentConfig, name: str, teacher: TeacherFeatures) -> None:
+    """Whether it leads from the student's grid to the teacher's."""
+    grid = student.image_size // student.patch_size
+    shape = StudentShape(student.embed_dim, student.depth, student.num_heads, student.cls_token, grid)
+    try:
+        with torch.device("meta"):
+            build_projector(projector, shape, teacher)
+    except (ValueError, AssertionError) as error:  # torch asserts that heads divide channels
+        raise ConfigError(f"teacher {name!r}: {error}") from None

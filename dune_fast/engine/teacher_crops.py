@@ -1,0 +1,34 @@
+"""With `data.teacher_views`: which teachers see which crop, and what the step gets of them."""
+
+from __future__ import annotations
+
+from dune_fast.dali_pipelines.loader import Batch
+from dune_fast.dali_pipelines.teacher_views import OwnCrop
+from dune_fast.distill.alignment import View
+from dune_fast.engine.config import RunConfig
+from dune_fast.teachers.config import teachers_by_input
+
+
+class TeacherCrops:
+    """The teachers' own crops of a run; none without `data.teacher_views`."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        groups = teachers_by_input(cfg.teachers) if cfg.data.teacher_views else []
+        self._members = {names[0]: names for names in groups}
+        self._moved = cfg.data.moves_teachers
+        self.crops = [OwnCrop(name, cfg.teachers[name].input_size) for name in self._members]
+        """What the loader decodes."""
+
+    def pictures(self, batch: Batch) -> dict:
+        """teacher -> images [B, 3, T, T], for the ensemble."""
+        found = batch.teacher_views or {}
+        return {name: view["images"] for crop, view in found.items() for name in self._members[crop]}
+
+    def views(self, batch: Batch) -> dict[str, View]:
+        """teacher -> how its crop lies to the student's, for the loss; nothing where all show the same."""
+        found = (batch.teacher_views or {}) if self._moved else {}
+        return {
+            name: View(view["transform"], None, view["valid"])
+            for crop, view in found.items()
+            for name in self._members[crop]
+        }

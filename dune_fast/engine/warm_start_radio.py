@@ -1,0 +1,80 @@
+"""Other weights for a student of RADIO's family: RADIO's own, or those of a plain ViT.
+
+Position table and patch projection are resized bicubically, corners aligned. What RADIO's network has not is worked in
+(LayerScale) or left out (a final norm, the row of the table for cls); summary tokens keep their initial weights where
+the source has not as many.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dune_fast.kernels.nn.radio import RADIOViT
+from dune_fast.kernels.nn.radio_positions import resized_projection, resized_table
+from dune_fast.teachers.radio import plain_weights
+
+_TABLE, _PROJECTION, _TOKENS = "pos_embed", "patch_embed.proj", "prefix_tokens"
+_LAST = {"ls1.gamma": ("attn.proj",), "ls2.gamma": ("mlp.fc2", "mlp.w3")}
+"""LayerScale -> the layers that it may come after."""
+_ORIGINAL = ".parametrizations.weight.original"
+
+
+@torch.no_grad()
+def fitted_to_radio(source: dict[str, Tensor], vit: RADIOViT, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of an encoder by the student's names, and sentences on what was not taken as it stands.
+
+    What fits in no way stays as it is: the comparison with the student's own tensors says what is wrong with it.
+    """
+    state, said = dict(source), []
+    wanted, cfg = vit.state_dict(), vit.cfg
+    if any(_ORIGINAL in key for key in state) and not cfg.radio.spectral:
+        state = plain_weights(state, path)
+        said.append("spectral reparametrisation worked into the weights")
+    for name in ("cls_token", "register_tokens", "mask_token", "feature_mean", "feature_matrix"):
+        if state.pop(name, None) is not None and name == "cls_token" and state[_TABLE].ndim == 3:
+            state[_TABLE] = state[_TABLE][:, 1:]
+    table, kernel = state.get(_TABLE), state.get(f"{_PROJECTION}.weight")
+    if table is not None and table.ndim == 3 and 0 < table.shape[1] == math.isqrt(table.shape[1]) ** 2:
+        state[_TABLE] = resized_table(table, cfg.table_side)
+        if state[_TABLE].shape != table.shape:
+            said.append(f"positions resized from {table.shape[1]} to {cfg.table_side**2} patches")
+    if kernel is not None and kernel.ndim == 4:
+        state[f"{_PROJECTION}.weight"] = resized_projection(kernel, cfg.patch_size)
+        if kernel.shape[-1] != cfg.patch_size:
+            said.append(f"patch projection resized from {kernel.shape[-1]} to {cfg.patch_size} pixels")
+    bias = state.get(f"{_PROJECTION}.bias")
+    if bias is not None and f"{_PROJECTION}.bias" not in wanted:
+        del state[f"{_PROJECTION}.bias"]
+        said += ["the bias of the patch projection left out"] if bias.any() else []
+    elif bias is None and f"{_PROJECTION}.bias" in wanted:
+        state[f"{_PROJECTION}.bias"] = torch.zeros(cfg.embed_dim)
+    if not cfg.final_norm and any([state.pop(f"norm.{kind}", None) is not None for kind in ("weight", "bias")]):
+        said.append("the final norm left out")
+    if cfg.layer_scale is None and (count := _work_in_layer_scale(state)):
+        said.append(f"{count} LayerScales worked into the layers before them")
+    if _TOKENS not in state or state[_TOKENS].shape != wanted[_TOKENS].shape:
+        state[_TOKENS] = wanted[_TOKENS]
+        said.append(f"{wanted[_TOKENS].shape[1]} summary tokens and registers drawn, the source has not as many")
+    if cfg.radio.spectral and not any(_ORIGINAL in key for key in state):
+        reparametrized = {key.removesuffix(_ORIGINAL) for key in wanted if key.endswith(_ORIGINAL)}
+        for layer in reparametrized & {key.removesuffix(".weight") for key in state}:
+            state[f"{layer}{_ORIGINAL}"] = state.pop(f"{layer}.weight")
+        state |= {key: value for key, value in wanted.items() if ".parametrizations.weight.0." in key}
+        said.append("gains of the spectral reparametrisation started anew")
+    return state, said
+
+
+def _work_in_layer_scale(state: dict[str, Tensor]) -> int:
+    """Takes every gamma out and multiplies the layer before it by it; how many there were."""
+    gammas = [key for key in state if key.endswith(tuple(_LAST))]
+    for key in gammas:
+        block, part = key.split(".ls", 1)[0], "ls" + key.rsplit(".ls", 1)[1]
+        gamma = state.pop(key)
+        for name in (f"{block}.{layer}.{kind}" for layer in _LAST[part] for kind in ("weight", "bias")):
+            if name in state and len(state[name]) == len(gamma):
+                state[name] = state[name] * (gamma[:, None] if state[name].ndim == 2 else gamma)
+    return len(gammas)

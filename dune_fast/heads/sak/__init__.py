@@ -1,0 +1,1 @@
+"""SAK's second stage: routers that mix trunk and teachers for every task, decode heads, task losses."""

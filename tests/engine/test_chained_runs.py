@@ -1,0 +1,89 @@
+"""Recipes of several runs in small: UNIC-L's two sizes, EUPE's proxy and its students. The student of a run teaches the
+next one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from dune_fast.distill.stored_statistics import write_statistics
+from dune_fast.engine import checkpoints
+from dune_fast.engine.config import compose_config
+from dune_fast.engine.feature_statistics import measure
+from dune_fast.engine.metrics import read_metrics
+from dune_fast.load import load_encoder
+from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.ensemble import TeacherEnsemble
+from tests.engine.conftest import build, same_weights, small_run, train
+
+
+def in_small(experiment: str, teachers: list[str], photos: Path, folder: Path) -> list[str]:
+    """A recipe with toy teachers and a student of two blocks, for ten steps; what makes it a recipe stays."""
+    own = [part for part in small_run(photos, folder) if "teachers" not in part and not part.startswith("student=")]
+    replaced = [f"teachers@teachers.{name}=conv_patchify" for name in teachers]
+    replaced += [f"teachers.{name}.num_features={24 + 8 * i}" for i, name in enumerate(teachers)]
+    return [
+        f"experiment={experiment}", *replaced, *own, "student.num_heads=3", "student.patch_size=14", "train.steps=10",
+        "optimizer.lr=2e-3", "train.checkpoint_every=5", "train.accumulation=1",
+    ]  # fmt: skip
+
+
+def check_resume(overrides: list[str], whole: Path, parts: Path) -> None:
+    """Trains; ends with the same bits when it stops at step 5 and goes on."""
+    train(overrides, f"output_dir={whole}")
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints" / checkpoints.tag(10))
+    again = build(overrides, f"output_dir={parts}")
+    assert again.step == 5
+    again.run()
+    assert same_weights(parts, whole)
+
+
+def test_unic_l_in_small_goes_from_size_to_size(photos, tmp_path):
+    overrides = in_small("unic_l", ["dinov2_vitgiant_14", "metaclip_vithuge_14"], photos, tmp_path)
+    overrides += ["image_size=84", "progressive=[{until:0.5,image_size:56}]"]
+    check_resume(overrides, tmp_path / "whole", tmp_path / "parts")
+    assert load_encoder(tmp_path / "whole").cfg.image_size == 84
+
+
+def stored(overrides: list[str], file: Path) -> list[str]:
+    """The overrides with statistics that were measured beforehand."""
+    overrides = [*overrides, f"standardization.file={file}"]
+    write_statistics(file, measure(compose_config(overrides), 8))
+    return overrides
+
+
+def test_eupe_in_small_distils_a_proxy_and_a_student_of_the_proxy(photos, tmp_path):
+    proxy = in_small("eupe_proxy", ["dinov3", "clip", "siglip"], photos, tmp_path)
+    proxy += ["student.mlp_ratio=4", "deepspeed=zero0"]
+    proxy += [f"teachers.{name}.input_size=84" for name in ("clip", "siglip")]  # 6 x 6 patches, the student has 4 x 4
+    proxy = stored(proxy, tmp_path / "proxy.safetensors")
+    check_resume(proxy, tmp_path / "proxy", tmp_path / "parts")
+
+    student = in_small("eupe_student", [], photos, tmp_path / "student")
+    own = {"weights": tmp_path / "proxy", "num_features": 48, "patch_size": 14}
+    student += ["student.embed_dim=24", "train.steps=20", *(f"teachers.proxy.{k}={v}" for k, v in own.items())]
+    trainer = train(stored(student, tmp_path / "student.safetensors"))
+    images = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        features = load_encoder(tmp_path / "proxy")(images)
+    tokens = trainer.task.teachers(images)["proxy"]
+    assert torch.equal(tokens["cls"], features["x_norm_clstoken"])
+    assert torch.equal(tokens["patch"], features["x_norm_patchtokens"])
+    assert load_encoder(tmp_path / "student")(images)["x_norm_patchtokens"].shape == (2, 16, 24)
+    losses = [record["loss"] for record in read_metrics(tmp_path / "student" / "metrics.jsonl")]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_teacher_is_a_runs_folder_its_encoder_or_its_newest_checkpoint(finished):
+    def teacher(weights: Path) -> torch.Tensor:
+        cfg = TeacherConfig("dune", str(weights), 14, 48, ["cls", "patch"])
+        return TeacherEnsemble({"a": cfg}, 14)(torch.ones(1, 3, 56, 56))["a"]["patch"]
+
+    tokens = teacher(finished)
+    assert torch.equal(teacher(finished / "encoder.safetensors"), tokens)
+    for name in ("encoder.safetensors", "student.safetensors"):
+        (finished / name).unlink()
+    assert torch.equal(teacher(finished), tokens)

@@ -1,0 +1,138 @@
+"""Partitions of a step: sizes and teachers of their own, by ranks or one after the other, averaged by share."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dune_fast.engine.accumulation import micro_batch_size
+from dune_fast.engine.config import ConfigError, compose_config
+from dune_fast.engine.flops import run_flops, teacher_flops
+from dune_fast.engine.memory import fit, image_bytes
+from dune_fast.engine.metrics import read_metrics
+from dune_fast.engine.stages import at_size, turns
+from tests.engine.conftest import build, run_ranks, same_weights, small_run, timeless, train
+
+PARTITIONS = [
+    "partitions=[{image_size:28,images:6,teachers:[one]},{image_size:56,images:2}]", "objective.drop_probability=0",
+    "standardization.convention=none", "evaluation.held_out=false",
+]  # fmt: skip
+
+
+def test_two_ranks_with_a_partition_each_train_as_one_process_with_both(overrides, tmp_path):
+    """Weights, and losses of every teacher; ZeRO 2. Seconds: two processes have to start."""
+    common = [*overrides, *PARTITIONS, "train.steps=3"]
+    alone = train(common, "partition_by=steps", f"output_dir={tmp_path / 'alone'}").run_dir
+    two = tmp_path / "two"
+    run_ranks(2, "dune_fast/train.py", *common, "deepspeed=zero2", f"output_dir={two}")
+    ours, theirs = load_file(two / "student.safetensors"), load_file(alone / "student.safetensors")
+    for name, x in theirs.items():
+        torch.testing.assert_close(ours[name], x, rtol=2e-4, atol=2e-5, msg=name)
+    for both, one in zip(*(read_metrics(run / "metrics.jsonl") for run in (two, alone)), strict=True):
+        for key in ("loss", "loss/one", "loss/two", "loss/two/patch/total", "gradient_norm/max"):
+            assert both[key] == pytest.approx(one[key], rel=1e-4), key
+
+
+def test_a_step_is_the_mean_of_its_partitions_by_share(overrides):
+    """One process: the gradient is that of the shares' sum of losses, each on its own images alone."""
+    shared = "partitions=[{image_size:28,images:6,teachers:[one],share:0.75},{image_size:56,images:2,share:0.25}]"
+    trainer = build([*overrides, *PARTITIONS, shared, "partition_by=steps", "data.prefetch=1"])
+    task, student = trainer.task, trainer.engine.module
+    batch = next(task.batches(0, lambda _: True))
+    parts = task.split(batch)
+    assert [(tuple(part.images.shape), part.positions.tolist()) for part in parts] == [
+        ((6, 3, 28, 28), [0, 1, 2, 3, 4, 5]), ((2, 3, 56, 56), [6, 7]),
+    ]  # fmt: skip
+    names, losses, engine = list(task.cfg.teachers), [], task.distill.student
+    task.distill.student = student  # DeepSpeed allows no other backward pass than its own
+    for part, active in zip(parts, (["one"], names), strict=True):
+        plain = (part.images, part.group, part.positions, 0, 1.0, part.group_on_host)
+        losses.append(task.distill(*plain, active=active).loss)
+    expected = torch.autograd.grad(0.75 * losses[0] + 0.25 * losses[1], list(student.encoder.blocks.parameters()))
+    task.distill.student, metrics = engine, {}
+    plain_step = trainer.engine.step
+
+    def step(*inputs, **named):
+        metrics["grads"] = [p.grad.clone() for p in student.encoder.blocks.parameters()]
+        return plain_step(*inputs, **named)
+
+    trainer.engine.step = step
+    found = trainer.train_step(batch)
+    for ours, theirs in zip(metrics["grads"], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found["loss"], (0.75 * losses[0] + 0.25 * losses[1]).detach())
+    task.loader.close()
+
+
+def test_a_run_of_partitions_goes_on_where_it_stopped(photos, tmp_path):
+    more = [*PARTITIONS, "partition_by=steps", "standardization.convention=phi_s_running"]
+    more.append("standardization.phi_s_period=1")
+    whole = train(small_run(photos, tmp_path / "whole"), *more).run_dir
+    part = shutil.copytree(whole, tmp_path / "part")
+    shutil.rmtree(part / "checkpoints" / "step_0000006")
+    train(small_run(photos, part), *more)
+    assert same_weights(whole, part) and timeless(whole) == timeless(part)
+
+
+def test_slots_and_weights(overrides):
+    cfg = compose_config([*overrides, *PARTITIONS])
+    by_ranks = [turns(cfg, rank, 4) for rank in range(4)]
+    assert [[turn.part.slots for turn in own] for own in by_ranks] == [
+        [slice(0, 3)], [slice(3, 6)], [slice(6, 7)], [slice(7, 8)],
+    ]  # fmt: skip
+    assert by_ranks[0][0].average == {"one": 1.0} and by_ranks[3][0].average == {"one": 1.0, "two": 2.0}
+    one_by_one = turns(compose_config([*overrides, *PARTITIONS, "partition_by=steps"]), 1, 2)
+    assert [turn.part.slots for turn in one_by_one] == [slice(3, 6), slice(7, 8)]
+    assert [turn.weight for turn in one_by_one] == [1.0, 1.0] and micro_batch_size(cfg, 2) == 2
+
+
+def test_operations_and_memory_count_partitions(overrides):
+    cfg = compose_config([*overrides, *PARTITIONS])
+    small, large = at_size(cfg, 28, ["one"]), at_size(cfg, 56)
+    mean = [run_flops(c) for c in (small, large)]
+    found = run_flops(cfg)
+    assert found.student == round(0.75 * mean[0].student + 0.25 * mean[1].student)
+    assert found.teachers["two"] in (None, round(0.25 * (teacher_flops("two", cfg.teachers["two"], 4) or 0)))
+    assert fit(cfg, 2, 2**40, parts=1).images == 6
+    taken = fit(cfg, 2, 2**40, parts=1).needed - fit(cfg, 4, 2**40, parts=1).needed
+    ahead = 12 * (cfg.data.prefetch + 3)
+    per_rank = {ranks: max(6 * 2 // ranks * (ahead * 28**2 + image_bytes(small)),
+                           2 * 2 // ranks * (ahead * 56**2 + image_bytes(large))) for ranks in (2, 4)}  # fmt: skip
+    assert taken == pytest.approx(per_rank[2] - per_rank[4], rel=0.02, abs=4 * 2**20)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["train.global_batch=16"], "partitions have 8 images together, but train.global_batch=16"),
+        (["partition_by=images"], "partition_by='images'; choose one of ranks, steps"),
+        (["partitions=[{image_size:84,images:8}]"], r"partitions\[0\] has images of 84 px; give sizes up to"),
+        (["partitions=[{image_size:56,images:8,teachers:[three]}]"], r"partitions\[0\].teachers has 'three'"),
+        (["partitions=[{image_size:56,images:8,teachers:[one]}]"], "teacher 'two' is in no partition"),
+        (["objective.drop_probability=0.5"], "leaves teachers out, and objective.drop_probability=0.5 drops some"),
+        (["partitions=[{image_size:56,images:4,share:0.5},{image_size:28,images:4}]"], "have shares of .0.5, 0.0."),
+        (["progressive=[{until:0.5,image_size:28}]"], "partitions do not go with progressive"),
+    ],
+)
+def test_partitions_that_make_no_sense_are_refused(overrides, more, words):
+    with pytest.raises(ConfigError, match=words):
+        compose_config([*overrides, *PARTITIONS, *more])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"), [(3, "shares of 0.5, 0.5 of 3 ranks"), (8, r"partitions\[0\].images=6 cannot be shared by 4")]
+)
+def test_ranks_that_cannot_share_partitions_are_refused(overrides, ranks, words):
+    with pytest.raises(ConfigError, match=words):
+        micro_batch_size(compose_config([*overrides, *PARTITIONS]), ranks)
+
+
+def test_phi_s_is_estimated_from_all_partitions(overrides):
+    """Every teacher on the images of its partitions, at their sizes; nothing is left unknown."""
+    more = ["partition_by=steps", "standardization.convention=phi_s", "standardization.phi_s_batches=2"]
+    trainer = build([*overrides, *PARTITIONS, *more, "data.prefetch=1"])
+    assert all(buffer.isfinite().all() for buffer in trainer.task.statistics.buffers())
+    trainer.task.loader.close()

@@ -1,0 +1,81 @@
+"""A student of RADIO's family that starts from other weights computes what they do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dune_fast.engine.warm_start import WarmStartError, warm_start
+from dune_fast.kernels.nn.radio_options import RADIOOptions
+from dune_fast.kernels.nn.radio_positions import resized_projection, resized_table
+from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import Student, StudentConfig, build_student
+
+SIZES = {"image_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 1, "num_registers": 0}
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def student(seed: int = 0, radio: dict | None = None, **fields) -> Student:
+    options = RADIOOptions(**{"conditioner": "", "patch_bias": True} | (radio or {}))
+    sizes = SIZES | {"layer_scale": None, "final_norm": False, "family": "radio", "radio": options} | fields
+    return build_student(StudentConfig(**sizes), ProjectorConfig("heads"), {"a": (5, ("cls", "patch"))}, seed)
+
+
+def plain(path) -> VisionTransformer:
+    """A ViT as of DINOv2's release, with LayerScale that matters."""
+    torch.manual_seed(1)
+    vit = VisionTransformer(ViTConfig(**SIZES, layer_scale=1.0)).init_weights().requires_grad_(False)
+    for name, parameter in vit.named_parameters():
+        if name.endswith(("gamma", "bias")):
+            parameter.normal_(0.5, 0.2)
+    save_file(vit.state_dict() | {"mask_token": torch.zeros(1, 64)}, path)
+    return vit
+
+
+@pytest.mark.parametrize("spectral", [0, 2])
+def test_a_plain_vit(spectral, tmp_path):
+    """LayerScale goes into the layers before it, cls loses its position, singular values keep their weights."""
+    vit, ours = plain(tmp_path / "vit.safetensors"), student(radio={"spectral": spectral})
+    found = warm_start(ours, str(tmp_path / "vit.safetensors"))
+    with torch.no_grad():
+        ours.encoder.prefix_tokens.copy_(vit.cls_token + vit.pos_embed[:, :1])
+        wanted, tokens = vit.forward_tokens(IMAGES), ours.encoder.forward_tokens(IMAGES)
+    torch.testing.assert_close(tokens, wanted, rtol=1e-3, atol=1e-4)
+    said = "; ".join(found.fitted)
+    assert "4 LayerScales worked into" in said and "1 summary tokens and registers drawn" in said
+    assert ("gains of the spectral" in said) == bool(spectral) and "resized" not in said
+
+
+def test_another_grid_and_patch(tmp_path):
+    vit = plain(tmp_path / "vit.safetensors")
+    ours = student(patch_size=8, radio={"cpe_max_size": 96, "patch_bias": False})
+    found = "; ".join(warm_start(ours, str(tmp_path / "vit.safetensors")).fitted)
+    assert torch.equal(ours.encoder.pos_embed, resized_table(vit.pos_embed[:, 1:], 12))
+    assert torch.equal(ours.encoder.patch_embed.proj.weight, resized_projection(vit.patch_embed.proj.weight, 8))
+    for part in ("resized from 16 to 144 patches", "from 16 to 8 pixels", "bias of the patch projection left"):
+        assert part in found
+
+
+@pytest.mark.parametrize("target", [{"spectral": 2}, {}])
+def test_one_of_its_own_family(target, tmp_path):
+    first = student(seed=3, radio={"spectral": 2})
+    save_file({k: v.contiguous() for k, v in first.encoder.state_dict().items()}, tmp_path / "radio.safetensors")
+    ours = student(radio=target)
+    warm_start(ours, str(tmp_path / "radio.safetensors"))
+    with torch.no_grad():  # plain weights are made after one more power iteration
+        wanted, tokens = first.encoder.forward_tokens(IMAGES), ours.encoder.forward_tokens(IMAGES)
+    torch.testing.assert_close(tokens, wanted, rtol=2e-2, atol=2e-2)
+    assert torch.equal(ours.encoder.prefix_tokens, first.encoder.prefix_tokens)
+
+
+def test_what_does_not_fit(tmp_path):
+    plain(tmp_path / "vit.safetensors")
+    with pytest.raises(WarmStartError, match="is not an encoder of the student's architecture"):
+        warm_start(student(depth=3), str(tmp_path / "vit.safetensors"))
+    radio = {k: v.contiguous() for k, v in student().encoder.state_dict().items()}
+    save_file(radio, tmp_path / "radio.safetensors")
+    vit = build_student(ViTConfig(**SIZES), ProjectorConfig(), {"a": (5, ("cls", "patch"))})
+    with pytest.raises(WarmStartError, match="of the family radio, whose network is another than this student's"):
+        warm_start(vit, str(tmp_path / "radio.safetensors"))
