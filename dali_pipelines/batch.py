@@ -43,9 +43,9 @@ class Batch:
     """int64 [B], `source.Encoded.checksum` of each image, on the host; with `data.views`."""
 
     teacher_views: dict[str, dict[str, Tensor]] | None = None
-    """With `data.teacher_views`: crop -> "images", float32 [B, 3, T, T] like `images`; "transform", float32 [B, 3, 3],
-    of the crop's points to the student's, see `kernels.nn.homography`; "valid", bool [B, T, T], where it shows the
-    image. On the device."""
+    """With `data.teacher_views`: crop -> "images", float32 [B, 3, T, T] like `images`, missing where no teacher looks
+    at them; "transform", float32 [B, 3, 3], of the crop's points to the student's, see `kernels.nn.homography`;
+    "valid", bool [B, T, T], where it shows the image. On the device."""
     part: int = 0
     """Which part of the step it is, where this rank works on several one after the other."""
 

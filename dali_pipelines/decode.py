@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,28 +55,34 @@ def decode_steps(
 
 
 def _until_failure(plans: Iterator[Plan], new_decoder: Callable[..., Decoder], in_flight: deque) -> Iterator[Decoded]:
-    """Leaves the plans that DALI was at in `in_flight` when it raises DecodeError."""
+    """Leaves the plans that DALI was at in `in_flight` when it raises DecodeError.
+
+    DALI gets a picture for each one that it has given back, whichever plans they belong to.
+    """
     with closing(plans):
-        in_flight.extend(itertools.islice(plans, _IN_FLIGHT))
-        if not in_flight:
+        first = list(itertools.islice(plans, _IN_FLIGHT))
+        if not first:
             return
-        with closing(new_decoder(sum(len(plan.geometries) for plan in in_flight))) as decoder:
-            for plan in in_flight:
-                _submit(plan, decoder)
+        pictures, depth = _pictures(itertools.chain(first, plans), in_flight), sum(len(p.geometries) for p in first)
+        with closing(new_decoder(depth)) as decoder:
+            for encoded, geometry in itertools.islice(pictures, depth):
+                decoder.submit(encoded, geometry)
             while in_flight:
-                done = in_flight[0]
-                pictures = [decoder.receive() for _ in done.geometries]
+                done, received = in_flight[0], []
+                for _ in done.geometries:
+                    received.append(decoder.receive())
+                    for encoded, geometry in itertools.islice(pictures, 1):
+                        decoder.submit(encoded, geometry)
                 in_flight.popleft()
-                if (plan := next(plans, None)) is not None:
-                    in_flight.append(plan)
-                    _submit(plan, decoder)
-                yield done, pictures
+                yield done, received
 
 
-def _submit(plan: Plan, decoder: Decoder) -> None:
-    """The images once for each of their geometries: two windows of one image are two decodings."""
-    for geometry in plan.geometries:
-        decoder.submit(plan.encoded, geometry)
+def _pictures(plans: Iterator[Plan], in_flight: deque) -> Iterator[tuple[list[np.ndarray], Geometry]]:
+    """The images of each plan once for each of their geometries: two windows of one image are two decodings."""
+    for plan in plans:
+        in_flight.append(plan)
+        for geometry in plan.geometries:
+            yield plan.encoded, geometry
 
 
 def plan_ahead(plans: Planner, read_ahead: int, start: int) -> Iterator[Plan]:

@@ -9,7 +9,7 @@ import logging
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -203,7 +203,8 @@ class TrainLoader(ImageLoader):
         folder: of the run, for the record of broken images (`quarantine`); None keeps it in memory.
         sizes: step -> side of its images, up to `image_size`; None for `image_size` at every step.
         parts: what this rank takes of a step, one batch after the other; None for its share of the slots at once.
-        crops: the teachers' own, with `data.teacher_views`; `patch`: of the student, in pixels.
+        crops: the teachers' own, with `data.teacher_views`; `patch`: of the student, in pixels; `wanted`: step, part
+            -> names of the crops that teachers look at then, None for all.
 
     Raises:
         DataError: wrong configuration, no images, a batch that the ranks cannot share, or no DALI.
@@ -226,6 +227,7 @@ class TrainLoader(ImageLoader):
         parts: Sequence[Part] | None = None,
         crops: Sequence[OwnCrop] = (),
         patch: int = 1,
+        wanted: Callable[[int, int], Collection[str] | None] | None = None,
     ) -> None:
         datasets = index_datasets(config) if datasets is None else datasets
         for dataset in datasets:
@@ -233,7 +235,8 @@ class TrainLoader(ImageLoader):
                 logger.info("dataset %s: %s", dataset.name, contents)
         parts = [Part(rank_slots(global_batch, rank, world_size))] if parts is None else parts
         source = ImageSource(datasets, "train", config, folder, rank)
-        plans = TrainPlans(source, config, sizes or (lambda _: image_size), global_batch, parts, seed, crops, patch)
+        sizes = sizes or (lambda _: image_size)
+        plans = TrainPlans(source, config, sizes, global_batch, parts, seed, crops, patch, wanted)
         largest = max(part.slots.stop - part.slots.start for part in parts)
         super().__init__(plans, source, config, image_size, largest, device)
         self.parts = len(parts)

@@ -5,7 +5,7 @@ A plan is a pure function of (seed, global batch size, step), and of which image
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,8 +59,8 @@ class Plan:
 
     @property
     def geometries(self) -> list[Geometry]:
-        """Of all that is decoded of the images: the student's, then each crop's."""
-        return [self.geometry, *(crop.geometry for crop in self.crops)]
+        """Of all that is decoded of the images: the student's, then that of each crop that is wanted."""
+        return [self.geometry, *(crop.geometry for crop in self.crops if crop.wanted)]
 
 
 def _checksums(read: Sequence[Encoded]) -> np.ndarray:
@@ -158,11 +158,12 @@ class TrainPlans:
     def __init__(
         self, source: ImageSource, config: DataConfig, sizes: Callable[[int], int], global_batch: int,
         parts: Sequence[Part], seed: int, crops: Sequence[OwnCrop] = (), patch: int = 1,
+        wanted: Callable[[int, int], Collection[str] | None] | None = None,
     ) -> None:  # fmt: skip
         self.groups = Groups(source)
         self._source, self._config, self._side = source, config, sizes
         self._parts, self._seed = parts, seed
-        self._crops, self._patch = (crops if config.teacher_views else ()), patch
+        self._crops, self._patch, self._wanted = (crops if config.teacher_views else ()), patch, wanted
         self.views = Views(source, config.views, seed) if config.views else None
         self._sizes = source.sizes()
         # a group's images are those of its datasets, one after the other, `repeat` times each
@@ -189,7 +190,8 @@ class TrainPlans:
             of = words if self._config.fresh_colour else at
         geometry = train_geometry(at, sizes, turned, side or self._side(step), self._config)
         crops = own_crops(
-            self._crops, self._seed, positions, at, sizes, turned, geometry, self._patch, self._config
+            self._crops, self._seed, positions, at, sizes, turned, geometry, self._patch, self._config,
+            None if self._wanted is None else self._wanted(step, part),
         ) if self._crops else ()  # fmt: skip
         colour = colour_of(of, self._config)
         data, checksums = [image.data for image in read], None if views is None else _checksums(read)

@@ -6,6 +6,9 @@ student's. Four random words a crop, Philox counter (position, which of the crop
 
     word 0   zoom, uniform           word 1, 2   shift, round(N(0, sigma)) patches across and down, by Box and Muller
 
+The window is decoded once more for every crop: DALI decodes one window of an image at a time. On a processor an image
+of 500 x 375 pixels at 224 px takes 3.0 ms, 7.0 with one crop of as many pixels, 7.8 with one of 384.
+
 Bounds are whole pixels of the image, and of the crop: a shift is that many patches to half a pixel. The transform is
 made of these bounds, and exact.
 """
@@ -13,7 +16,7 @@ made of these bounds, and exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +46,8 @@ class CropPlan(NamedTuple):
     """float64 [B, 4, 2], where the source's corners lie in the picture, in pixels."""
     transform: Tensor
     """float64 [B, 3, 3], of a point of the picture to the student's, see `kernels.nn.homography`."""
+    wanted: bool = True
+    """Whether some teacher looks at it in this step; else it is not decoded."""
 
 
 def student_window(words: Tensor, sizes: np.ndarray, turn: np.ndarray, config: DataConfig) -> np.ndarray:
@@ -52,7 +57,7 @@ def student_window(words: Tensor, sizes: np.ndarray, turn: np.ndarray, config: D
 
 def own_crops(
     crops: Sequence[OwnCrop], seed: int, positions: np.ndarray, words: Tensor, sizes: np.ndarray,
-    turn: np.ndarray, student: Geometry, patch: int, config: DataConfig,
+    turn: np.ndarray, student: Geometry, patch: int, config: DataConfig, wanted: Collection[str] | None = None,
 ) -> list[CropPlan]:  # fmt: skip
     """The teachers' crops of a batch.
 
@@ -61,6 +66,7 @@ def own_crops(
         words, sizes, turn: see `augmentation.train_geometry`.
         student: what that has made of them.
         patch: the student's, in pixels.
+        wanted: names of the crops that are looked at; None for all.
     """
     window, shown = student_window(words, sizes, turn, config), shown_sizes(sizes, turn)
     image_size = int(student.side[0])
@@ -79,21 +85,25 @@ def own_crops(
         )  # fmt: skip
         quad = _quad(shown, geometry.window, geometry.size, geometry.anchor, flip, side)
         transform = between_views(quad, (side, side), theirs, (image_size, image_size))
-        found.append(CropPlan(crop.name, as_stored(geometry, np.asarray(sizes, np.int64), side), quad, transform))
+        stored = as_stored(geometry, np.asarray(sizes, np.int64), side)
+        found.append(CropPlan(crop.name, stored, quad, transform, wanted is None or crop.name in wanted))
     return found
 
 
 def as_given(
     crops: Sequence[CropPlan], pictures: Sequence[Tensor], to_device: Callable[[Tensor], Tensor]
 ) -> dict[str, dict[str, Tensor]] | None:
-    """`Batch.teacher_views` of pictures float32 [B, 3, T, T], one tensor a crop; None where there are none."""
+    """`Batch.teacher_views` of pictures float32 [B, 3, T, T], one tensor for each crop that is wanted; None without
+    crops."""
     if not crops:
         return None
-    found = {}
-    for crop, images in zip(crops, pictures, strict=True):
-        valid = box_mask(to_device(crop.quad), (images.shape[-2], images.shape[-1]))
-        own = {"images": images * valid[:, None], "transform": to_device(crop.transform.float())}
-        found[crop.name] = own | {"valid": valid}
+    found, waiting = {}, iter(pictures)
+    for crop in crops:
+        side = int(crop.geometry.side[0])
+        valid = box_mask(to_device(crop.quad), (side, side))
+        found[crop.name] = {"transform": to_device(crop.transform.float()), "valid": valid}
+        if crop.wanted:
+            found[crop.name]["images"] = next(waiting) * valid[:, None]
     return found
 
 

@@ -42,7 +42,7 @@ VIEW_PATCHES = 6
 TEACHER_VIEW = 7
 """A teacher's own crop of an image: a = global position of the image, b = which of the crops."""
 SIZES = 8
-"""Size of a step's images: a = step."""
+"""Size of a step's images: a = step, b = 0 for the student, from 1 for teachers."""
 POSITION_CROP = 9
 """Crop of the student's position table: a = global position of the image, b = step."""
 POSITION_DROPOUT = 10

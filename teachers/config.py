@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
-from dune_fast.teachers.inputs import Mosaic
 
 TOKEN_TYPES = ("cls", "patch")
 PRECISIONS = ("auto", "bf16", "fp8", "fp32")
@@ -52,6 +51,9 @@ class TeacherConfig:
     """Side in pixels of the images that the teacher runs on, whatever the student's: a multiple of `patch_size`. The
     student's images are resized to it (longer side, bicubic; the rest of the square is zeros); with
     `data.teacher_views` it is the size of the teacher's own crop. Null: as many patches as the student has."""
+    input_sizes: list[int] = field(default_factory=list)
+    """Sides of which each training step draws one, with equal chances, whatever the student's (EUPE). `input_size` is
+    the largest of them: that of evaluations and estimates."""
     mosaic: int = 0
     """Side in pixels of a canvas that several of the teacher's images are packed on, for a network that is made for
     large images: `teachers.inputs.Mosaic`. 0 for one image at a time."""
@@ -105,7 +107,8 @@ class TeacherConfig:
 
 
 _READING = (
-    "token_types", "source", "mean", "std", "groups", "grid_multiple", "scale", "input_size", "mosaic", "grid", "layer",
+    "token_types", "source", "mean", "std", "groups", "grid_multiple", "scale", "input_size", "input_sizes", "mosaic",
+    "grid", "layer",
     "norm", "projected", "force_precision", "url", "bytes", "sha256",
 )  # fmt: skip
 """Fields that say what the network sees and what is read from it, or are bookkeeping."""
@@ -121,7 +124,8 @@ def network_key(cfg: TeacherConfig) -> str:
 
 def input_key(cfg: TeacherConfig) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
     """Equal for teachers that see the same pixels of an image."""
-    return (cfg.patch_size, cfg.scale, cfg.input_size or 0, cfg.mosaic), tuple(cfg.mean), tuple(cfg.std)
+    size = (cfg.patch_size, cfg.scale, cfg.input_size or 0, cfg.mosaic, *cfg.input_sizes)
+    return size, tuple(cfg.mean), tuple(cfg.std)
 
 
 def teachers_by_trunk(teachers: Mapping[str, TeacherConfig]) -> list[list[str]]:
@@ -164,6 +168,8 @@ def seen(cfg: TeacherConfig, patches: int) -> Seen:
         grid = cfg.input_size // cfg.patch_size
     if not cfg.mosaic:
         return Seen(grid * cfg.patch_size, 1, grid)
+    from dune_fast.teachers.inputs import Mosaic  # with torch, which the command line starts without
+
     return Seen(cfg.mosaic, Mosaic(grid * cfg.patch_size, cfg.mosaic, cfg.patch_size).per_side ** 2, grid)
 
 
@@ -190,6 +196,10 @@ def check_config(name: str, cfg: TeacherConfig) -> None:
         ("scale", cfg.scale != 1 and own is not None, "with input_size it has no meaning; leave one of them out"),
         ("input_size", own is not None and (own < 1 or own % own_step),
          f"give a multiple of {own_step} pixels (whole patches, as many as its grid allows), or null"),
+        ("input_sizes", any(size < 1 or size % own_step for size in cfg.input_sizes),
+         f"give multiples of {own_step} pixels, or none"),
+        ("input_sizes", bool(cfg.input_sizes) and max(cfg.input_sizes) != own,
+         f"the largest must be input_size, which is {own}"),
         ("mosaic", cfg.mosaic < 0 or cfg.mosaic % step or 0 < cfg.mosaic < (own or 0),
          f"give a multiple of {step} pixels that is not below input_size, or 0 for none"),
         ("grid", cfg.grid not in GRIDS, f"choose one of {', '.join(GRIDS)}"),

@@ -24,7 +24,7 @@ _PREFIXES = ("", "encoder.", "backbone.", "teacher.", "student.")
 _PARTS = ("blocks", "patch_embed", "norm")
 _AFTER_TOKENS = re.compile(
     r"(decoder|head|fc_norm|mask_token|attn_pool|projector|predictor|dec_|downstream|classifier|linear|proj|last_layer"
-    r"|neck|criterion|loss|teacher_norms|pre_logits|text)\w*|\w*_(heads?|decoder|classifier|projector|predictor|loss)"
+    r"|neck|pooler|criterion|loss|teacher_norms|pre_logits|text)\w*|\w*_(heads?|decoder|classifier|projector|predictor|loss)"
 )
 """Modules that read finished tokens, and the mask token, which no whole image sees. Whatever else stands beside the
 blocks may change tokens on their way (another stem, a norm before the blocks, adapters, positions)."""

@@ -90,6 +90,7 @@ class TeacherEnsemble(nn.Module):
         routes: Routes | None = None,
         patches: SharedPatches | None = None,
         views: Mapping[str, Tensor] | None = None,
+        sizes: Mapping[str, int] | None = None,
     ) -> dict[str, dict[str, Tensor]]:
         """Tokens of every teacher.
 
@@ -100,6 +101,8 @@ class TeacherEnsemble(nn.Module):
             patches: of these images, shared with the student; by default the teachers share among themselves.
             views: teacher -> its own pictures of the B images, [B, 3, h, w], ImageNet-normalised, in place of `images`;
                 those of teachers that share a trunk are the same.
+            sizes: teacher -> side in pixels of its images in place of `input_size`; those of teachers that share a
+                trunk are the same.
 
         Returns:
             teacher name -> {"cls": [n, C], "patch": [n, N, C]}, the token types that its configuration asks for, in
@@ -117,7 +120,8 @@ class TeacherEnsemble(nn.Module):
             chosen = None if routes is None else union([routes[teacher.name] for teacher in readers])
             own = first.name if views is not None and first.name in views else None
             source = images if own is None else views[own]
-            layout = self._layout(first, grid, (source.shape[-2], source.shape[-1]))
+            side = (sizes or {}).get(first.name, cfg.input_size)
+            layout = self._layout(first, grid, (source.shape[-2], source.shape[-1]), side)
             if chosen is not None and not len(chosen):
                 for teacher in readers:
                     left = layout.grid if teacher.config.grid == "own" else grid
@@ -168,16 +172,17 @@ class TeacherEnsemble(nn.Module):
             f"teachers.{teacher.name}.input_size={own}, or a model that takes any size"
         ) from error
 
-    def _layout(self, teacher: Teacher, grid: tuple[int, int], size: tuple[int, int]) -> Layout:
-        """How a teacher's images are made of pictures of `size` (h, w) where the student has `grid` patches."""
+    def _layout(self, teacher: Teacher, grid: tuple[int, int], size: tuple[int, int], side: int | None) -> Layout:
+        """How a teacher's images, of `side` pixels if that is given, are made of pictures of `size` (h, w) where the
+        student has `grid` patches."""
         cfg, name = teacher.config, teacher.name
-        if cfg.input_size is None:
+        if side is None:
             multiple = self._run_multiples[name]
             rows, columns = (scaled_grid(n, cfg.scale, multiple) for n in grid)
             shown: tuple[float, float] = (rows, columns)
         else:
-            rows = columns = cfg.input_size // cfg.patch_size
-            height, width = fitted(size, cfg.input_size)
+            rows = columns = side // cfg.patch_size
+            height, width = fitted(size, side)
             shown = (height / cfg.patch_size, width / cfg.patch_size)
             if shown != (rows, columns) and cfg.grid == "own":
                 raise ValueError(
@@ -205,7 +210,7 @@ class TeacherEnsemble(nn.Module):
                 images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
             if cfg.input_size is not None:
                 images = resize_normalize(images, (images.shape[-2], images.shape[-1]), scale, shift)
-                images = fit_longest(images, cfg.input_size, antialias=cfg.input_size < max(images.shape[-2:]))
+                images = fit_longest(images, size[0], antialias=size[0] < max(images.shape[-2:]))
             else:
                 images = resize_normalize(images, size, scale, shift)
             return images if layout.mosaic is None else layout.mosaic.pack(images)
@@ -241,7 +246,8 @@ def _grid_multiple(teacher: Teacher) -> int:
     cfg = teacher.config
     multiple = math.lcm(cfg.grid_multiple, teacher.trunk.grid_multiple)
     step = multiple * cfg.patch_size
-    for field, side in (("mosaic", cfg.mosaic), ("input_size", 0 if cfg.mosaic else cfg.input_size or 0)):
+    own = [] if cfg.mosaic else [("input_size", side) for side in (cfg.input_size or 0, *cfg.input_sizes)]
+    for field, side in (("mosaic", cfg.mosaic), *own):
         if side % step:
             raise ValueError(
                 f"teachers.{teacher.name}.{field} is {side}; its network takes multiples of {step} pixels, the nearest "

@@ -7,7 +7,7 @@ have other names inside their blocks.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,12 +55,14 @@ class HFViTTeacher(ViTTeacher):
 
     @classmethod
     def convert(cls, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-        prefixes = [key.removesuffix(ANCHOR) for key in state if key.endswith(ANCHOR)]
-        if len(prefixes) != 1:
-            raise TeacherWeightsError(f"{path} has {len(prefixes)} encoders under Hugging Face's names of ViT, not one")
-        inner = renamed(below(state, prefixes[0]) if prefixes[0] else state, NAMES)
-        inner = {key: value for key, value in inner.items() if not key.startswith("pooler.")}  # reads the finished cls
-        return packed(inner, PARTS, "qkv.", path)
+        return packed(renamed(below(state, cls.prefix(state, path)), NAMES), PARTS, "qkv.", path)
+
+    @classmethod
+    def prefix(cls, names: Iterable[str], path: Path | str) -> str:
+        found = [key.removesuffix(ANCHOR) for key in names if key.endswith(ANCHOR)]
+        if len(found) != 1:
+            raise TeacherWeightsError(f"{path} has {len(found)} encoders under Hugging Face's names of ViT, not one")
+        return found[0]
 
     @classmethod
     def reads(cls, name: str) -> bool:

@@ -6,7 +6,7 @@ and those with a network of their own: `clip.py`, `siglip.py`, `dinov3.py`, `sam
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.teachers.architecture import infer_vit, random_vit_state, registers_of, stored_architecture
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import container_state, read_container
-from dune_fast.teachers.encoder_names import beside_encoder, encoder_state
+from dune_fast.teachers.encoder_names import beside_encoder, encoder_prefix, encoder_state
 from dune_fast.teachers.protocol import Teacher, Trunk
 from dune_fast.teachers.weights import TeacherWeightsError, build_loaded, random_seed, weights_path
 
@@ -80,6 +80,11 @@ class ViTTeacher(Teacher):
     def convert(cls, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         """The encoder's tensors under the names of `dune_fast.kernels.nn.vit`; those of other parts may stay."""
         return encoder_state(state, path)
+
+    @classmethod
+    def prefix(cls, names: Iterable[str], path: Path | str) -> str:
+        """What stands before the encoder's names; TeacherWeightsError if there is no encoder, or several as good."""
+        return encoder_prefix(names, path)
 
     @classmethod
     def completed(cls, state: dict[str, Tensor], content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:

@@ -97,8 +97,8 @@ class DistillationStep:
     """The student, wrapped or not: images, routes or None, patches, subset of patches or None, draws -> teacher ->
     token type -> projection."""
     teachers: Callable[..., Features]
-    """The frozen teachers: images, routes or None, patches, and pictures if there are some -> teacher -> token type ->
-    raw features."""
+    """The frozen teachers: images, routes or None, patches, and pictures and sizes if there are some -> teacher ->
+    token type -> raw features."""
     statistics: TeacherStatistics
     """Updated in place by every step."""
     own: Tensor
@@ -110,6 +110,8 @@ class DistillationStep:
     """Where the teachers run beside the student; None for after it, on the same stream."""
     states: TermStates | None = None
     """Statistics of the loss's terms, updated in place by every step; None where no term has any."""
+    sizes: Callable[[int], Mapping[str, int]] | None = None
+    """Step -> teacher -> side in pixels of its images; None where no teacher's changes from step to step."""
 
     def __post_init__(self) -> None:
         # read once: which images a teacher gets is decided on the host
@@ -149,8 +151,9 @@ class DistillationStep:
         routes = self.routes(images, step, groups_on_host, positions_on_host, active)
         share = self.objective.patch_share
         subset = PatchSubset(share, self.seed, step) if share < 1 else None
-        patches, own = SharedPatches(), (pictures,) if pictures else ()
-        draws = StepDraws(self.seed, step, positions)
+        patches, draws = SharedPatches(), StepDraws(self.seed, step, positions)
+        sizes = None if self.sizes is None else self.sizes(step)
+        own = (pictures, sizes) if pictures or sizes else ()  # what teachers see of their own
         if features is not None:
             chosen = subset if kept is None else own_patches(kept, subset)
             projections = self.student(images, routes, patches, chosen, draws)

@@ -20,7 +20,7 @@ from dune_fast.teachers.files import file_sha256
 
 _BOOKKEEPING = ("groups", "source", "force_precision", "attention", "compile", "url", "bytes", "sha256", "weights")
 """A teacher's fields that do not change its features, beyond rounding."""
-_OPTIONS = {"activation": "", "projected": False, "input_size": None, "mosaic": 0, "grid": "student"}
+_OPTIONS = {"activation": "", "projected": False, "input_size": None, "input_sizes": [], "mosaic": 0, "grid": "student"}
 """A teacher's fields that are left out at these values, as in caches of versions that did not have them."""
 _VIEW = (
     "views", "fresh_colour", "colour", "crop_scale", "crop_ratio", "flip_probability", "jitter_probability",

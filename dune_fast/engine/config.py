@@ -279,7 +279,7 @@ def _check_distillation(cfg: RunConfig) -> None:
     )  # fmt: skip
     sizes |= {"evaluation.figure_size": cfg.evaluation.figure_size} if cfg.evaluation.figures else {}
     check_sizes(sizes, patch, cfg.teachers)
-    check_crops(cfg.data, cfg.objective.align, cfg.cache.folder)
+    check_crops(cfg.data, cfg.teachers, cfg.objective.align, cfg.cache.folder)
     shares = {"objective.patch_share": cfg.objective.patch_share}
     shares |= {"cache.patch_share": cfg.cache.patch_share} if cfg.cache.folder else {}
     own = {} if cfg.objective.align else {name: cfg.projector.of(name) for name in cfg.teachers}

@@ -70,8 +70,20 @@ def check_own_grids(
                 )
 
 
-def check_crops(data: DataConfig, align: str, cache: str) -> None:
-    """ConfigError if teachers' own crops do not go with the loss, `objective.align`, or with the folder of a cache."""
+def check_crops(data: DataConfig, teachers: Mapping[str, TeacherConfig], align: str, cache: str) -> None:
+    """ConfigError if teachers' own crops or sizes do not go with the loss, `objective.align`, or with the folder of a
+    cache."""
+    for name, teacher in teachers.items():
+        if teacher.input_sizes and cache:
+            raise ConfigError(
+                f"teachers.{name}.input_sizes={list(teacher.input_sizes)} with cache.folder={cache!r}: a cache holds "
+                "features of one size; leave one of them out"
+            )
+        if teacher.input_sizes and teacher.grid == "own" and not align:
+            raise ConfigError(
+                f"teachers.{name}.input_sizes={list(teacher.input_sizes)} with grid=own gives other grids from step to "
+                "step: choose objective.align, which brings them to the student's, or grid=student"
+            )
     if data.teacher_views and cache:
         raise ConfigError(
             f"data.teacher_views=true with cache.folder={cache!r}: a cache holds features of the student's crops; "

@@ -29,7 +29,7 @@ from dune_fast.engine.opening import describe, stage_costs
 from dune_fast.engine.run_folder import count_images, refuse_other_images
 from dune_fast.engine.same_ranks import refuse_other_data
 from dune_fast.engine.schedules import ema_momenta
-from dune_fast.engine.stages import by_stage, stage_at, stages, turns
+from dune_fast.engine.stages import by_stage, stage_at, stages, teacher_sizes, turns
 from dune_fast.engine.start import look_ahead
 from dune_fast.engine.task import Place, Work
 from dune_fast.engine.teacher_crops import TeacherCrops
@@ -69,6 +69,7 @@ class Distillation:
             cfg.data, cfg.image_size, cfg.train.global_batch, run.rank, run.world_size, cfg.train.seed, run.device,
             folder=run.run_dir, sizes=lambda step: stage_at(self.stages, step).size(step, cfg.train.seed),
             parts=[turn.part for turn in self.turns], crops=self.crops.crops, patch=cfg.student.patch_size,
+            wanted=lambda step, part: self.crops.wanted(self.active(step, part) or cfg.teachers),
         )  # fmt: skip
         self.cache = open_cache(cfg, self.loader.datasets, run.device) if cfg.cache.folder else None
         self.loader.read_views = None if self.cache is None else self.cache.read
@@ -93,7 +94,7 @@ class Distillation:
         side = SideStream(run.device) if cfg.train.overlap_teachers else None
         self.distill = DistillationStep(
             student, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed, self.all_reduce, side,
-            self.states,
+            self.states, teacher_sizes(cfg),
         )
         if resume_step is None:
             look_ahead(self, student)
@@ -158,13 +159,16 @@ class Distillation:
             if self.rank == 0:
                 logger.info("step %d to %d at %s", stage.first + 1, stage.end, stage)
 
+    def active(self, step: int, part: int) -> tuple[str, ...]:
+        """The teachers that look at a batch; empty for all."""
+        return self.turns[part].teachers or stage_at(self.stages, step).teachers
+
     def split(self, batch: Batch | Batches) -> Sequence[Batch]:
         whole = batch.parts if isinstance(batch, Batches) else [batch]
         return [part for one in whole for part in split(one, self.cfg.train.accumulation)]
 
     def forward(self, part: Batch, step: int) -> StepOutput:
-        turn = self.turns[part.part]
-        active = turn.teachers or stage_at(self.stages, step).teachers
+        turn, active = self.turns[part.part], self.active(step, part.part)
         momentum = part_momentum(float(self.momenta[step]), self.cfg.train.accumulation * len(self.turns))
         inputs = part.images, part.group, part.positions, step, momentum, part.group_on_host, part.features
         views, pictures = self.crops.views(part), self.crops.pictures(part)

@@ -3,7 +3,7 @@
 Three things lie on a device:
 
 - weights, gradients and AdamW's two moments in float32 (a share of what the ZeRO stage shards), and frozen teachers;
-- the rank's whole batch, several times: in use, being decoded, waiting;
+- the rank's whole batch, teachers' own crops too, several times: in use, being decoded, waiting;
 - what the backward pass needs of the images of one part. Each has N tokens of D channels. A value takes s bytes in
   matrix products (2 under bf16 autocast, else 4) and t bytes between blocks (2 with `train.student_stream=bf16`, else
   4). A block with an MLP of ratio r keeps N D (2 t + s (8 + 2 r)): its input and its sum before the second norm; both
@@ -17,6 +17,8 @@ three deviations of a part's), on the patches that the loss is taken on, and for
 the rank's whole batch, twice where that is split into parts.
 
 Workspaces, fragmentation, NCCL, DALI's decoder and DeepSpeed's copies are not in the model: `SPARE` is for them.
+
+More than 300 lines: the model is one thing.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.projectors.base import blocks_read
 from dune_fast.student import Student
-from dune_fast.teachers.config import given_patches, seen, teachers_by_trunk
+from dune_fast.teachers.config import given_patches, network_key, seen, teachers_by_input, teachers_by_trunk
 
 SPARE = 0.15
 """Share of a device's memory that is left for what the model does not count."""
@@ -60,9 +62,12 @@ def trained_parameters(cfg: RunConfig) -> tuple[int, int]:
 def teacher_parameters(cfg: RunConfig) -> dict[str, int | None]:
     """Parameters of every network that teachers need, by the first teacher that reads it; None if it is unknown."""
     counts: dict[str, int | None] = {}
+    held = set()
     for first, *_ in teachers_by_trunk(cfg.teachers):
         network = published_network(first, cfg.teachers[first])
-        counts[first] = None if network is None else sum(p.numel() for p in network.parameters())
+        again = network_key(cfg.teachers[first]) in held  # for another input
+        counts[first] = 0 if again else None if network is None else sum(p.numel() for p in network.parameters())
+        held.add(network_key(cfg.teachers[first]))
     return counts
 
 
@@ -283,7 +288,9 @@ def _of_batches(batches: list[tuple[RunConfig, int]], count: int, low_precision:
     """Bytes of a rank's batches in a step, each in `count` parts."""
     total, peak = 0, 0
     for cfg, images in batches:
-        total += images * 12 * cfg.image_size**2 * (cfg.data.prefetch + _BATCHES_IN_FLIGHT)
+        crops = [names[0] for names in teachers_by_input(cfg.teachers)] if cfg.data.teacher_views else []
+        sides = [cfg.image_size, *(cfg.teachers[name].input_size or cfg.image_size for name in crops)]
+        total += images * 12 * sum(side**2 for side in sides) * (cfg.data.prefetch + _BATCHES_IN_FLIGHT)
         total += images * cached_bytes(cfg) * (2 if count > 1 else 1)
         peak = max(peak, images // count * image_bytes(cfg, low_precision, images // count))
     return total + peak

@@ -23,6 +23,7 @@ from dune_fast.dali_pipelines.order import rank_slots
 from dune_fast.dali_pipelines.plan import Part
 from dune_fast.engine.config import ConfigError, RunConfig
 from dune_fast.kernels import philox
+from dune_fast.teachers.config import teachers_by_trunk
 
 
 class Setting(NamedTuple):
@@ -57,13 +58,34 @@ class Stage(NamedTuple):
             return self.image_size
         if not self.weights:
             return self.sizes[(step - self.first) % len(self.sizes)]
-        u = float(philox.uniform4(seed, philox.SIZES, step)[0])
-        ends = np.cumsum(self.weights) / sum(self.weights)
-        return self.sizes[min(int(np.searchsorted(ends, u, side="right")), len(self.sizes) - 1)]
+        return drawn_size(self.sizes, self.weights, seed, step)
 
     def __str__(self) -> str:
         sizes = f"{' / '.join(map(str, self.sizes or (self.image_size,)))} px"
         return f"{sizes}, teachers {', '.join(self.teachers)}" if self.teachers else sizes
+
+
+def drawn_size(sizes: Sequence[int], weights: Sequence[float], seed: int, step: int, of: int = 0) -> int:
+    """One of some sizes, by their weights. `of`: 0 for the student, from 1 for teachers, which draw independently."""
+    u = float(philox.uniform4(seed, philox.SIZES, step, of)[0])
+    ends = np.cumsum(weights) / sum(weights)
+    return sizes[min(int(np.searchsorted(ends, u, side="right")), len(sizes) - 1)]
+
+
+def teacher_sizes(cfg: RunConfig) -> Callable[[int], dict[str, int]] | None:
+    """Step -> teacher -> side of its images, of those that draw one (`input_sizes`); None where there are none."""
+    groups = [names for names in teachers_by_trunk(cfg.teachers) if cfg.teachers[names[0]].input_sizes]
+    if not groups:
+        return None
+
+    def sizes(step: int) -> dict[str, int]:
+        found = {}
+        for i, names in enumerate(groups):
+            several = cfg.teachers[names[0]].input_sizes
+            found |= dict.fromkeys(names, drawn_size(several, [1.0] * len(several), cfg.train.seed, step, 1 + i))
+        return found
+
+    return sizes
 
 
 def stages(cfg: RunConfig) -> list[Stage]:

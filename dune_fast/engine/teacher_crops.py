@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.dali_pipelines.teacher_views import OwnCrop
 from dune_fast.distill.alignment import View
@@ -22,7 +24,11 @@ class TeacherCrops:
     def pictures(self, batch: Batch) -> dict:
         """teacher -> images [B, 3, T, T], for the ensemble."""
         found = batch.teacher_views or {}
-        return {name: view["images"] for crop, view in found.items() for name in self._members[crop]}
+        return {n: view["images"] for crop, view in found.items() if "images" in view for n in self._members[crop]}
+
+    def wanted(self, teachers: Collection[str]) -> set[str]:
+        """The crops that these teachers look at."""
+        return {crop for crop, names in self._members.items() if set(names) & set(teachers)}
 
     def views(self, batch: Batch) -> dict[str, View]:
         """teacher -> how its crop lies to the student's, for the loss; nothing where all show the same."""

@@ -22,12 +22,13 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.engine.warm_start_radio import fitted_to_radio
 from dune_fast.kernels.nn.radio import RADIOViT
 from dune_fast.kernels.nn.spectral import start_spectral
+from dune_fast.kernels.nn.theia import TheiaViT
 from dune_fast.kernels.nn.vit import VisionTransformer, resize_positions
 from dune_fast.released import released_projector
 from dune_fast.student import Student, build_student
 from dune_fast.teachers.assets import asset_path
 from dune_fast.teachers.containers import container_state, read_container
-from dune_fast.teachers.encoder_names import beside_encoder, encoder_prefix
+from dune_fast.teachers.encoder_names import beside_encoder
 from dune_fast.teachers.local_paths import local_path
 from dune_fast.teachers.radio import BACKBONE
 from dune_fast.teachers.registry import recognize, vit_family
@@ -125,8 +126,13 @@ def warm_start(student: Student, source: str) -> WarmStart:
             fitted.append(f"positions resized from {before[1] - 1} to {after[1] - 1} patches")
     wanted = student.encoder.state_dict()
     if "register_tokens" in wanted and "register_tokens" not in encoder:
-        encoder["register_tokens"] = student.encoder.register_tokens.detach()
+        encoder |= {key: wanted[key] for key in ("register_tokens", "register_positions") if key in wanted}
         fitted.append(f"{student.encoder.num_register_tokens} registers drawn, the source has none")
+    elif "register_positions" in wanted and "register_positions" not in encoder:
+        encoder["register_positions"] = torch.zeros_like(wanted["register_positions"])
+    if "cls_token" in encoder and isinstance(student.encoder, TheiaViT) and not student.encoder.cfg.cls_token:
+        del encoder["cls_token"]
+        fitted.append("cls left out, the student has none")
     if not any(key.endswith("ls1.gamma") for key in encoder):
         scales = {key: torch.ones_like(value) for key, value in wanted.items() if key.endswith(".gamma")}
         encoder |= scales
@@ -148,7 +154,7 @@ def warm_start(student: Student, source: str) -> WarmStart:
         else:
             projector.load_state_dict(theirs)
             found.projectors.append(name)
-    prefix = BACKBONE if any(key.startswith(BACKBONE) for key in state) else encoder_prefix(state, path)
+    prefix = BACKBONE if any(key.startswith(BACKBONE) for key in state) else family.prefix(state, path)
     found.not_taken = _not_taken(state, prefix, found.projectors)
     logger.info("warm start from %s: %s", path, found)
     return found

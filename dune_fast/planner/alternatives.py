@@ -83,7 +83,7 @@ def alternatives(
         if weights := _student_weights(cfg):
             about = f"first weights from {weights[0]} (`dune-fast teachers fetch {weights[0]}`), as many steps"
             add("warm start", about, [f"student_weights={weights[1]}"])
-    if not cfg.progressive and not cfg.cache.folder:
+    if not cfg.progressive and not cfg.partitions and not cfg.cache.folder:
         side = _smaller_side(cfg)
         option = f"progressive=[{{until: 0.5, image_size: {side}}}]"
         add("progressive", f"{side} px for the first half of the steps, then {cfg.image_size}", [option])

@@ -11,6 +11,7 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.engine.flops import run_flops, stage_flops
 from dune_fast.engine.memory import SPARE, disk_bytes, fit, memory_bytes, teacher_parameters, trained_parameters
 from dune_fast.engine.metrics import duration
+from dune_fast.engine.stages import shares, turns
 from dune_fast.planner.budget import mildest
 
 _GPU_GIB = (16, 24, 40, 80)
@@ -32,18 +33,26 @@ def describe(cfg: RunConfig, experiment: str, gpus: Sequence[int], tflops: float
     batch, images = cfg.train.global_batch, cfg.steps * cfg.train.global_batch
     teachers = ", ".join(f"{name} {_tera(count)}" for name, count in flops.teachers.items())
     peak, warmup = cfg.optimizer.peak(batch), int(cfg.optimizer.warmup_fraction * cfg.steps)
+    falls = {"constant": "then constant", "linear": f"linearly to {cfg.optimizer.min_lr:.3g}"}
+    after = falls.get(cfg.optimizer.schedule, f"cosine to {cfg.optimizer.min_lr:.3g}")
     lines = [
         f"{experiment}: {cfg.steps:,} steps of {batch:,} images at {cfg.image_size} px = {images:,} images",
-        f"  learning rate: warm-up to {peak:.3g} over {warmup:,} steps, cosine to {cfg.optimizer.min_lr:.3g}",
+        f"  learning rate: warm-up to {peak:.3g} over {warmup:,} steps, {after}",
         f"  parameters: student {encoder / 1e6:.1f} M, projectors {projectors / 1e6:.1f} M, teachers {networks}",
         f"  TFLOP an image, forward: student {_tera(flops.student)}, projectors {_tera(flops.projectors)}, {teachers}",
     ]
     if cfg.progressive:
-        shares = "; ".join(
+        stages = "; ".join(
             f"steps {stage.first + 1:,} to {stage.end:,} at {stage}, {_tera(part.training)} in training"
             for stage, part in stage_flops(cfg)
         )
-        lines.append(f"  (means over the run, which is progressive: {shares})")
+        lines.append(f"  (means over the run, which is progressive: {stages})")
+    if cfg.partitions:
+        each = "; ".join(
+            f"{part.images:,} images at {part.image_size} px for {', '.join(part.teachers or cfg.teachers)}, counting "
+            f"{share:.3g}" for part, share in zip(cfg.partitions, shares(cfg), strict=True)
+        )  # fmt: skip
+        lines.append(f"  (means over a step's partitions, by {cfg.partition_by}: {each})")
     if flops.training is None:
         lines.append("  TFLOP an image in training: not known, as one teacher's network is not")
     else:
@@ -87,7 +96,12 @@ def _memory(cfg: RunConfig, experiment: str, count: int) -> list[str]:
     shown = ", ".join(f"{name} {_gib(value)}" for name, value in memory.items())
     unit = "1 GPU" if count == 1 else f"each of {count} GPUs"
     lines = [f"  memory of {unit} (ZeRO {cfg.deepspeed.zero_stage}), before the first image: {shown}"]
-    if batch % (count * max(parts, 1)):
+    if cfg.partitions:
+        try:
+            turns(cfg, 0, count)
+        except ValueError as error:
+            return [*lines, f"  {error}"]
+    elif batch % (count * max(parts, 1)):
         accumulated = f" x train.accumulation={parts}" if parts > 1 else ""
         return [*lines, f"  {batch} images cannot be shared by {count} GPUs{accumulated}"]
     how = f"train.accumulation={parts}" if parts else f"train.accumulation=0: worked out, {SPARE:.0%} spare"

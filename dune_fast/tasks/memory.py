@@ -95,8 +95,9 @@ def batch_bytes(batch: Batch) -> int:
 
 
 def part_bytes(
-    task: HeadTask, network: VisionTransformer, batch: Batch, dtype: torch.dtype | None = None, gpu: bool = False
-) -> int:
+    task: HeadTask, network: VisionTransformer, batch: Batch, dtype: torch.dtype | None = None, gpu: bool = False,
+    mode: FakeTensorMode | None = None,
+) -> int:  # fmt: skip
     """The most that one part's forward and backward pass have alive at once, beside weights, gradients and the batch.
 
     Args:
@@ -105,8 +106,9 @@ def part_bytes(
         batch: of `task.collate`, on the host.
         dtype: of the encoder's products, None for float32.
         gpu: whether operations are those of a GPU.
+        mode: the same for all calls of one task, which may keep tensors.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
     with torch.device("meta"):
         head = task.build_head(network).train()
     with mode, traced() if gpu else contextlib.nullcontext():
@@ -151,9 +153,10 @@ def fit(
     fixed = 4 * frozen + sum(trained_bytes(cfg, trained, ranks).values())
     images = cfg.train.global_batch // ranks
     dtype, examples = torch.bfloat16 if low_precision else None, largest_examples(task, cfg.train.global_batch)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     for count in (n for n in range(1, images + 1) if images % n == 0):
         batch = task.collate([examples[i % len(examples)] for i in range(images // count)])
-        needed = fixed + count * batch_bytes(batch) + part_bytes(task, network, batch, dtype, gpu)
+        needed = fixed + count * batch_bytes(batch) + part_bytes(task, network, batch, dtype, gpu, mode)
         found = Fit(images, count, needed, available)
         if found.fits:
             break

@@ -32,12 +32,12 @@ def ramps(tmp_path_factory):
     return folder
 
 
-def taken(folder, zoom, shift, steps=2, world=1, rank=0, start=0, **options) -> list[Batch]:
+def taken(folder, zoom, shift, steps=2, world=1, rank=0, start=0, wanted=None, **options) -> list[Batch]:
     data = DataConfig(
         {"d": DatasetConfig(root=str(folder), rotate="turned*")}, num_threads=1, colour=False, teacher_views=True,
         teacher_zoom=zoom, teacher_shift=shift, **options,
     )  # fmt: skip
-    with TrainLoader(data, 56, 6, rank, world, 3, CPU, crops=CROPS, patch=14) as loader:
+    with TrainLoader(data, 56, 6, rank, world, 3, CPU, crops=CROPS, patch=14, wanted=wanted) as loader:
         batches = loader.batches(start)
         return [next(batches) for _ in range(steps)]
 
@@ -86,6 +86,18 @@ def test_crops_do_not_depend_on_ranks_and_restarts(ramps, views):
         batches = loader.batches()
         plain = [next(batches) for _ in range(2)]
     assert all(torch.equal(a.images, b.images) and b.teacher_views is None for a, b in zip(whole, plain, strict=True))
+
+
+def test_crops_that_nobody_looks_at_are_left_out_step_by_step(ramps):
+    """Regression: DALI hangs if it is given more pictures at once than it gives back."""
+    looked = [set(), {"same"}, {"large", "same"}, {"large"}, {"large", "same"}, set(), {"large"}]
+    whole = taken(ramps, [0.9, 1.2], 0.6, steps=7)
+    some = taken(ramps, [0.9, 1.2], 0.6, steps=7, wanted=lambda step, part: looked[step % 7])
+    for every, batch, names in zip(whole, some, looked, strict=True):
+        assert torch.equal(every.images, batch.images)
+        for name, view in batch.teacher_views.items():
+            assert ("images" in view) == (name in names)
+            assert all(torch.equal(x, every.teacher_views[name][key]) for key, x in view.items())
 
 
 def test_shifts_are_whole_patches_of_the_published_distribution():

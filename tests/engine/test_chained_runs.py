@@ -3,18 +3,22 @@ next one."""
 
 from __future__ import annotations
 
+import itertools
 import shutil
+from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 
 from dune_fast.distill.stored_statistics import write_statistics
 from dune_fast.engine import checkpoints
-from dune_fast.engine.config import compose_config
+from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.engine.feature_statistics import measure
 from dune_fast.engine.metrics import read_metrics
+from dune_fast.engine.stages import stages, teacher_sizes
 from dune_fast.load import load_encoder
-from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.config import TeacherConfig, check_config
 from dune_fast.teachers.ensemble import TeacherEnsemble
 from tests.engine.conftest import build, same_weights, small_run, train
 
@@ -56,25 +60,46 @@ def stored(overrides: list[str], file: Path) -> list[str]:
 
 
 def test_eupe_in_small_distils_a_proxy_and_a_student_of_the_proxy(photos, tmp_path):
-    proxy = in_small("eupe_proxy", ["dinov3", "clip", "siglip"], photos, tmp_path)
+    proxy = in_small("eupe_proxy", ["dinov3", "clip", "siglip"], photos, tmp_path / "proxy")
     proxy += ["student.mlp_ratio=4", "deepspeed=zero0"]
     proxy += [f"teachers.{name}.input_size=84" for name in ("clip", "siglip")]  # 6 x 6 patches, the student has 4 x 4
-    proxy = stored(proxy, tmp_path / "proxy.safetensors")
-    check_resume(proxy, tmp_path / "proxy", tmp_path / "parts")
+    train(stored(proxy, tmp_path / "proxy.safetensors"))
 
-    student = in_small("eupe_student", [], photos, tmp_path / "student")
-    own = {"weights": tmp_path / "proxy", "num_features": 48, "patch_size": 14}
-    student += ["student.embed_dim=24", "train.steps=20", *(f"teachers.proxy.{k}={v}" for k, v in own.items())]
-    trainer = train(stored(student, tmp_path / "student.safetensors"))
-    images = torch.randn(2, 3, 56, 56)
-    with torch.no_grad():
-        features = load_encoder(tmp_path / "proxy")(images)
-    tokens = trainer.task.teachers(images)["proxy"]
-    assert torch.equal(tokens["cls"], features["x_norm_clstoken"])
-    assert torch.equal(tokens["patch"], features["x_norm_patchtokens"])
-    assert load_encoder(tmp_path / "student")(images)["x_norm_patchtokens"].shape == (2, 16, 24)
+    student = in_small("eupe_student_sizes", [], photos, tmp_path) + ["student.embed_dim=24", "student_weights=''"]
+    own = {"weights": tmp_path / "proxy", "num_features": 48, "patch_size": 14, "input_size": 84}
+    student += ["teachers.proxy.input_sizes=[56,84]", *(f"teachers.proxy.{k}={v}" for k, v in own.items())]
+    student += ["image_size=84", "progressive=[{until:1.0,image_sizes:[56,84],weights:[1,1]}]"]
+    student = stored(student, tmp_path / "student.safetensors")
+    check_resume(student, tmp_path / "student", tmp_path / "parts")
+    assert load_encoder(tmp_path / "student")(torch.randn(2, 3, 56, 56))["x_norm_patchtokens"].shape == (2, 16, 24)
     losses = [record["loss"] for record in read_metrics(tmp_path / "student" / "metrics.jsonl")]
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_student_and_teacher_draw_their_sizes_independently(finished, photos, tmp_path):
+    """Every pair of sizes comes, with equal chances, and the teacher's grid is that of its own size."""
+    cfg = compose_config(["experiment=eupe_student_sizes"])
+    (stage,), sizes = stages(cfg), teacher_sizes(cfg)
+    pairs = Counter((stage.size(step, cfg.train.seed), sizes(step)["proxy"]) for step in range(270))
+    assert pairs.keys() == set(itertools.product((256, 384, 512), repeat=2))
+    assert all(14 <= count <= 46 for count in pairs.values())  # 30 +- 3 deviations
+    assert teacher_sizes(compose_config(["experiment=eupe_student"])) is None
+
+    teacher = TeacherConfig("dune", str(finished), 14, 48, ["patch"], input_size=84, input_sizes=[56, 84], grid="own")
+    ensemble, images = TeacherEnsemble({"a": teacher}, 14), torch.randn(1, 3, 56, 56)
+    assert ensemble(images)["a"]["patch"].shape[1] == 36  # without a draw: input_size
+    drawn = ensemble(images, None, None, None, {"a": 56})["a"]["patch"]
+    teacher.input_size, teacher.input_sizes = None, []
+    torch.testing.assert_close(drawn, TeacherEnsemble({"a": teacher}, 14)(images)["a"]["patch"])
+
+
+def test_sizes_that_a_teacher_cannot_draw_are_refused():
+    with pytest.raises(ConfigError, match=r"grid=own gives other grids from step to step: choose objective\.align"):
+        compose_config(["experiment=eupe_student_sizes", "objective.align=''"])
+    for size, sizes, message in ((384, [512], "largest must be input_size"), (64, [60, 64], "multiples of 16 pixels")):
+        cfg = TeacherConfig("dune", "somewhere", 16, 48, input_size=size, input_sizes=sizes)
+        with pytest.raises(ValueError, match=rf"teachers\.a\.input_sizes is .*{message}"):
+            check_config("a", cfg)
 
 
 def test_a_teacher_is_a_runs_folder_its_encoder_or_its_newest_checkpoint(finished):

@@ -24,7 +24,8 @@ def test_every_experiment_composes(name):
         assert cfg.head.encoder and cfg.head.data and cfg.optimizer.lr
         return
     assert cfg.teachers and cfg.data.datasets and cfg.steps % 2 == 0
-    assert cfg.student.image_size == cfg.image_size or name in ("proof", "theia_demo")  # positions of a larger grid
+    larger = ("proof", "theia_demo", "radio_demo")  # positions of a larger grid
+    assert cfg.student.image_size == cfg.image_size or name in larger
 
 
 @pytest.mark.parametrize("group", ["student", "projector", "deepspeed"])

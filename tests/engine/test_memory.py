@@ -18,6 +18,7 @@ from dune_fast.engine.memory import (
     image_bytes,
     kept_bytes,
     memory_bytes,
+    teacher_parameters,
     trained_parameters,
 )
 from dune_fast.engine.projector_cost import projector_cost
@@ -205,3 +206,11 @@ def test_a_counted_projector_agrees_with_the_formula():
         name, features = next(iter(own.teacher_features.items()))
         counted = projector_cost(own.projector, own.student, features, 24, size=2).kept
         assert counted == pytest.approx(_projector(own, name, patches, patches, 2, 4), rel=0.1), kind
+
+
+def test_a_network_that_runs_on_two_inputs_is_held_once(overrides):
+    """Regression: its weights were counted for each of them."""
+    vits = [f"+teachers@teachers.{name}=dinov2_vits14_reg" for name in ("small", "large")]
+    weights = [f"teachers.{name}.weights=random:3" for name in ("small", "large")]
+    counts = teacher_parameters(compose_config([*overrides, *vits, *weights, "teachers.large.input_size=112"]))
+    assert counts["small"] > 2e7 and counts["large"] == 0

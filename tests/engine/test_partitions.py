@@ -14,6 +14,7 @@ from dune_fast.engine.flops import run_flops, teacher_flops
 from dune_fast.engine.memory import fit, image_bytes
 from dune_fast.engine.metrics import read_metrics
 from dune_fast.engine.stages import at_size, turns
+from dune_fast.planner.describe import describe
 from tests.engine.conftest import build, run_ranks, same_weights, small_run, timeless, train
 
 PARTITIONS = [
@@ -22,9 +23,18 @@ PARTITIONS = [
 ]  # fmt: skip
 
 
+CROPS = [
+    "+teachers@teachers.three=conv_patchify", "teachers.three.weights=random:3", "teachers.three.num_features=24",
+    "teachers.three.token_types=[cls]", "teachers.one.input_size=84", "teachers.one.grid=own",
+    "data.teacher_views=true", "data.teacher_zoom=[0.9,1.2]", "data.teacher_shift=0.6", "objective.align=smaller",
+    "partitions=[{image_size:28,images:6,teachers:[one,three]},{image_size:56,images:2,teachers:[two,three]}]",
+]  # fmt: skip
+"""Three teachers with crops of their own, one of them in both partitions."""
+
+
 def test_two_ranks_with_a_partition_each_train_as_one_process_with_both(overrides, tmp_path):
-    """Weights, and losses of every teacher; ZeRO 2. Seconds: two processes have to start."""
-    common = [*overrides, *PARTITIONS, "train.steps=3"]
+    """Weights, and losses of every teacher; ZeRO 2, own crops and grids. Seconds: two processes have to start."""
+    common = [*overrides, *PARTITIONS, *CROPS, "train.steps=3"]
     alone = train(common, "partition_by=steps", f"output_dir={tmp_path / 'alone'}").run_dir
     two = tmp_path / "two"
     run_ranks(2, "dune_fast/train.py", *common, "deepspeed=zero2", f"output_dir={two}")
@@ -32,8 +42,17 @@ def test_two_ranks_with_a_partition_each_train_as_one_process_with_both(override
     for name, x in theirs.items():
         torch.testing.assert_close(ours[name], x, rtol=2e-4, atol=2e-5, msg=name)
     for both, one in zip(*(read_metrics(run / "metrics.jsonl") for run in (two, alone)), strict=True):
-        for key in ("loss", "loss/one", "loss/two", "loss/two/patch/total", "gradient_norm/max"):
-            assert both[key] == pytest.approx(one[key], rel=1e-4), key
+        for key in ("loss", "loss/one", "loss/two", "loss/two/patch/total", "loss/three", "gradient_norm/max"):
+            assert both[key] == pytest.approx(one[key], rel=1e-4) and both[key] > 0, key
+
+
+def test_a_crop_that_nobody_looks_at_is_not_decoded(overrides):
+    trainer = build([*overrides, *PARTITIONS, *CROPS, "partition_by=steps", "data.prefetch=1"])
+    batch = next(trainer.task.batches(0, lambda _: True))
+    views = [{name: "images" in view for name, view in part.teacher_views.items()} for part in batch.parts]
+    assert views == [{"one": True, "two": False, "three": True}, {"one": False, "two": True, "three": True}]
+    assert torch.isfinite(trainer.train_step(batch)["loss"])
+    trainer.task.loader.close()
 
 
 def test_a_step_is_the_mean_of_its_partitions_by_share(overrides):
@@ -102,6 +121,12 @@ def test_operations_and_memory_count_partitions(overrides):
     per_rank = {ranks: max(6 * 2 // ranks * (ahead * 28**2 + image_bytes(small)),
                            2 * 2 // ranks * (ahead * 56**2 + image_bytes(large))) for ranks in (2, 4)}  # fmt: skip
     assert taken == pytest.approx(per_rank[2] - per_rank[4], rel=0.02, abs=4 * 2**20)
+
+
+def test_a_plan_says_what_partitions_are_and_who_cannot_share_them(overrides):
+    text = "\n".join(describe(compose_config([*overrides, *PARTITIONS]), "demo", [2, 3], 10.0))
+    assert "partitions, by ranks: 6 images at 28 px for one, counting 0.5; 2 images at 56 px for one, two," in text
+    assert "shares of 0.5, 0.5 of 3 ranks are no whole numbers" in text
 
 
 @pytest.mark.parametrize(

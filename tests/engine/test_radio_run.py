@@ -50,8 +50,12 @@ def test_resumed_in_the_middle_it_is_the_same(radio_run, photos, tmp_path):
     assert complete_steps(again) == [6, 12]
     shutil.rmtree(folder(again) / tag(12))
     (again / "student.safetensors").unlink()
-    build(small_run(photos, again), *RADIO).run()
+    trainer = build(small_run(photos, again), *RADIO)
+    trainer.run()
     assert same_weights(radio_run, again)
+    undone = {id(x) for x in trainer.task.live()}  # where a step is skipped
+    vectors = [x for name, x in trainer.engine.module.named_buffers() if name.endswith(("._u", "._v"))]
+    assert len(vectors) == 4 * 2 * (3 + 1 + 1 + 1) and all(id(x) in undone for x in vectors)
 
 
 def test_sharded_and_recomputed_it_is_the_same(radio_run, photos, tmp_path):
@@ -104,6 +108,11 @@ def test_exports(radio_run, target, tmp_path):
 def test_other_formats_refuse(radio_run, target, tmp_path):
     with pytest.raises(ValueError, match="no family of encoders|standardized per channel|of the family vit"):
         export(radio_run, target, tmp_path)
+
+
+def test_a_plain_student_is_none_of_radios(trained_run, tmp_path):
+    with pytest.raises(ValueError, match="needs a student of RADIO's family"):
+        export(trained_run, "radio", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_the_proof_s_training_is_a_task(tmp_path):
 
 
 def test_what_needs_no_head(rooms, tmp_path):
-    """Poses of a camera that stays where it is, and matches of tokens, which are near perfect between a view and itself."""
+    """Poses of a camera that stays where it is, and matches of tokens: near perfect between a view and itself."""
     folder = open_pairs("rooms", PairDatasetConfig(str(rooms)))
     first, second = folder.read(0)
     found = mast3r.no_motion(dataclasses.replace(folder, pairs=folder.pairs[:1]))

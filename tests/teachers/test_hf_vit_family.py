@@ -6,9 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dune_fast.engine.warm_start import warm_start
 from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.theia import TheiaViT
 from dune_fast.kernels.nn.vit import ViTConfig
+from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.student import StudentConfig, build_student
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import TeacherWeightsError
 from dune_fast.teachers.ensemble import TeacherEnsemble
@@ -73,6 +76,46 @@ def test_theias_variants_through_transformers_blocks(tmp_path, registers, cls_to
         cls, own, patches = encoder.split(encoder.norm(encoder.forward_tokens(images)))
     ours = torch.cat([*([cls[:, None]] if cls_token else []), patches, own], dim=1)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({}, ""), ({"num_registers": 2}, "2 registers drawn"), ({"cls_token": False}, "cls left out"),
+     ({"image_size": 48}, "positions resized from 16 to 36")],
+)  # fmt: skip
+def test_theias_student_starts_from_deit(tmp_path, fields, said):
+    model, state = vit(tmp_path)
+    path = tmp_path / "deit.safetensors"
+    save_file({**{f"deit.{key}": value for key, value in state.items()}, "classifier.bias": torch.ones(5)}, path)
+    sizes = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0, "num_registers": 0}
+    cfg = StudentConfig(**{**sizes, "image_size": 32, "layer_scale": None, "interpolate_offset": 0.0, "family": "theia",
+                           "normed": True, **fields})  # fmt: skip
+    student = build_student(cfg, ProjectorConfig("theia"), {"a": (5, ("patch",))})
+    drawn = {name: x.clone() for name, x in student.state_dict().items()}
+    found = warm_start(student, str(path))
+    assert said in str(found) and found.not_taken == {"classifier": 1, "deit": 2}  # the pooler
+    images, weights = torch.randn(1, 3, 32, 32), student.state_dict()
+    assert all(torch.equal(drawn[name], weights[name]) for name in drawn if "register" in name or "projectors" in name)
+    if not fields:
+        with torch.no_grad():
+            tokens = student.encoder.norm(student.encoder.forward_tokens(images))
+        torch.testing.assert_close(tokens, model(images).last_hidden_state.detach(), rtol=1e-4, atol=1e-5)
+    table = state["embeddings.position_embeddings"]
+    assert torch.equal(weights["encoder.pos_embed"], table) == ("image_size" not in fields)
+
+
+def test_theias_student_starts_from_one_of_ours(tmp_path):
+    """With registers that have no positions: the same tokens, but for the norms' epsilon."""
+    sizes = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_registers": 3}
+    ours = build_student(ViTConfig(**sizes), ProjectorConfig(), {"a": (5, ("patch",))}, seed=1)
+    save_file(ours.encoder.state_dict(), tmp_path / "encoder.safetensors")
+    cfg = StudentConfig(**sizes, family="theia", normed=True)
+    student = build_student(cfg, ProjectorConfig("theia"), {"a": (5, ("patch",))}, seed=2)
+    warm_start(student, str(tmp_path / "encoder.safetensors"))
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        tokens, expected = (x.encoder.forward_tokens(images) for x in (student, ours))
+    torch.testing.assert_close(tokens, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_file_of_several_encoders_or_with_more_inside_is_refused(tmp_path):
