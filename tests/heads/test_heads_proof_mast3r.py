@@ -111,7 +111,7 @@ def test_a_head_has_to_keep_the_limits_and_to_beat_all_that_needs_none(monkeypat
     assert [c["passed"] for c in mast3r.checked(rows)] == [False, True]
     result = {
         "settings": {"steps": 3, "batch": 2, "size": (168, 126), "matching_weight": 1.0},
-        "seconds": {"all": 9}, "parameters": 2_000_000, "checks": checks,
+        "seconds": {"steps": 9}, "parameters": 2_000_000, "checks": checks,
         "pairs": dict.fromkeys(("train", "rooms", "stereo"), 5),
         "metrics": rows | {"untrained": {"rooms": {"translation_m": float("inf")}}},
     }  # fmt: skip
