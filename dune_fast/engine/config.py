@@ -259,6 +259,11 @@ def _check_head(cfg: RunConfig) -> None:
             "head.encoder is empty: give the frozen encoder, head.encoder=PATH (the folder of a run, a weights file, a "
             "published name such as dune_vitbase14_448_paper)"
         )
+    if cfg.train.accumulation == 0 and cfg.head.data.get("keep_tokens"):
+        raise ConfigError(
+            "train.accumulation=0 with head.data.keep_tokens=true: the estimate does not know how many views are kept; "
+            "give the number of parts"
+        )
     of_distillation = {
         "teachers": cfg.teachers, "cache.folder": cfg.cache.folder, "progressive": cfg.progressive,
         "partitions": cfg.partitions,

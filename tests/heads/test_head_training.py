@@ -241,13 +241,14 @@ def test_a_head_starts_from_another_ones_weights(overrides, whole, tmp_path):
         ("head.kind=linear", "head.kind='linear'; choose one of linear_seg"),
         ("head.encoder=", "head.encoder is empty: give the frozen encoder"),
         ("train.compile=true", "head.kind=linear_seg trains a head: train.compile belongs to a distillation"),
+        ("train.accumulation=0 +head.data.keep_tokens=true", "how many views are kept; give the number of parts"),
         ("optimizer.schedule=poly", "optimizer.schedule='poly'; choose one of dune, mast3r"),
         ("optimizer.cycle_beta=[0.9]", r"optimizer.cycle_beta=\[0.9\]; give two numbers"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_a_sentence(override, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        compose_config(["experiment=seg_ade20k", override])
+        compose_config(["experiment=seg_ade20k", *override.split()])
 
 
 @pytest.mark.parametrize(
