@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
-from dune_fast.teachers.inputs import Mosaic
 
 TOKEN_TYPES = ("cls", "patch")
 PRECISIONS = ("auto", "bf16", "fp8", "fp32")
@@ -169,6 +168,8 @@ def seen(cfg: TeacherConfig, patches: int) -> Seen:
         grid = cfg.input_size // cfg.patch_size
     if not cfg.mosaic:
         return Seen(grid * cfg.patch_size, 1, grid)
+    from dune_fast.teachers.inputs import Mosaic  # with torch, which the command line starts without
+
     return Seen(cfg.mosaic, Mosaic(grid * cfg.patch_size, cfg.mosaic, cfg.patch_size).per_side ** 2, grid)
 
 

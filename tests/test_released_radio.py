@@ -16,7 +16,8 @@ from dune_fast.kernels.nn.radio_options import RADIOOptions
 from dune_fast.kernels.nn.spectral import SpectralScale
 from dune_fast.load import ModelNotFoundError
 from dune_fast.projectors.base import TeacherFeatures
-from dune_fast.projectors.config import ProjectorConfig
+from dune_fast.projectors.config import HeadShape, ProjectorConfig
+from dune_fast.projectors.heads import build_head
 from dune_fast.student import StudentConfig, build_student
 from dune_fast.teachers.containers import TeacherWeightsError
 
@@ -143,6 +144,23 @@ def test_spectral_heads_and_a_shared_token(tmp_path):
     assert model.student.projectors.slots is None and model.encoder.cfg.num_registers == 4
     found = model.student.projectors["sam_summary"].cls.fc1.weight
     torch.testing.assert_close(found, weight, rtol=1e-2, atol=1e-3)
+
+
+def test_feature_heads_with_attention(tmp_path):
+    """C-RADIOv4's: two blocks before the MLP; `spatial_mlp_version` of the file."""
+    content = container(spatial_mlp_version="attn", teachers=[{"name": "dino"}])
+    torch.manual_seed(1)
+    attention = build_head(HeadShape("attn", 8, 0), DIM, 6)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, 0.1, 0.3)
+    state = {key: x for key, x in content["state_dict"].items() if not key.startswith(("_heads", "_feature_"))}
+    state |= {f"_feature_projections.dino.{key}": x for key, x in attention.state_dict().items()}
+    state["base_model.patch_generator.cls_token.token"] = normal(1 + 3, DIM)
+    model = dune_fast.load_model(written({**content, "state_dict": state}, tmp_path / "radio.pth"))
+    images = torch.randn(2, 3, 24, 40)
+    wanted = attention(model(images)["x_norm_patchtokens"])
+    assert model.teachers == ["dino"]
+    torch.testing.assert_close(model.projections(images, standardized=False)["dino"]["patch"], wanted)
 
 
 def test_a_student_starts_from_a_container(tmp_path):

@@ -30,7 +30,7 @@ STATISTICS = "theia_statistics.safetensors"
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "DUNE": ("", ("objective.drop_probability=0",)),
     "DUNE, projectors as drawn": ("", ("objective.drop_probability=0", *DRAWN)),
-    "Theia": ("theia_demo", ()),
+    "Theia": ("theia_demo", DRAWN[:2]),  # a ViT without registers, so it makes its start itself
     "RADIO": ("radio_demo", ()),
 }
 """Row -> experiment, the settings' own by default, and overrides."""

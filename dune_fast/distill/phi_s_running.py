@@ -29,7 +29,7 @@ class RunningPhiS(nn.Module):
     """Running PHI-S of one teacher's token type.
 
     State, float64 but for the steps: `count`, `total` [C], `scatter` [C, C], `whiten` [C, C] (P), `alpha` (1 / phi),
-    `steps`, int64.
+    `rotated` (the count that P was made of), `steps`, int64.
 
     Args:
         channels: C.
@@ -43,12 +43,13 @@ class RunningPhiS(nn.Module):
     scatter: Tensor
     whiten: Tensor
     alpha: Tensor
+    rotated: Tensor
     steps: Tensor
 
     def __init__(self, channels: int, period: int = PERIOD, eps: float = 1e-6) -> None:
         super().__init__()
         self.period, self.eps = period, eps
-        self._settled = False  # read once: before it is true, `steps` is read at every step
+        self._settled = False  # kept by the host: once it is true, nothing is read from the device
         for name, value in self._initial(channels).items():
             self.register_buffer(name, value)
 
@@ -58,7 +59,8 @@ class RunningPhiS(nn.Module):
         return {
             "count": torch.zeros((), **options), "total": torch.zeros(channels, **options),
             "scatter": torch.zeros(channels, channels, **options), "whiten": torch.eye(channels, **options),
-            "alpha": torch.ones((), **options), "steps": torch.zeros((), dtype=torch.int64),
+            "alpha": torch.ones((), **options), "rotated": torch.zeros((), **options),
+            "steps": torch.zeros((), dtype=torch.int64),
         }  # fmt: skip
 
     def restart(self) -> None:
@@ -87,11 +89,28 @@ class RunningPhiS(nn.Module):
         if self._settled:
             self.steps += 1
             return
-        steps = int(self.steps)
+        given = x.numel() // len(self.total) if valid is None else valid.sum()
+        count = torch.as_tensor(given, dtype=torch.float64, device=self.total.device).clone()
+        if all_reduce is not None:
+            all_reduce(count)
+        # the one read of the device, at every step until all stays as it is
+        rows, steps, seen, rotated = torch.stack([count, self.steps, self.count, self.rotated]).tolist()
         if steps > PERIODS * self.period:
             self._settled = True
             self.steps += 1
             return
+        if rows:
+            self._add(x, valid, all_reduce)
+            self.steps += 1
+        seen += rows
+        if seen < 2:
+            self.steps.zero_()
+        elif steps % self.period == 0 and seen != rotated:  # of the same rows it would be the same again
+            self._rotate(all_reduce, leads)
+            self.rotated.fill_(seen)
+
+    def _add(self, x: Tensor, valid: Tensor | None, all_reduce: AllReduce | None) -> None:
+        """Takes the batch into count, sum and scatter."""
         moments = SecondMoments(len(self.total), self.total.device, self.mean)
         moments.add(x, valid)
         if all_reduce is not None:
@@ -99,11 +118,7 @@ class RunningPhiS(nn.Module):
         (count,), shifted, products = moments.parts()
         self.total += shifted + count * moments.shift
         self.count += count
-        self.scatter += products - shifted.outer(shifted) / self.count.clamp_min(1)
-        self.steps += (count > 0).long()
-        self.steps *= (self.count >= 2).long()
-        if steps % self.period == 0:
-            self._rotate(all_reduce, leads)
+        self.scatter += products - shifted.outer(shifted) / self.count
 
     def running(self) -> Standardizer:
         """What `rotate` leaves to be done: nothing."""
@@ -115,15 +130,12 @@ class RunningPhiS(nn.Module):
         return self.unwhiten, self.mean
 
     def _rotate(self, all_reduce: AllReduce | None, leads: bool) -> None:
-        """P and alpha of the covariance so far; of fewer than two rows, as they were."""
-        covariance = self.scatter / (self.count - 1).clamp_min(1)
+        """P and alpha of the covariance so far."""
+        covariance = self.scatter / (self.count - 1)
         finite = covariance.isfinite().all()  # eigh refuses what is not: then the loss is NaN, and the step is skipped
         rotation, phi = phi_s(covariance.where(finite, torch.eye(len(covariance)).to(covariance)))
         alpha = phi.clamp_min(self.eps).reciprocal().where(finite, torch.nan)
-        diagonal = rotation.diagonal()
-        whiten = alpha * rotation * torch.where(diagonal < 0, -1.0, 1.0)[:, None]
-        enough = self.count >= 2
-        whiten, alpha = whiten.where(enough, self.whiten), alpha.where(enough, self.alpha)
+        whiten = alpha * rotation * torch.where(rotation.diagonal() < 0, -1.0, 1.0)[:, None]
         if all_reduce is not None:  # eigenvectors of equal eigenvalues are a library's choice: one rank's count
             shared = torch.cat([whiten.flatten(), alpha[None]])
             shared = shared if leads else torch.zeros_like(shared)

@@ -151,9 +151,9 @@ class DistillationStep:
         routes = self.routes(images, step, groups_on_host, positions_on_host, active)
         share = self.objective.patch_share
         subset = PatchSubset(share, self.seed, step) if share < 1 else None
-        patches, own = SharedPatches(), (pictures,) if pictures else ()
-        own = own if self.sizes is None else (pictures, self.sizes(step))
-        draws = StepDraws(self.seed, step, positions)
+        patches, draws = SharedPatches(), StepDraws(self.seed, step, positions)
+        sizes = None if self.sizes is None else self.sizes(step)
+        own = (pictures, sizes) if pictures or sizes else ()  # what teachers see of their own
         if features is not None:
             chosen = subset if kept is None else own_patches(kept, subset)
             projections = self.student(images, routes, patches, chosen, draws)

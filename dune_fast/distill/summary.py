@@ -136,6 +136,10 @@ class TangentSphere(nn.Module):
         if int(self.count) >= self.max_samples:  # since the step before, which nobody undoes any more
             self._settled, self.samples = True, self.samples.new_empty(0, self.samples.shape[1])
             return
+        total = self.count.new_full((), len(teacher))
+        _sum(total, all_reduce)
+        if not total:  # a teacher that no rank has an image for
+            return
         rows = teacher.new_zeros(self.batch, teacher.shape[-1] + 1, dtype=torch.float32)
         unit = F.normalize(teacher.float(), dim=-1, eps=1e-12)
         rows.index_copy_(0, slots, F.pad(unit, (0, 1), value=1.0))  # the last column: whether there is one

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from dune_fast.dali_pipelines.loader import TrainLoader
+from dune_fast.distill.normalizers import BATCH
 from dune_fast.engine.config import as_dict
 from dune_fast.engine.devices import device_name, peak_tflops
 from dune_fast.engine.flops import Flops
@@ -106,7 +107,7 @@ def describe(run: Place, task: OpenedDistillation) -> None:
             "train.global_batch=%d is more than the %d images in training: a step sees images several times",
             cfg.train.global_batch, task.loader.num_images,
         )  # fmt: skip
-    if cfg.train.accumulation > 1:
+    if cfg.train.accumulation > 1 and {cfg.standardization.of(token) for token in ("cls", "patch")} & set(BATCH):
         logger.warning(
             "train.accumulation=%d: the teachers' batch statistics are those of 1/%d of the global batch",
             cfg.train.accumulation, cfg.train.accumulation,

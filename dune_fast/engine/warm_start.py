@@ -128,6 +128,8 @@ def warm_start(student: Student, source: str) -> WarmStart:
     if "register_tokens" in wanted and "register_tokens" not in encoder:
         encoder |= {key: wanted[key] for key in ("register_tokens", "register_positions") if key in wanted}
         fitted.append(f"{student.encoder.num_register_tokens} registers drawn, the source has none")
+    elif "register_positions" in wanted and "register_positions" not in encoder:
+        encoder["register_positions"] = torch.zeros_like(wanted["register_positions"])
     if "cls_token" in encoder and isinstance(student.encoder, TheiaViT) and not student.encoder.cfg.cls_token:
         del encoder["cls_token"]
         fitted.append("cls left out, the student has none")

@@ -1,8 +1,8 @@
 """Other weights for a student of RADIO's family: RADIO's own, or those of a plain ViT.
 
 Position table and patch projection are resized bicubically, corners aligned. What RADIO's network has not is worked in
-(LayerScale) or left out (a final norm, the row of the table for cls); summary tokens keep their initial weights where
-the source has not as many.
+(LayerScale) or left out (a final norm). Every summary token starts as a plain ViT's cls token with its position, the
+registers as its registers; what the source has not keeps its initial weights.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ def fitted_to_radio(source: dict[str, Tensor], vit: RADIOViT, path: Path) -> tup
     if any(_ORIGINAL in key for key in state) and not cfg.radio.spectral:
         state = plain_weights(state, path)
         said.append("spectral reparametrisation worked into the weights")
-    for name in ("cls_token", "register_tokens", "mask_token", "feature_mean", "feature_matrix"):
-        if state.pop(name, None) is not None and name == "cls_token" and state[_TABLE].ndim == 3:
-            state[_TABLE] = state[_TABLE][:, 1:]
+    for name in ("mask_token", "feature_mean", "feature_matrix"):
+        state.pop(name, None)
+    cls, registers = state.pop("cls_token", None), state.pop("register_tokens", None)
+    if cls is not None and state[_TABLE].ndim == 3:
+        cls, state[_TABLE] = cls + state[_TABLE][:, :1], state[_TABLE][:, 1:]
     table, kernel = state.get(_TABLE), state.get(f"{_PROJECTION}.weight")
     if table is not None and table.ndim == 3 and 0 < table.shape[1] == math.isqrt(table.shape[1]) ** 2:
         state[_TABLE] = resized_table(table, cfg.table_side)
@@ -57,8 +59,16 @@ def fitted_to_radio(source: dict[str, Tensor], vit: RADIOViT, path: Path) -> tup
     if cfg.layer_scale is None and (count := _work_in_layer_scale(state)):
         said.append(f"{count} LayerScales worked into the layers before them")
     if _TOKENS not in state or state[_TOKENS].shape != wanted[_TOKENS].shape:
-        state[_TOKENS] = wanted[_TOKENS]
-        said.append(f"{wanted[_TOKENS].shape[1]} summary tokens and registers drawn, the source has not as many")
+        state[_TOKENS] = tokens = wanted[_TOKENS].clone()
+        taken = 0
+        if cls is not None and cls.shape == tokens[:, :1].shape:
+            tokens[:, : vit.num_cls], taken = cls, vit.num_cls
+            said.append(f"the cls token taken for each of {vit.num_cls} summary tokens")
+        if taken and registers is not None and registers.shape[-1] == cfg.embed_dim:
+            count = min(registers.shape[1], tokens.shape[1] - taken)
+            tokens[:, taken : taken + count], taken = registers[:, :count], taken + count
+        if drawn := tokens.shape[1] - taken:
+            said.append(f"{drawn} summary tokens and registers drawn, the source has not as many")
     if cfg.radio.spectral and not any(_ORIGINAL in key for key in state):
         reparametrized = {key.removesuffix(_ORIGINAL) for key in wanted if key.endswith(_ORIGINAL)}
         for layer in reparametrized & {key.removesuffix(".weight") for key in state}:

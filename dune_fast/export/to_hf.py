@@ -89,6 +89,8 @@ def read(folder: Path) -> Reader:
         raise ExportError(
             f"the hf export is compared with the package transformers ({error}): pip install transformers"
         ) from error
+    if to_hf_radio.is_radio(folder):
+        to_hf_radio.require_model()
     with _quiet():
         model, loading = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -97,6 +97,17 @@ def is_radio(folder: Path) -> bool:
     return json.loads((folder / CONFIG).read_text())["model_type"] == "radio"
 
 
+def require_model() -> None:
+    """ExportError where the installed transformers is too old for RADIO."""
+    import transformers
+
+    if not hasattr(transformers, "RadioModel"):
+        raise ExportError(
+            f"transformers {transformers.__version__} has no RadioModel, which the hf export of RADIO's family is "
+            "compared with: pip install -U transformers, or export to radio"
+        )
+
+
 def reader(model: torch.nn.Module, folder: Path) -> Reader:
     """transformers' summary and features of images that are normalised as our encoder wants them."""
     processor = json.loads((folder / PREPROCESSOR).read_text())

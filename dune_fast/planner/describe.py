@@ -33,9 +33,11 @@ def describe(cfg: RunConfig, experiment: str, gpus: Sequence[int], tflops: float
     batch, images = cfg.train.global_batch, cfg.steps * cfg.train.global_batch
     teachers = ", ".join(f"{name} {_tera(count)}" for name, count in flops.teachers.items())
     peak, warmup = cfg.optimizer.peak(batch), int(cfg.optimizer.warmup_fraction * cfg.steps)
+    falls = {"constant": "then constant", "linear": f"linearly to {cfg.optimizer.min_lr:.3g}"}
+    after = falls.get(cfg.optimizer.schedule, f"cosine to {cfg.optimizer.min_lr:.3g}")
     lines = [
         f"{experiment}: {cfg.steps:,} steps of {batch:,} images at {cfg.image_size} px = {images:,} images",
-        f"  learning rate: warm-up to {peak:.3g} over {warmup:,} steps, cosine to {cfg.optimizer.min_lr:.3g}",
+        f"  learning rate: warm-up to {peak:.3g} over {warmup:,} steps, {after}",
         f"  parameters: student {encoder / 1e6:.1f} M, projectors {projectors / 1e6:.1f} M, teachers {networks}",
         f"  TFLOP an image, forward: student {_tera(flops.student)}, projectors {_tera(flops.projectors)}, {teachers}",
     ]

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from dune_fast.distill import phi_s_running
+from dune_fast.distill.phi_s import phi_s
 from dune_fast.distill.phi_s_running import RunningPhiS, fold
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.kernels.distill_loss import standardize
@@ -69,6 +71,17 @@ def test_rows_that_are_not_valid_do_not_count_whatever_is_in_them():
         torch.testing.assert_close(ours, theirs)
     module.update(x, torch.zeros_like(valid))  # none is: the step is not counted
     assert module.steps == 1 and module.count == 17
+
+
+def test_a_rotation_is_made_once_of_the_same_rows(monkeypatch):
+    """A teacher that gets no image, or none in a stage, stays where it is: it must not cost a decomposition a step."""
+    made = []
+    monkeypatch.setattr(phi_s_running, "phi_s", lambda covariance: (made.append(1), phi_s(covariance))[1])
+    module, nothing = RunningPhiS(C, 2), draw(0)[:0]
+    for x in (nothing, draw(0), nothing, draw(1), nothing, nothing, draw(2), nothing):
+        module.update(x)
+    # of batch 0; of 0 and 1, in the first step without rows after them, and with 2, still in the same period
+    assert len(made) == 3 and module.steps == 3 and module.rotated == 60
 
 
 def test_ranks_are_one_and_take_one_ranks_eigenvectors():

@@ -55,6 +55,11 @@ def test_parts_are_worked_out_for_gpus_of_several_sizes():
     assert text.count("cannot be shared by 3 GPUs") == 1
 
 
+def test_a_schedule_that_stays_at_its_peak():
+    cfg = compose_config(["experiment=demo", "optimizer.schedule=constant"])
+    assert any(line.endswith("over 32 steps, then constant") for line in describe(cfg, "demo", [1]))
+
+
 def test_parts_that_are_given_are_looked_at():
     lines = describe(compose_config(["experiment=dune_336"]), "dune_336", [1])
     (text,) = [line for line in lines if "does not fit" in line]

@@ -104,6 +104,20 @@ def test_theias_student_starts_from_deit(tmp_path, fields, said):
     assert torch.equal(weights["encoder.pos_embed"], table) == ("image_size" not in fields)
 
 
+def test_theias_student_starts_from_one_of_ours(tmp_path):
+    """With registers that have no positions: the same tokens, but for the norms' epsilon."""
+    sizes = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_registers": 3}
+    ours = build_student(ViTConfig(**sizes), ProjectorConfig(), {"a": (5, ("patch",))}, seed=1)
+    save_file(ours.encoder.state_dict(), tmp_path / "encoder.safetensors")
+    cfg = StudentConfig(**sizes, family="theia", normed=True)
+    student = build_student(cfg, ProjectorConfig("theia"), {"a": (5, ("patch",))}, seed=2)
+    warm_start(student, str(tmp_path / "encoder.safetensors"))
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        tokens, expected = (x.encoder.forward_tokens(images) for x in (student, ours))
+    torch.testing.assert_close(tokens, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_a_file_of_several_encoders_or_with_more_inside_is_refused(tmp_path):
     state, path = vit(tmp_path)[1], tmp_path / "model.safetensors"
     save_file({**state, **{f"other.{key}": value.clone() for key, value in state.items()}}, path)

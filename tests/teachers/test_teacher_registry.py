@@ -19,8 +19,8 @@ CONFIGS = sorted((Path(teachers.__file__).resolve().parents[1] / "configs" / "te
 PARAMETERS = {192: 5.5, 384: 21.8, 768: 86, 1024: 304, 1280: 632, 1536: 1136}  # millions, ViT-T, S, B, L, H and g
 OTHERS = {
     ("dinov3", 1280): 840, ("dinov3", 4096): 6716, ("sam", 768): 89.7, ("sam", 1024): 308.3, ("sam", 1280): 637,
-    ("siglip", 768): 93, ("siglip", 1152): 428, ("depth_anything", 384): 24.8, ("depth_anything", 768): 97.5,
-    ("depth_anything", 1024): 335.3,
+    ("siglip", 768): 93, ("siglip", 1152): 428, ("siglip", 1536): 1163, ("depth_anything", 384): 24.8,
+    ("depth_anything", 768): 97.5, ("depth_anything", 1024): 335.3,
 }  # fmt: skip
 """As published for networks that are larger or other than a plain ViT of their width: gated MLPs, necks, pooling."""
 
