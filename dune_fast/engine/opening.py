@@ -85,7 +85,7 @@ def describe(run: Place, task: OpenedDistillation) -> None:
         cfg.steps, cfg.train.global_batch, cfg.image_size, run.world_size, run.device.type,
         run.engine.zero_stage, "bf16" if run.dtype else "fp32", run.run_dir,
     )  # fmt: skip
-    for stage in task.stages[:-1]:
+    for stage in [s for s in task.stages if s is not task.stages[-1] or s.sizes or s.teachers]:
         logger.info("progressive: steps %d to %d at %s", stage.first + 1, stage.end, stage)
     portions = shares(cfg) if cfg.partitions else []
     for part, share in zip(cfg.partitions, portions, strict=True):

@@ -56,12 +56,14 @@ def test_sizes_teachers_schedules_and_the_trunk_go_by_stage(staged, overrides):
 
 
 @pytest.mark.parametrize("step", [1, 3, 4])
-def test_a_staged_run_goes_on_where_it_stopped(staged, photos, tmp_path, step):
+def test_a_staged_run_goes_on_where_it_stopped(staged, photos, tmp_path, step, caplog):
     run = shutil.copytree(staged[0], tmp_path / "run")
     for later in range(step + 1, 7):
         shutil.rmtree(run / "checkpoints" / f"step_{later:07}")
     (run / "student.safetensors").unlink()
-    train([*small_run(photos, run), *STAGES])
+    with caplog.at_level("INFO"):
+        train([*small_run(photos, run), *STAGES])
+    assert "steps 1 to 3 at 28 / 42 px, teachers two" in caplog.text and "4 to 6 at 42 / 56 / 28 px" in caplog.text
     assert same_weights(run, staged[0]) and timeless(run) == timeless(staged[0])
 
 
