@@ -66,8 +66,8 @@ def write_page(folder: Path, cells: Sequence[Cell], results: Mapping[str, Any]) 
         "Made by `python -m bench.siblings`; `--table` writes this page again from the JSONs in `cells/`. Three real",
         f"teachers into a ViT-Ti/14, 112 px, {STEPS} steps of 16 images, on the study's split; mean and standard",
         "deviation over seeds. All rows start from the same weights, made out of the semantic teacher; `DUNE` alone",
-        "has projectors that are fitted before the first step. A recipe is its file's in `configs/experiment/`: none",
-        "was tuned for this schedule, which is a thousandth of theirs.", "",
+        "has projectors that are fitted before the first step. A recipe is its file's in `configs/experiment/`; this",
+        "schedule is a thousandth of theirs.", "",
         f"| recipe | {' | '.join(COLUMNS.values())} | seeds |", "|---|" + "---|" * (len(COLUMNS) + 1),
     ]  # fmt: skip
     for row, columns in table.items():

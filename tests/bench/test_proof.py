@@ -272,3 +272,13 @@ def test_the_command_from_images_to_page(tmp_path, caplog):
     assert caplog.text.count("finished") == 3
     with pytest.raises(SystemExit, match="no cell matches 'nothing'"):
         main(["--smoke", "--work", str(tmp_path), "--only", "nothing"])
+
+
+def test_the_siblings_table_in_the_docs_is_that_of_its_results():
+    """docs/siblings.md repeats three columns of the page that `python -m bench.siblings --table` writes."""
+    page = (README.parent / "bench/results/siblings/README.md").read_text()
+    guide = (README.parent / "docs/siblings.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if "±" in line]
+    assert len(rows) == 4
+    for _, row, knn, _, iou, match, _, _ in rows:
+        assert f"| {knn} | {iou} | {match} |" in guide, row
