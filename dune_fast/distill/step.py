@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -113,9 +114,10 @@ class DistillationStep:
     sizes: Callable[[int], Mapping[str, int]] | None = None
     """Step -> teacher -> side in pixels of its images; None where no teacher's changes from step to step."""
 
-    def __post_init__(self) -> None:
-        # read once: which images a teacher gets is decided on the host
-        self._own_on_host: np.ndarray = self.own.cpu().numpy()
+    @functools.cached_property
+    def _own_on_host(self) -> np.ndarray:
+        """Which images a teacher gets is decided on the host: read once, by the first step that has to know."""
+        return self.own.cpu().numpy()
 
     def __call__(
         self,
