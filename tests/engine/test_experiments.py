@@ -271,3 +271,37 @@ def test_radio_has_heads_and_a_summary_token_for_every_teacher(name, student, sh
     assert sum(p.numel() for p in built.projectors.parameters()) == heads
     slots = {name: built.projectors.sources[name] for name in built.projectors}
     assert built.encoder.num_cls == len(set(slots.values())) == len(patch)
+
+
+def ladder_parameters(dim: int, channels: int, hidden: list[int]) -> int:
+    """UNIC's projector of one token type by hand: Linear, GELU, Linear at every block."""
+    return sum(dim * h + h + h * channels + channels for h in hidden)
+
+
+def plain_head_parameters(dim: int, channels: int, hidden: int) -> int:
+    """EUPE's head by hand: Linear, LN, GELU, Linear, no bias but LN's."""
+    return dim * hidden + 2 * hidden + hidden * channels
+
+
+PROXY = block_parameters(1536, 8960, layer_scale=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "projectors", "shared"),
+    [
+        ("am_radio", vit_parameters(336, 14, 4), 4 * head_parameters(768, 1024), 0),
+        ("phi_s", vit_parameters(336, 14, 4), 4 * head_parameters(768, 1024), 0),
+        # no LayerScale; 12 levels with a norm each; three chains of 13 adapters of a quarter of the channels
+        ("sak_b", vit_parameters(384, 16, 0) - 12 * 2 * 768, 12 * 2 * 768, 3 * 13 * (2 * 768 * 192 + 192 + 768 + 1)),
+        ("unic_l", vit_parameters(336, 14, 0, 1024, 24),
+         sum(2 * ladder_parameters(1024, c, [1024] * 23 + [4096]) for c in (1536, 1280)), 0),
+        ("eupe_proxy", 3 * 256 * 1536 + 1536 + 1536 * (2 + 256 + 4) + 50 * PROXY + 2 * 1536,
+         sum(2 * plain_head_parameters(1536, c, 1536) for c in (1280, 1280, 1152)), 0),
+        ("eupe_student", vit_parameters(256, 16, 4), 2 * plain_head_parameters(768, 1536, 3072), 0),
+        ("eupe_student_sizes", vit_parameters(512, 16, 4), 2 * plain_head_parameters(768, 1536, 3072), 0),
+    ],
+)  # fmt: skip
+def test_parameters_of_siblings(name, encoder, projectors, shared):
+    built = on_meta(experiment(name))
+    parts = built.encoder, built.projectors, built.shared
+    assert tuple(sum(p.numel() for p in part.parameters()) for part in parts) == (encoder, projectors, shared)

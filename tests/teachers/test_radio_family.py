@@ -14,6 +14,7 @@ from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.teachers.clip import CLIP_MEAN, CLIP_STD
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import TeacherWeightsError
+from dune_fast.teachers.drift import measure_drift
 from dune_fast.teachers.ensemble import TeacherEnsemble
 from dune_fast.teachers.radio import plain_weights, summary_tokens
 from dune_fast.teachers.registry import build_teacher
@@ -68,6 +69,15 @@ def container(model, **arguments):
                 found[f"{block}{name}.{kind}"] = state[f"{theirs}{name}.{kind}"]
     args = {"cpe_max_size": 64, "teachers": TEACHERS, "model_kwargs": {"num_heads": 2}, **arguments}
     return {"state_dict": {k: v.clone() for k, v in found.items()}, "args": argparse.Namespace(**args), "epoch": 3}
+
+
+def test_drift_is_measured(tmp_path):
+    """Of the patches, and of the summary that shares their pass."""
+    torch.save(container(transformers_model()), path := tmp_path / "radio.pth.tar")
+    teachers = {"a": config(path, precision="bf16"), "b": config(path, ["cls"], precision="bf16", num_features=64)}
+    drifts = measure_drift(TeacherEnsemble(teachers, 14), torch.randn(8, 3, 56, 84))
+    assert [(drift.teacher, drift.token) for drift in drifts] == [("a", "patch"), ("b", "cls")]
+    assert all(0.98 < drift.mean_cosine < 1 and not drift.forced for drift in drifts), drifts
 
 
 @pytest.mark.parametrize("name", ["radio_tiny", "radio_tiny_named_ema", "radio_tiny_spectral"])
