@@ -76,7 +76,7 @@ def allocated(task: HeadTask, network: VisionTransformer, batch: dict, dtype: to
     for p in head.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     task.loss(head, encoder, batch, 0).loss.backward()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         task.loss(head, encoder, batch, 0).loss.backward()
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
