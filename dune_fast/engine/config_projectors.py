@@ -29,28 +29,34 @@ def check_projectors(
     if unknown := sorted(set(projector.teachers) - set(teachers)):
         known = ", ".join(sorted(teachers))
         raise ConfigError(f"projector.teachers has {', '.join(unknown)}; this run's teachers are: {known}")
-    grid = projector.source_grid or student.image_size // student.patch_size
-    if projector.kind == "theia" and (progressive or image_size != grid * student.patch_size):
-        raise ConfigError(
-            f"projector.kind=theia: its translators are for images of {grid} x {grid} patches, and this run's have "
-            f"{image_size // student.patch_size} rows{' and, by progressive, fewer' if progressive else ''}: set "
-            "projector.source_grid (or student.image_size), and leave progressive out"
-        )
     try:
         of_teacher = {name: projector.of(name) for name in teachers}
-        blocks_read(projector, student.depth)
+        deepest = max(blocks_read(projector, student.depth))
         if projector.kind == "sak":
-            check_levels(projector, teachers)
+            check_levels(projector, student.embed_dim, teachers)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if deepest < student.depth - 1:
+        raise ConfigError(
+            f"projector.which_blocks={projector.which_blocks} ends at block {deepest}, and the student's last one is "
+            f"{student.depth - 1}: no loss would reach it; add that block, or set student.depth={deepest + 1}"
+        )
     for name, own in of_teacher.items():
         if own.kind == "heads" and own.patch_head.upsample > 1 and patch_share < 1:
             raise ConfigError(
                 f"objective.patch_share={patch_share:g} with upsample={own.patch_head.upsample} in the head of {name}: "
                 "a subset of patches has no finer grid; choose one of the two"
             )
-        if own.kind == "theia":
-            _check_translator(own, student, name, teachers[name])
+        if own.kind != "theia":
+            continue
+        grid = own.source_grid or student.image_size // student.patch_size
+        if progressive or image_size != grid * student.patch_size:
+            raise ConfigError(
+                f"projector.kind=theia: its translators are for images of {grid} x {grid} patches, and this run's have "
+                f"{image_size // student.patch_size} rows{' and, in parts, fewer' if progressive else ''}: set "
+                "projector.source_grid (or student.image_size), and leave progressive and partitions out"
+            )
+        _check_translator(own, student, name, teachers[name])
 
 
 def _check_translator(projector: ProjectorConfig, student: StudentConfig, name: str, teacher: TeacherFeatures) -> None:
