@@ -69,6 +69,8 @@ class ViTTeacher(Teacher):
         depth, layer = len(self.trunk.vit.blocks), self.config.layer
         if layer is not None and layer > depth:
             raise ValueError(f"teachers.{self.name}.layer is {layer}; {self.config.weights} has {depth} blocks")
+        if "cls" in self.config.token_types and self.cls_token is None and not self.trunk.vit.cfg.cls_token:
+            raise ValueError(f"teachers.{self.name}: {self.config.weights} has no cls token; give token_types: [patch]")
         self.block = (depth if layer is None else layer) - 1
         self.trunk.blocks.add(self.block)  # one pass to the deepest block serves every teacher of this trunk
 

@@ -116,8 +116,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return {key: value.float() for key, value in load(path.read_bytes()).items()}
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"standardization.file={path} cannot be read ({error}): measure it with `dune-fast cache statistics {path}` "
-            "and the overrides of this run"
+            f"standardization.file={path} cannot be read ({error}): measure it with `dune-fast cache statistics {path}`"
+            " and the overrides of this run"
         ) from error
 
 
