@@ -116,6 +116,8 @@ def test_other_pairs_are_refused_by_a_sentence(kind, source, target):
 def test_what_translators_cannot_do_is_refused():
     with pytest.raises(ValueError, match="translator=mlp has no cls"):
         translator("mlp", 4, 4, tokens=("cls", "patch"))
+    with pytest.raises(ValueError, match="translator_heads=8 do not divide projector.hidden_dim=12"):
+        translator("transformer", 4, 4, hidden_dim=12)
     with pytest.raises(ValueError, match="choose one of lconv"):
         ProjectorConfig("theia", translator="linear")
     with pytest.raises(ValueError, match="4 x 4 patches, and got 2 x 8"):

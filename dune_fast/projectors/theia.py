@@ -138,6 +138,8 @@ class SharedDecoder(SharedAdapter):
 
     def __init__(self, input_dim: int, hidden: int, source: int, num_layers: int = 2, num_heads: int = 8) -> None:
         super().__init__(input_dim, hidden)
+        if hidden % num_heads:
+            raise ValueError(f"projector.translator_heads={num_heads} do not divide projector.hidden_dim={hidden}")
         self.decode_tokens = nn.Parameter(torch.randn(1, source * source, hidden))
         layer = nn.TransformerDecoderLayer(
             hidden, num_heads, 2 * hidden, 0.0, activation=F.gelu, batch_first=True, norm_first=True
