@@ -27,7 +27,7 @@ from dune_fast.tasks import mast3r_validation
 from dune_fast.tasks.head_task import FrozenEncoder
 from dune_fast.tasks.mast3r import Mast3rTask
 from dune_fast.tasks.mast3r_validation import MEANS, match_errors, measure
-from dune_fast.tasks.run import HeadEvaluation
+from dune_fast.tasks.run import HeadEvaluation, doubts
 from dune_fast.tasks.training import HeadTraining
 from tests.evaluate.conftest import encoder_file, own_cache
 
@@ -216,6 +216,16 @@ def test_the_check_looks_at_the_validation_too(overrides, rooms, tmp_path):
         path.write_bytes(b"")
     task = Mast3rTask(compose_config([*overrides, f"+head.data.validation.v.root={tmp_path / 'val'}"]))
     assert task.missing() == [] and "v: view" in task.problems()[0]
+
+
+def test_the_check_builds_the_head(overrides):
+    """Regression: nothing was missing to train a head that could not be built."""
+    for change, words in (
+        ("head.data.sizes=[[50,28]]", "give multiples of the encoder's patches, 14 px"),
+        ("head.options.dec_heads=3", "16 channels with 3 attention heads"),
+    ):
+        (said,) = doubts(compose_config([*overrides, change]))
+        assert words in said
 
 
 def test_what_does_not_go_together_is_refused(overrides, tmp_path):
