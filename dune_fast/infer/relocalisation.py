@@ -64,12 +64,11 @@ def predict_mapfree(
     found: dict[str, list[tuple[str, Pose]]] = {}
     failed = Failures("frames")
     scenes = [(scene, queries(scene)) for scene in mapfree_scenes(data)]
-    with Ranks().progress("poses", sum(len(frames) for _, frames in scenes), "frames") as progress:
-        for scene, frames in scenes:
+    known = [_cameras(scene / "intrinsics.txt", [REFERENCE, *frames]) for scene, frames in scenes]
+    total = sum(len(frames) for _, frames in scenes)
+    with Ranks().progress("poses", total, "frames") as progress:
+        for (scene, frames), cameras in zip(scenes, known, strict=True):
             path = scene / "intrinsics.txt"
-            cameras = read_intrinsics(path)
-            if absent := [name for name in (REFERENCE, *frames) if name not in cameras]:
-                raise PoseFileError(f"{path} lacks the frame {absent[0]}")
             reference = prepared(scene / REFERENCE, head, long_side)
             lines = found[scene.name] = []
             for name in frames:
@@ -81,7 +80,7 @@ def predict_mapfree(
                 else:
                     failed.add(f"{scene.name}/{name}", pose.reason)
                 progress.advance(1)
-    failed.say(sum(len(frames) for _, frames in scenes))
+    failed.say(total)
     write_whole(predictions, submission_bytes(found))
 
 
@@ -104,17 +103,14 @@ def predict_poses(
     focal lengths are read off the points. Arguments and errors as of `predict_mapfree`.
     """
     _check(encoder, head, pose_method, long_side)
-    pairs, cameras, lines, failed = list(read_pairs(data, strict=True)), None, [], Failures("pairs")
+    pairs, lines, failed = list(read_pairs(data, strict=True)), [], Failures("pairs")
     path = data.parent / "intrinsics.txt"
-    if path.is_file():
-        cameras = read_intrinsics(path)
+    cameras = _cameras(path, [name for pair in pairs for name in pair], needed=False)
     with Ranks().progress("poses", len(pairs), "pairs") as progress:
         for names in pairs:
-            if cameras and (absent := [name for name in names if name not in cameras]):
-                raise PoseFileError(f"{path} lacks the image {absent[0]}")
             views = tuple(prepared(data.parent / name, head, long_side) for name in names)
             given = None
-            if cameras:
+            if cameras is not None:
                 given = [_camera(cameras, name, view, path) for name, view in zip(names, views, strict=True)]
             pose = _pose(views, given, encoder, head, pose_method)
             if pose.rotation is not None and pose.translation is not None:
@@ -159,6 +155,21 @@ def _pose(
     seen = look_at(*views, encoder, head)
     given = seen.cameras() if cameras is None else [v.intrinsics(k) for v, k in zip(views, cameras, strict=True)]
     return seen.relative_pose(seen.matches(), given, pose_method)
+
+
+def _cameras(path: Path, names: list[str], needed: bool = True) -> dict[str, tuple[float, ...]] | None:
+    """The lines of intrinsics.txt, before the work; None for no file where none is needed.
+
+    PoseFileError if an image of these names is not beside it, or not in it.
+    """
+    if gone := [name for name in names if not (path.parent / name).is_file()]:
+        raise PoseFileError(f"there is no image {path.parent / gone[0]}; {len(gone)} of {len(names)} are missing")
+    if not needed and not path.is_file():
+        return None
+    cameras = read_intrinsics(path)
+    if absent := [name for name in names if name not in cameras]:
+        raise PoseFileError(f"{path} lacks the image {absent[0]}")
+    return cameras
 
 
 def _camera(cameras: Mapping[str, tuple[float, ...]], name: str, view: Prepared, path: Path) -> np.ndarray:

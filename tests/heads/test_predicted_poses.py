@@ -106,8 +106,13 @@ def test_what_does_not_go_together_is_said_before_the_work(scenes, encoder, head
         predict_mapfree(scenes, encoder, head, tmp_path / "s.zip")
     path.write_text(whole)
     path.write_text("".join(line + "\n" for line in path.read_text().splitlines() if "00005" not in line))
-    with pytest.raises(PoseFileError, match="intrinsics.txt lacks the frame seq1/frame_00005.jpg"):
+    with pytest.raises(PoseFileError, match="intrinsics.txt lacks the image seq1/frame_00005.jpg"):
         predict_mapfree(scenes, encoder, head, tmp_path / "s.zip")
+    (scenes / "s1" / "seq1" / "frame_00005.jpg").unlink()
+    calls = head.calls
+    with pytest.raises(PoseFileError, match="no image .*s1/seq1/frame_00005.jpg; 1 of 3 are missing"):
+        predict_mapfree(scenes, encoder, head, tmp_path / "s.zip")
+    assert head.calls == calls
 
 
 def test_the_command_makes_measures_and_keeps(scenes, encoder, tmp_path, capsys):
