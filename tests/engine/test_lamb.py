@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dune_fast.engine.deepspeed_engine import Engine, init_distributed
 from dune_fast.engine.optimizer import OptimizerConfig
+from dune_fast.engine.zero_state import KINDS
 from tests.engine.zero_worker import STAGES, partitioned
 
 LAMB = {"name": "lamb", "lr": 0.02, "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.1, "clip_per_parameter": 0.0}
@@ -93,6 +94,7 @@ def test_one_and_ten_steps_are_timms_and_the_papers_and_a_skipped_one_is_none(st
         for name, value in found.items():
             for theirs in (timms, papers):
                 torch.testing.assert_close(value - start[name], theirs[name] - start[name], rtol=1e-4, atol=1e-6)
+    assert all(held.keys() == {"step", *KINDS[1:]} for held in run.state.adamw.state.values()), "no more than AdamW"
     before = {name: x.clone() for name, x in state(run).items()}
     after = train(run, data[:1] * float("inf"))
     assert run.skipped and run.state.updates() == 10
