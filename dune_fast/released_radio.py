@@ -70,7 +70,10 @@ class Adaptor(NamedTuple):
 
 
 def adaptors(content: Mapping[str, Any], path: Path) -> list[Adaptor]:
-    """The heads of a container; TeacherWeightsError where its arguments and its tensors contradict each other."""
+    """The heads of a container, of teachers with one name the first's.
+
+    TeacherWeightsError where its arguments and its tensors contradict each other.
+    """
     args, state = container_options(content), container_state(content, path)
     teachers = args["teachers"]
     names = list(dict.fromkeys(teacher["name"] for teacher in teachers))
@@ -78,8 +81,8 @@ def adaptors(content: Mapping[str, Any], path: Path) -> list[Adaptor]:
     found = []
     for i, teacher in enumerate(teachers):
         name = teacher["name"]
-        if not isinstance(name, str) or not name:
-            raise TeacherWeightsError(f"{path} has a teacher called {name!r}; a name is a text")
+        if any(adaptor.name == name for adaptor in found):
+            continue
         slot = 0 if shared else teacher.get("token_slot", names.index(name))
         if type(slot) is not int or not 0 <= slot < (1 if shared else len(names)):
             raise TeacherWeightsError(f"{path}: {name} reads the summary token {slot!r} of {len(names)}")

@@ -168,19 +168,28 @@ def _as_kernel(weight: Tensor) -> Tensor:
 def summary_tokens(args: Mapping[str, Any], path: Path) -> tuple[int, tuple[int, ...]]:
     """(summary tokens, indices of those that are the summary) by the arguments of a container.
 
-    Teachers of one name share a token. TeacherWeightsError if the arguments name no teachers.
+    Teachers of one name share a token. The summary is that of the teachers with `use_summary`, each at its place in the
+    list, whatever `token_slot` says, as the release's loader has it; only a place beyond the tokens, which names that
+    repeat bring about, gives way to `token_slot` or the place among the names. TeacherWeightsError if the arguments
+    name no teachers, or none has a summary.
     """
     teachers = args.get("teachers")
     named = isinstance(teachers, list) and teachers
-    if not named or not all(isinstance(teacher, Mapping) and "name" in teacher for teacher in teachers):
-        raise TeacherWeightsError(f"{path} does not name the teachers that its summary tokens are for")
+    if not named or not all(isinstance(t, Mapping) and isinstance(t.get("name"), str) and t["name"] for t in teachers):
+        raise TeacherWeightsError(f"{path} does not name the teachers that its summary tokens are for, each by a text")
     if not args.get("cls_token_per_teacher", True):
         return 1, (0,)
-    slots = {name: i for i, name in enumerate(dict.fromkeys(teacher["name"] for teacher in teachers))}
-    used = [t.get("token_slot", slots[t["name"]]) for t in teachers if t.get("use_summary", True)]
-    if not used or not all(type(slot) is int and 0 <= slot < len(slots) for slot in used):
-        raise TeacherWeightsError(f"{path} has the summary tokens {used} of {len(slots)}")
-    return len(slots), tuple(dict.fromkeys(used))
+    names = list(dict.fromkeys(teacher["name"] for teacher in teachers))
+    first: dict[str, int] = {}
+    for i, teacher in enumerate(teachers):
+        if teacher.get("use_summary", True):
+            place = i if i < len(names) else teacher.get("token_slot", names.index(teacher["name"]))
+            first.setdefault(teacher["name"], place)
+    if not first:
+        raise TeacherWeightsError(f"{path} has no summary: all its teachers have use_summary=False")
+    if not all(type(place) is int and 0 <= place < len(names) for place in first.values()):
+        raise TeacherWeightsError(f"{path} has the summary tokens {list(first.values())} of {len(names)}")
+    return len(names), tuple(sorted(set(first.values())))
 
 
 def plain_weights(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
