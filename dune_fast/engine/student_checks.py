@@ -21,8 +21,8 @@ def check_student(student: StudentConfig, image_size: int, compiled: bool) -> No
         unread = [name for name, value in vars(radio).items() if value != getattr(RADIOOptions(), name)]
         if unread:
             raise ConfigError(
-                f"student.radio.{unread[0]}={getattr(radio, unread[0])} with student.family={student.family}, which does "
-                "not read it: choose student.family=radio, or leave it out"
+                f"student.radio.{unread[0]}={getattr(radio, unread[0])} with student.family={student.family}, which "
+                "does not read it: choose student.family=radio, or leave it out"
             )
         return
     try:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dune_fast.engine.config import RunConfig
-from dune_fast.engine.warm_start_radio import fitted_to_radio
+from dune_fast.engine.warm_start_radio import STARTED_ANEW, fitted_to_radio
 from dune_fast.kernels.nn.radio import RADIOViT
 from dune_fast.kernels.nn.spectral import start_spectral
 from dune_fast.kernels.nn.theia import TheiaViT
@@ -144,7 +144,7 @@ def warm_start(student: Student, source: str) -> WarmStart:
             f"that {path.name} was made with, or other weights"
         )
     student.encoder.load_state_dict({key: encoder[key] for key in wanted})
-    if not any(".parametrizations." in key for key in state):  # gains that leave the source's weights as they are
+    if STARTED_ANEW in fitted:  # gains that leave the source's weights as they are
         start_spectral(student.encoder)
     found = WarmStart(str(path), len(wanted), fitted)
     for name, projector in student.projectors.items():

@@ -21,6 +21,8 @@ _TABLE, _PROJECTION, _TOKENS = "pos_embed", "patch_embed.proj", "prefix_tokens"
 _LAST = {"ls1.gamma": ("attn.proj",), "ls2.gamma": ("mlp.fc2", "mlp.w3")}
 """LayerScale -> the layers that it may come after."""
 _ORIGINAL = ".parametrizations.weight.original"
+STARTED_ANEW = "gains of the spectral reparametrisation started anew"
+"""Said where the student is reparametrised and the weights are plain: `start_spectral` has to follow."""
 
 
 @torch.no_grad()
@@ -31,9 +33,12 @@ def fitted_to_radio(source: dict[str, Tensor], vit: RADIOViT, path: Path) -> tup
     """
     state, said = dict(source), []
     wanted, cfg = vit.state_dict(), vit.cfg
-    if any(_ORIGINAL in key for key in state) and not cfg.radio.spectral:
-        state = plain_weights(state, path)
-        said.append("spectral reparametrisation worked into the weights")
+    if any(_ORIGINAL in key for key in state):
+        version = 2 if any(key.endswith("._sn_version") for key in state) else 1
+        scaled = cfg.layer_scale is None and any(key.endswith(tuple(_LAST)) for key in state)
+        if cfg.radio.spectral != version or scaled:  # a gain per channel is none of a whole weight's
+            state = plain_weights(state, path)
+            said.append("spectral reparametrisation worked into the weights")
     for name in ("mask_token", "feature_mean", "feature_matrix"):
         state.pop(name, None)
     cls, registers = state.pop("cls_token", None), state.pop("register_tokens", None)
@@ -74,7 +79,7 @@ def fitted_to_radio(source: dict[str, Tensor], vit: RADIOViT, path: Path) -> tup
         for layer in reparametrized & {key.removesuffix(".weight") for key in state}:
             state[f"{layer}{_ORIGINAL}"] = state.pop(f"{layer}.weight")
         state |= {key: value for key, value in wanted.items() if ".parametrizations.weight.0." in key}
-        said.append("gains of the spectral reparametrisation started anew")
+        said.append(STARTED_ANEW)
     return state, said
 
 

@@ -130,8 +130,8 @@ def write(model: DistilledModel, folder: Path, step: int = 0, about: Mapping[str
     cfg = refuse_unlike(model.encoder)
     if cfg.final_norm != model.student.normed:
         raise ExportError(
-            "RADIO's heads read the tokens that the backbone gives, and this run's read them before the final norm: train "
-            "with student.final_norm=false or student.normed=true, or export this run to safetensors instead"
+            "RADIO's heads read the tokens that the backbone gives, and this run's read them before the final norm: "
+            "train with student.final_norm=false or student.normed=true, or export this run to safetensors instead"
         )
     state = {f"base_model.{key}": value for key, value in backbone_state(model.encoder).items()}
     if cfg.normalized:

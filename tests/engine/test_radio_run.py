@@ -127,7 +127,7 @@ def test_a_plain_student_is_none_of_radios(trained_run, tmp_path):
         ("student.family=radioo", "choose one of vit, radio"),
         ("student.family=vit", "student.radio.cpe_max_size=112 with student.family=vit, which does not read it"),
         ("projector.cls_head.version=attn", "teacher 'one': projector.cls_head reads one token"),
-        ("+projector.teachers.two.patch_head={upsample: 0}", "projector.teachers.two.patch_head.upsample=0; it must be"),
+        ("+projector.teachers.two.patch_head={upsample: 0}", "teachers.two.patch_head.upsample=0; it must be"),
         ("+projector.teachers.two.patch_head={hidden_dim: 1.5}", "patch_head.hidden_dim is 1.5; give a value like 32"),
         ("+projector.teachers.two.num_heads=0", "projector.teachers.two.num_heads=0; it must be at least 1"),
     ],
