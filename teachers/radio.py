@@ -2,8 +2,9 @@
 
 Ranzinger et al., "AM-RADIO", CVPR 2024; "PHI-S", ICLR 2025; Heinrich et al., "RADIOv2.5", CVPR 2025. The arguments in
 the container say how many summary tokens there are and which of them are the summary. Weights that were trained with
-spectral reparametrisation are made plain as the release's loader does: after one more step of power iteration. The
-hybrid E-RADIO is another network.
+spectral reparametrisation are made plain as the release's loader does: after one more step of power iteration. What
+normalises the features of layers before the last (`_intermediate_feature_normalizer`) is left out. The hybrid E-RADIO
+is another network.
 """
 
 from __future__ import annotations
