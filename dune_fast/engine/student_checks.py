@@ -29,6 +29,11 @@ def check_student(student: StudentConfig, image_size: int, compiled: bool) -> No
         check_options(student)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if 0 < radio.cpe_max_size == student.image_size:
+        raise ConfigError(
+            f"student.radio.cpe_max_size={radio.cpe_max_size} is student.image_size, so that positions are not cropped: "
+            "lower student.image_size to the run's images, or set cpe_max_size=0 for a table without cropping"
+        )
     if compiled and (radio.window_sizes or radio.spectral):
         raise ConfigError(
             "train.compile=true with student.radio.window_sizes or student.radio.spectral: blocks are compiled anew "
