@@ -31,7 +31,7 @@ def check_student(student: StudentConfig, image_size: int, compiled: bool) -> No
         raise ConfigError(str(error)) from None
     if 0 < radio.cpe_max_size == student.image_size:
         raise ConfigError(
-            f"student.radio.cpe_max_size={radio.cpe_max_size} is student.image_size, so that positions are not cropped: "
+            f"student.radio.cpe_max_size={radio.cpe_max_size} is student.image_size, so positions are not cropped: "
             "lower student.image_size to the run's images, or set cpe_max_size=0 for a table without cropping"
         )
     if compiled and (radio.window_sizes or radio.spectral):

@@ -121,7 +121,7 @@ def test_a_plain_student_is_none_of_radios(trained_run, tmp_path):
         ("train.compile=true", "train.compile=true with student.radio.window_sizes"),
         ("student.radio.window_sizes=[3,4]", "none divides the 4 x 4 patches of image_size=56"),
         ("student.radio.cpe_max_size=28", "cpe_max_size=28 is below student.image_size=56"),
-        ("student.radio.cpe_max_size=56", "cpe_max_size=56 is student.image_size, so that positions are not cropped"),
+        ("student.radio.cpe_max_size=56", "cpe_max_size=56 is student.image_size, so positions are not cropped"),
         ("student.radio.num_windowed=0", "leave none: lower num_global"),
         ("student.pos_embed=rope2d", "learned position table"),
         ("student.radio.spectral=3", "choose 0"),
