@@ -23,7 +23,7 @@ from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import TeacherWeightsError, below, container_state
 from dune_fast.teachers.dune import container_options
 from dune_fast.teachers.encoder_names import beside_encoder
-from dune_fast.teachers.radio import RADIOTeacher, plain_weights
+from dune_fast.teachers.radio import RADIOTeacher, model_arguments, plain_weights
 from dune_fast.teachers.weights import build_loaded
 
 
@@ -147,7 +147,7 @@ def _head(
 def nominal(architecture: RADIOConfig, content: Mapping[str, Any], path: Path) -> RADIOConfig:
     """A container's backbone with the size of images that its release prefers, else that of its arguments."""
     preferred = next((release.size for release in PUBLISHED_RADIO.values() if release.file == path.name), 0)
-    stated = (container_options(content).get("model_kwargs") or {}).get("img_size")
+    stated = model_arguments(content).get("img_size")
     size = preferred or (stated if type(stated) is int and stated > 0 else _SIZE)
     patch = architecture.patch_size
     size = min(max(1, round(size / patch)) * patch, architecture.image_size)

@@ -84,7 +84,7 @@ class RADIOTeacher(ViTTeacher):
 
     @classmethod
     def heads(cls, content: Mapping[str, Any], path: Path) -> int | None:
-        found = (container_options(content).get("model_kwargs") or {}).get("num_heads")
+        found = model_arguments(content).get("num_heads")
         return found if type(found) is int and found > 0 else None
 
     @classmethod
@@ -110,7 +110,7 @@ class RADIOTeacher(ViTTeacher):
         if count > prefix.shape[1]:
             raise TeacherWeightsError(f"{path} names {count} teachers, but has {prefix.shape[1]} tokens for them")
         registers = prefix.shape[1] - count
-        nominal = (args.get("model_kwargs") or {}).get("img_size")
+        nominal = model_arguments(content).get("img_size")
         cropped = type(nominal) is not int or nominal < architecture.image_size
         found = replace(
             architecture, num_cls=count, summaries=summaries, num_registers=registers, cropped=cropped
@@ -158,6 +158,12 @@ class RADIOTeacher(ViTTeacher):
         if self.config.layer is None:
             patches = vit.standardized(patches)
         return {"cls": x[:, list(vit.cfg.summaries)].flatten(1), "patch": patches}
+
+
+def model_arguments(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a container's arguments say of the backbone's sizes; empty where they say nothing."""
+    found = container_options(content).get("model_kwargs")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _as_kernel(weight: Tensor) -> Tensor:

@@ -150,6 +150,12 @@ def test_of_trained_and_averaged_weights_the_average_is_read(tmp_path):
     assert torch.equal(encoder.pos_embed, state["base_model.patch_generator.pos_embed"])
 
 
+def test_arguments_of_another_kind_say_nothing(tmp_path):
+    torch.save(container(transformers_model(), model_kwargs="num_heads=2"), tmp_path / "radio.pth.tar")
+    encoder = dune_fast.load_encoder(tmp_path / "radio.pth.tar", num_heads=2)
+    assert encoder.num_heads == 2 and encoder.cfg.cropped and encoder.cfg.image_size == 64
+
+
 def test_windows_of_no_side_are_refused(tmp_path):
     torch.save(container(transformers_model()), tmp_path / "radio.pth.tar")
     with pytest.raises(ValueError, match="windows of -2 x -2 patches: give a side of 1 patch or more"):
