@@ -150,6 +150,7 @@ def test_a_container_without_some_heads_is_exported_with_all_its_tokens(tmp_path
     assert [(t["name"], t["use_summary"], "token_slot" in t) for t in teachers] == [
         ("siglip2.g", True, True), ("unread_1", True, False)
     ]  # fmt: skip
+    assert {t["type"] for t in teachers} == {"generic"}  # others have text towers in RADIO's code, by their names
 
 
 @pytest.mark.parametrize(("mlp", "layer_scale"), [("gelu", None), ("gelu", 1e-5), ("swiglu", None), ("swiglu", 1e-5)])

@@ -143,7 +143,8 @@ def write(model: DistilledModel, folder: Path, step: int = 0, about: Mapping[str
     shared, sources = cfg.num_cls == 1, teacher_entries(model)
     unread = [] if shared else [f"unread_{i}" for i in range(len(sources), cfg.num_cls)]
     for i, (source, entries) in enumerate((sources | dict.fromkeys(unread, {})).items()):
-        entry = {"name": source, "type": source, "model": source, "pretrained": ""}
+        # by its type, RADIO's code would look for the text tower of an open_clip, siglip2 or pe_core
+        entry = {"name": source, "type": "generic", "model": source, "pretrained": ""}
         entry["use_summary"] = "cls" in entries if shared else i in cfg.summaries
         entry |= {"token_slot": slots[next(iter(entries.values()))]} if slots and entries else {}
         for token, name in entries.items():
