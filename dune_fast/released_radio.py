@@ -42,12 +42,12 @@ PUBLISHED_RADIO = {
     "radio_v2.5-h-norm": Release("radio_v2.5-h-norm.pth.tar", 768),
     "radio_v2.5-g": Release("radio_v2.5-g.pth.tar", 896),
     "radio_v2.1": Release("radio_v2.1_bf16.pth.tar", 0),
-    "radio_v2": Release("radio_v2.pth.tar", 0),
-    "radio_v1": Release("radio_v1.pth.tar", 0),
+    "radio_v2": Release("radio_v2.pth.tar", 432),
+    "radio_v1": Release("radio_v1.pth.tar", 378),
     "c-radio_v3-b": Release("c-radio_v3-b_half.pth.tar", 512),
     "c-radio_v3-l": Release("c-radio-v3_l_half.pth.tar", 512),
     "c-radio_v3-h": Release("c-radio_v3-h_half.pth.tar", 512),
-    "c-radio_v3-g": Release("c-radio_v3-g_half.pth.tar", 896),
+    "c-radio_v3-g": Release("c-radio_v3-g_half.pth.tar", 512),
     "c-radio_v4-so400m": Release("c-radio_v4-so400m_half.pth.tar", 512),
     "c-radio_v4-h": Release("c-radio_v4-h_half.pth.tar", 512),
 }
@@ -99,7 +99,8 @@ def adaptors(content: Mapping[str, Any], path: Path) -> list[Adaptor]:
 
 def _version(args: Mapping[str, Any], teacher: Mapping[str, Any], token: str, path: Path) -> str:
     """The version of one head; see the containers' rules."""
-    asked = [(teacher, "mlp_version"), (args, "mlp_version")]
+    # newer files say of a teacher's summary head what older ones said without `summary_`
+    asked = [(teacher, "summary_mlp_version"), (teacher, "mlp_version"), (args, "mlp_version")]
     if token == "patch":
         asked = [(teacher, "spatial_mlp_version"), (args, "spatial_mlp_version"), (args, "mlp_version")]
     version = next((found for where, key in asked if (found := where.get(key))), "v1")

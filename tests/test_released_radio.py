@@ -20,7 +20,7 @@ from dune_fast.kernels.nn.spectral import SpectralScale
 from dune_fast.load import DistilledModel, ModelNotFoundError
 from dune_fast.projectors.base import TeacherFeatures
 from dune_fast.projectors.config import HeadShape, ProjectorConfig
-from dune_fast.projectors.heads import build_head
+from dune_fast.projectors.heads import HeadV1, build_head
 from dune_fast.student import StudentConfig, build_student
 from dune_fast.teachers.containers import TeacherWeightsError, read_container
 
@@ -131,6 +131,15 @@ def test_heads_of_a_container(tmp_path):
     torch.testing.assert_close(encoder(images)["x_norm_patchtokens"], patches)
     windowed = encoder.in_windows(1, num_windowed=1)(images)["x_norm_patchtokens"]
     assert (windowed - patches).abs().max() > 1e-3
+
+
+def test_newer_files_name_a_summary_heads_version_otherwise(tmp_path):
+    teachers = [TEACHERS[0], {"name": "sam", "summary_mlp_version": "v1", "spatial_mlp_version": "v2"}]
+    model = dune_fast.load_model(written(container(teachers=teachers), tmp_path / "radio.pth.tar"))
+    assert isinstance(model.student.projectors["sam_summary"].cls, HeadV1)
+    export(tmp_path / "radio.pth.tar", "radio", tmp_path / "again")
+    entry = read_container(tmp_path / "again" / "radio.pth.tar")["args"].teachers[1]
+    assert entry["mlp_version"] == entry["summary_mlp_version"] == "v1" and entry["spatial_mlp_version"] == "v2"
 
 
 def test_teachers_of_one_name_are_one(tmp_path):

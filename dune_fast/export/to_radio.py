@@ -149,7 +149,8 @@ def write(model: DistilledModel, folder: Path, step: int = 0, about: Mapping[str
         entry |= {"token_slot": slots[next(iter(entries.values()))]} if slots and entries else {}
         for token, name in entries.items():
             head = getattr(model.student.projectors[name], token)
-            entry["mlp_version" if token == "cls" else "spatial_mlp_version"] = _version(head)
+            names = ("mlp_version", "summary_mlp_version") if token == "cls" else ("spatial_mlp_version",)
+            entry |= dict.fromkeys(names, _version(head))
             state |= {f"{GROUPS[token]}.{source}.{key}": x for key, x in folded(model, name, token).items()}
             if head.upsample > 1:
                 entry["fd_upsample_factor"] = head.upsample
