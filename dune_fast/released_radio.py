@@ -41,7 +41,7 @@ PUBLISHED_RADIO = {
     "radio_v2.5-h": Release("radio_v2.5-h.pth.tar", 768),
     "radio_v2.5-h-norm": Release("radio_v2.5-h-norm.pth.tar", 768),
     "radio_v2.5-g": Release("radio_v2.5-g.pth.tar", 896),
-    "radio_v2.1": Release("radio_v2.1_bf16.pth.tar", 0),
+    "radio_v2.1": Release("radio_v2.1_bf16.pth.tar", 432),
     "radio_v2": Release("radio_v2.pth.tar", 432),
     "radio_v1": Release("radio_v1.pth.tar", 378),
     "c-radio_v3-b": Release("c-radio_v3-b_half.pth.tar", 512),
@@ -51,7 +51,7 @@ PUBLISHED_RADIO = {
     "c-radio_v4-so400m": Release("c-radio_v4-so400m_half.pth.tar", 512),
     "c-radio_v4-h": Release("c-radio_v4-h_half.pth.tar", 512),
 }
-"""Published name -> release; a size of 0 is not known."""
+"""Published name -> release."""
 _SIZE = 512
 """Of images for a container that says none."""
 SUMMARY = "_summary"
