@@ -2,7 +2,7 @@
 
 Position table and patch projection are resized bicubically, corners aligned. What RADIO's network has not is worked in
 (LayerScale) or left out (a final norm). Every summary token starts as a plain ViT's cls token with its position, the
-registers as its registers; what the source has not keeps its initial weights.
+registers as its registers; those of RADIO's own keep to their kind. What the source has not keeps its initial weights.
 """
 
 from __future__ import annotations
@@ -26,8 +26,13 @@ STARTED_ANEW = "gains of the spectral reparametrisation started anew"
 
 
 @torch.no_grad()
-def fitted_to_radio(source: dict[str, Tensor], vit: RADIOViT, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def fitted_to_radio(
+    source: dict[str, Tensor], vit: RADIOViT, path: Path, summaries: int | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors of an encoder by the student's names, and sentences on what was not taken as it stands.
+
+    `summaries`: how many of the source's own tokens are summary tokens, where it is of RADIO's family; None for as many
+    as the student's.
 
     What fits in no way stays as it is: the comparison with the student's own tensors says what is wrong with it.
     """
@@ -63,7 +68,17 @@ def fitted_to_radio(source: dict[str, Tensor], vit: RADIOViT, path: Path) -> tup
         said.append("the final norm left out")
     if cfg.layer_scale is None and (count := _work_in_layer_scale(state)):
         said.append(f"{count} LayerScales worked into the layers before them")
-    if _TOKENS not in state or state[_TOKENS].shape != wanted[_TOKENS].shape:
+    given, count = state.get(_TOKENS), vit.num_cls if summaries is None else summaries
+    if given is not None and given.ndim == 3 and count != vit.num_cls and given.shape[-1] == cfg.embed_dim:
+        cls, registers = given[:, :count], given[:, count:]
+        state[_TOKENS] = tokens = wanted[_TOKENS].clone()
+        kept, more = min(count, vit.num_cls), min(registers.shape[1], cfg.num_registers)
+        tokens[:, :kept] = cls[:, :kept]
+        tokens[:, vit.num_cls : vit.num_cls + more] = registers[:, :more]
+        said.append(f"{kept} of {count} summary tokens taken, and {more} of {registers.shape[1]} registers")
+        if drawn := tokens.shape[1] - kept - more:
+            said.append(f"{drawn} summary tokens and registers drawn, the source has not as many")
+    elif _TOKENS not in state or state[_TOKENS].shape != wanted[_TOKENS].shape:
         state[_TOKENS] = tokens = wanted[_TOKENS].clone()
         taken = 0
         if cls is not None and cls.shape == tokens[:, :1].shape:
