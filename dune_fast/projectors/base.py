@@ -66,6 +66,8 @@ class Projector(nn.Module):
 
     reads_all_tokens: ClassVar[bool] = False
     """Whether an output depends on other tokens than its own, so that a subset is taken inside."""
+    has_cls = True
+    """Whether a cls token leads the student's tokens; set by `build_projector`."""
 
     def forward(self, tokens: Tokens, kept: Tensor | None = None, grid: tuple[int, int] | None = None) -> Projection:
         """See the head of this file.
@@ -95,14 +97,14 @@ class SeparateTokens(Projector):
         super().__init__()
         if "cls" in teacher.token_types and not student.cls:
             raise ValueError("a teacher's cls tokens are asked for, but the student has no cls token")
-        self.token_types, self.prefix = tuple(teacher.token_types), int(student.cls)
+        self.token_types = tuple(teacher.token_types)
 
     def forward(self, tokens: Tokens, kept: Tensor | None = None, grid: tuple[int, int] | None = None) -> Projection:
-        x = tokens[max(tokens)]
+        x, first = tokens[max(tokens)], int(self.has_cls)
         projection = {"cls": self.cls(x[:, 0])} if "cls" in self.token_types else {}
         if "patch" in self.token_types:
-            kept = None if kept is None else kept[..., self.prefix :] - self.prefix
-            projection["patch"] = self.patches(x[:, self.prefix :], kept, grid)
+            kept = None if kept is None else kept[..., first:] - first
+            projection["patch"] = self.patches(x[:, first:], kept, grid)
         return projection
 
     def patches(self, x: Tensor, kept: Tensor | None, grid: tuple[int, int] | None) -> Tensor:
@@ -110,8 +112,10 @@ class SeparateTokens(Projector):
         raise NotImplementedError
 
 
-def split_cls(x: Tensor) -> Projection:
-    """[B, 1 + N, C] -> cls [B, C] and patch [B, N, C], views."""
+def split_cls(x: Tensor, has_cls: bool = True) -> Projection:
+    """[B, 1 + N, C] -> cls [B, C] and patch [B, N, C], views; without a cls token all are patches."""
+    if not has_cls:
+        return {"patch": x}
     cls, patch = x.split([1, x.shape[1] - 1], dim=1)  # one cat in the backward, where two slices fill and add
     return {"cls": cls.squeeze(1), "patch": patch}
 
@@ -149,7 +153,9 @@ def build_projector(cfg: ProjectorConfig, student: StudentShape, teacher: Teache
     """One teacher's projector with drawn weights. ValueError for a kind that there is not."""
     if cfg.kind not in KINDS:
         raise ValueError(f"projector kind {cfg.kind!r}; choose one of {', '.join(KINDS)}")
-    return _imported(KINDS[cfg.kind])(cfg, student, teacher)
+    projector = _imported(KINDS[cfg.kind])(cfg, student, teacher)
+    projector.has_cls = student.cls
+    return projector
 
 
 def _imported(address: str) -> Callable[..., Any]:
