@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dune_fast.dali_pipelines.datasets import Dataset
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.run_state import FINISHED, write_state
@@ -18,7 +20,7 @@ from dune_fast.evaluate.ranks import Ranks
 from dune_fast.heads.files import load_head
 from dune_fast.heads.head import check_encoder
 from dune_fast.tasks.head_task import Missing
-from dune_fast.tasks.training import HeadTraining
+from dune_fast.tasks.training import HeadTraining, fitting
 
 logger = logging.getLogger(__name__)
 
@@ -99,5 +101,13 @@ def needs(cfg: RunConfig) -> list[Missing]:
 
 
 def doubts(cfg: RunConfig) -> list[str]:
-    """What is wrong or doubtful about the data, of which nothing is missing: some examples are read."""
-    return HeadTraining(cfg).task.problems()
+    """What is wrong or doubtful about a head and its data, of which nothing is missing: some examples are read."""
+    training = HeadTraining(cfg)
+    try:
+        with torch.device("meta"):
+            head = training.task.build_head(training.network)
+        if cfg.head.weights:
+            fitting(head, cfg.head.weights)
+    except ValueError as error:
+        return [str(error)]
+    return training.task.problems()
