@@ -129,6 +129,10 @@ def test_missing_data_say_where_to_ask(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "val" / "a.png")
     with pytest.raises(DataError, match="has 1 images, none with a file of people"):
         PeopleFolder(tmp_path, "val", 56)
+    write_example(tmp_path / "train", "a", [3.0])
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "a.jpg")
+    with pytest.raises(DataError, match=r"a.jpg and .*a.png have one people file, a.npz: rename"):
+        PeopleFolder(tmp_path, "train", 56)
     (tmp_path / "a.npz").write_bytes(b"no archive")
     with pytest.raises(DataError, match="holds no people"):
         read_people(tmp_path / "a.npz")
