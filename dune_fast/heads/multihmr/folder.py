@@ -26,8 +26,8 @@ from dune_fast.kernels import philox
 
 ASK = (
     "BEDLAM, which published Multi-HMR is trained on, is on https://bedlam.is.tue.mpg.de after registration "
-    "(non-commercial research); any images of your own do, too: train/NAME.jpg and train/NAME.npz, see the top of "
-    "dune_fast/heads/multihmr/people_files.py"
+    "(non-commercial research), and `dune-fast heads bedlam` makes such files of it; any images of your own do, too: "
+    "train/NAME.jpg and train/NAME.npz, see the top of dune_fast/heads/multihmr/people_files.py"
 )
 """Where a user gets training data."""
 
