@@ -23,7 +23,7 @@ from dune_fast.engine.deepspeed_engine import sum_over_ranks
 from dune_fast.evaluate.crops import DepthCrop
 from dune_fast.evaluate.dense import DenseTask, build_head, measure, read_pair, training_crop, with_classes
 from dune_fast.evaluate.model import FrozenModel, frozen_encoder
-from dune_fast.evaluate.pairs import LAYOUTS, Pairs, open_pairs
+from dune_fast.evaluate.pairs import LAYOUTS, Pairs, class_names, open_pairs
 from dune_fast.evaluate.probe import RECIPES, recipe, sample
 from dune_fast.evaluate.ranks import Ranks
 from dune_fast.heads.head import Head
@@ -65,7 +65,7 @@ class SegmentationData:
     stride: int = RECIPES["segmentation"].stride
     """Between windows, in pixels."""
     classes: int = 0
-    """0 for the layout's, or those that the training labels have."""
+    """0 for as many as have names, the layout's, or those that the training labels have."""
 
     def __post_init__(self) -> None:
         _check_layout(self.layout)
@@ -197,7 +197,8 @@ class Segmentation(_Linear):
 
     def _job(self, train: Any, val: Any) -> DenseTask:
         how = recipe(self._task, size=self.data.size, stride=self.data.stride, seed=self.cfg.train.seed)
-        return DenseTask(self._task, train, val, how, self.options.layers, self.data.classes)
+        names = class_names(Path(self.data.root))
+        return DenseTask(self._task, train, val, how, self.options.layers, self.data.classes, names=names)
 
     def loss(self, head: Callable[..., Tensor], encoder: FrozenEncoder, batch: Batch, step: int) -> Loss:
         return Loss(segmentation_loss(self._output(head, encoder, batch["image"]), batch["target"]), {})

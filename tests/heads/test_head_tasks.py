@@ -159,8 +159,14 @@ def test_check_reads_what_training_would_refuse(encoder_file, people, tmp_path):
 def test_check_says_which_label_no_class_has(encoder_file, squares, tmp_path):
     """Regression: such labels were found in the middle of a run, negative ones by a traceback."""
     labels = shutil.copytree(squares, tmp_path / "data") / "labels" / "val"
-    cfg = compose_config([*small(encoder_file, tmp_path / "data", tmp_path / "run"), "head.data.classes=2"])
+    cfg = compose_config(small(encoder_file, tmp_path / "data", tmp_path / "run"))
+    (tmp_path / "data" / "classes.txt").write_text("dark\nbright\n")
     assert doubts(cfg) == []
+    with torch.device("meta"):
+        head = head_task(cfg).build_head(HeadTraining(cfg).network)
+    assert head.names == ("dark", "bright")  # which `dune-fast infer seg` shows
+    (said,) = doubts(with_head(cfg, "data", classes=3))
+    assert "2 names for 3 classes" in said
     with Image.open(labels / "1.png") as image:
         values = np.array(image).astype(np.int64)
     (labels / "1.png").unlink()
