@@ -133,7 +133,10 @@ class _Linear:
         return []
 
     def problems(self) -> list[str]:
-        self.open(Ranks())
+        try:
+            self.open(Ranks())
+        except ValueError as error:
+            return [str(error)]
         return [text for pairs in (self.job.train, self.job.val) for text in self._problems(pairs)]
 
     def _problems(self, pairs: Pairs) -> list[str]:

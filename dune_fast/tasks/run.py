@@ -101,13 +101,13 @@ def needs(cfg: RunConfig) -> list[Missing]:
 
 
 def doubts(cfg: RunConfig) -> list[str]:
-    """What is wrong or doubtful about a head and its data, of which nothing is missing: some examples are read."""
-    training = HeadTraining(cfg)
+    """What is wrong or doubtful where nothing is missing: the head is built without content, some examples are read."""
+    training, found = HeadTraining(cfg), []
     try:
         with torch.device("meta"):
             head = training.task.build_head(training.network)
         if cfg.head.weights:
             fitting(head, cfg.head.weights)
     except ValueError as error:
-        return [str(error)]
-    return training.task.problems()
+        found.append(str(error))
+    return list(dict.fromkeys([*found, *training.task.problems()]))

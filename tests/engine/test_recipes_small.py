@@ -57,6 +57,7 @@ def small_recipe(name: str, photos, folder) -> RunConfig:
     side = smaller(cfg.image_size, patch, by)
     radio = replace(cfg.student.radio, cpe_max_size=2 * side if cfg.student.radio.cpe_max_size else 0,
                     num_global=1, window_sizes=[2] if cfg.student.radio.window_sizes else [])  # fmt: skip
+    radio = radio if cfg.student.family == "radio" else cfg.student.radio
     heads = {f"{t}_head": replace(getattr(cfg.projector, f"{t}_head"), hidden_dim=32) for t in ("cls", "patch")}
     small = replace(
         cfg, output_dir=str(folder / "run"), image_size=side, progressive=sizes, partitions=parts, partition_by="steps",
