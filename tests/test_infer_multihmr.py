@@ -131,7 +131,7 @@ def test_earlier_results_go_and_a_data_set_stays(tmp_path, networks, photograph,
     write_people(tmp_path / "two people.npz", truth)
     with pytest.raises(ValueError, match="two people.npz is there and is not of this command: choose another --out"):
         run([photograph], *networks, model_file, tmp_path)
-    with pytest.raises(FileExistsError):  # of which the command line makes a sentence
+    with pytest.raises(ValueError, match="cannot be a folder"):
         run([photograph], *networks, model_file, photograph)
 
 
