@@ -13,6 +13,14 @@ logger = logging.getLogger(__name__)
 _TASKS = ("knn", "linear", "segmentation", "depth")
 _MEASURED = ("mapfree", "pose", "hmr")  # on predictions: the keys of `evaluate_predictions.TASKS`
 _MORE = ("body_model", "pose_method", "long_side")  # options of theirs
+_DENSE = ("segmentation", "depth")
+_USED_BY = {
+    **dict.fromkeys(("head", "predictions", *_MORE), _MEASURED),
+    **dict.fromkeys(("size", "batch", "seed", "projector"), _TASKS),
+    **dict.fromkeys(("layout", "iterations", "lr", "layers", "depth_scale", "cached", "threads"), _DENSE),
+    "classes": _DENSE[:1], "max_depth": _DENSE[1:],
+}  # fmt: skip
+"""Option -> the tasks that it is for."""
 _FORMATS = ("npy", "safetensors", "parquet")
 
 EVALUATE = """\
@@ -64,6 +72,13 @@ def evaluate(args: argparse.Namespace) -> int:
     mapfree and pose measure a file of poses, or those that an encoder and its MASt3R head make of the images; hmr the
     people that a Multi-HMR head finds.
     """
+    from dune_fast.evaluate.task import TaskOptions
+
+    fields = TaskOptions.__dataclass_fields__
+    defaults = {name: field.default for name, field in fields.items()}  # None for the other options
+    for name, tasks in _USED_BY.items():
+        if args.task not in tasks and getattr(args, name) != defaults.get(name):
+            raise ValueError(f"--{name.replace('_', '-')} is for the tasks {', '.join(tasks)}: leave it out")
     if args.task in _MEASURED:
         from dune_fast.evaluate_predictions import run_measured
 
@@ -73,8 +88,6 @@ def evaluate(args: argparse.Namespace) -> int:
             {name: getattr(args, name) for name in _MORE},
         )  # fmt: skip
         return 0
-    if given := [name for name in ("head", "predictions", *_MORE) if getattr(args, name) is not None]:
-        raise ValueError(f"--{given[0].replace('_', '-')} is for the tasks {', '.join(_MEASURED)}")
     if not args.run:
         raise ValueError(
             f"--task {args.task} evaluates an encoder: give it first" if args.task else "give a run, e.g. runs/demo"
@@ -82,16 +95,15 @@ def evaluate(args: argparse.Namespace) -> int:
     if not args.task:
         from dune_fast.evaluate.run import evaluate_run
 
-        if args.data or args.projector:
-            raise ValueError(f"--data and --projector are for tasks: give --task, one of {', '.join(_TASKS)}")
+        if args.data:
+            raise ValueError(f"--data is for tasks: give --task, one of {', '.join((*_TASKS, *_MEASURED))}")
         evaluate_run(local_path(args.run, "the run"), figures=not args.no_figures)
         return 0
     from dune_fast.engine.run_log import setup_logging
     from dune_fast.evaluate.ranks import open_ranks
-    from dune_fast.evaluate.task import TaskOptions, run_task
+    from dune_fast.evaluate.task import run_task
     from dune_fast.teacher_files import load_teacher_config
 
-    fields = TaskOptions.__dataclass_fields__
     options = TaskOptions(**{name: getattr(args, name) for name in fields})
     with open_ranks(args.device) as ranks:
         if ranks.rank:

@@ -1,4 +1,4 @@
-"""`dune-fast heads train | check`: task heads on a frozen encoder."""
+"""`dune-fast heads train | check | bedlam`: task heads on a frozen encoder, and their data."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from dune_fast import launcher
 from dune_fast.console import add_command, console, in_colour
+from dune_fast.teachers.local_paths import local
 
 
 def train(args: argparse.Namespace) -> int:
@@ -39,6 +40,19 @@ def check(args: argparse.Namespace) -> int:
     return 1 if found or wrong else 0
 
 
+def bedlam(args: argparse.Namespace) -> int:
+    """Writes BEDLAM's labels as people files, with links to its images beside them: training data of multihmr.
+
+    Images of close-ups, which lie on their side, are turned and written anew. Once a split: OUT is DATA/train or
+    DATA/val, and head.data.root=DATA.
+    """
+    from dune_fast.heads.multihmr.bedlam_files import convert
+
+    count = convert(args.labels, args.images, args.out, args.every)
+    console().print(f"{count:,} images with people files in {args.out}", markup=False)
+    return 0
+
+
 def add_parser(
     commands: argparse._SubParsersAction, add_launcher_options: Callable[[argparse.ArgumentParser], None]
 ) -> None:
@@ -51,3 +65,11 @@ def add_parser(
     add_launcher_options(sub)
     sub = add_command(own, "check", check, "what a head's training needs and does not find")
     sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="Hydra overrides, e.g. experiment=seg_ade20k")
+    sub = add_command(own, "bedlam", bedlam, "BEDLAM's labels as people files")
+    help_text = "of a split's processed labels, SCENE.npz"
+    sub.add_argument("--labels", type=local, required=True, metavar="FOLDER", help=help_text)
+    help_text = "of its images, SCENE_6fps/png/SEQUENCE/NAME.png"
+    sub.add_argument("--images", type=local, required=True, metavar="FOLDER", help=help_text)
+    sub.add_argument("--out", type=local, required=True, metavar="FOLDER", help="DATA/train or DATA/val")
+    help_text = "take every N-th image of a scene (default: %(default)s; published validation: 25)"
+    sub.add_argument("--every", type=int, default=1, metavar="N", help=help_text)

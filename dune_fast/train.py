@@ -35,13 +35,16 @@ logger = logging.getLogger("dune_fast")
 END_SECONDS = 10.0
 """How long the end of a process may take once everything is saved and said."""
 
-_ELSEWHERE = "choose another place (output_dir=... for the run, the variable DUNE_FAST_CACHE for the cache)"
+_ELSEWHERE = (
+    "choose another place (output_dir=... for the run, --out for results, the variable DUNE_FAST_CACHE for the cache)"
+)
 _CURES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), f"make room there, or {_ELSEWHERE}"),
     **dict.fromkeys(
         (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG),
         f"see to it that this user can use it, or {_ELSEWHERE}",
     ),
+    **dict.fromkeys((errno.EEXIST, errno.EISDIR), f"take away what is there, or {_ELSEWHERE}"),
     **dict.fromkeys(
         (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ENXIO),
         f"see to it that the storage answers, or {_ELSEWHERE}",

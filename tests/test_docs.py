@@ -88,7 +88,7 @@ def check_training(arguments: list[str]) -> None:
 def check_dune_fast(arguments: list[str], run: bool, small: dict[str, str], patch: pytest.MonkeyPatch) -> None:
     """Parses and composes; with `run`, runs on the small run and its photographs."""
     parsed = train.parse_mixed(cli.build_parser(), arguments)
-    if parsed.command in ("distill", "launch", "heads"):
+    if parsed.command in ("distill", "launch") or getattr(parsed, "heads_command", "") in ("train", "check"):
         compose_config(parsed.overrides)
     elif parsed.command in ("config", "doctor") or getattr(parsed, "data_command", "") in ("shard", "check"):
         compose_config(parsed.overrides, complete=False)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from bench.heads_proof.bodies import write_body_model
 from dune_fast import cli
+from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.evaluate.hmr import bodies_of, compare_files
 from dune_fast.evaluate_predictions import run_measured
 from dune_fast.heads.files import save_head
@@ -98,6 +99,40 @@ def test_the_task_hmr_measures_what_a_head_finds(tmp_path, networks, photograph,
         predict_people(data, encoder, head, tmp_path / "p")
     with pytest.raises(ValueError, match="--body-model is not for --task pose with --predictions"):
         run_measured("pose", "", "d", tmp_path, None, None, more={"body_model": model_file})
+
+
+def test_predictions_are_those_of_the_data_alone(tmp_path, networks, photograph, model_file):
+    """People files of an earlier evaluation are taken away; one without an image is not counted as people missed."""
+    data, found = tmp_path / "data", tmp_path / "found"
+    run([photograph], *networks, model_file, data, threshold=0.4, meshes=False)
+    (data / "two people_people.png").unlink()
+    shutil.copytree(data, found / "older")
+    with pytest.raises(DataError, match="two people.npz has no image beside it"):
+        shutil.copy(photograph, data / "another.png")
+        write_people(data / "another.npz", read_people(data / "two people.npz"))
+        predict_people(data, *networks, found, model_file)
+    shutil.copy(photograph, data)
+    predict_people(data, *networks, found, model_file)
+    assert sorted(path.name for path in found.rglob("*.npz")) == ["another.npz", "two people.npz"]
+    assert compare_files(found, data)["recall"] == 100
+    with pytest.raises(DataError, match="the truth .*nowhere: there is no such folder"):
+        compare_files(found, tmp_path / "nowhere")
+
+
+def test_earlier_results_go_and_a_data_set_stays(tmp_path, networks, photograph, model_file, capsys):
+    """Regression: meshes of people that are not found any more stayed, and a data set's people were written over."""
+    out = tmp_path / "out"
+    (many,) = run([photograph], *networks, model_file, out, threshold=0.1)
+    assert len(list(out.glob("*.obj"))) == many["people"] > 0
+    (out / "two people_personal.obj").touch()
+    run([photograph], *networks, model_file, out, threshold=1.0)
+    assert [path.name for path in out.glob("*.obj")] == ["two people_personal.obj"]
+    truth = {name: x for name, x in read_people(out / "two people.npz").items() if name != "scores"}
+    write_people(tmp_path / "two people.npz", truth)
+    with pytest.raises(ValueError, match="two people.npz is there and is not of this command: choose another --out"):
+        run([photograph], *networks, model_file, tmp_path)
+    with pytest.raises(ValueError, match="cannot be a folder"):
+        run([photograph], *networks, model_file, photograph)
 
 
 def test_intrinsics_are_those_of_the_image(tmp_path, networks, photograph, model_file):

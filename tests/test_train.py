@@ -36,6 +36,7 @@ def messages(monkeypatch, caplog):
         (errno.EDQUOT, "make room"),
         (errno.EROFS, "this user can use it"),
         (errno.EACCES, "this user can use it"),
+        (errno.EEXIST, "take away what is there"),
         (errno.ESTALE, "the storage answers"),
         (errno.EMFILE, "ulimit -n"),
     ],

@@ -265,7 +265,7 @@ def prove(cfg: Settings, work: Path, out: Path) -> dict[str, Any]:
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     (out / "multihmr.json").write_text(json.dumps(result, indent=1) + "\n")
-    truth = [targets_of(test[i : i + 1], model, head)[0].body for i in range(6)]
+    truth = [targets_of([example], model, head)[0].body for example in test[:6]]
     k = test[0].intrinsics.numpy()
     draw_page(out / "multihmr.png", images, [r[1] for r in results], truth, model.faces.numpy(), k)
     (out / "multihmr.md").write_text(page(result))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.dali_pipelines.listing import PathList
 from dune_fast.evaluate.crops import DepthCrop, depth_crop, normalized, scaled, segmentation_crop, square_target
 from dune_fast.evaluate.extract import extract, image_identity
@@ -70,8 +71,8 @@ def run_dense(job: DenseTask, model: FrozenModel, cache: Path, ranks: Ranks) -> 
         The metrics, the same on every rank; and the head.
 
     Raises:
-        DataError: images or targets that cannot be read.
-        ValueError: labels that no class has, a batch that ranks cannot share.
+        DataError: images or targets that cannot be read, labels that no class has.
+        ValueError: a batch that ranks cannot share.
     """
     job = with_classes(job, ranks)
     if job.task == "depth" and job.max_depth <= MIN_DEPTH:
@@ -118,7 +119,7 @@ def with_classes(job: DenseTask, ranks: Ranks) -> DenseTask:
         return replace(job, classes=classes)
     classes = classes or count_classes(job.train, ranks)
     if classes < 2:
-        raise ValueError(f"there are labels of {classes} class: 2 are needed; set --classes, or look at --data")
+        raise ValueError(f"there are labels of {classes} class: 2 are needed; give their number, or look at the data")
     return replace(job, classes=classes)
 
 
@@ -147,20 +148,22 @@ def count_classes(pairs: Pairs, ranks: Ranks) -> int:
     return largest + 1
 
 
-def _read(job: DenseTask, pairs: Pairs, index: int) -> tuple[Tensor, Tensor]:
-    """See `Pairs.read`; ValueError for a label that no class has, which a GPU would only say as a device assertion."""
+def read_pair(job: DenseTask, pairs: Pairs, index: int) -> tuple[Tensor, Tensor]:
+    """See `Pairs.read`; DataError for a label that no class has, which a GPU would only say as a device assertion."""
     image, target = pairs.read(index)
-    if job.task == "segmentation" and (wrong := target[(target != IGNORED) & (target >= job.classes)]).numel():
-        raise ValueError(
-            f"{pairs.files[index][1]} has the label {int(wrong.max())}; there are {job.classes} classes from 0 "
-            f"(layout {pairs.layout}), and {IGNORED} for none: correct --classes or --layout"
-        )
+    if job.task == "segmentation":
+        wrong = target[(target != IGNORED) & ((target < 0) | (target >= job.classes))]
+        if wrong.numel():
+            raise DataError(
+                f"{pairs.files[index][1]} has the label {int(wrong.max())}; there are {job.classes} classes from 0 "
+                f"(layout {pairs.layout}), and {IGNORED} for none: correct the number of classes or the layout"
+            )
     return image, target
 
 
 def training_crop(job: DenseTask, index: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Crop [3, h, w] and target [h, w] of a training image."""
-    image, target = _read(job, job.train, index)
+    image, target = read_pair(job, job.train, index)
     if job.task == "segmentation":
         return segmentation_crop(image, target, job.recipe.size, random)
     return depth_crop(image, target, job.crop, random)
@@ -178,7 +181,7 @@ def _predictions(
                 output, target = resize(head.from_layers(layers), targets.shape[-2:])[0], targets[0]
                 prediction = output.argmax(0) if job.task == "segmentation" else output[0]
             else:
-                image, target = _read(job, job.val, index)
+                image, target = read_pair(job, job.val, index)
                 if job.task == "segmentation":
                     logits = window_logits(image, model, head, ranks.device)
                     prediction = resized_argmax(logits, target.shape)
@@ -256,7 +259,7 @@ class _Squares:
         if not self.seen.all():
             broken = pairs.files[int((~self.seen).nonzero()[0])][0]
             raise ValueError(f"{broken} cannot be decoded: take it out of the dataset")
-        self.targets = torch.stack([square_target(_read(job, pairs, i)[1], job.cached) for i in range(len(pairs))])
+        self.targets = torch.stack([square_target(read_pair(job, pairs, i)[1], job.cached) for i in range(len(pairs))])
         self.device = ranks.device
 
     def __call__(self, indices: list[int]) -> tuple[list[Layer], Tensor]:

@@ -48,6 +48,9 @@ def bodies_of(arrays: Mapping[str, np.ndarray], model: BodyModel | None, path: P
 
 def people_in(folder: Path, what: str) -> dict[str, Path]:
     """Name of an image, below the folder and without its ending -> its people file; DataError if there is none."""
+    if not folder.is_dir():
+        fault = "this is a file" if folder.exists() else "there is no such folder"
+        raise DataError(f"{what} {folder}: {fault}; give the folder of people files")
     found = {str(p.relative_to(folder).with_suffix("")): p for p in sorted(folder.rglob("*.npz"))}
     if not found:
         raise DataError(f"{what} {folder}: there is no people file (NAME.npz, of `dune-fast infer multihmr`)")
@@ -77,13 +80,16 @@ def compare_files(
     for name, path in theirs.items():
         wanted = bodies_of(read_people(path), model, path)
         given = bodies_of(read_people(ours[name]), model, ours[name]) if name in ours else tuple(x[:0] for x in wanted)
-        if given[0].shape[1] != wanted[0].shape[1]:
-            raise DataError(
-                f"{ours[name]} has meshes of {given[0].shape[1]} vertices, {path} of {wanted[0].shape[1]}: they must "
-                "be of one body model"
-            )
-        errors.add(given, wanted)
+        errors.add(given, same_meshes(wanted, given, path, str(ours.get(name))))
     return {"images": float(len(theirs)), **errors.result()}
+
+
+def same_meshes(truth: Bodies, found: Bodies, path: Path, other: str) -> Bodies:
+    """The truth, which `path` holds; DataError if its meshes are of another body model than those found."""
+    ours, theirs = truth[0].shape[1], found[0].shape[1]
+    if ours != theirs:
+        raise DataError(f"{other} has meshes of {theirs} vertices, {path} of {ours}: they must be of one body model")
+    return truth
 
 
 def measure_people(data: Path, predictions: Path, body_model: Path | None = None) -> dict[str, Any]:
@@ -126,7 +132,8 @@ def compare_head(
         k = square.intrinsics(arrays["K"].astype(np.float64))
         people, placed = find_people(square.pixels, k, encoder, head, model, threshold, nms)
         given = parameters(people, placed, model, arrays["K"])
-        errors.add(bodies_of(given, None, path), bodies_of(arrays, model, path))
+        found = bodies_of(given, None, path)
+        errors.add(found, same_meshes(bodies_of(arrays, model, path), found, path, "the body model"))
     return total(errors, ranks, len(files))
 
 

@@ -8,6 +8,7 @@
 
 ROOT/classes.txt may name the classes of labels, one a line; ADE20K's objectInfo150.txt is read too.
 Labels are PNGs of classes. Depths are PNGs of 16 bits in millimetres (`depth_scale`), or .npy in metres; 0: not known.
+Images are read as they are stored, whatever their EXIF orientation.
 """
 
 from __future__ import annotations
@@ -66,9 +67,11 @@ class Pairs:
                 height, width = target.shape
                 image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
             else:
+                turned = image.shape[1::-1] == target.shape
                 raise DataError(
                     f"{image_path} has {image.shape[1]}x{image.shape[0]} pixels, {target_path} "
                     f"{target.shape[1]}x{target.shape[0]}: they must agree"
+                    f"{' (EXIF orientations are not applied: write the image upright)' if turned else ''}"
                 )
         return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(target)
 

@@ -7,6 +7,7 @@ mesh each.
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dune_fast.evaluate.hmr import NMS, THRESHOLD, truth_folder
+from dune_fast.dali_pipelines.errors import DataError
+from dune_fast.evaluate.hmr import NMS, THRESHOLD, people_in, truth_folder
 from dune_fast.evaluate.ranks import Ranks
 from dune_fast.heads.head import HeadError, check_encoder
 from dune_fast.heads.multihmr.body_file import BodyModelError, how_to_get
@@ -27,7 +29,7 @@ from dune_fast.heads.multihmr.people_files import read_people, write_people
 from dune_fast.heads.multihmr.smplx import BodyModel, load_body_model
 from dune_fast.heads.multihmr.square import Square, fit_square
 from dune_fast.infer.bodies import draw_bodies, draw_scores, write_obj
-from dune_fast.infer.files import check_names
+from dune_fast.infer.files import InferenceError, check_names
 from dune_fast.kernels.nn.vit import VisionTransformer
 from dune_fast.teachers.local_paths import result_folder
 
@@ -56,8 +58,8 @@ def run(
         For each image: its path, `people` (number), `files`.
 
     Raises:
-        ValueError: an image cannot be read, two have one name, the body model is missing or another, encoder and head
-            do not fit, threshold or field of view make no sense.
+        ValueError: an image cannot be read, two have one name, a data set's people would be overwritten, the body model
+            is missing or another, encoder and head do not fit, threshold or field of view make no sense.
     """
     if not isinstance(head, MultiHmrHead):
         raise HeadError(f"this is a {head.kind} head; finding people needs a multihmr head")
@@ -68,6 +70,8 @@ def run(
         intrinsics = check_intrinsics(intrinsics)
     paths = [Path(path) for path in images]
     check_names(paths)
+    for path in paths:
+        _check_target(out / f"{path.stem}.npz")
     model = load_body_model(body_model).to(next(head.parameters()).device)
     result_folder(out)
     results = []
@@ -90,11 +94,12 @@ def predict_people(
     Args:
         data: folder of images with people files beside them, or of a data set with `val/`.
         encoder, head: on one device.
-        predictions: folder of the people files; they have the images' names below `data`.
+        predictions: folder of the people files, of its own; they have the images' names below `data`. Those of an
+            earlier evaluation are taken away.
         body_model: file or folder.
 
     Raises:
-        ValueError: no such images, or no body model.
+        ValueError: no such images, a people file without an image, or no body model.
     """
     check_encoder(head, encoder)
     if body_model is None:
@@ -102,6 +107,10 @@ def predict_people(
     model = load_body_model(body_model).to(next(head.parameters()).device)
     root = truth_folder(data)
     files = PeopleFolder(root.parent, root.name, head.image_size).files
+    if alone := set(people_in(root, "the truth").values()) - {file for _, file in files}:
+        raise DataError(f"{min(alone)} has no image beside it: put it there, or take the file away")
+    for old in sorted(predictions.rglob("*.npz")):
+        old.unlink()
     with Ranks().progress("finding people", len(files)) as progress:
         for image, file in files:
             square, k = fit_square(read_image(image), head.image_size), read_people(file)["K"].astype(np.float64)
@@ -120,6 +129,17 @@ def check_intrinsics(given: np.ndarray) -> np.ndarray:
     return k
 
 
+def _check_target(path: Path) -> None:
+    """ValueError if a people file is there that no head has made, such as a data set's."""
+    if path.is_file():
+        try:
+            made = "scores" in read_people(path)
+        except DataError:
+            made = False
+        if not made:
+            raise InferenceError(f"{path} is there and is not of this command: choose another --out")
+
+
 def _write(
     path: Path, image: np.ndarray, intrinsics: np.ndarray, people: People, placed: Placed, model: BodyModel,
     square: Square, out: Path, meshes: bool,
@@ -132,6 +152,9 @@ def _write(
     drawn = draw_bodies(image, arrays["v3d"], faces, intrinsics)
     places = (people.location.cpu().numpy() - (square.left, square.top)) / square.scale
     Image.fromarray(draw_scores(drawn, places, arrays["scores"])).save(files[1])
+    for old in out.glob(f"{glob.escape(path.stem)}_person*.obj"):  # an earlier run may have found more people
+        if old.stem.removeprefix(f"{path.stem}_person").isdecimal():
+            old.unlink()
     for i, vertices in enumerate(arrays["v3d"] if meshes else ()):
         files.append(out / f"{path.stem}_person{i}.obj")
         write_obj(files[-1], vertices, faces)

@@ -21,9 +21,9 @@ from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.engine.config import ConfigError, RunConfig
 from dune_fast.engine.deepspeed_engine import sum_over_ranks
 from dune_fast.evaluate.crops import DepthCrop
-from dune_fast.evaluate.dense import DenseTask, build_head, measure, training_crop, with_classes
+from dune_fast.evaluate.dense import DenseTask, build_head, measure, read_pair, training_crop, with_classes
 from dune_fast.evaluate.model import FrozenModel, frozen_encoder
-from dune_fast.evaluate.pairs import LAYOUTS, open_pairs
+from dune_fast.evaluate.pairs import LAYOUTS, Pairs, class_names, open_pairs
 from dune_fast.evaluate.probe import RECIPES, recipe, sample
 from dune_fast.evaluate.ranks import Ranks
 from dune_fast.heads.head import Head
@@ -43,6 +43,7 @@ _ASK = {
     "scannet": "ScanNet is on http://www.scan-net.org, after its terms of use are signed",
 }
 """Layout -> where a user gets the images."""
+_SHALLOW = 0.3  # metres; depths that end before it are of another unit, such as 8 bits read as millimetres
 _PLAIN = "Any images of your own do: images/train, images/val and labels/ or depth/ beside them (layout: plain)"
 
 
@@ -64,7 +65,7 @@ class SegmentationData:
     stride: int = RECIPES["segmentation"].stride
     """Between windows, in pixels."""
     classes: int = 0
-    """0 for the layout's, or those that the training labels have."""
+    """0 for as many as have names, the layout's, or those that the training labels have."""
 
     def __post_init__(self) -> None:
         _check_layout(self.layout)
@@ -132,7 +133,15 @@ class _Linear:
         return []
 
     def problems(self) -> list[str]:
-        return [text for pairs in self._pairs() for text in unreadable(len(pairs), pairs.read)]
+        try:
+            self.open(Ranks())
+        except ValueError as error:
+            return [str(error)]
+        return [text for pairs in (self.job.train, self.job.val) for text in self._problems(pairs)]
+
+    def _problems(self, pairs: Pairs) -> list[str]:
+        """Of one split."""
+        return unreadable(len(pairs), lambda index: read_pair(self.job, pairs, index))
 
     def _pairs(self) -> tuple:
         if not self.data.root:
@@ -191,7 +200,8 @@ class Segmentation(_Linear):
 
     def _job(self, train: Any, val: Any) -> DenseTask:
         how = recipe(self._task, size=self.data.size, stride=self.data.stride, seed=self.cfg.train.seed)
-        return DenseTask(self._task, train, val, how, self.options.layers, self.data.classes)
+        names = class_names(Path(self.data.root))
+        return DenseTask(self._task, train, val, how, self.options.layers, self.data.classes, names=names)
 
     def loss(self, head: Callable[..., Tensor], encoder: FrozenEncoder, batch: Batch, step: int) -> Loss:
         return Loss(segmentation_loss(self._output(head, encoder, batch["image"]), batch["target"]), {})
@@ -209,6 +219,24 @@ class Depth(_Linear):
         return DenseTask(
             self._task, train, val, how, self.options.layers, max_depth=self.options.max_depth, crop=crop, eigen=nyud
         )
+
+    def _problems(self, pairs: Pairs) -> list[str]:
+        ends: list[tuple[float, float]] = []
+
+        def read(index: int) -> None:
+            depth = read_pair(self.job, pairs, index)[1]
+            ends.extend((float(known.min()), float(known.max())) for known in [depth[depth > 0]] if len(known))
+
+        found, place = unreadable(len(pairs), read), Path(pairs.files[0][1]).parent
+        if not ends and not found:
+            return [f"{place}: no pixel has a depth in the images that were read: 0 stands for an unknown one"]
+        nearest, deepest = (min(low for low, _ in ends), max(high for _, high in ends)) if ends else (1.0, 1.0)
+        if deepest < _SHALLOW or nearest > self.options.max_depth:
+            found.append(
+                f"{place}: depths from {nearest:.3g} to {deepest:.3g} m, and the head's end at "
+                f"{self.options.max_depth:g} m: is head.data.depth_scale={pairs.depth_scale:g} units a metre right?"
+            )
+        return found
 
     def loss(self, head: Callable[..., Tensor], encoder: FrozenEncoder, batch: Batch, step: int) -> Loss:
         depth = self._output(head, encoder, batch["image"])

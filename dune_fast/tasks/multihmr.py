@@ -96,14 +96,19 @@ class MultiHmrTask:
 
     def problems(self) -> list[str]:
         folders = [self._folder(split) for split in ("train", "val")]
-        return [text for folder in folders for text in unreadable(len(folder), folder.read)]
+        found = [text for folder in folders for text in unreadable(len(folder), folder.read)]
+        try:
+            load_body_model(Path(self.data.body_model))
+        except BodyModelError as error:
+            found.append(str(error))
+        return found
 
     def _folder(self, split: str) -> PeopleFolder:
         return PeopleFolder(Path(self.data.root or "(empty)"), split, self.options.image_size)
 
     def open(self, ranks: Ranks) -> dict[str, int]:
         self.train, self.val = self._folder("train"), self._folder("val")
-        self.model = load_body_model(find_body_file(Path(self.data.body_model))).to(ranks.device)
+        self.model = load_body_model(Path(self.data.body_model)).to(ranks.device)
         return {Path(self.data.root).name: len(self.train)}
 
     def build_head(self, encoder: VisionTransformer) -> MultiHmrHead:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dune_fast.dali_pipelines.datasets import Dataset
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.run_state import FINISHED, write_state
@@ -18,7 +20,7 @@ from dune_fast.evaluate.ranks import Ranks
 from dune_fast.heads.files import load_head
 from dune_fast.heads.head import check_encoder
 from dune_fast.tasks.head_task import Missing
-from dune_fast.tasks.training import HeadTraining
+from dune_fast.tasks.training import HeadTraining, fitting
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +102,12 @@ def needs(cfg: RunConfig) -> list[Missing]:
 
 def doubts(cfg: RunConfig) -> list[str]:
     """What is wrong or doubtful where nothing is missing: the head is built without content, some examples are read."""
-    training = HeadTraining(cfg)
+    training, found = HeadTraining(cfg), []
     try:
-        training.checkpoint_bytes()
+        with torch.device("meta"):
+            head = training.task.build_head(training.network)
+        if cfg.head.weights:
+            fitting(head, cfg.head.weights)
     except ValueError as error:
-        return [str(error), *training.task.problems()]
-    return training.task.problems()
+        found.append(str(error))
+    return list(dict.fromkeys([*found, *training.task.problems()]))

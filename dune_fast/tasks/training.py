@@ -270,8 +270,8 @@ def moved(value: Any, device: torch.device) -> Any:
     return type(value)(moved(each, device) for each in value) if isinstance(value, list | tuple) else value
 
 
-def start_from(head: Head, weights: str) -> str:
-    """Takes from a head's file the tensors that fit by name and shape; returns a sentence that says which.
+def fitting(head: Head, weights: str) -> dict[str, Tensor]:
+    """The tensors of a head's file that fit by name and shape, for `start_from`; the head may be on the meta device.
 
     ConfigError if none does, or if it is a head of another kind.
     """
@@ -284,10 +284,16 @@ def start_from(head: Head, weights: str) -> str:
             f"{[i + 1 for i in wanted]}: give one that reads the same, or leave it out"
         )
     own, theirs = head.state_dict(), other.state_dict()
-    fitting = {name: x for name, x in theirs.items() if name in own and own[name].shape == x.shape}
-    if not fitting:
+    found = {name: x for name, x in theirs.items() if name in own and own[name].shape == x.shape}
+    if not found:
         raise ConfigError(f"head.weights={weights}: no tensor has the shape of this head's: take the same head.options")
-    head.load_state_dict(fitting, strict=False)
-    drawn = [name for name in own if name not in fitting]
+    return found
+
+
+def start_from(head: Head, weights: str) -> str:
+    """Takes from a head's file the tensors that fit, see `fitting`; returns a sentence that says which."""
+    found, own = fitting(head, weights), head.state_dict()
+    head.load_state_dict(found, strict=False)
+    drawn = [name for name in own if name not in found]
     shown = f"; {len(drawn)} are drawn, such as {', '.join(drawn[:3])}" if drawn else ""
-    return f"started from {weights}: {len(fitting)} of {len(own)} tensors{shown}"
+    return f"started from {weights}: {len(found)} of {len(own)} tensors{shown}"

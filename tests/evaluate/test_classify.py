@@ -107,7 +107,7 @@ def test_a_run_keeps_its_results(finished, colours, capsys):
     [
         ([], "--task knn needs images: give --data FOLDER"),
         (["--data", "/nowhere"], "/nowhere is neither a folder nor a text file"),
-        (["--layers", "4", "--data", "x"], "has 2 blocks alone"),
+        (["--layers", "4", "--data", "x"], "--layers is for the tasks segmentation, depth: leave it out"),
     ],
 )
 def test_errors_of_the_command(encoder_file, capsys, more, words):

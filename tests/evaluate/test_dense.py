@@ -193,7 +193,7 @@ def test_a_label_that_no_class_has_is_named(model, squares, own_cache):
     changed.putpixel((5, 5), 7)
     changed.save(path)
     try:
-        with pytest.raises(ValueError, match=r"png has the label 7; there are 3 classes .*--classes"):
+        with pytest.raises(ValueError, match=r"png has the label 7; there are 3 classes .*correct the number"):
             run_dense(replace(wrong, recipe=replace(wrong.recipe, batch=12)), model, own_cache, Ranks())
     finally:
         before.save(path)

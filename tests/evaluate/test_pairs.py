@@ -95,7 +95,10 @@ def test_faults_are_explained(tmp_path):
         image_file(tmp_path / "images" / split / "a.png", (9, 6))
         target_file(tmp_path / "labels" / split / "a.png", 0)
     train, _ = open_pairs(tmp_path, "segmentation")
-    with pytest.raises(DataError, match="has 9x6 pixels, .* 8x6: they must agree"):
+    with pytest.raises(DataError, match="has 9x6 pixels, .* 8x6: they must agree$"):
+        train.read(0)
+    image_file(tmp_path / "images" / "train" / "a.png", (6, 8))  # the labels have 8x6
+    with pytest.raises(DataError, match="EXIF orientations are not applied: write the image upright"):
         train.read(0)
     (tmp_path / "images" / "train" / "a.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="cannot be read"):

@@ -245,6 +245,9 @@ def test_the_command(scenes, tmp_path, capsys):
         (["runs/demo", "--task", "pose", "--data", "d", "--predictions", "p"], "give --predictions or an encoder with"),
         (["--task", "knn", "--data", "d"], "--task knn evaluates an encoder: give it first"),
         (["runs/demo", "--task", "knn", "--data", "d", "--head", "h"], "--head is for the tasks mapfree, pose, hmr"),
+        (["--task", "hmr", "--data", "d", "--predictions", "p", "--layers", "4"], "--layers is for the tasks segment"),
+        (["runs/demo", "--size", "224"], "--size is for the tasks knn, linear, segmentation, depth: leave it out"),
+        (["runs/demo", "--task", "depth", "--data", "d", "--classes", "3"], "--classes is for the tasks segmentation"),
         ([], "give a run"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +16,21 @@ import dune_fast
 from bench.heads_proof.bodies import write_body_model
 from dune_fast import cli
 from dune_fast.engine import checkpoints
-from dune_fast.engine.config import ConfigError, compose_config
+from dune_fast.engine.config import ConfigError, RunConfig, compose_config
 from dune_fast.engine.metrics import read_metrics
+from dune_fast.heads.files import save_head
+from dune_fast.heads.linear.segmentation import SegmentationHead
 from dune_fast.heads.multihmr.camera import default_intrinsics
 from dune_fast.heads.multihmr.people_files import write_people
 from dune_fast.heads.multihmr.targets import PARTS
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
+from dune_fast.tasks.run import doubts
 from dune_fast.tasks.training import HeadTraining, head_task
 from tests.engine.conftest import same_weights, timeless
-from tests.evaluate.conftest import encoder_file, own_cache
-from tests.heads.test_head_training import start
+from tests.evaluate.conftest import encoder_file, own_cache, squares
+from tests.heads.test_head_training import small, start
 
-__all__ = ["encoder_file", "own_cache"]  # fixtures
+__all__ = ["encoder_file", "own_cache", "squares"]  # fixtures
 HEAD = "head.safetensors"
 
 
@@ -131,3 +135,57 @@ def test_the_body_model_and_the_people_are_asked_for(encoder_file, people, tmp_p
     assert "bedlam.is.tue.mpg.de" in said and f"head.data.root={tmp_path}" in said
     with pytest.raises(ConfigError, match="head.options: image_size 50 is no multiple of the patch size 14"):
         HeadTraining(compose_config([*overrides, "head.options.image_size=50"])).checkpoint_bytes()
+
+
+def with_head(cfg: RunConfig, part: str, **changed: object) -> RunConfig:
+    """The configuration with other fields in a free part of `head`."""
+    return replace(cfg, head=replace(cfg.head, **{part: {**getattr(cfg.head, part), **changed}}))
+
+
+def test_check_reads_what_training_would_refuse(encoder_file, people, tmp_path):
+    """Regression: a damaged body model, impossible options and a head of another kind were "nothing is missing"."""
+    cfg = compose_config(people_run(encoder_file, people, tmp_path / "run"))
+    assert doubts(cfg) == []
+    (tmp_path / "pickle.npz").write_bytes(b"\x80\x04K\x01.")
+    (said,) = doubts(with_head(cfg, "data", body_model=str(tmp_path / "pickle.npz")))
+    assert "pickle.npz is a pickle, which is not read" in said
+    (said,) = doubts(with_head(cfg, "options", image_size=50))
+    assert "image_size 50 is no multiple of the patch size 14" in said
+    save_head(SegmentationHead(48, 2), tmp_path / "other.safetensors")
+    (said,) = doubts(replace(cfg, head=replace(cfg.head, weights=str(tmp_path / "other.safetensors"))))
+    assert "is a linear_seg head, not a multihmr head" in said
+
+
+def test_check_says_which_label_no_class_has(encoder_file, squares, tmp_path):
+    """Regression: such labels were found in the middle of a run, negative ones by a traceback."""
+    labels = shutil.copytree(squares, tmp_path / "data") / "labels" / "val"
+    cfg = compose_config(small(encoder_file, tmp_path / "data", tmp_path / "run"))
+    (tmp_path / "data" / "classes.txt").write_text("dark\nbright\n")
+    assert doubts(cfg) == []
+    with torch.device("meta"):
+        head = head_task(cfg).build_head(HeadTraining(cfg).network)
+    assert head.names == ("dark", "bright")  # which `dune-fast infer seg` shows
+    (said,) = doubts(with_head(cfg, "data", classes=3))
+    assert "2 names for 3 classes" in said
+    with Image.open(labels / "1.png") as image:
+        values = np.array(image).astype(np.int64)
+    (labels / "1.png").unlink()
+    for label in (7, -1):
+        values[3, 4] = label
+        np.save(labels / "1.npy", values)
+        (said,) = doubts(cfg)
+        assert f"1.npy has the label {label}; there are 2 classes" in said
+
+
+def test_check_doubts_depths_of_another_unit(encoder_file, squares, tmp_path):
+    """0 stands for an unknown depth; a map of 8 bits that is read as millimetres ends at a quarter of a metre."""
+    folder = shutil.copytree(squares, tmp_path / "data") / "depth"
+    cfg = compose_config(small(encoder_file, tmp_path / "data", tmp_path / "run", "depth_nyud"))
+    assert doubts(cfg) == []
+    for scale, sentence in ((0.01, "is head.data.depth_scale=1000 units a metre right?"), (0, "no pixel has a depth")):
+        for path in folder.rglob("*.png"):
+            with Image.open(path) as image:
+                values = np.array(image)
+            Image.fromarray((scale * values).astype(np.uint16)).save(path)
+        said = doubts(cfg)
+        assert len(said) == 2 and all(sentence in each for each in said)

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from bench.heads_proof.bodies import body_arrays
+from dune_fast import cli
 from dune_fast.dali_pipelines.errors import DataError
 from dune_fast.heads.multihmr.bedlam import by_image, people_of, published_intrinsics, upright
+from dune_fast.heads.multihmr.bedlam_files import convert
 from dune_fast.heads.multihmr.camera import default_intrinsics, project
 from dune_fast.heads.multihmr.folder import PeopleFolder, collate, is_flipped
 from dune_fast.heads.multihmr.people_files import read_people, write_people
@@ -129,6 +131,10 @@ def test_missing_data_say_where_to_ask(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "val" / "a.png")
     with pytest.raises(DataError, match="has 1 images, none with a file of people"):
         PeopleFolder(tmp_path, "val", 56)
+    write_example(tmp_path / "train", "a", [3.0])
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "a.jpg")
+    with pytest.raises(DataError, match=r"a.jpg and .*a.png have one people file, a.npz: rename"):
+        PeopleFolder(tmp_path, "train", 56)
     (tmp_path / "a.npz").write_bytes(b"no archive")
     with pytest.raises(DataError, match="holds no people"):
         read_people(tmp_path / "a.npz")
@@ -165,3 +171,63 @@ def test_bedlams_rows_become_people():
     k[1, 0, 0] = 800
     with pytest.raises(ValueError, match="cam_int differs"):
         people_of(poses, np.zeros((2, 11)), np.zeros((2, 3)), ext, k, (1280, 720))
+
+
+def write_bedlam(root: Path, scene: str, names: list[str], size: tuple[int, int]) -> None:
+    """Labels and images of a scene with one person a name, in BEDLAM's format."""
+    n = len(names)
+    k = np.tile(np.array([[90.0, 0, 20], [0, 90, 40], [0, 0, 1]]), (n, 1, 1))
+    (root / "labels").mkdir(parents=True, exist_ok=True)
+    np.savez(
+        root / "labels" / f"{scene}.npz", imgname=np.array(names), pose_cam=0.1 * np.random.randn(n, 165),
+        shape=np.zeros((n, 11)), trans_cam=np.array([[0, 0, 3.0 + i] for i in range(n)]), cam_int=k,
+        cam_ext=np.tile(np.eye(4), (n, 1, 1)), sub=np.array([None] * n, dtype=object),
+    )  # fmt: skip
+    for name in names:
+        path = root / "images" / f"{scene}_6fps" / "png" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.randint(0, 255, (size[1], size[0], 3), np.uint8)).save(path)
+
+
+def test_bedlam_becomes_a_folder_of_people(tmp_path, capsys):
+    """People of an image come together, close-ups are turned, others are links; what is not there is left out."""
+    write_bedlam(tmp_path, "scene", ["seq_0/a.png", "seq_0/b.png", "seq_0/a.png", "seq_1/c.png"], (40, 80))
+    write_bedlam(tmp_path, "scene_closeup", ["seq_0/a.png"], (80, 40))
+    (tmp_path / "images" / "scene_6fps" / "png" / "seq_1" / "c.png").unlink()
+    command = ["heads", "bedlam", "--labels", str(tmp_path / "labels"), "--images", str(tmp_path / "images"), "--out"]
+    for _ in range(2):  # once more over its own results
+        assert cli.main([*command, str(tmp_path / "data" / "train")]) == 0
+        assert "3 images with people files" in capsys.readouterr().out
+    folder = PeopleFolder(tmp_path / "data", "train", 56)
+    names = [str(image.relative_to(tmp_path / "data" / "train")) for image, _ in folder.files]
+    assert names == ["scene/seq_0/a.png", "scene/seq_0/b.png", "scene_closeup/seq_0/a.png"]
+    assert [len(folder.read(i).people["transl"]) for i in range(3)] == [2, 1, 1]
+    assert read_people(folder.files[0][1])["transl"][:, 2].tolist() == [3.0, 5.0]
+    assert folder.files[0][0].is_symlink() and not folder.files[2][0].is_symlink()
+    original = tmp_path / "images" / "scene_closeup_6fps" / "png" / "seq_0" / "a.png"
+    with Image.open(folder.files[2][0]) as turned, Image.open(original) as lies:
+        assert turned.size == (40, 80) and turned.getpixel((39, 0)) == lies.getpixel((0, 0))
+    assert cli.main([*command, str(tmp_path / "few"), "--every", "25"]) == 0
+    assert "2 images" in capsys.readouterr().out
+    (tmp_path / "images" / "scene_6fps" / "png").rename(tmp_path / "images" / "scene")
+    assert cli.main([*command, str(tmp_path / "images")]) == 2  # it would take the images away
+    assert "a.png is the image itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"imgname": np.array(["../../a.png"])}, "names the image '../../a.png', which is not below"),
+        ({"imgname": np.array([None], dtype=object)}, "imgname holds object, not text"),
+        ({"pose_cam": np.zeros((1, 156))}, r"pose_cam is \[1, 156\], expected \[1, 165\]"),
+        ({"imgname": np.array(["none.png"])}, "no image is below .*SCENE_6fps/png"),
+    ],
+)
+def test_other_labels_than_bedlams_are_refused(tmp_path, changed, message):
+    write_bedlam(tmp_path, "scene", ["seq_0/a.png"], (8, 8))
+    file = tmp_path / "labels" / "scene.npz"
+    with np.load(file, allow_pickle=True) as given:
+        arrays = {**{name: given[name] for name in given.files}, **changed}
+    np.savez(file, **arrays)
+    with pytest.raises(DataError, match=message):
+        convert(tmp_path / "labels", tmp_path / "images", tmp_path / "out")

@@ -12,6 +12,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from bench.heads_proof.bodies import body_arrays
+from dune_fast.heads.files import load_head
 from dune_fast.heads.head import HeadError
 from dune_fast.heads.multihmr import official
 from dune_fast.heads.multihmr.camera import (
@@ -259,10 +260,13 @@ def test_released_files_round_trip(tmp_path, head):
         ("a.pt", {"camera_embedding_num_bands": 10**9}, {}, "are not for 12 and 1000000000 bands"),
         ("a.pt", {"person_center": "knee"}, {}, "center 'knee' is unknown"),
         ("a.pt", {}, {"x_attention_head.decshape.weight": torch.zeros(7, 24)}, "num_betas 7"),
-        ("a.pt", {}, {"mlp_offset.0.weight": torch.zeros(3, 3)}, "size mismatch"),
+        ("a.pt", {"camera_embedding_num_bands": math.inf}, {}, "is not a Multi-HMR head as published: cannot convert"),
+        ("a.pt", {}, {f"{official._LAYER}1000000000.0.x": torch.zeros(1)}, "a layer 1000000000 .* not all before it"),
+        ("a.pt", {}, {"mlp_offset.0.weight": torch.zeros(3, 3)}, r"mlp_offset.0.weight has shape \[3, 3\] instead"),
+        ("a.pt", {}, {"mlp_offset.2.bias": torch.tensor([math.nan, 0])}, "mlp_offset.2.bias has values that are not"),
     ],
 )
 def test_other_files_are_refused_by_a_sentence(tmp_path, head, name, args, extra, message):
     path = released(head, tmp_path / name, args, **extra)
     with pytest.raises(HeadError, match=message):
-        official.read(read_container(path), path)
+        load_head(path)

@@ -26,8 +26,8 @@ from dune_fast.kernels import philox
 
 ASK = (
     "BEDLAM, which published Multi-HMR is trained on, is on https://bedlam.is.tue.mpg.de after registration "
-    "(non-commercial research); any images of your own do, too: train/NAME.jpg and train/NAME.npz, see the top of "
-    "dune_fast/heads/multihmr/people_files.py"
+    "(non-commercial research), and `dune-fast heads bedlam` makes such files of it; any images of your own do, too: "
+    "train/NAME.jpg and train/NAME.npz, see the top of dune_fast/heads/multihmr/people_files.py"
 )
 """Where a user gets training data."""
 
@@ -56,7 +56,7 @@ class PeopleFolder:
         mean, std: that the encoder normalises images with.
 
     Raises:
-        DataError: no such folder, or no image with a file of people in it.
+        DataError: no such folder, no image with a file of people in it, or two images with the same file.
     """
 
     def __init__(
@@ -70,6 +70,10 @@ class PeopleFolder:
         self.files = [(image, image.with_suffix(".npz")) for image in images if image.with_suffix(".npz").is_file()]
         if not self.files:
             raise DataError(f"{folder} has {len(images)} images, none with a file of people beside it. {ASK}")
+        by_file: dict[Path, Path] = {}
+        for image, file in self.files:
+            if (twin := by_file.setdefault(file, image)) != image:
+                raise DataError(f"{twin} and {image} have one people file, {file.name}: rename or remove one of them")
 
     def __len__(self) -> int:
         return len(self.files)

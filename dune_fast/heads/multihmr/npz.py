@@ -10,7 +10,7 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -31,15 +31,17 @@ class NpzError(ValueError):
 
 
 def read_npz(
-    path: Path, shapes: Mapping[str, Shape], optional: Mapping[str, Shape], most: Mapping[str, int]
-) -> dict[str, np.ndarray]:
-    """Arrays of numbers by name, as stored and not writable; those of `optional` where the file has them.
+    path: Path, shapes: Mapping[str, Shape], optional: Mapping[str, Shape], most: Mapping[str, int],
+    text: Collection[str] = (),
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Arrays by name, as stored and not writable; those of `optional` where the file has them.
 
     Args:
         path: of the archive.
         shapes: arrays that must be there.
         optional: arrays that may be there.
         most: largest size that a letter may stand for.
+        text: arrays of strings; all others hold numbers.
 
     Raises:
         NpzError: no such archive, damaged, without an array, or one of them has another shape or type.
@@ -62,7 +64,7 @@ def read_npz(
                 member = names[f"{name}.npy"]
                 with archive.open(member) as handle:
                     try:
-                        arrays[name] = _array(handle, member.file_size, shape, sizes, most)
+                        arrays[name] = _array(handle, member.file_size, shape, sizes, most, name in text)
                     except ValueError as error:
                         raise NpzError(f"{name} {error}") from error
             return arrays
@@ -72,7 +74,7 @@ def read_npz(
 
 
 def _array(
-    handle: IO[bytes], size: int, wanted: Shape, sizes: dict[str, int], most: Mapping[str, int]
+    handle: IO[bytes], size: int, wanted: Shape, sizes: dict[str, int], most: Mapping[str, int], text: bool
 ) -> np.ndarray:  # fmt: skip
     """One array, after its header says the expected shape and type and its member is as long as that needs."""
     version = np.lib.format.read_magic(handle)
@@ -80,8 +82,8 @@ def _array(
         raise ValueError(f"is of version {version} of the format")
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = header(handle)
-    if dtype.kind not in "fiu" or dtype.itemsize > 8:
-        raise ValueError(f"holds {dtype}, not numbers")
+    if dtype.kind != "U" if text else dtype.kind not in "fiu" or dtype.itemsize > 8:
+        raise ValueError(f"holds {dtype}, not {'text' if text else 'numbers'}")
     known = [sizes.get(n, n) if isinstance(n, str) else n for n in wanted]
     if len(shape) != len(known) or any(
         not 0 <= found <= most[n] if isinstance(n, str) else found != n for found, n in zip(shape, known, strict=True)

@@ -15,7 +15,8 @@ from torch import Tensor
 from dune_fast.heads.head import HeadError
 from dune_fast.heads.multihmr.head import MultiHmrHead
 from dune_fast.heads.multihmr.hph import NUM_EXPRESSION, NUM_ROTATIONS
-from dune_fast.teachers.containers import container_state
+from dune_fast.teachers.containers import TeacherWeightsError, container_state
+from dune_fast.teachers.weights import build_loaded
 
 _PARTS = ("mlp_classif.", "mlp_offset.", "x_attention_head.")
 _UNUSED = "x_attention_head.init_betas_kid"
@@ -32,7 +33,8 @@ def recognize(content: Mapping[str, Any]) -> bool:
 def read(content: Mapping[str, Any], path: Path) -> MultiHmrHead:
     """The head of a released file, float32.
 
-    HeadError for files of another architecture, and for those whose tensors do not fit one another.
+    HeadError for files of another architecture, HeadError or TeacherWeightsError for those whose tensors do not fit one
+    another.
     """
     args = content.get("args")
     args = dict(vars(args)) if isinstance(args, Namespace) else dict(args) if isinstance(args, Mapping) else {}
@@ -46,11 +48,14 @@ def read(content: Mapping[str, Any], path: Path) -> MultiHmrHead:
     if body != "smplx":
         raise HeadError(f"{path} predicts {body!r} bodies, this head SMPL-X: take a release for SMPL-X")
     try:
-        head = MultiHmrHead(**options_of(state, args))
-        head.load_state_dict(state)
-    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        options = options_of(state, args)
+        head = build_loaded(lambda: MultiHmrHead(**options), state, path)
+    except TeacherWeightsError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise HeadError(f"{path} is not a Multi-HMR head as published: {reason}; get the file again") from error
+    assert isinstance(head, MultiHmrHead)
     return head
 
 
@@ -72,6 +77,8 @@ def options_of(state: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str
     grid, context_dim = state[_SIGN].shape
     width = state["mlp_classif.0.weight"].shape[1]
     depth = 1 + max(int(key.removeprefix(_LAYER).split(".")[0]) for key in state if key.startswith(_LAYER))
+    if depth > sum(key.startswith(_LAYER) for key in state):
+        raise ValueError(f"it has a layer {depth - 1} of the transformer, but not all before it")
     heads = int(args.get("xat_num_heads", 8))
     inner, dim = state[f"{_LAYER}0.1.fn.to_q.weight"].shape
     if inner % heads:
