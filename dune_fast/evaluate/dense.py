@@ -129,7 +129,9 @@ def build_head(job: DenseTask, model: FrozenModel) -> LinearHead:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.recipe.seed)
         if job.task == "depth":
-            return DepthHead(model.channels, with_cls=model.has_cls, max_depth=job.max_depth, **how)
+            return DepthHead(
+                model.channels, with_cls=model.has_cls, max_depth=job.max_depth, cls_width=model.cls_channels, **how
+            )
         windows = {"window": job.recipe.size, "stride": job.recipe.stride}
         if job.cached:
             windows = {"window": job.cached, "stride": job.cached}

@@ -164,7 +164,8 @@ def extract(
     assert folder is not None or cache is not None
     folder = cache / fingerprint(values)[:24] if folder is None else folder
     grid = size // model.patch_size
-    shapes = {t: [grid, grid, model.channels] if t == "patch" else [model.channels] for t in tokens}
+    every = {"cls": [model.cls_channels], "mean": [model.channels], "patch": [grid, grid, model.channels]}
+    shapes = {t: every[t] for t in tokens}
     nbytes = sum(math.prod(shape) for shape in shapes.values()) * DTYPES[dtype].itemsize
     per_part = max(1, min(_PART_IMAGES, _PART_BYTES // nbytes))
     found = FeatureSet(folder, values["num_images"], per_part, shapes, values)

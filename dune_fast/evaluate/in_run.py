@@ -183,7 +183,7 @@ class InRunEvaluation:
         """Accuracy; NaN if no image could be classified."""
         data, device = self._labelled, trainer.device
         # the last column: whether the image was seen
-        features = torch.zeros(len(data.labels), self.cfg.student.embed_dim + 1, device=device)
+        features = torch.zeros(len(data.labels), student.encoder.cls_channels + 1, device=device)
         for batch in self._batches(trainer, "k-NN", data.datasets):
             with torch.autocast(device.type, student.autocast_dtype, enabled=student.autocast_dtype is not None):
                 cls = student.encoder(batch.images)["x_norm_clstoken"]

@@ -44,13 +44,18 @@ class FrozenModel:
     multiple: int
     """Sides of images must be multiples of this."""
     channels: int
-    """Of a token."""
-    has_cls: bool
-    """Whether there is a cls token."""
+    """Of a patch token."""
+    cls_channels: int
+    """Of the cls token, of RADIO's summaries together; 0 where there is none."""
     image_size: int
     """Side of the images that it was made for."""
     reading: dict[str, Any]
     """Everything beside weights and images that features depend on."""
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether there is a cls token."""
+        return self.cls_channels > 0
 
     def padded(self, images: Tensor) -> list[Layer]:
         """As `encode`, of images of any size: zeros around them, the smaller half left and above.
@@ -152,14 +157,14 @@ def frozen_encoder(
         rows, columns = encoder.grid(images)
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             outputs = encoder.block_outputs(images, blocks)
-            read = [encoder.norm(outputs[i]) if how["norm"] else outputs[i] for i in blocks]
-        return [_layer(patch, cls, rows, columns) for cls, _, patch in map(encoder.split, read)]
+            read = [encoder.normed_parts(outputs[i], i) if how["norm"] else encoder.split(outputs[i]) for i in blocks]
+        return [_layer(patch, cls, rows, columns) for cls, _, patch in read]
 
     patch, reading = encoder.cfg.patch_size, how | {"blocks": list(blocks), "architecture": asdict(encoder.cfg)}
     reading |= {"mean": list(encoder.mean), "std": list(encoder.std)}
     size = encoder.transform.image_size
     return FrozenModel(
-        name, encoder, encode, patch, patch, encoder.cfg.embed_dim, encoder.cfg.cls_token, size, reading
+        name, encoder, encode, patch, patch, encoder.cfg.embed_dim, encoder.cls_channels, size, reading
     )
 
 
@@ -199,8 +204,8 @@ def _teacher(
     size = cfg.image_size or 512 // ensemble.size_multiple * ensemble.size_multiple
     reading = how | {"teacher": asdict(teacher.config)}
     return FrozenModel(
-        name, ensemble, encode, cfg.patch_size, ensemble.size_multiple, cfg.num_features, "cls" in cfg.token_types,
-        size, reading,
+        name, ensemble, encode, cfg.patch_size, ensemble.size_multiple, cfg.num_features,
+        cfg.num_features * ("cls" in cfg.token_types), size, reading,
     )  # fmt: skip
 
 
@@ -229,7 +234,7 @@ def _projector(
     ((patch, cls),) = encode(probe)
     return FrozenModel(
         f"{name}, projector of {chosen}", model, encode, encoder.patch_size, encoder.patch_size, patch.shape[1],
-        cls is not None, encoder.transform.image_size, how | {"projector": chosen},
+        0 if cls is None else cls.shape[1], encoder.transform.image_size, how | {"projector": chosen},
     )  # fmt: skip
 
 

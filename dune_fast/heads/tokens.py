@@ -76,11 +76,11 @@ def encode(encoder: VisionTransformer, images: Tensor, blocks: Collection[int] =
     """
     last, dtype = len(encoder.blocks) - 1, encoder.autocast_dtype
 
-    def split(tokens: Tensor) -> BlockTokens:
-        cls, _, patch = encoder.split(encoder.norm(tokens))
+    def split(block: int, tokens: Tensor) -> BlockTokens:
+        cls, _, patch = encoder.normed_parts(tokens, block)
         raw_cls, _, raw_patch = encoder.split(tokens)
         return BlockTokens(*(None if x is None else x.float() for x in (cls, patch, raw_cls, raw_patch)))
 
     with contextlib.nullcontext() if dtype is None else torch.autocast(images.device.type, dtype):
-        found = {i: split(x) for i, x in encoder.block_outputs(images, sorted({*blocks, last})).items()}
+        found = {i: split(i, x) for i, x in encoder.block_outputs(images, sorted({*blocks, last})).items()}
     return EncoderTokens(*found[last], encoder.grid(images), {i: found[i] for i in blocks})

@@ -29,6 +29,15 @@ class DINOv2Interface:
     num_features = embed_dim
 
     @property
+    def cls_channels(self) -> int:
+        """Of `x_norm_clstoken`; 0 where there is none."""
+        return self.cfg.embed_dim * int(self.cfg.cls_token)
+
+    def normed_parts(self, tokens: Tensor, block: int = -1) -> tuple[Tensor | None, Tensor, Tensor]:
+        """What `split` gives of a block's tokens, after the final norm."""
+        return self.split(self.norm(tokens))
+
+    @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
         return self.cfg.patch_size
@@ -91,7 +100,7 @@ class DINOv2Interface:
         height, width = self.grid(images)
         layers = []
         for i in blocks:
-            cls, _, patches = self.split(self.norm(outputs[i]) if norm else outputs[i])
+            cls, _, patches = self.normed_parts(outputs[i], i) if norm else self.split(outputs[i])
             if reshape:
                 patches = patches.transpose(1, 2).unflatten(2, (height, width)).contiguous()
             layers.append((patches, cls) if return_class_token else patches)

@@ -212,18 +212,23 @@ class RADIOViT(VisionTransformer):
             return x
         return torch.cat([x[:, : self.num_cls], self.standardized(x[:, self.num_cls :])], dim=1)
 
+    @property
+    def cls_channels(self) -> int:
+        return len(self.cfg.summaries) * self.cfg.embed_dim
+
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [B, P + N, D] into (summary [B, k D], registers [B, R, D], patches [B, N, D])."""
+        """Tokens [B, P + N, D] into (summary [B, k D], registers [B, R, D], patches [B, N, D]).
+
+        The summary is k summary tokens, one behind the other; `forward` names it `x_norm_clstoken`.
+        """
         summary = tokens[:, list(self.cfg.summaries)].flatten(1)
         prefix = self.num_prefix_tokens
         return summary, tokens[:, self.cfg.num_cls : prefix], tokens[:, prefix:]
 
-    def forward(self, images: Tensor, apply_norm: bool = True) -> dict[str, Tensor]:
-        """As a plain ViT's; `x_norm_clstoken` is the summary [B, k D]: k summary tokens, one behind the other."""
-        features = super().forward(images, apply_norm)
-        if apply_norm:
-            features["x_norm_patchtokens"] = self.standardized(features["x_norm_patchtokens"])
-        return features
+    def normed_parts(self, tokens: Tensor, block: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+        summary, registers, patches = super().normed_parts(tokens, block)
+        last = block in (-1, len(self.blocks) - 1)
+        return summary, registers, self.standardized(patches) if last else patches
 
     def standardized(self, patches: Tensor) -> Tensor:
         """Patches [B, N, D] as the release gives them."""

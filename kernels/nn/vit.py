@@ -295,6 +295,6 @@ class VisionTransformer(DINOv2Interface, nn.Module):
         as DUNE's projectors read them.
         """
         tokens = self.forward_tokens(images)
-        cls, registers, patches = self.split(self.norm(tokens) if apply_norm else tokens)
+        cls, registers, patches = self.normed_parts(tokens) if apply_norm else self.split(tokens)
         features = {"x_norm_regtokens": registers, "x_norm_patchtokens": patches, "x_prenorm": tokens}
         return features if cls is None else {"x_norm_clstoken": cls, **features}

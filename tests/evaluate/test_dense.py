@@ -156,7 +156,7 @@ def test_the_command_and_its_files(encoder_file, squares, tmp_path, capsys):
     result = json.loads(out.read_text())
     assert result["reading"]["norm"] is False and result["metrics"]["rmse"] > 0
     head = dune_fast.load_head(out.with_suffix(".head.safetensors"))
-    assert (head.kind, head.width, head.with_cls, head.max_depth) == ("linear_depth", 48, True, 6.0)
+    assert (head.kind, head.width, head.cls_width, head.max_depth) == ("linear_depth", 48, 48, 6.0)
 
 
 def test_segmentation_reads_a_projector_as_the_paper_does(finished, squares):

@@ -36,6 +36,7 @@ class DepthHead(LinearHead):
         with_cls: whether each patch token is concatenated with its block's cls token.
         max_depth: the last bin, metres.
         projector: the teacher whose projector's output it reads in place of the encoder's; "" for none.
+        cls_width: channels of the cls token where it has not the patches', as RADIO's summaries.
 
     Raises:
         HeadError: other `layers`, or a `max_depth` that is not above 0.001 m.
@@ -52,24 +53,26 @@ class DepthHead(LinearHead):
         with_cls: bool = True,
         max_depth: float = 10.0,
         projector: str = "",
+        cls_width: int | None = None,
     ) -> None:
-        super().__init__(width, patch_size, layers, with_cls, projector)
+        super().__init__(width, patch_size, layers, (cls_width or width) if with_cls else 0, projector)
         if not MIN_DEPTH < max_depth < float("inf"):
             raise HeadError(f"max_depth is {max_depth}: give metres, above {MIN_DEPTH}")
         self.max_depth = max_depth
-        self.conv_depth = nn.Conv2d(width * (1 + with_cls) * layers, DEPTH_BINS, 1)
+        self.conv_depth = nn.Conv2d((width + self.cls_width) * layers, DEPTH_BINS, 1)
 
     def options(self) -> dict[str, Any]:
-        return super().options() | {"with_cls": self.with_cls, "max_depth": self.max_depth}
+        found = super().options() | {"with_cls": self.cls_width > 0, "max_depth": self.max_depth}
+        return found | ({"cls_width": self.cls_width} if self.cls_width not in (0, self.width) else {})
 
     def from_layers(self, layers: Sequence[Layer]) -> Tensor:
-        """Depth [B, 1, 4 h, 4 w] in metres of maps [B, C, h, w] and cls tokens [B, C]."""
+        """Depth [B, 1, 4 h, 4 w] in metres of maps [B, C, h, w] and cls tokens [B, C']."""
         maps = []
         for patch, cls in layers:
             maps.append(patch)
-            if self.with_cls and cls is not None:
-                maps.append(cls[:, :, None, None].expand_as(patch))
-        x = torch.cat(maps, 1)  # [B, layers * 2C, h, w]
+            if self.cls_width and cls is not None:
+                maps.append(cls[:, :, None, None].expand(-1, -1, *patch.shape[2:]))
+        x = torch.cat(maps, 1)  # [B, layers * (C + C'), h, w]
         x = resize(x, (x.shape[2] * UPSAMPLING, x.shape[3] * UPSAMPLING))
         weights = self.conv_depth(x).relu() + 0.1
         weights = weights / weights.sum(1, keepdim=True)

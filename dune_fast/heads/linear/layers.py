@@ -52,7 +52,7 @@ class LinearHead(Head):
     last_blocks: bool = False
     """Whether four layers are the last four blocks, instead of evenly spread ones."""
 
-    def __init__(self, width: int, patch_size: int, layers: int, with_cls: bool, projector: str) -> None:
+    def __init__(self, width: int, patch_size: int, layers: int, cls_width: int, projector: str) -> None:
         super().__init__()
         if layers not in (1, 4):
             raise HeadError(f"layers is {layers!r}: a linear head reads 1 block (the last) or 4")
@@ -60,7 +60,7 @@ class LinearHead(Head):
         if not isinstance(projector, str):
             raise HeadError(f"projector is {projector!r}: give a teacher's name")
         self.width, self.patch_size, self.layers = width, patch_size, layers
-        self.with_cls, self.projector = with_cls, projector
+        self.cls_width, self.projector = cls_width, projector
 
     def options(self) -> dict[str, Any]:
         return {
@@ -72,8 +72,9 @@ class LinearHead(Head):
 
     def forward(self, tokens: EncoderTokens) -> Tensor:
         """Tokens of images of one size -> what `from_layers` gives."""
-        if self.with_cls and tokens.cls is None:
-            raise HeadError(f"the {self.kind} head reads a cls token, which the encoder has not")
+        found = 0 if tokens.cls is None else tokens.cls.shape[-1]
+        if self.cls_width not in (0, found):
+            raise HeadError(f"the {self.kind} head reads {self.cls_width} channels of cls; the encoder gives {found}")
         parts = list(tokens.blocks.values()) if self.layers > 1 else [tokens.last]
         if len(parts) != self.layers:
             raise HeadError(f"the {self.kind} head reads {self.layers} blocks: give encode(..., blocks=head.blocks)")

@@ -48,7 +48,7 @@ class SegmentationHead(LinearHead):
         projector: str = "",
         last_blocks: bool = False,
     ) -> None:
-        super().__init__(width, patch_size, layers, False, projector)
+        super().__init__(width, patch_size, layers, 0, projector)
         check_whole(classes=classes, window=window, stride=stride)
         if names and len(names) != classes:
             raise HeadError(f"{len(names)} names for {classes} classes: give one each, in the order of the labels")
