@@ -113,6 +113,8 @@ class DistillationStep:
     """Statistics of the loss's terms, updated in place by every step; None where no term has any."""
     sizes: Callable[[int], Mapping[str, int]] | None = None
     """Step -> teacher -> side in pixels of its images; None where no teacher's changes from step to step."""
+    loss_reduce: AllReduce | None = None
+    """In place of `all_reduce` for the loss, where a mean over images is not one over those of all ranks."""
 
     @functools.cached_property
     def _own_on_host(self) -> np.ndarray:
@@ -177,7 +179,8 @@ class DistillationStep:
         if self.states is not None:
             self.states.update(features, standardizers, positions, routes, self.all_reduce)
         losses, parts = teacher_losses(
-            projections, features, standardizers, self.objective, routes, self.states, views, self.all_reduce
+            projections, features, standardizers, self.objective, routes, self.states, views,
+            self.loss_reduce or self.all_reduce,
         )  # [T, B]
         c = coefficients(losses, self.own, groups, positions, step, self.seed, self.objective, routes)  # [T, B]
         loss = combine(losses, c)

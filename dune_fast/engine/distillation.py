@@ -13,10 +13,10 @@ from dune_fast.cache.teachers import LateTeachers
 from dune_fast.dali_pipelines.loader import Batch, TrainLoader
 from dune_fast.distill.objective import ownership, term_states
 from dune_fast.distill.overlap import SideStream
-from dune_fast.distill.standardization import TeacherStatistics
+from dune_fast.distill.standardization import AllReduce, TeacherStatistics
 from dune_fast.distill.step import DistillationStep, StepOutput
 from dune_fast.engine import checkpoints
-from dune_fast.engine.accumulation import Batches, part_momentum, split, weighted
+from dune_fast.engine.accumulation import Batches, part_momentum, split, weighted, within_partition
 from dune_fast.engine.cache_fingerprint import open_cache
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.conflicts import TeacherConflicts
@@ -94,7 +94,7 @@ class Distillation:
         side = SideStream(run.device) if cfg.train.overlap_teachers else None
         self.distill = DistillationStep(
             student, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed, self.all_reduce, side,
-            self.states, teacher_sizes(cfg),
+            self.states, teacher_sizes(cfg), self._loss_reduce(),
         )
         if resume_step is None:
             look_ahead(self, student)
@@ -109,6 +109,13 @@ class Distillation:
             self.conflicts = TeacherConflicts(list(cfg.teachers), cfg.train.log_every, run.device, run.world_size)
         self.names = Names(list(cfg.teachers), self.loader.dataset_names)
         return student
+
+    def _loss_reduce(self) -> AllReduce | None:
+        """Where ranks have partitions of their own, a patch weighs among those of the same partition."""
+        stage = self.turns[0].stage
+        if stage is None or self.all_reduce is None or len(self.turns) > 1:
+            return None
+        return within_partition(stage.partition, len(self.cfg.partitions), self.all_reduce)
 
     def use(self, module: Engine) -> None:
         self.distill.student = module
@@ -161,7 +168,7 @@ class Distillation:
 
     def active(self, step: int, part: int) -> tuple[str, ...]:
         """The teachers that look at a batch; empty for all."""
-        return self.turns[part].teachers or stage_at(self.stages, step).teachers
+        return (self.turns[part].stage or stage_at(self.stages, step)).teachers
 
     def split(self, batch: Batch | Batches) -> Sequence[Batch]:
         whole = batch.parts if isinstance(batch, Batches) else [batch]

@@ -279,8 +279,8 @@ def _batches(cfg: RunConfig, ranks: int) -> list[list[tuple[RunConfig, int]]]:
     found = {}
     for rank in range(ranks):
         own = turns(cfg, rank, ranks)
-        key = tuple((turn.part.side, turn.teachers, turn.part.slots.stop - turn.part.slots.start) for turn in own)
-        found[key] = [(at_size(cfg, side, names), images) for side, names, images in key]
+        key = tuple((turn.stage, turn.part.slots.stop - turn.part.slots.start) for turn in own)
+        found[key] = [(at_size(cfg, stage.image_size, stage.teachers), images) for stage, images in key]
     return list(found.values())
 
 

@@ -95,8 +95,9 @@ def estimate_statistics(run: Opened) -> None:
 
     def features(batch: Batch) -> Features:
         """Of the images that each teacher is trained on."""
+        active = stage.teachers if (stage := run.turns[batch.part].stage) else ()
         routes = run.distill.routes(
-            batch.images, batch.step, batch.group_on_host, batch.positions_on_host, run.turns[batch.part].teachers
+            batch.images, batch.step, batch.group_on_host, batch.positions_on_host, active
         )  # fmt: skip
         if batch.features is None:
             return run.teachers(batch.images, routes, None, run.crops.pictures(batch))

@@ -11,7 +11,7 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.engine.flops import run_flops, stage_flops
 from dune_fast.engine.memory import SPARE, disk_bytes, fit, memory_bytes, teacher_parameters, trained_parameters
 from dune_fast.engine.metrics import duration
-from dune_fast.engine.stages import shares, turns
+from dune_fast.engine.stages import partitions, shares, turns
 from dune_fast.planner.budget import mildest
 
 _GPU_GIB = (16, 24, 40, 80)
@@ -49,8 +49,8 @@ def describe(cfg: RunConfig, experiment: str, gpus: Sequence[int], tflops: float
         lines.append(f"  (means over the run, which is progressive: {stages})")
     if cfg.partitions:
         each = "; ".join(
-            f"{part.images:,} images at {part.image_size} px for {', '.join(part.teachers or cfg.teachers)}, counting "
-            f"{share:.3g}" for part, share in zip(cfg.partitions, shares(cfg), strict=True)
+            f"{part.images:,} images at {stage.px} for {', '.join(stage.teachers or cfg.teachers)}, counting "
+            f"{share:.3g}" for part, stage, share in zip(cfg.partitions, partitions(cfg), shares(cfg), strict=True)
         )  # fmt: skip
         lines.append(f"  (means over a step's partitions, by {cfg.partition_by}: {each})")
     if flops.training is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.engine.flops import run_flops, teacher_flops
 from dune_fast.engine.memory import fit, image_bytes
 from dune_fast.engine.metrics import read_metrics
-from dune_fast.engine.stages import at_size, turns
+from dune_fast.engine.stages import at_size, partitions, settings, stages, turns
 from dune_fast.planner.describe import describe
 from tests.engine.conftest import build, run_ranks, same_weights, small_run, timeless, train
 
@@ -25,11 +26,12 @@ PARTITIONS = [
 
 CROPS = [
     "+teachers@teachers.three=conv_patchify", "teachers.three.weights=random:3", "teachers.three.num_features=24",
-    "teachers.three.token_types=[cls]", "teachers.one.input_size=84", "teachers.one.grid=own",
+    "teachers.one.input_size=84", "teachers.one.grid=own", "train.seed=1",
     "data.teacher_views=true", "data.teacher_zoom=[0.9,1.2]", "data.teacher_shift=0.6", "objective.align=smaller",
-    "partitions=[{image_size:28,images:6,teachers:[one,three]},{image_size:56,images:2,teachers:[two,three]}]",
+    "partitions=[{image_sizes:[28,42],weights:[1,1],images:6,teachers:[one,three]},"
+    "{image_sizes:[56,42],weights:[1,1],images:2,teachers:[two,three],teacher_zoom:[1.5,1.6]}]",
 ]  # fmt: skip
-"""Three teachers with crops of their own, one of them in both partitions."""
+"""Three teachers with crops of their own, one of them in both partitions, which draw their sizes."""
 
 
 def test_two_ranks_with_a_partition_each_train_as_one_process_with_both(overrides, tmp_path):
@@ -41,16 +43,21 @@ def test_two_ranks_with_a_partition_each_train_as_one_process_with_both(override
     ours, theirs = load_file(two / "student.safetensors"), load_file(alone / "student.safetensors")
     for name, x in theirs.items():
         torch.testing.assert_close(ours[name], x, rtol=2e-4, atol=2e-5, msg=name)
+    drawn = [[part.size(step, 1) for part in partitions(compose_config(common))] for step in range(3)]
+    assert len({sizes[0] for sizes in drawn}) == len({sizes[1] for sizes in drawn}) == 2, drawn
     for both, one in zip(*(read_metrics(run / "metrics.jsonl") for run in (two, alone)), strict=True):
-        for key in ("loss", "loss/one", "loss/two", "loss/two/patch/total", "loss/three", "gradient_norm/max"):
+        for key in ("loss", "loss/one", "loss/two", "loss/three/patch/total", "loss/three", "gradient_norm/max"):
             assert both[key] == pytest.approx(one[key], rel=1e-4) and both[key] > 0, key
 
 
 def test_a_crop_that_nobody_looks_at_is_not_decoded(overrides):
     trainer = build([*overrides, *PARTITIONS, *CROPS, "partition_by=steps", "data.prefetch=1"])
     batch = next(trainer.task.batches(0, lambda _: True))
+    assert [part.images.shape[-1] for part in batch.parts] == [p.size(0, 1) for p in partitions(trainer.cfg)]
     views = [{name: "images" in view for name, view in part.teacher_views.items()} for part in batch.parts]
     assert views == [{"one": True, "two": False, "three": True}, {"one": False, "two": True, "three": True}]
+    zooms = [1 / part.teacher_views["three"]["transform"][:, 0, 0].abs() for part in batch.parts]
+    assert zooms[0].max() < 1.35 and zooms[1].min() > 1.4, "each partition has its own zoom, about"
     assert torch.isfinite(trainer.train_step(batch)["loss"])
     trainer.task.loader.close()
 
@@ -87,7 +94,7 @@ def test_a_step_is_the_mean_of_its_partitions_by_share(overrides):
 
 
 def test_a_run_of_partitions_goes_on_where_it_stopped(photos, tmp_path):
-    more = [*PARTITIONS, "partition_by=steps", "standardization.convention=phi_s_running"]
+    more = [*PARTITIONS, *CROPS, "partition_by=steps", "standardization.convention=phi_s_running"]
     more.append("standardization.phi_s_period=1")
     whole = train(small_run(photos, tmp_path / "whole"), *more).run_dir
     part = shutil.copytree(whole, tmp_path / "part")
@@ -106,6 +113,30 @@ def test_slots_and_weights(overrides):
     one_by_one = turns(compose_config([*overrides, *PARTITIONS, "partition_by=steps"]), 1, 2)
     assert [turn.part.slots for turn in one_by_one] == [slice(3, 6), slice(7, 8)]
     assert [turn.weight for turn in one_by_one] == [1.0, 1.0] and micro_batch_size(cfg, 2) == 2
+
+
+def test_partitions_draw_their_sizes_each_on_its_own(overrides):
+    cfg = compose_config([*overrides, *PARTITIONS, *CROPS])
+    first, second = partitions(cfg)
+    sizes = np.array([[part.size(step, 1) for part in (first, second)] for step in range(400)])
+    small = sizes == [28, 56]
+    assert abs(small.mean(0) - 0.5).max() < 0.08 and abs((small[:, 0] == small[:, 1]).mean() - 0.5) < 0.08
+    assert [(s.image_size, s.images) for s in settings(cfg, stages(cfg)[0])] == [
+        (28, 0.375), (42, 0.375), (56, 0.125), (42, 0.125),
+    ]  # fmt: skip
+    mean = [run_flops(at_size(cfg, s.image_size, s.teachers)).student * s.images for s in settings(cfg, stages(cfg)[0])]
+    assert run_flops(cfg).student == pytest.approx(sum(mean), abs=2)
+    assert "6 images at 28 / 42 px for one, three" in "\n".join(describe(cfg, "demo", [2], 10.0))
+    in_turn = compose_config([*overrides, *PARTITIONS, "partitions=[{image_sizes:[28,56],images:8}]"])
+    assert [partitions(in_turn)[0].size(step, 1) for step in range(3)] == [28, 56, 28]
+
+
+@pytest.mark.parametrize("name", ["radio_v25_high", "c_radio_v4_high"])
+@pytest.mark.parametrize("ranks", [2, 8, 64])
+def test_the_ranks_of_a_recipe_share_its_partitions(name, ranks):
+    """Regression: three quarters of the ranks could not share 1,024 images, whatever their number."""
+    cfg = compose_config([f"experiment={name}", "data=folder", "data.datasets.images.root=x"])
+    assert micro_batch_size(cfg, ranks) == 256 // ranks
 
 
 def test_operations_and_memory_count_partitions(overrides):
@@ -135,6 +166,13 @@ def test_a_plan_says_what_partitions_are_and_who_cannot_share_them(overrides):
         (["train.global_batch=16"], "partitions have 8 images together, but train.global_batch=16"),
         (["partition_by=images"], "partition_by='images'; choose one of ranks, steps"),
         (["partitions=[{image_size:84,images:8}]"], r"partitions\[0\] has images of 84 px; give sizes up to"),
+        (["partitions=[{image_sizes:[28,30],images:8}]"], r"partitions\[0\].image_sizes\[1\]=30 is not a multiple"),
+        (["partitions=[{image_size:56,image_sizes:[28],images:8}]"], r"partitions\[0\] has image_size=56 and image_si"),
+        (["partitions=[{image_sizes:[28],weights:[1,2],images:8}]"], r"partitions\[0\].weights=.1.0, 2.0.; give one"),
+        (["partitions=[{image_size:56,images:8,teacher_zoom:[1,2]}]"], "with data.teacher_views=false: teachers see"),
+        (["partitions=[{image_size:56,images:8,teacher_zoom:[2,1]}]"], r"teacher_zoom=\[2.0, 1.0\]; give .smallest,"),
+        (["partitions=[{image_size:56,images:8,teacher_zoom:[1,2]}]", "data.teacher_views=true"],
+         r"teacher_zoom=\[1.0, 2.0\] and teacher_shift=0: teachers see other parts"),
         (["partitions=[{image_size:56,images:8,teachers:[three]}]"], r"partitions\[0\].teachers has 'three'"),
         (["partitions=[{image_size:56,images:8,teachers:[one]}]"], "teacher 'two' is in no partition"),
         (["objective.drop_probability=0.5"], "leaves teachers out, and objective.drop_probability=0.5 drops some"),
