@@ -77,7 +77,7 @@ class Distillation:
         if run.evaluate is not None:
             run.evaluate.check(self.loader.datasets)
         groups = {name: teacher.groups for name, teacher in cfg.teachers.items()}
-        own = ownership(groups, self.loader.groups, cfg.objective, run.device)
+        own = ownership(groups, self.loader.groups, cfg.objective)
         build = functools.partial(TeacherEnsemble, cfg.teachers, cfg.student.patch_size, run.dtype, run.device)
         self.teachers = LateTeachers(build) if cfg.cache.folder else build()
         self.warm_start = None

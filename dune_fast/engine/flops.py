@@ -194,7 +194,7 @@ def share_of_images(cfg: RunConfig, teachers: Sequence[str]) -> float:
         return 1.0 - p**count + p**every * count / every
     if not cfg.objective.route_by_dataset or not groups:
         return 1.0
-    own = ownership({name: cfg.teachers[name].groups for name in teachers}, groups, cfg.objective, torch.device("cpu"))
+    own = ownership({name: cfg.teachers[name].groups for name in teachers}, groups, cfg.objective)
     weights = group_weights(cfg.data, groups)
     return sum(w for w, seen in zip(weights, own.any(0).tolist(), strict=True) if seen) / sum(weights)
 

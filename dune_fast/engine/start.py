@@ -206,7 +206,7 @@ def _batches(
     run: Opened, images: Tensor, groups: Tensor
 ) -> Iterator[tuple[Tensor, dict[str, dict[str, Tensor]], dict[str, Tensor]]]:
     """What `fit_projectors` takes, chunk by chunk."""
-    own = run.distill.own
+    own = run.distill.own.to(run.device)
     for part, of in zip(images.split(_CHUNK), groups.split(_CHUNK), strict=True):
         chunk, group = part.to(run.device), of.to(run.device)
         counts = {name: own[i, group].nonzero().flatten() for i, name in enumerate(run.cfg.teachers)}
