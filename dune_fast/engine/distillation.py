@@ -29,7 +29,7 @@ from dune_fast.engine.opening import describe, stage_costs
 from dune_fast.engine.run_folder import count_images, refuse_other_images
 from dune_fast.engine.same_ranks import refuse_other_data
 from dune_fast.engine.schedules import ema_momenta
-from dune_fast.engine.stages import by_stage, stage_at, stages, teacher_sizes, turns
+from dune_fast.engine.stages import by_stage, loaded_teachers, stage_at, stages, teacher_sizes, turns
 from dune_fast.engine.start import look_ahead
 from dune_fast.engine.task import Place, Work
 from dune_fast.engine.teacher_crops import TeacherCrops
@@ -78,7 +78,8 @@ class Distillation:
             run.evaluate.check(self.loader.datasets)
         groups = {name: teacher.groups for name, teacher in cfg.teachers.items()}
         own = ownership(groups, self.loader.groups, cfg.objective)
-        build = functools.partial(TeacherEnsemble, cfg.teachers, cfg.student.patch_size, run.dtype, run.device)
+        loaded = loaded_teachers(cfg, self.turns)
+        build = functools.partial(TeacherEnsemble, cfg.teachers, cfg.student.patch_size, run.dtype, run.device, loaded)
         self.teachers = LateTeachers(build) if cfg.cache.folder else build()
         self.warm_start = None
         if resume_step is not None:  # the checkpoint's weights follow: the source of a warm start may be gone
@@ -157,7 +158,10 @@ class Distillation:
         images = self.cfg.train.drift_images
         if step == 0 and images and not self.cfg.cache.folder:
             first = batch.parts[0] if isinstance(batch, Batches) else batch
-            check_teachers(self.teachers, first.images[:images], self.run_dir)
+            every = [turns(self.cfg, rank, self.world_size) for rank in range(self.rank)]
+            before = {name for own in every for name in loaded_teachers(self.cfg, own)}
+            mine = [name for name in self.teachers.teachers if name not in before]
+            check_teachers(self.teachers, first.images[:images], self.run_dir, mine)
         if (stage := stage_at(self.stages, step)).first == step > 0:
             self.statistics.restart()
             if "statistics" in self.cfg.stage_restarts:

@@ -252,7 +252,8 @@ def _flops_at_one_size(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = 
         deepest = max((count for count in counts if count is not None), default=None)
         if deepest is None and trunks is not None:
             given = seen(cfg.teachers[first], grid)
-            deepest = _count_or_none(first, trunks[first], given.side) if given.images else None
+            known = given.images and first in trunks  # a rank may not have loaded it
+            deepest = _count_or_none(first, trunks[first], given.side) if known else None
             deepest = None if deepest is None else deepest // given.images
         if deepest is not None:
             deepest = round(deepest * share_of_images(cfg, [first, *others]))

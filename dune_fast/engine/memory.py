@@ -34,7 +34,7 @@ import torch.distributed as dist
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.flops import loss_patches, published_network, share_of_images
 from dune_fast.engine.projector_cost import projector_cost
-from dune_fast.engine.stages import at_size, turns
+from dune_fast.engine.stages import at_size, loaded_teachers, turns
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
 from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.kernels.nn.vit import ViTConfig
@@ -86,18 +86,26 @@ def disk_bytes(cfg: RunConfig) -> int:
 
 
 def memory_bytes(cfg: RunConfig, ranks: int, low_precision: bool = True) -> dict[str, int | None]:
-    """Bytes on each of `ranks` devices before the first image, by what they are for; None where that is not known.
+    """Bytes on each of `ranks` devices before the first image, by what they are for; None where that is not known. Of
+    teachers, on the device that has the most.
 
     `low_precision`: whether `precision: auto` means bf16, as on a GPU.
     """
+    every = [teacher_bytes(loaded, low_precision) for loaded, _ in _ranks(cfg, ranks)]
+    teachers = None if None in every else max(count or 0 for count in every)
+    return {**trained_bytes(cfg, sum(trained_parameters(cfg)), ranks), "teachers": teachers}
+
+
+def teacher_bytes(cfg: RunConfig, low_precision: bool) -> int | None:
+    """Bytes of all teachers that a configuration has, where they are loaded; None if one is not known."""
     auto = "bf16" if low_precision else "fp32"
-    teachers: int | None = 0
+    total: int | None = 0
     none = cfg.cache.folder and not cfg.evaluation.every
     for name, count in ({} if none else teacher_parameters(cfg)).items():
         precision = cfg.teachers[name].precision
         size = _TEACHER_BYTES[auto if precision == "auto" else precision]
-        teachers = None if teachers is None or count is None else teachers + count * size
-    return {**trained_bytes(cfg, sum(trained_parameters(cfg)), ranks), "teachers": teachers}
+        total = None if total is None or count is None else total + count * size
+    return total
 
 
 def trained_bytes(cfg: RunConfig, count: int, ranks: int) -> dict[str, int]:
@@ -255,32 +263,32 @@ def fit(cfg: RunConfig, ranks: int, available: int, low_precision: bool = True, 
         low_precision: whether `auto` precisions mean bf16, as on a GPU.
         parts: look at this number of parts alone.
     """
-    held = memory_bytes(cfg, ranks, low_precision)
-    unknown: tuple[str, ...] = ()
-    if held["teachers"] is None:
-        unknown = tuple(name for name, count in teacher_parameters(cfg).items() if count is None)
-    fixed = sum(count or 0 for count in held.values())
-    every = _batches(cfg, ranks)
-    shared = math.gcd(*(images for batches in every for _, images in batches))
+    assert cfg.partitions or cfg.train.global_batch % ranks == 0
+    unknown = tuple(name for name, count in teacher_parameters(cfg).items() if count is None)
+    unknown = () if cfg.cache.folder and not cfg.evaluation.every else unknown
+    trained = sum(trained_bytes(cfg, sum(trained_parameters(cfg)), ranks).values())
+    every = [(teacher_bytes(loaded, low_precision) or 0, batches) for loaded, batches in _ranks(cfg, ranks)]
+    shared = math.gcd(*(images for _, batches in every for _, images in batches))
     for count in [n for n in range(1, shared + 1) if shared % n == 0] if parts is None else [parts]:
-        needed = fixed + max(_of_batches(batches, count, low_precision) for batches in every)
-        images = max(sum(n for _, n in batches) for batches in every)
+        needed = trained + max(frozen + _of_batches(batches, count, low_precision) for frozen, batches in every)
+        images = max(sum(n for _, n in batches) for _, batches in every)
         found = Fit(images, count, needed, available, unknown)
         if found.fits:
             break
     return found
 
 
-def _batches(cfg: RunConfig, ranks: int) -> list[list[tuple[RunConfig, int]]]:
-    """The batches of a step, (configuration, images), of every rank that has others than the ranks before."""
+def _ranks(cfg: RunConfig, ranks: int) -> list[tuple[RunConfig, list[tuple[RunConfig, int]]]]:
+    """Of every rank that differs from the ranks before: the configuration with the teachers that it loads, and those of
+    the batches of a step, with their images."""
     if not cfg.partitions:
-        assert cfg.train.global_batch % ranks == 0
-        return [[(cfg, cfg.train.global_batch // ranks)]]
+        return [(cfg, [(cfg, cfg.train.global_batch // ranks)])]
     found = {}
     for rank in range(ranks):
         own = turns(cfg, rank, ranks)
         key = tuple((turn.stage, turn.part.slots.stop - turn.part.slots.start) for turn in own)
-        found[key] = [(at_size(cfg, stage.image_size, stage.teachers), images) for stage, images in key]
+        batches = [(at_size(cfg, stage.image_size, stage.teachers), images) for stage, images in key]
+        found[key] = at_size(cfg, cfg.image_size, loaded_teachers(cfg, own)), batches
     return list(found.values())
 
 

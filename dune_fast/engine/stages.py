@@ -218,6 +218,13 @@ def turns(cfg: RunConfig, rank: int, world_size: int) -> list[Turn]:
     return found
 
 
+def loaded_teachers(cfg: RunConfig, own: Sequence[Turn]) -> list[str]:
+    """The teachers that a rank of these turns loads: those of its partitions; all where evaluations may ask for all."""
+    if cfg.evaluation.every or any(turn.stage is None or not turn.stage.teachers for turn in own):
+        return list(cfg.teachers)
+    return [name for name in cfg.teachers if any(turn.stage and name in turn.stage.teachers for turn in own)]
+
+
 def by_stage(cfg: RunConfig, what: str, schedule: Callable[[int], np.ndarray]) -> np.ndarray:
     """A schedule (number of steps -> values) over the run, or over each stage where `stage_restarts` names it."""
     lengths = [stage.end - stage.first for stage in stages(cfg)] if what in cfg.stage_restarts else [cfg.steps]

@@ -11,7 +11,7 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.engine.flops import run_flops, stage_flops
 from dune_fast.engine.memory import SPARE, disk_bytes, fit, memory_bytes, teacher_parameters, trained_parameters
 from dune_fast.engine.metrics import duration
-from dune_fast.engine.stages import partitions, shares, turns
+from dune_fast.engine.stages import partitions, shares
 from dune_fast.planner.budget import mildest
 
 _GPU_GIB = (16, 24, 40, 80)
@@ -92,16 +92,15 @@ def remedy(cfg: RunConfig, experiment: str, count: int, available: int) -> str:
 
 def _memory(cfg: RunConfig, experiment: str, count: int) -> list[str]:
     """What lies on each of `count` GPUs, and in how many parts a step's images go there."""
-    memory, batch, parts = memory_bytes(cfg, count), cfg.train.global_batch, cfg.train.accumulation
-    shown = ", ".join(f"{name} {_gib(value)}" for name, value in memory.items())
+    batch, parts = cfg.train.global_batch, cfg.train.accumulation
     unit = "1 GPU" if count == 1 else f"each of {count} GPUs"
+    try:
+        memory = memory_bytes(cfg, count)
+    except ValueError as error:  # of partitions
+        return [f"  {unit}: {error}"]
+    shown = ", ".join(f"{name} {_gib(value)}" for name, value in memory.items())
     lines = [f"  memory of {unit} (ZeRO {cfg.deepspeed.zero_stage}), before the first image: {shown}"]
-    if cfg.partitions:
-        try:
-            turns(cfg, 0, count)
-        except ValueError as error:
-            return [*lines, f"  {error}"]
-    elif batch % (count * max(parts, 1)):
+    if not cfg.partitions and batch % (count * max(parts, 1)):
         accumulated = f" x train.accumulation={parts}" if parts > 1 else ""
         return [*lines, f"  {batch} images cannot be shared by {count} GPUs{accumulated}"]
     how = f"train.accumulation={parts}" if parts else f"train.accumulation=0: worked out, {SPARE:.0%} spare"

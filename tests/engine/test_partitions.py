@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -12,10 +13,11 @@ from safetensors.torch import load_file
 from dune_fast.engine.accumulation import micro_batch_size
 from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.engine.flops import run_flops, teacher_flops
-from dune_fast.engine.memory import fit, image_bytes
+from dune_fast.engine.memory import fit, image_bytes, memory_bytes
 from dune_fast.engine.metrics import read_metrics
-from dune_fast.engine.stages import at_size, partitions, settings, stages, turns
+from dune_fast.engine.stages import at_size, loaded_teachers, partitions, settings, stages, turns
 from dune_fast.planner.describe import describe
+from dune_fast.teachers.ensemble import TeacherEnsemble
 from tests.engine.conftest import build, run_ranks, same_weights, small_run, timeless, train
 
 PARTITIONS = [
@@ -35,14 +37,21 @@ CROPS = [
 
 
 def test_two_ranks_with_a_partition_each_train_as_one_process_with_both(overrides, tmp_path):
-    """Weights, and losses of every teacher; ZeRO 2, own crops and grids. Seconds: two processes have to start."""
+    """Weights, losses and drift of every teacher; ZeRO 2, own crops and grids, teachers that one of the ranks has not
+    loaded. Seconds: two processes have to start."""
     common = [*overrides, *PARTITIONS, *CROPS, "train.steps=3"]
+    common += [f"teachers.{name}.precision=bf16" for name in ("one", "two", "three")]
     alone = train(common, "partition_by=steps", f"output_dir={tmp_path / 'alone'}").run_dir
     two = tmp_path / "two"
     run_ranks(2, "dune_fast/train.py", *common, "deepspeed=zero2", f"output_dir={two}")
     ours, theirs = load_file(two / "student.safetensors"), load_file(alone / "student.safetensors")
     for name, x in theirs.items():
-        torch.testing.assert_close(ours[name], x, rtol=2e-4, atol=2e-5, msg=name)
+        if name.endswith("qkv.bias"):  # that of keys changes nothing: its gradient is rounding, which AdamW enlarges
+            ours[name], x = (y.unflatten(0, (3, -1))[[0, 2]] for y in (ours[name], x))
+        torch.testing.assert_close(ours[name], x, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+    drifts = [json.loads((run / "drift.json").read_text()) for run in (alone, two)]
+    of = [[(entry["teacher"], entry["token"]) for entry in drift] for drift in drifts]
+    assert of[1][-1] == ("two", "patch") and sorted(of[0]) == sorted(of[1]) and len(of[1]) == 5
     drawn = [[part.size(step, 1) for part in partitions(compose_config(common))] for step in range(3)]
     assert len({sizes[0] for sizes in drawn}) == len({sizes[1] for sizes in drawn}) == 2, drawn
     for both, one in zip(*(read_metrics(run / "metrics.jsonl") for run in (two, alone)), strict=True):
@@ -129,6 +138,32 @@ def test_partitions_draw_their_sizes_each_on_its_own(overrides):
     assert "6 images at 28 / 42 px for one, three" in "\n".join(describe(cfg, "demo", [2], 10.0))
     in_turn = compose_config([*overrides, *PARTITIONS, "partitions=[{image_sizes:[28,56],images:8}]"])
     assert [partitions(in_turn)[0].size(step, 1) for step in range(3)] == [28, 56, 28]
+
+
+def test_a_rank_loads_the_teachers_of_its_partition_alone(overrides):
+    cfg = compose_config([*overrides, *PARTITIONS, *CROPS])
+    loaded = [loaded_teachers(cfg, turns(cfg, rank, 2)) for rank in (0, 1)]
+    assert loaded == [["one", "three"], ["two", "three"]]
+    by_steps, evaluated = (compose_config([*overrides, *PARTITIONS, *CROPS, o]) for o in (
+        "partition_by=steps", "evaluation.every=2"))  # fmt: skip
+    assert all(loaded_teachers(c, turns(c, 0, 2)) == list(c.teachers) for c in (by_steps, evaluated))
+    whole, first = TeacherEnsemble(cfg.teachers, 14), TeacherEnsemble(cfg.teachers, 14, loaded=loaded[0])
+    assert list(first.teachers) == loaded[0] and len(first.trunks) == 2
+    images = torch.randn(2, 3, 28, 28)
+    theirs, ours = whole(images), first(images)
+    assert list(ours) == list(theirs) and torch.equal(ours["one"]["patch"], theirs["one"]["patch"])
+    assert ours["two"]["patch"].shape == (0, *theirs["two"]["patch"].shape[1:]) and "cls" not in ours["two"]
+
+
+def test_memory_has_the_teachers_of_the_fullest_rank():
+    one, *others = compose_config(["experiment=dune_336"]).teachers
+    parts = f"{{image_size:336,images:64,teachers:[{one}]}},{{image_size:336,images:64,teachers:[{','.join(others)}]}}"
+    more = [f"partitions=[{parts}]", "train.global_batch=128", "objective.drop_probability=0"]
+    ranks, steps = (
+        memory_bytes(compose_config(["experiment=dune_336", *more, f"partition_by={mode}"]), 2)["teachers"]
+        for mode in ("ranks", "steps")
+    )
+    assert ranks == pytest.approx(2 * steps / 3, rel=1e-3) and steps > 1.8e9
 
 
 @pytest.mark.parametrize("name", ["radio_v25_high", "c_radio_v4_high"])
