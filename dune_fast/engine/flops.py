@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dune_fast.dali_pipelines.loader import group_weights
 from dune_fast.distill.objective import ownership
 from dune_fast.engine.config import RunConfig
-from dune_fast.engine.projector_cost import projector_cost
+from dune_fast.engine.projector_cost import KNOWN, projector_cost
 from dune_fast.engine.stages import Stage, at_size, settings, stages
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
 from dune_fast.kernels.nn.depth_anything import DepthAnything
@@ -102,7 +102,7 @@ def projector_flops(
     `share`: of the patches that it is asked for, `objective.patch_share`.
     """
     dim, every, channels, token_types = student.embed_dim, grid**2, teacher.channels, teacher.token_types
-    if cfg.kind not in ("tp", "sp", "lp"):
+    if cfg.kind not in KNOWN:
         return projector_cost(cfg, student, teacher, grid).flops
     patches = PatchSubset(share, 0, 0).count(every)
     if cfg.kind == "tp":
