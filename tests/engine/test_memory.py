@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dune_fast.distill.alignment import View
+from dune_fast.distill.phi_s_running import RunningPhiS
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.distill.step import DistillationStep
 from dune_fast.distill.terms import TermWeights
@@ -29,6 +30,7 @@ from dune_fast.engine.memory import (
     trained_parameters,
 )
 from dune_fast.engine.projector_cost import projector_cost
+from dune_fast.engine.stages import at_size
 from dune_fast.kernels.library import traced
 from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.student import Student
@@ -181,6 +183,27 @@ def test_parts_by_memory(name, gpus, parts):
         assert not fit(cfg, gpus, gib * GIB, parts=expected // 2).fits
 
 
+@pytest.mark.parametrize(("channels", "rows"), [(384, 9000), (64, 9000)])
+def test_the_matrices_of_phi_s_are_counted(channels, rows):
+    """Of a real update; the state is in the run's table."""
+    statistics = RunningPhiS(channels)
+    with Alive() as alive:
+        statistics.update(torch.randn(rows, channels))
+    assert alive.most == pytest.approx(statistics.update_bytes, rel=1e-3)
+
+
+def test_statistics_that_are_large_have_a_line_of_their_own():
+    cfg = compose_config(["experiment=radio_v25", "data=folder", "data.datasets.images.root=x"])
+    widths = [t.num_features for t in cfg.teachers.values() if "patch" in t.token_types]
+    sums = 16 * sum(width**2 for width in widths)  # scatter and rotation, in float64
+    memory = memory_bytes(cfg, 1)
+    assert memory["teachers' statistics"] == pytest.approx(sums, rel=0.01)
+    assert "teachers' statistics" not in memory_bytes(compose_config(["experiment=dune_336"]), 1)
+    whole = fit(cfg, 8, 2**40, parts=1).needed
+    cfg.standardization.patch = "none"
+    assert whole - fit(cfg, 8, 2**40, parts=1).needed > sums + 8 * max(widths) * 2 * 8192
+
+
 def peak(cfg: RunConfig, images: int) -> int:
     """The most bytes alive in a step, of the student, the features and the loss; teachers run elsewhere."""
     objective = dataclasses.replace(cfg.objective, cls=TermWeights(), drop_probability=0.0)
@@ -214,21 +237,25 @@ def peak(cfg: RunConfig, images: int) -> int:
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("recipe", "teachers", "more"),
     [
-        ["experiment=dune_336"], ["experiment=theia"], ["experiment=radio_v25"], ["experiment=eupe_student"],
-        ["experiment=c_radio_v4", "student.radio.num_global=1"],
-        ["experiment=sak_b", "projector.which_blocks=[0,1,2,3]"],
-        ["experiment=radio_v25", "objective.align=larger", "projector.patch_head.upsample=2"],
+        ("theia", ["clip"], []),
+        ("radio_v25", ["siglip"], ["objective.align=larger", "projector.patch_head.upsample=2"]),
+        ("sak_b", [f"sam_{i}" for i in (2, 5, 8, 11)], ["projector.which_blocks=[0,1,2,3]", "student.depth=4"]),
+        *(pytest.param(*recipe, [], marks=pytest.mark.slow) for recipe in (
+            ("dune_336", ["mast3r_vitlarge_16"]), ("radio_v25", ["clip"]), ("c_radio_v4", ["siglip2"]),
+            ("eupe_student", ["proxy"]),
+        )),
     ],
-    ids=" ".join,
 )  # fmt: skip
-def test_the_model_finds_what_a_siblings_step_has_alive(overrides):
-    """Maps that are enlarged or sampled, features that are rotated, adapters, at four blocks of the full width."""
-    cfg = compose_config(["student.depth=4", *overrides, "data=folder", "data.datasets.images.root=x"])
+def test_the_model_finds_what_a_siblings_step_has_alive(recipe, teachers, more):
+    """Maps that are enlarged or sampled, features that are rotated, adapters: of a few blocks of the full width, and of
+    one trunk."""
+    small = ["student.depth=2", "student.radio.num_global=1", "data=folder", "data.datasets.images.root=x"]
+    cfg = compose_config([f"experiment={recipe}", *small, *more])
+    cfg = at_size(cfg, cfg.image_size, teachers)
     counted = (peak(cfg, 96) - peak(cfg, 64)) / 32  # weights in bf16, and their gradients, are there once
     found = phases(cfg)
-    print(overrides, {k: round(v / counted, 3) for k, v in found.items()})
     assert counted < max(found["loss"], found["backward"]) < 1.2 * counted
 
 
