@@ -255,7 +255,7 @@ def phases(cfg: RunConfig, low_precision: bool = True, images: int | None = None
     backward = gradients + size * tokens * int(2 * cfg.student.mlp_ratio * dim)
     if cfg.train.activation_checkpointing:  # one block is whole again
         backward = max(backward, _block(tokens, dim, size, stream, cfg.student.mlp_ratio, cfg.student.mlp))
-    loss = _loss(cfg, low_precision)[1] * _peak_share(cfg, list(cfg.teachers), images)
+    loss = _loss(cfg, low_precision)[1] * max(_peak_share(cfg, [name], images) for name in cfg.teachers)
     each = {"teachers": features + pictures + forward, "loss": loss, "backward": features + backward}
     return {name: kept + round(size) for name, size in each.items()}
 

@@ -186,9 +186,9 @@ def test_parts_by_memory(name, gpus, parts):
 @pytest.mark.parametrize(("channels", "rows"), [(384, 9000), (64, 9000)])
 def test_the_matrices_of_phi_s_are_counted(channels, rows):
     """Of a real update; the state is in the run's table."""
-    statistics = RunningPhiS(channels)
+    statistics, x = RunningPhiS(channels), torch.randn(rows, channels)
     with Alive() as alive:
-        statistics.update(torch.randn(rows, channels))
+        statistics.update(x)
     assert alive.most == pytest.approx(statistics.update_bytes, rel=1e-3)
 
 
