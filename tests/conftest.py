@@ -46,13 +46,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """GPU tests skip where there is no GPU, slow ones unless they are asked for; the reason is said."""
+    reasons = {
+        "gpu": "" if torch.cuda.is_available() else "no CUDA device",
+        "slow": "" if config.getoption("--slow") else "slow; run with --slow",
+        "clusters": "" if config.getoption("--clusters") else "two hosts of namespaces; `make test-clusters` runs it",
+    }
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-        if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
-        if "clusters" in item.keywords and not config.getoption("--clusters"):
-            item.add_marker(pytest.mark.skip(reason="two hosts of namespaces; `make test-clusters` runs it"))
+        for mark, reason in reasons.items():
+            # not `mark in item.keywords`: these hold the names of all folders above, too
+            if reason and item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -49,7 +49,9 @@ class RunningPhiS(nn.Module):
     def __init__(self, channels: int, period: int = PERIOD, eps: float = 1e-6) -> None:
         super().__init__()
         self.period, self.eps = period, eps
-        self._settled = False  # kept by the host: once it is true, nothing is read from the device
+        # kept by the host, which so reads the device in two steps of a period: a step may be undone, and then not count
+        self._settled = False
+        self._unasked = 0  # updates that surely end no period
         for name, value in self._initial(channels).items():
             self.register_buffer(name, value)
 
@@ -65,7 +67,7 @@ class RunningPhiS(nn.Module):
 
     def restart(self) -> None:
         """Forgets everything: a stage of the training begins."""
-        self._settled = False
+        self._settled, self._unasked = False, 0
         for name, value in self._initial(len(self.total)).items():
             getattr(self, name).copy_(value)
 
@@ -89,23 +91,23 @@ class RunningPhiS(nn.Module):
         if self._settled:
             self.steps += 1
             return
-        given = x.numel() // len(self.total) if valid is None else valid.sum()
-        count = torch.as_tensor(given, dtype=torch.float64, device=self.total.device).clone()
-        if all_reduce is not None:
-            all_reduce(count)
-        # the one read of the device, at every step until all stays as it is
-        rows, steps, seen, rotated = torch.stack([count, self.steps, self.count, self.rotated]).tolist()
+        if self._unasked:
+            self._unasked -= 1
+            self._add(x, valid, all_reduce)
+            return
+        steps = int(self.steps)
         if steps > PERIODS * self.period:
             self._settled = True
             self.steps += 1
             return
-        if rows:
-            self._add(x, valid, all_reduce)
-            self.steps += 1
-        seen += rows
+        self._add(x, valid, all_reduce)
+        if steps % self.period:
+            self._unasked = self.period - 1 - steps % self.period  # that far every further step counts
+            return
+        seen, rotated = torch.stack([self.count, self.rotated]).tolist()
         if seen < 2:
             self.steps.zero_()
-        elif steps % self.period == 0 and seen != rotated:  # of the same rows it would be the same again
+        elif seen != rotated:  # of the same rows it would be the same again
             self._rotate(all_reduce, leads)
             self.rotated.fill_(seen)
 
@@ -116,7 +118,7 @@ class RunningPhiS(nn.Module):
         return 8 * channels * max(channels + 2 * ROWS, 5 * channels)
 
     def _add(self, x: Tensor, valid: Tensor | None, all_reduce: AllReduce | None) -> None:
-        """Takes the batch into count, sum and scatter."""
+        """Takes the batch into count, sum, scatter and, if it has any row, steps."""
         moments = SecondMoments(len(self.total), self.total.device, self.mean)
         moments.add(x, valid)
         if all_reduce is not None:
@@ -124,7 +126,8 @@ class RunningPhiS(nn.Module):
         (count,), shifted, products = moments.parts()
         self.total += shifted + count * moments.shift
         self.count += count
-        self.scatter += products - shifted.outer(shifted) / self.count
+        self.scatter += products - shifted.outer(shifted) / self.count.clamp_min(1)
+        self.steps += count > 0
 
     def running(self) -> Standardizer:
         """What `rotate` leaves to be done: nothing."""

@@ -16,7 +16,7 @@ __all__ = ["photos"]  # a fixture
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where there can be no two hosts, the reason is said."""
-    mine = [item for item in items if "clusters" in item.keywords]
+    mine = [item for item in items if item.get_closest_marker("clusters")]
     asked = mine and mine[0].config.getoption("--clusters")
     if asked and (reason := why_not()):
         for item in mine:

@@ -42,7 +42,7 @@ def start(folder: Path, photos, *more: str, **variables: str) -> subprocess.Pope
 def finish(process: subprocess.Popen, folder: Path, status: int = 0) -> str:
     """Waits for the end; what it said."""
     try:
-        found = process.wait(240)
+        found = process.wait(600)
     finally:
         process.kill()
     said = folder.with_suffix(".log").read_text()

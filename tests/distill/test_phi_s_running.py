@@ -84,6 +84,27 @@ def test_a_rotation_is_made_once_of_the_same_rows(monkeypatch):
     assert len(made) == 3 and module.steps == 3 and module.rotated == 60
 
 
+def test_the_host_reads_the_device_about_twice_a_period_and_misses_none(monkeypatch):
+    """Steps without rows and steps that are undone (their loss was not finite) move the end of a period."""
+    reads, made, plain_int, plain_list = [], [], torch.Tensor.__int__, torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda x: (reads.append(1), plain_int(x))[1])
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (reads.append(1), plain_list(x))[1])
+    module, undone, empty = RunningPhiS(C, 10), {3, 12, 13, 24}, {5, 17, 35}
+    counted, due = 0, []
+    for i in range(60):
+        before = [x.clone() for x in module.buffers()]
+        rotation = module.whiten.clone()
+        module.update(draw(i)[: 0 if i in empty else 4])
+        made += [i] * (not torch.equal(module.whiten, rotation))
+        due += [i] * (counted % 10 == 0 and i not in empty)
+        if i in undone:
+            for x, then in zip(module.buffers(), before, strict=True):
+                x.copy_(then)
+        counted += i not in undone | empty
+        assert plain_int(module.steps) == counted
+    assert made == due == [0, 12, 13, 14, 26, 37, 47, 57] and len(reads) < 60 / 2
+
+
 def test_ranks_are_one_and_take_one_ranks_eigenvectors():
     alone = seen_by(3, 2)
 
