@@ -146,6 +146,8 @@ def check_plain(cfg: RunConfig, student: Student, teachers: dict[str, object]) -
         )
     if cfg.objective.sharing != "full" or cfg.standardization.convention != "dune":
         raise ValueError("the eager baseline has objective.sharing=full and standardization.convention=dune only")
+    if cfg.optimizer.name != "adamw":
+        raise ValueError(f"the eager baseline has optimizer.name=adamw only, not {cfg.optimizer.name}")
 
 
 @contextmanager

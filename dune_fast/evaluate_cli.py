@@ -67,6 +67,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.task in _MEASURED:
         from dune_fast.evaluate_predictions import run_measured
 
+        _refuse_options_of_encoders(args)
         run_measured(
             args.task, args.run, args.data, args.predictions, args.head, args.out, args.device, args.precision,
             {name: getattr(args, name) for name in _MORE},
@@ -97,6 +98,16 @@ def evaluate(args: argparse.Namespace) -> int:
             setup_logging(args.debug, ranks.rank)  # the others say what is wrong, nothing else
         run_task(args.run, options, args.out, ranks, load_teacher_config)
     return 0
+
+
+def _refuse_options_of_encoders(args: argparse.Namespace) -> None:
+    """ValueError for an option of the tasks that train or read an encoder alone: it would change nothing."""
+    from dune_fast.evaluate.task import TaskOptions
+
+    fields = {name: field.default for name, field in TaskOptions.__dataclass_fields__.items()}
+    defaults = {**fields, "no_figures": False, "task": args.task, "data": args.data, "precision": args.precision}
+    if given := [name for name, default in defaults.items() if getattr(args, name) != default]:
+        raise ValueError(f"--{given[0].replace('_', '-')} is not for --task {args.task}: leave it out")
 
 
 def features(args: argparse.Namespace) -> int:

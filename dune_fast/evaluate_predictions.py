@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from dune_fast.console import console
 from dune_fast.dali_pipelines.storage import write_whole
 from dune_fast.engine.provenance import versions
 from dune_fast.infer.opening import open_encoder, open_head
-from dune_fast.teachers.local_paths import local_path
+from dune_fast.teachers.local_paths import local_path, result_file
 
 logger = logging.getLogger(__name__)
 
@@ -105,12 +106,15 @@ def run_measured(
         where = f"--task {task}" + (" with --predictions" if predictions else "")
         raise ValueError(f"--{strange[0].replace('_', '-')} is not for {where}: leave it out")
     truth = local_path(data, "--data")
+    if predictions is None and head is None:
+        raise ValueError(f"--task {task} reads a head's predictions: give --head FILE beside the encoder")
     if predictions is None:
-        if head is None:
-            raise ValueError(f"--task {task} reads a head's predictions: give --head FILE beside the encoder")
         out = out or _default_path(encoder, task, data)
+    if out is not None:
+        result_file(out)
+    if predictions is None:
+        assert out is not None and head is not None
         predictions = out.with_name(f"{out.stem}.predictions{chosen.ending}")
-        predictions.parent.mkdir(parents=True, exist_ok=True)
         opened = open_head(head, chosen.kind, device)
         loaded = open_encoder(encoder, opened, precision)
         _function(chosen.predict)(truth, loaded, opened, predictions, **_chosen(given, chosen.predict_options))
@@ -122,8 +126,9 @@ def run_measured(
     }  # fmt: skip
     console().print(_table(result, chosen))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, (json.dumps(result, indent=1) + "\n").encode())
+        # JSON has no NaN and no infinity, null stands for them
+        strict = {name: value if math.isfinite(value) else None for name, value in result["metrics"].items()}
+        write_whole(out, (json.dumps({**result, "metrics": strict}, indent=1, allow_nan=False) + "\n").encode())
         logger.info("%s", out)
     return result
 

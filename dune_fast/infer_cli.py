@@ -91,13 +91,16 @@ def multihmr(args: argparse.Namespace) -> int:
 
 
 def _intrinsics(args: argparse.Namespace) -> Any:
-    """[3, 3] of --intrinsics, None without it."""
+    """[3, 3] of --intrinsics, [2, 3, 3] of those of two photographs, None without it. ValueError for other counts."""
     if args.intrinsics is None:
         return None
     import numpy as np
 
-    fx, fy, cx, cy = args.intrinsics
-    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+    count = len(args.intrinsics)
+    if count not in (4, 8):
+        raise ValueError(f"--intrinsics has {count} numbers: give FX FY CX CY, of both photographs or of each")
+    found = [[[fx, 0, cx], [0, fy, cy], [0, 0, 1]] for fx, fy, cx, cy in np.reshape(args.intrinsics, (-1, 4))]
+    return np.array(found[0] if count == 4 else found)
 
 
 def _say(args: argparse.Namespace, results: list[dict[str, Any]]) -> int:
@@ -124,7 +127,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--confidence", type=float, default=1.001, help="of a match, at least (default: %(default)s)")
     help_text = "of a point in points.ply, at least (default: %(default)s)"
     sub.add_argument("--points-confidence", type=float, default=1.5, help=help_text)
-    _add_intrinsics(sub)
+    help_text = "FX FY CX CY of both photographs, in their pixels; of each, eight numbers, where their sizes differ"
+    sub.add_argument("--intrinsics", type=float, nargs="+", metavar="N", help=help_text)
 
     sub = _command(own, "multihmr", multihmr, "people as SMPL-X bodies")
     help_text = "SMPLX_NEUTRAL.npz, or its folder"
@@ -136,10 +140,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     help_text = "field of view of the longer side, without --intrinsics (default: %(default)s)"
     sub.add_argument("--fov", type=float, default=60.0, metavar="DEGREES", help=help_text)
     sub.add_argument("--no-meshes", action="store_true", help="write no OBJ files")
-    _add_intrinsics(sub)
-
-
-def _add_intrinsics(sub: argparse.ArgumentParser) -> None:
     names = ("FX", "FY", "CX", "CY")
     sub.add_argument("--intrinsics", type=float, nargs=4, metavar=names, help="of the photographs, in their pixels")
 

@@ -23,7 +23,7 @@ from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.containers import TeacherWeightsError, below, container_state
 from dune_fast.teachers.dune import container_options
 from dune_fast.teachers.encoder_names import beside_encoder
-from dune_fast.teachers.radio import RADIOTeacher, plain_weights
+from dune_fast.teachers.radio import RADIOTeacher, model_arguments, plain_weights
 from dune_fast.teachers.weights import build_loaded
 
 
@@ -41,17 +41,17 @@ PUBLISHED_RADIO = {
     "radio_v2.5-h": Release("radio_v2.5-h.pth.tar", 768),
     "radio_v2.5-h-norm": Release("radio_v2.5-h-norm.pth.tar", 768),
     "radio_v2.5-g": Release("radio_v2.5-g.pth.tar", 896),
-    "radio_v2.1": Release("radio_v2.1_bf16.pth.tar", 0),
-    "radio_v2": Release("radio_v2.pth.tar", 0),
-    "radio_v1": Release("radio_v1.pth.tar", 0),
+    "radio_v2.1": Release("radio_v2.1_bf16.pth.tar", 432),
+    "radio_v2": Release("radio_v2.pth.tar", 432),
+    "radio_v1": Release("radio_v1.pth.tar", 378),
     "c-radio_v3-b": Release("c-radio_v3-b_half.pth.tar", 512),
     "c-radio_v3-l": Release("c-radio-v3_l_half.pth.tar", 512),
     "c-radio_v3-h": Release("c-radio_v3-h_half.pth.tar", 512),
-    "c-radio_v3-g": Release("c-radio_v3-g_half.pth.tar", 896),
+    "c-radio_v3-g": Release("c-radio_v3-g_half.pth.tar", 512),
     "c-radio_v4-so400m": Release("c-radio_v4-so400m_half.pth.tar", 512),
     "c-radio_v4-h": Release("c-radio_v4-h_half.pth.tar", 512),
 }
-"""Published name -> release; a size of 0 is not known."""
+"""Published name -> release."""
 _SIZE = 512
 """Of images for a container that says none."""
 SUMMARY = "_summary"
@@ -70,7 +70,10 @@ class Adaptor(NamedTuple):
 
 
 def adaptors(content: Mapping[str, Any], path: Path) -> list[Adaptor]:
-    """The heads of a container; TeacherWeightsError where its arguments and its tensors contradict each other."""
+    """The heads of a container, of teachers with one name the first's.
+
+    TeacherWeightsError where its arguments and its tensors contradict each other.
+    """
     args, state = container_options(content), container_state(content, path)
     teachers = args["teachers"]
     names = list(dict.fromkeys(teacher["name"] for teacher in teachers))
@@ -78,8 +81,8 @@ def adaptors(content: Mapping[str, Any], path: Path) -> list[Adaptor]:
     found = []
     for i, teacher in enumerate(teachers):
         name = teacher["name"]
-        if not isinstance(name, str) or not name:
-            raise TeacherWeightsError(f"{path} has a teacher called {name!r}; a name is a text")
+        if any(adaptor.name == name for adaptor in found):
+            continue
         slot = 0 if shared else teacher.get("token_slot", names.index(name))
         if type(slot) is not int or not 0 <= slot < (1 if shared else len(names)):
             raise TeacherWeightsError(f"{path}: {name} reads the summary token {slot!r} of {len(names)}")
@@ -96,7 +99,8 @@ def adaptors(content: Mapping[str, Any], path: Path) -> list[Adaptor]:
 
 def _version(args: Mapping[str, Any], teacher: Mapping[str, Any], token: str, path: Path) -> str:
     """The version of one head; see the containers' rules."""
-    asked = [(teacher, "mlp_version"), (args, "mlp_version")]
+    # newer files say of a teacher's summary head what older ones said without `summary_`
+    asked = [(teacher, "summary_mlp_version"), (teacher, "mlp_version"), (args, "mlp_version")]
     if token == "patch":
         asked = [(teacher, "spatial_mlp_version"), (args, "spatial_mlp_version"), (args, "mlp_version")]
     version = next((found for where, key in asked if (found := where.get(key))), "v1")
@@ -144,7 +148,7 @@ def _head(
 def nominal(architecture: RADIOConfig, content: Mapping[str, Any], path: Path) -> RADIOConfig:
     """A container's backbone with the size of images that its release prefers, else that of its arguments."""
     preferred = next((release.size for release in PUBLISHED_RADIO.values() if release.file == path.name), 0)
-    stated = (container_options(content).get("model_kwargs") or {}).get("img_size")
+    stated = model_arguments(content).get("img_size")
     size = preferred or (stated if type(stated) is int and stated > 0 else _SIZE)
     patch = architecture.patch_size
     size = min(max(1, round(size / patch)) * patch, architecture.image_size)

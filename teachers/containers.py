@@ -26,10 +26,11 @@ from dune_fast.teachers.run_files import CheckpointError, checkpoint_state, is_c
 from dune_fast.teachers.safe_types import ALLOWED, UnreadTypeError, plain
 
 STATE_ENTRIES = (
-    "model", "model_state_dict", "state_dict", "state_dict_ema", "teacher", "student", "encoder", "module", "backbone",
+    "model", "model_state_dict", "state_dict_ema", "state_dict", "teacher", "student", "encoder", "module", "backbone",
     "network", "net",
 )  # fmt: skip
-"""Entries that a container keeps its state dict under, in the order in which they are looked for."""
+"""Entries that a container keeps its state dict under, in the order in which they are looked for. Of timm's and RADIO's
+pair the average comes first, as their own loaders take it."""
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module", "_forward_module")
 """What torch.compile, activation checkpointing, FSDP and Lightning put into names, anywhere in them."""

@@ -41,3 +41,26 @@ def local(text: str) -> Path:
     if fault := address_fault(text, "this"):
         raise argparse.ArgumentTypeError(fault)
     return Path(text)
+
+
+class ResultPathError(ValueError):
+    """A place of results (`--out`) that cannot be written."""
+
+
+def result_folder(path: Path) -> Path:
+    """The path, made a folder; ResultPathError where it cannot be one. Called before the work."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResultPathError(f"--out: {path} cannot be a folder ({error.strerror}): give another place") from error
+    if not os.access(path, os.W_OK):
+        raise ResultPathError(f"--out: this user cannot write to the folder {path}: give another place")
+    return path
+
+
+def result_file(path: Path) -> Path:
+    """The path, its folder made; ResultPathError where no file can be written there. Called before the work."""
+    result_folder(path.parent)
+    if path.is_dir():
+        raise ResultPathError(f"--out: {path} is a folder, and the result is a file: give a name in it")
+    return path

@@ -2,8 +2,9 @@
 
 Ranzinger et al., "AM-RADIO", CVPR 2024; "PHI-S", ICLR 2025; Heinrich et al., "RADIOv2.5", CVPR 2025. The arguments in
 the container say how many summary tokens there are and which of them are the summary. Weights that were trained with
-spectral reparametrisation are made plain as the release's loader does: after one more step of power iteration. The
-hybrid E-RADIO is another network.
+spectral reparametrisation are made plain as the release's loader does: after one more step of power iteration. What
+normalises the features of layers before the last (`_intermediate_feature_normalizer`) is left out. The hybrid E-RADIO
+is another network.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class RADIOTeacher(ViTTeacher):
 
     @classmethod
     def heads(cls, content: Mapping[str, Any], path: Path) -> int | None:
-        found = (container_options(content).get("model_kwargs") or {}).get("num_heads")
+        found = model_arguments(content).get("num_heads")
         return found if type(found) is int and found > 0 else None
 
     @classmethod
@@ -109,7 +110,7 @@ class RADIOTeacher(ViTTeacher):
         if count > prefix.shape[1]:
             raise TeacherWeightsError(f"{path} names {count} teachers, but has {prefix.shape[1]} tokens for them")
         registers = prefix.shape[1] - count
-        nominal = (args.get("model_kwargs") or {}).get("img_size")
+        nominal = model_arguments(content).get("img_size")
         cropped = type(nominal) is not int or nominal < architecture.image_size
         found = replace(
             architecture, num_cls=count, summaries=summaries, num_registers=registers, cropped=cropped
@@ -159,6 +160,12 @@ class RADIOTeacher(ViTTeacher):
         return {"cls": x[:, list(vit.cfg.summaries)].flatten(1), "patch": patches}
 
 
+def model_arguments(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a container's arguments say of the backbone's sizes; empty where they say nothing."""
+    found = container_options(content).get("model_kwargs")
+    return found if isinstance(found, Mapping) else {}
+
+
 def _as_kernel(weight: Tensor) -> Tensor:
     """A linear layer's weight [D, 3 p p] as a convolution's [D, 3, p, p]; as it is where it is none."""
     side = int((weight.shape[-1] // 3) ** 0.5) if weight.ndim == 2 else 0
@@ -168,19 +175,28 @@ def _as_kernel(weight: Tensor) -> Tensor:
 def summary_tokens(args: Mapping[str, Any], path: Path) -> tuple[int, tuple[int, ...]]:
     """(summary tokens, indices of those that are the summary) by the arguments of a container.
 
-    Teachers of one name share a token. TeacherWeightsError if the arguments name no teachers.
+    Teachers of one name share a token. The summary is that of the teachers with `use_summary`, each at its place in the
+    list, whatever `token_slot` says, as the release's loader has it; only a place beyond the tokens, which names that
+    repeat bring about, gives way to `token_slot` or the place among the names. TeacherWeightsError if the arguments
+    name no teachers, or none has a summary.
     """
     teachers = args.get("teachers")
     named = isinstance(teachers, list) and teachers
-    if not named or not all(isinstance(teacher, Mapping) and "name" in teacher for teacher in teachers):
-        raise TeacherWeightsError(f"{path} does not name the teachers that its summary tokens are for")
+    if not named or not all(isinstance(t, Mapping) and isinstance(t.get("name"), str) and t["name"] for t in teachers):
+        raise TeacherWeightsError(f"{path} does not name the teachers that its summary tokens are for, each by a text")
     if not args.get("cls_token_per_teacher", True):
         return 1, (0,)
-    slots = {name: i for i, name in enumerate(dict.fromkeys(teacher["name"] for teacher in teachers))}
-    used = [t.get("token_slot", slots[t["name"]]) for t in teachers if t.get("use_summary", True)]
-    if not used or not all(type(slot) is int and 0 <= slot < len(slots) for slot in used):
-        raise TeacherWeightsError(f"{path} has the summary tokens {used} of {len(slots)}")
-    return len(slots), tuple(dict.fromkeys(used))
+    names = list(dict.fromkeys(teacher["name"] for teacher in teachers))
+    first: dict[str, int] = {}
+    for i, teacher in enumerate(teachers):
+        if teacher.get("use_summary", True):
+            place = i if i < len(names) else teacher.get("token_slot", names.index(teacher["name"]))
+            first.setdefault(teacher["name"], place)
+    if not first:
+        raise TeacherWeightsError(f"{path} has no summary: all its teachers have use_summary=False")
+    if not all(type(place) is int and 0 <= place < len(names) for place in first.values()):
+        raise TeacherWeightsError(f"{path} has the summary tokens {list(first.values())} of {len(names)}")
+    return len(names), tuple(sorted(set(first.values())))
 
 
 def plain_weights(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -130,6 +130,9 @@ def test_a_legend_names_what_can_be_seen_and_cuts_no_letter(tmp_path, monkeypatc
         ({"--images": "empty"}, "has no image: no file in it ends in"),
         ({"--images": "seg.safetensors"}, "seg.safetensors cannot be read: no known image format"),
         ({"--device": "cuda:99"}, "--device cuda:99: this machine has"),
+        ({"--device": "gpu"}, "--device gpu: give cpu, cuda or cuda:1"),
+        ({"--device": "meta"}, "--device meta: give cpu, cuda or cuda:1"),
+        ({"--out": "seg.safetensors"}, "seg.safetensors cannot be a folder (File exists): give another place"),
         ({"--head": "s3://bucket/x"}, "argument --head: this is s3://bucket/x, an address"),
     ],
 )  # fmt: skip
@@ -138,7 +141,7 @@ def test_what_is_wrong_is_said_in_a_sentence(files, encoder_file, tmp_path, caps
     known = {"ENCODER": str(encoder_file), "HEAD": str(files / "seg.safetensors")}
     arguments = command(files, "seg", encoder_file, tmp_path)
     for option, value in change.items():
-        value = known.get(value, value if value.startswith(("s3:", "cuda")) else str(files / value))
+        value = known.get(value, value if option == "--device" or value.startswith("s3:") else str(files / value))
         if option in arguments:
             arguments[arguments.index(option) + 1] = value
         else:
@@ -181,13 +184,17 @@ def test_a_pair_by_the_command(files, encoder_file, tmp_path, capsys):
     images = [str(files / "photos" / name) for name in ("a.png", "more/b.jpg")]
     arguments = ["infer", "mast3r", "--images", *images, "--encoder", str(encoder_file), "--json"]
     arguments += ["--head", str(tmp_path / "mast3r.safetensors"), "--out", str(tmp_path / "found"), "--long-side", "70"]
-    assert cli.main([*arguments, "--intrinsics", "80", "80", "48", "30"]) == 0
+    cameras = ["--intrinsics", "80", "80", "48", "30", "90", "90", "60", "45"]
+    assert cli.main([*arguments, *cameras]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert found["images"] == images and {p.name for p in (tmp_path / "found").iterdir()} >= {"pair.npz", "points.ply"}
     with np.load(tmp_path / "found" / "pair.npz") as pair:
         np.testing.assert_allclose(pair["intrinsics1"], [[80, 0, 48], [0, 80, 30], [0, 0, 1]])
+        np.testing.assert_allclose(pair["intrinsics2"], [[90, 0, 60], [0, 90, 45], [0, 0, 1]])
     for more, words in (
         (["--intrinsics", "-80", "80", "48", "30"], "with positive focal lengths"),
+        (cameras[:4], "--intrinsics has 3 numbers: give FX FY CX CY"),
+        (cameras[:5], "and one camera is given for both"),
         (["--long-side", "75"], "a long side of 75 pixels is not a multiple"),
         (["--images", images[0]], "a pair is two images, got 1"),
         (["--head", str(files / "seg.safetensors")], "holds a linear_seg head, and a mast3r head is needed"),

@@ -10,7 +10,7 @@ from dune_fast.cli import main
 from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.export.run import export
 from dune_fast.teachers.files import cache_dir
-from dune_fast.teachers.local_paths import AddressError, local_path
+from dune_fast.teachers.local_paths import AddressError, ResultPathError, local_path, result_file, result_folder
 from dune_fast.teachers.weights import weights_path
 
 ADDRESS = "s3://bucket/x"
@@ -75,3 +75,17 @@ def test_local_paths_are_what_they_are():
     assert local_path("~/a", "x") == Path.home() / "a"
     for path in ("a:b/c", "/data/x:/y", "./s3://a", "timm:vit@/a/b.pth", "random:1", "C:/a"):
         assert local_path(path, "x") == Path(path)
+
+
+def test_places_of_results_are_tried_before_the_work(tmp_path_factory, monkeypatch):
+    root = tmp_path_factory.mktemp("places")
+    assert result_folder(root / "a" / "b").is_dir() and result_file(root / "c" / "x.json").parent.is_dir()
+    (root / "file").touch()
+    for place in (root / "file", root / "file" / "x"):
+        with pytest.raises(ResultPathError, match=r"cannot be a folder \("):
+            result_folder(place)
+    with pytest.raises(ResultPathError, match="a is a folder, and the result is a file"):
+        result_file(root / "a")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(ResultPathError, match="this user cannot write to the folder"):
+        result_folder(root / "a")

@@ -9,17 +9,20 @@ import torch
 import torch.nn.functional as F
 
 import dune_fast
+from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine.warm_start import warm_start
+from dune_fast.export import to_radio
+from dune_fast.export.run import export
 from dune_fast.kernels.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dune_fast.kernels.nn.radio import CLIP_MEAN, CLIP_STD, RADIOConfig, RADIOViT
 from dune_fast.kernels.nn.radio_options import RADIOOptions
 from dune_fast.kernels.nn.spectral import SpectralScale
-from dune_fast.load import ModelNotFoundError
+from dune_fast.load import DistilledModel, ModelNotFoundError
 from dune_fast.projectors.base import TeacherFeatures
 from dune_fast.projectors.config import HeadShape, ProjectorConfig
-from dune_fast.projectors.heads import build_head
+from dune_fast.projectors.heads import HeadV1, build_head
 from dune_fast.student import StudentConfig, build_student
-from dune_fast.teachers.containers import TeacherWeightsError
+from dune_fast.teachers.containers import TeacherWeightsError, read_container
 
 DIM = 32
 TEACHERS = [
@@ -130,6 +133,57 @@ def test_heads_of_a_container(tmp_path):
     assert (windowed - patches).abs().max() > 1e-3
 
 
+def test_newer_files_name_a_summary_heads_version_otherwise(tmp_path):
+    teachers = [TEACHERS[0], {"name": "sam", "summary_mlp_version": "v1", "spatial_mlp_version": "v2"}]
+    model = dune_fast.load_model(written(container(teachers=teachers), tmp_path / "radio.pth.tar"))
+    assert isinstance(model.student.projectors["sam_summary"].cls, HeadV1)
+    export(tmp_path / "radio.pth.tar", "radio", tmp_path / "again")
+    entry = read_container(tmp_path / "again" / "radio.pth.tar")["args"].teachers[1]
+    assert entry["mlp_version"] == entry["summary_mlp_version"] == "v1" and entry["spatial_mlp_version"] == "v2"
+
+
+def test_teachers_of_one_name_are_one(tmp_path):
+    """Trained in several partitions, a teacher is in the list once for each; its heads are the first entry's."""
+    teachers = [*TEACHERS, {"name": "siglip2.g", "fd_upsample_factor": 2, "token_slot": 9}]
+    model = dune_fast.load_model(written(container(teachers=teachers), tmp_path / "radio.pth.tar"))
+    assert model.teachers == ["siglip2_g_summary", "siglip2_g", "sam_summary", "sam"]
+    assert model.encoder.cfg.num_cls == 2 and model.student.projectors.slots["siglip2_g"] == 0
+
+
+def test_a_container_without_some_heads_is_exported_with_all_its_tokens(tmp_path):
+    """A token that no head reads keeps its place in the list of teachers."""
+    change = {key: None for key in container()["state_dict"] if key.startswith(("_heads.1", "_feature_projections.1"))}
+    path = written(container(teachers=[TEACHERS[0], {"name": "sam"}]), tmp_path / "radio.pth.tar", change)
+    assert export(path, "radio", tmp_path / "again").difference < 1e-6
+    teachers = read_container(tmp_path / "again" / "radio.pth.tar")["args"].teachers
+    assert [(t["name"], t["use_summary"], "token_slot" in t) for t in teachers] == [
+        ("siglip2.g", True, True), ("unread_1", True, False)
+    ]  # fmt: skip
+    assert {t["type"] for t in teachers} == {"generic"}  # others have text towers in RADIO's code, by their names
+
+
+@pytest.mark.parametrize(("mlp", "layer_scale"), [("gelu", None), ("gelu", 1e-5), ("swiglu", None), ("swiglu", 1e-5)])
+def test_timm_builds_the_blocks_that_an_export_names(mlp, layer_scale, tmp_path):
+    """RADIO's code builds them by these arguments, and leaves what a file lacks as timm has drawn it."""
+    timm = pytest.importorskip("timm")
+    cfg = StudentConfig(
+        image_size=28, patch_size=14, embed_dim=48, depth=2, num_heads=3, layer_scale=layer_scale, final_norm=False,
+        family="radio", cls_per_teacher=True, mlp=mlp, radio=RADIOOptions(cpe_max_size=70),
+    )  # fmt: skip
+    features, head = {"clip": TeacherFeatures(5, ("cls", "patch"))}, HeadShape(hidden_dim=8, num_inner=0)
+    student = build_student(cfg, ProjectorConfig("heads", cls_head=head, patch_head=head), features)
+    to_radio.write(DistilledModel(student, TeacherStatistics(features, "none")), tmp_path)
+    content = read_container(tmp_path / "radio.pth.tar")
+    with torch.device("meta"):
+        wanted = timm.create_model(content["args"].model, **content["args"].model_kwargs).state_dict()
+    found = {key.removeprefix("base_model."): x.shape for key, x in content["state_dict"].items()}
+    assert {k: x for k, x in found.items() if k.startswith("blocks.")} == {
+        k: x.shape for k, x in wanted.items() if k.startswith("blocks.")
+    }
+    if mlp == "swiglu" and layer_scale:
+        assert export(tmp_path / "radio.pth.tar", "radio", tmp_path / "again").difference < 1e-6
+
+
 def test_spectral_heads_and_a_shared_token(tmp_path):
     """`spectral_heads`: the weight is made after one more power iteration, as in the backbone."""
     content = container(cls_token_per_teacher=False, teachers=[t | {"token_slot": 5} for t in TEACHERS])
@@ -207,9 +261,9 @@ def test_published_names(tmp_path, monkeypatch):
         ({}, {"mlp_version": "attn"}, "head of siglip2.g: it has attention"),
         ({}, {"teachers": [TEACHERS[0] | {"fd_upsample_factor": 3}, TEACHERS[1]]}, "impossible with 3 x 3 tokens"),
         ({}, {"teachers": [TEACHERS[0] | {"fd_upsample_factor": -1}, TEACHERS[1]]}, "fd_upsample_factor is -1"),
-        ({}, {"teachers": [{"name": 3}, {"name": "sam"}]}, "a teacher called 3"),
+        ({}, {"teachers": [{"name": 3}, {"name": "sam"}]}, "does not name the teachers"),
         ({}, {"teachers": [TEACHERS[0], TEACHERS[1] | {"token_slot": 7}]}, "sam reads the summary token 7 of 2"),
-        ({}, {"teachers": [{"name": "x"}, {"name": "y", "token_slot": [1]}]}, r"the summary tokens \[0, \[1\]\]"),
+        ({}, {"teachers": [{"name": "x"}, {"name": "y", "token_slot": [1]}]}, r"y reads the summary token \[1\] of 2"),
         ({}, {"teachers": [{"name": "other"}]}, "has a backbone without heads"),
     ],
 )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -40,6 +42,16 @@ def test_every_trainable_parameter_gets_a_gradient(projector):
     assert not without
     frozen = {name for name, p in student.named_parameters() if not p.requires_grad}
     assert frozen == {"encoder.norm.weight", "encoder.norm.bias"}
+
+
+@pytest.mark.parametrize("kind", ["tp", "sp", "lp", "heads"])
+def test_of_a_student_without_cls_every_token_is_a_patch(kind):
+    """Regression: three kinds took the first patch for the cls token and gave one patch too few."""
+    teachers = {"a": (24, ["patch"])}
+    student = build_student(replace(ENCODER, cls_token=False), ProjectorConfig(kind), teachers)
+    images = torch.randn(2, 3, 56, 56)
+    found = student(images)["a"]["patch"]
+    assert found.shape == (2, 16, 24)
 
 
 def test_initial_weights_are_a_function_of_the_seed_alone():

@@ -2,7 +2,8 @@
 
     cosine          1 - x . y / (max(|x|, 1e-12) max(|y|, 1e-12))
     angle           theta(x, y)^2 / D,   theta = arccos of the cosine, held within +-(1 - 1e-6)
-                    D = max(A / n, 1e-8): the mean of theta(y, mean direction)^2 over all the teacher's vectors so far
+                    D = max(A / n, 1e-8): the mean of theta(y, mean direction)^2 over all the teacher's vectors so far,
+                    1 before the first
     tangent sphere  1 - cos, until `max_samples` vectors of the teacher have been seen; then, with the pole p in their
                     mean direction, the squared distance of log_p(x) and log_p(y), divided by the vectors' variance:
                     log_p(x) = theta / max(sin theta, 1e-6) * (x - p cos theta),   alpha^2 * mean_c (log x - log y)^2
@@ -84,7 +85,8 @@ class AngleDispersion(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Loss of every image, float32 [n], of vectors [n, C]."""
-        dispersion = (self.squares / self.count.clamp_min(1)).clamp_min(1e-8)
+        spread = (self.squares / self.count.clamp_min(1)).clamp_min(1e-8)
+        dispersion = torch.where(self.count > 0, spread, 1.0)  # of a teacher whose turn has not come
         return angle(student.float(), teacher.float()).square() / dispersion.float()
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import is_dataclass
+from typing import Any
 
 import torch
 
+from dune_fast.engine.config_limits import find_fault
 from dune_fast.engine.config_sections import ConfigError
 from dune_fast.projectors.base import KINDS, StudentShape, TeacherFeatures, blocks_read, build_projector
 from dune_fast.projectors.config import ProjectorConfig
@@ -44,17 +47,27 @@ def check_projectors(
     except ValueError as error:
         raise ConfigError(str(error)) from None
     for name, own in of_teacher.items():
+        if fault := find_fault(_numbers(own, "projector")):
+            raise ConfigError(fault.replace("projector", f"projector.teachers.{name}", 1))
         if own.kind == "heads" and own.patch_head.upsample > 1 and patch_share < 1:
             raise ConfigError(
                 f"objective.patch_share={patch_share:g} with upsample={own.patch_head.upsample} in the head of {name}: "
                 "a subset of patches has no finer grid; choose one of the two"
             )
-        if own.kind == "theia":
-            _check_translator(own, student, name, teachers[name])
+        if own.kind in ("theia", "heads"):
+            _check_build(own, student, name, teachers[name])
 
 
-def _check_translator(projector: ProjectorConfig, student: StudentConfig, name: str, teacher: TeacherFeatures) -> None:
-    """Whether it leads from the student's grid to the teacher's."""
+def _numbers(cfg: Any, path: str) -> dict[str, Any]:
+    """Dotted field -> value, of a dataclass and those inside it."""
+    found: dict[str, Any] = {}
+    for name, value in vars(cfg).items():
+        found |= _numbers(value, f"{path}.{name}") if is_dataclass(value) else {f"{path}.{name}": value}
+    return found
+
+
+def _check_build(projector: ProjectorConfig, student: StudentConfig, name: str, teacher: TeacherFeatures) -> None:
+    """Whether a translator leads from the student's grid to the teacher's, and heads suit its tokens and channels."""
     grid = student.image_size // student.patch_size
     shape = StudentShape(student.embed_dim, student.depth, student.num_heads, student.cls_token, grid)
     try:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from dune_fast.engine.gradient_average import GradientAverage
 from dune_fast.engine.interruption import PATIENCE
+from dune_fast.engine.lamb import Lamb
 from dune_fast.engine.launch import place
 from dune_fast.engine.optimizer import OptimizerConfig, build_optimizer, scale_gradients
 from dune_fast.engine.rendezvous import join
-from dune_fast.engine.zero_state import sharded_state
+from dune_fast.engine.zero_state import add_squares, sharded_state
 
 _REFUSED = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
@@ -112,7 +113,7 @@ class Engine:
 
     Args:
         module: what is trained; parameters that no loss reaches must be frozen.
-        optimizer: AdamW's settings and the clipping.
+        optimizer: the optimizer's settings and the clipping.
         micro_batch: images of one backward pass on this rank.
         zero_stage: 0, 1, 2 or 3.
         options: further entries of DeepSpeed's configuration.
@@ -168,6 +169,9 @@ class Engine:
         self.state = sharded_state(
             zero_stage, self.engine.optimizer, {id(p): name for name, p in trained.items()}, dist.get_rank()
         )
+        if isinstance(self.state.adamw, Lamb):
+            alone = self.state.replicated or self.world_size == 1
+            self.state.adamw.follow(self.state.shards, len(self.shapes), None if alone else sum_over_ranks)
         self.skipped = torch.zeros((), dtype=torch.bool, device=self.device)
         """Whether the last step was skipped because a loss or a gradient was not finite; the same on every rank."""
         self._indices = torch.tensor([s.index for s in self.state.shards], dtype=torch.long, device=self.device)
@@ -206,7 +210,7 @@ class Engine:
         Args:
             loss: this rank's, a scalar on the device; None to look at the gradients alone.
             skip: bool scalar on the device, the same on all ranks; true skips the step whatever it brings.
-            beta: AdamW's first one in this step; None for the configuration's.
+            beta: the optimizer's first one in this step; None for the configuration's.
             frozen_trunk: whether the encoder's weights stay, see `OptimizerConfig.frozen_trunk_steps`.
 
         Returns:
@@ -229,8 +233,7 @@ class Engine:
         """Ranks hold pieces of gradients: their square sums are added over ranks, in one all-reduce with the loss."""
         gradients = self.state.gradients()
         squares = torch.zeros(len(self.shapes) + 1, device=self.device)
-        if gradients:
-            squares.index_add_(0, self._indices, torch.stack(torch._foreach_norm(gradients, 2.0)).square())
+        add_squares(squares, gradients, self._indices)
         if loss is not None:
             squares[-1] = 0.0 * loss.detach()  # NaN unless the loss is finite
         if self.world_size > 1:

@@ -2,7 +2,7 @@
 
 Three things lie on a device:
 
-- weights, gradients and AdamW's two moments in float32 (a share of what the ZeRO stage shards), and frozen teachers;
+- weights, gradients and Adam's two moments in float32 (a share of what the ZeRO stage shards), and frozen teachers;
 - the rank's whole batch, teachers' own crops too, several times: in use, being decoded, waiting;
 - what the backward pass needs of the images of one part. Each has N tokens of D channels. A value takes s bytes in
   matrix products (2 under bf16 autocast, else 4) and t bytes between blocks (2 with `train.student_stream=bf16`, else
@@ -17,7 +17,8 @@ three deviations of a part's), on the patches that the loss is taken on, and for
 `mosaic` and grid. A run from a cache has no teachers, unless `evaluation.every` loads them; it has their features of
 the rank's whole batch, twice where that is split into parts.
 
-Workspaces, fragmentation, NCCL, DALI's decoder and DeepSpeed's copies are not in the model: `SPARE` is for them.
+Workspaces, fragmentation, NCCL, DALI's decoder and DeepSpeed's copies are not in the model: `SPARE` is for them. Nor is
+the copy of the weights in LAMB's update, which needs nothing of the images any more.
 
 More than 300 lines: the model is one thing.
 """
@@ -49,7 +50,7 @@ from dune_fast.teachers.config import given_patches, network_key, seen, teachers
 SPARE = 0.15
 """Share of a device's memory that is left for what the model does not count."""
 ADAM_BYTES = 8
-"""Of a parameter: AdamW's two moments in float32."""
+"""Of a parameter: Adam's two moments in float32, AdamW's and LAMB's."""
 _TEACHER_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 """Of a parameter of a frozen teacher; norms and positions stay in float32, which is little."""
 _BATCHES_IN_FLIGHT = 3
@@ -76,7 +77,7 @@ def teacher_parameters(cfg: RunConfig) -> dict[str, int | None]:
 
 
 def checkpoint_bytes(cfg: RunConfig) -> int:
-    """Bytes of one checkpoint: float32 weights, AdamW's moments, the average of `train.ema`; teachers' statistics are
+    """Bytes of one checkpoint: float32 weights, Adam's moments, the average of `train.ema`; teachers' statistics are
     little."""
     return sum(trained_parameters(cfg)) * (4 + ADAM_BYTES + (4 if cfg.train.ema else 0))
 
@@ -131,7 +132,7 @@ def trained_bytes(cfg: RunConfig, count: int, ranks: int) -> dict[str, int]:
     return {
         "weights": 4 * count // weights,
         "gradients": 4 * count // gradients,
-        "AdamW's moments": ADAM_BYTES * count // moments,
+        "Adam's moments": ADAM_BYTES * count // moments,
         **({"average of the weights": 4 * count // moments} if cfg.train.ema else {}),
     }
 

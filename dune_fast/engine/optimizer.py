@@ -1,4 +1,4 @@
-"""AdamW's parameter groups and the published clipping: every parameter's gradient on its own."""
+"""The optimizer, its parameter groups, and the published clipping: every parameter's gradient on its own."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dune_fast.engine.lamb import Lamb
 from dune_fast.engine.schedules import SCHEDULES, scaled_learning_rate, scheduled_rates
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "lamb": Lamb}
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its schedule; the defaults are those published for DUNE."""
+    """The optimizer and its schedule; the defaults are those published for DUNE."""
 
+    name: str = "adamw"
+    """One of `OPTIMIZERS`: "adamw"; "lamb", which makes the step of every parameter that has weight decay `lr` times as
+    long as the parameter. Those without, vectors and biases, take AdamW's step; see `decay_vectors`."""
     lr_per_256: float = 3e-4
     """Peak learning rate for a global batch of 256; scaled linearly with the batch."""
     lr: float | None = None
@@ -34,9 +40,9 @@ class OptimizerConfig:
     weight_decay: float = 0.03
     """On tensors of two or more dimensions that are no biases."""
     decay_vectors: bool = False
-    """Weight decay on tensors of one dimension and biases, too."""
+    """Weight decay on tensors of one dimension and biases, too, which LAMB then adapts."""
     frozen_trunk_steps: int = 0
-    """The student's encoder keeps its weights for the first so many steps, in which AdamW's moments settle; the
+    """The student's encoder keeps its weights for the first so many steps, in which their moments settle; the
     projectors learn. PHI-S: 5,000."""
     clip_per_parameter: float = 1.0
     """L2 norm that each parameter's gradient is clipped to, after averaging over ranks; 0 for none of this kind."""
@@ -54,6 +60,13 @@ class OptimizerConfig:
         )
 
     def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"optimizer.name={self.name!r}; choose one of {', '.join(OPTIMIZERS)}")
+        if self.name == "lamb" and not self.weight_decay:
+            raise ValueError(
+                "optimizer.name=lamb adapts parameters with weight decay, and optimizer.weight_decay=0 leaves none: "
+                "set it above 0, or optimizer.name=adamw"
+            )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"optimizer.schedule={self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
         if self.cycle_beta and (len(self.cycle_beta) != 2 or not all(0 <= beta < 1 for beta in self.cycle_beta)):
@@ -95,9 +108,9 @@ def parameter_groups(
 
 
 def build_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
-    """torch's fused AdamW (its step count stays on the device: nothing is read by the host)."""
+    """torch's fused AdamW, or LAMB on top of it: their step count stays on the device, the host reads nothing."""
     groups = parameter_groups(module, cfg.weight_decay, cfg.decay_vectors, cfg.frozen_trunk_steps > 0)
-    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
+    return OPTIMIZERS[cfg.name](groups, lr=0.0, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
 
 
 def clip_scale(norm: Tensor, max_norm: float) -> Tensor:

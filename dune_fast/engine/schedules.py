@@ -56,7 +56,7 @@ def scheduled_rates(
 
 
 def cycled_beta(n: int, high: float, low: float) -> np.ndarray:
-    """AdamW's first beta in one cycle: high to low over 30 % of the steps and back, by cosines. float64 [n]."""
+    """Adam's first beta in one cycle: high to low over 30 % of the steps and back, by cosines. float64 [n]."""
     turn = max(1.0, 0.3 * n - 1)
     i = np.arange(n)
     down, up = np.minimum(1.0, i / turn), np.clip((i - turn) / max(1.0, n - 1 - turn), 0.0, 1.0)

@@ -3,7 +3,7 @@
 Progressive resolution: data, teachers and student work at the size of the step. All else (order of images, randomness,
 optimizer, and schedules and teachers' statistics unless `stage_restarts` names them) goes on across a border. The
 student's position table keeps its size throughout and is interpolated for smaller images as the encoder does for any
-other size. So weights, AdamW's moments and checkpoints have the same shapes in every stage, and nothing is converted at
+other size. So weights, Adam's moments and checkpoints have the same shapes in every stage, and nothing is converted at
 a border: a run resumes at one as at any other step.
 
 Partitions: a step's images are several blocks of slots, each at a size and with teachers of its own, which go by a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dune_fast.engine.config_sections import ConfigError
 from dune_fast.kernels.nn.radio import check_options
+from dune_fast.kernels.nn.radio_options import RADIOOptions
 from dune_fast.kernels.nn.windows import fitting_sizes
 from dune_fast.student import StudentConfig
 
@@ -17,11 +18,22 @@ def check_student(student: StudentConfig, image_size: int, compiled: bool) -> No
     """
     radio = student.radio
     if student.family != "radio":
+        unread = [name for name, value in vars(radio).items() if value != getattr(RADIOOptions(), name)]
+        if unread:
+            raise ConfigError(
+                f"student.radio.{unread[0]}={getattr(radio, unread[0])} with student.family={student.family}, which "
+                "does not read it: choose student.family=radio, or leave it out"
+            )
         return
     try:
         check_options(student)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if 0 < radio.cpe_max_size == student.image_size:
+        raise ConfigError(
+            f"student.radio.cpe_max_size={radio.cpe_max_size} is student.image_size, so positions are not cropped: "
+            "lower student.image_size to the run's images, or set cpe_max_size=0 for a table without cropping"
+        )
     if compiled and (radio.window_sizes or radio.spectral):
         raise ConfigError(
             "train.compile=true with student.radio.window_sizes or student.radio.spectral: blocks are compiled anew "

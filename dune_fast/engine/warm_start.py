@@ -11,26 +11,29 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dune_fast.engine.config import RunConfig
-from dune_fast.engine.warm_start_radio import fitted_to_radio
-from dune_fast.kernels.nn.radio import RADIOViT
+from dune_fast.engine.warm_start_radio import STARTED_ANEW, fitted_to_radio
+from dune_fast.kernels.nn.radio import RADIOConfig, RADIOViT
 from dune_fast.kernels.nn.spectral import start_spectral
 from dune_fast.kernels.nn.theia import TheiaViT
 from dune_fast.kernels.nn.vit import VisionTransformer, resize_positions
 from dune_fast.released import released_projector
 from dune_fast.student import Student, build_student
+from dune_fast.teachers.architecture import stored_architecture
 from dune_fast.teachers.assets import asset_path
 from dune_fast.teachers.containers import container_state, read_container
+from dune_fast.teachers.dune import container_options
 from dune_fast.teachers.encoder_names import beside_encoder
 from dune_fast.teachers.local_paths import local_path
-from dune_fast.teachers.radio import BACKBONE
+from dune_fast.teachers.radio import BACKBONE, summary_tokens
 from dune_fast.teachers.registry import recognize, vit_family
 from dune_fast.teachers.run_files import CheckpointError, weights_in
 from dune_fast.teachers.timm_names import SHORTHAND
@@ -118,7 +121,7 @@ def warm_start(student: Student, source: str) -> WarmStart:
     encoder = family.completed(family.convert(state, path), content, path)
     fitted = []
     if isinstance(student.encoder, RADIOViT):
-        encoder, fitted = fitted_to_radio(encoder, student.encoder, path)
+        encoder, fitted = fitted_to_radio(encoder, student.encoder, path, _summaries(state, content, path))
     elif "pos_embed" in encoder:
         before = encoder["pos_embed"].shape
         encoder["pos_embed"] = _fitting_positions(encoder["pos_embed"], student.encoder)
@@ -144,7 +147,7 @@ def warm_start(student: Student, source: str) -> WarmStart:
             f"that {path.name} was made with, or other weights"
         )
     student.encoder.load_state_dict({key: encoder[key] for key in wanted})
-    if not any(".parametrizations." in key for key in state):  # gains that leave the source's weights as they are
+    if STARTED_ANEW in fitted:  # gains that leave the source's weights as they are
         start_spectral(student.encoder)
     found = WarmStart(str(path), len(wanted), fitted)
     for name, projector in student.projectors.items():
@@ -158,6 +161,15 @@ def warm_start(student: Student, source: str) -> WarmStart:
     found.not_taken = _not_taken(state, prefix, found.projectors)
     logger.info("warm start from %s: %s", path, found)
     return found
+
+
+def _summaries(state: Mapping[str, Tensor], content: Mapping[str, Any], path: Path) -> int | None:
+    """Summary tokens of a container of RADIO's, or of a run's encoder; None where nothing says them."""
+    if any(key.startswith(BACKBONE) for key in state):
+        options = container_options(content)
+        return summary_tokens(options, path)[0] if options.get("teachers") else None
+    stored = stored_architecture(path)
+    return stored.num_cls if isinstance(stored, RADIOConfig) else None
 
 
 def _not_taken(names: Iterable[str], prefix: str, projectors: Iterable[str]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 Position table and patch projection are resized bicubically, corners aligned. What RADIO's network has not is worked in
 (LayerScale) or left out (a final norm). Every summary token starts as a plain ViT's cls token with its position, the
-registers as its registers; what the source has not keeps its initial weights.
+registers as its registers; those of RADIO's own keep to their kind. What the source has not keeps its initial weights.
 """
 
 from __future__ import annotations
@@ -21,19 +21,29 @@ _TABLE, _PROJECTION, _TOKENS = "pos_embed", "patch_embed.proj", "prefix_tokens"
 _LAST = {"ls1.gamma": ("attn.proj",), "ls2.gamma": ("mlp.fc2", "mlp.w3")}
 """LayerScale -> the layers that it may come after."""
 _ORIGINAL = ".parametrizations.weight.original"
+STARTED_ANEW = "gains of the spectral reparametrisation started anew"
+"""Said where the student is reparametrised and the weights are plain: `start_spectral` has to follow."""
 
 
 @torch.no_grad()
-def fitted_to_radio(source: dict[str, Tensor], vit: RADIOViT, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def fitted_to_radio(
+    source: dict[str, Tensor], vit: RADIOViT, path: Path, summaries: int | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors of an encoder by the student's names, and sentences on what was not taken as it stands.
+
+    `summaries`: how many of the source's own tokens are summary tokens, where it is of RADIO's family; None for as many
+    as the student's.
 
     What fits in no way stays as it is: the comparison with the student's own tensors says what is wrong with it.
     """
     state, said = dict(source), []
     wanted, cfg = vit.state_dict(), vit.cfg
-    if any(_ORIGINAL in key for key in state) and not cfg.radio.spectral:
-        state = plain_weights(state, path)
-        said.append("spectral reparametrisation worked into the weights")
+    if any(_ORIGINAL in key for key in state):
+        version = 2 if any(key.endswith("._sn_version") for key in state) else 1
+        scaled = cfg.layer_scale is None and any(key.endswith(tuple(_LAST)) for key in state)
+        if cfg.radio.spectral != version or scaled:  # a gain per channel is none of a whole weight's
+            state = plain_weights(state, path)
+            said.append("spectral reparametrisation worked into the weights")
     for name in ("mask_token", "feature_mean", "feature_matrix"):
         state.pop(name, None)
     cls, registers = state.pop("cls_token", None), state.pop("register_tokens", None)
@@ -58,7 +68,17 @@ def fitted_to_radio(source: dict[str, Tensor], vit: RADIOViT, path: Path) -> tup
         said.append("the final norm left out")
     if cfg.layer_scale is None and (count := _work_in_layer_scale(state)):
         said.append(f"{count} LayerScales worked into the layers before them")
-    if _TOKENS not in state or state[_TOKENS].shape != wanted[_TOKENS].shape:
+    given, count = state.get(_TOKENS), vit.num_cls if summaries is None else summaries
+    if given is not None and given.ndim == 3 and count != vit.num_cls and given.shape[-1] == cfg.embed_dim:
+        cls, registers = given[:, :count], given[:, count:]
+        state[_TOKENS] = tokens = wanted[_TOKENS].clone()
+        kept, more = min(count, vit.num_cls), min(registers.shape[1], cfg.num_registers)
+        tokens[:, :kept] = cls[:, :kept]
+        tokens[:, vit.num_cls : vit.num_cls + more] = registers[:, :more]
+        said.append(f"{kept} of {count} summary tokens taken, and {more} of {registers.shape[1]} registers")
+        if drawn := tokens.shape[1] - kept - more:
+            said.append(f"{drawn} summary tokens and registers drawn, the source has not as many")
+    elif _TOKENS not in state or state[_TOKENS].shape != wanted[_TOKENS].shape:
         state[_TOKENS] = tokens = wanted[_TOKENS].clone()
         taken = 0
         if cls is not None and cls.shape == tokens[:, :1].shape:
@@ -74,7 +94,7 @@ def fitted_to_radio(source: dict[str, Tensor], vit: RADIOViT, path: Path) -> tup
         for layer in reparametrized & {key.removesuffix(".weight") for key in state}:
             state[f"{layer}{_ORIGINAL}"] = state.pop(f"{layer}.weight")
         state |= {key: value for key, value in wanted.items() if ".parametrizations.weight.0." in key}
-        said.append("gains of the spectral reparametrisation started anew")
+        said.append(STARTED_ANEW)
     return state, said
 
 

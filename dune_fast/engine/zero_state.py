@@ -1,7 +1,8 @@
 """What one rank holds of the trained parameters under each ZeRO stage: slices of weights, moments and gradients.
 
-DeepSpeed's optimizers keep the float32 masters that AdamW steps in flat tensors of their own layout. A `Shard` says
-which run of elements of which parameter lies where in them; checkpoints and clipping know nothing else of the stages.
+DeepSpeed's optimizers keep the float32 masters that AdamW (LAMB is one, too) steps in flat tensors of their own layout.
+A `Shard` says which run of elements of which parameter lies where in them; checkpoints, clipping and LAMB's norms know
+nothing else of the stages.
 
     stage 0     every rank holds every parameter; the ranks share out the saving by bytes
     stage 1, 2  one flat partition a parameter group and rank; a parameter may cross the border of two
@@ -41,6 +42,17 @@ class Shard:
     """Where the run begins in the flattened master."""
     slot: tuple[int, int] = (0, 0)
     """(group, place in it) of its averaged gradient."""
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The run within a tensor of the master's elements: a flat view [numel]."""
+        return whole.view(-1).narrow(0, self.offset, self.numel)
+
+
+def add_squares(squares: Tensor, pieces: list[Tensor], indices: Tensor) -> None:
+    """Adds the square sum of `pieces[i]` to `squares[indices[i]]`, in place; no host read. Added up over ranks, they
+    are those of whole parameters."""
+    if pieces:
+        squares.index_add_(0, indices, torch.stack(torch._foreach_norm(pieces, 2.0)).square())
 
 
 class ShardedState(ABC):
@@ -100,7 +112,7 @@ class ShardedState(ABC):
         whole = {"weight": shard.master.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
         if self._averages is not None:
             whole[AVERAGE] = self._averages[id(shard.master)]
-        return {kind: x.view(-1).narrow(0, shard.offset, shard.numel) for kind, x in whole.items()}
+        return {kind: shard.of(x) for kind, x in whole.items()}
 
     @property
     def averages(self) -> bool:

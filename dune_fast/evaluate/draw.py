@@ -27,6 +27,7 @@ from dune_fast.evaluate.ranks import Ranks
 from dune_fast.evaluate.report import write_report
 from dune_fast.evaluate.run import Opened, figure_batch, open_trained
 from dune_fast.teachers.ensemble import TeacherEnsemble
+from dune_fast.teachers.local_paths import result_folder
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ def draw_run(
     others = photographs(cfg.data, data, per_dataset) if data else []
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = run / "figures" if out is None else out
-    folder.mkdir(parents=True, exist_ok=True)
+    result_folder(folder)
     records = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
     pictures, missing = list(curves(records)), []
     written = [path for picture in pictures for path in picture.write(folder)]

@@ -27,6 +27,7 @@ from dune_fast.dali_pipelines.storage import sync_folder, write_whole
 from dune_fast.evaluate.extract import MANIFEST, FeatureError, FeatureSet, extract, identity
 from dune_fast.evaluate.model import FrozenModel
 from dune_fast.evaluate.ranks import Ranks
+from dune_fast.teachers.local_paths import result_folder
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ def write_features(
 
     Raises:
         FeatureError: `out` holds features of something else.
+        ResultPathError: `out` cannot be written.
         DataError: images that cannot be read, or too many broken ones.
     """
     check_format(form)
@@ -88,6 +90,7 @@ def write_features(
     if (done := _finished(out, wanted)) is not None:
         logger.info("%s is complete already", out)
         return done
+    result_folder(out)
     title = f"features of {model.name}"
     found = extract(model, images, size, tokens, folder=out, dtype=dtype, batch=batch, ranks=ranks, title=title)
     if ranks.rank == 0:

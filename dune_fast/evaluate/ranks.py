@@ -89,7 +89,12 @@ def open_ranks(device: str | None = None) -> Iterator[Ranks]:
     """
     here = place(os.environ)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    own = torch.device(device or ("cuda" if gpus else "cpu"))
+    try:
+        own = torch.device(device or ("cuda" if gpus else "cpu"))
+    except RuntimeError:
+        own = None
+    if own is None or own.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: give cpu, cuda or cuda:1")
     if own.type == "cuda":
         if not gpus or (own.index or 0) >= gpus:
             raise ValueError(f"--device {own}: this machine has {gpus} GPUs that torch can use")

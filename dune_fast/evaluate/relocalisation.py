@@ -168,12 +168,13 @@ def measure_poses(data: Path, predictions: Path) -> dict[str, Any]:
 
     Both files have a line a pair, `first second qw qx qy qz tx ty tz`: two names of images, and the pose that takes
     points of the first camera to the second. The length of a translation does not count. A pair without an estimate
-    counts as wrong. Raises PoseFileError for files that cannot be read, a line of the truth included.
+    counts as wrong; an empty file estimates none. Raises PoseFileError for files that cannot be read, a line of the
+    truth included.
     """
     truth, estimated = read_pairs(data, strict=True), read_pairs(predictions)
     if not truth:
         raise PoseFileError(f"{data} has no pair: lines are `first second qw qx qy qz tx ty tz`")
-    if not any(pair in estimated for pair in truth):
+    if read_text(predictions).strip() and not any(pair in estimated for pair in truth):
         raise PoseFileError(f"{predictions} has no pair of {data}; one of them is {' '.join(next(iter(truth)))}")
     rotation = torch.full((len(truth),), math.inf, dtype=torch.float64)
     translation = rotation.clone()

@@ -130,6 +130,12 @@ def _read_json(path: Path) -> Any:
         return None
 
 
+def _optimizer(cfg: RunConfig) -> str:
+    """Name, peak of the rate, schedule."""
+    peak = cfg.optimizer.peak(cfg.train.global_batch)
+    return f"{cfg.optimizer.name}, learning rate {peak:g}, schedule {cfg.optimizer.schedule}"
+
+
 def _configuration(run: Path, cfg: RunConfig | None) -> str:
     parts = []
     if cfg is not None and cfg.head.kind:
@@ -138,7 +144,7 @@ def _configuration(run: Path, cfg: RunConfig | None) -> str:
             ("frozen encoder", cfg.head.encoder),
             ("starts from", cfg.head.weights or f"initial weights, seed {cfg.train.seed}"),
             ("length", f"{cfg.steps:,} steps of {cfg.train.global_batch:,} examples"),
-            ("learning rate", f"{cfg.optimizer.peak(cfg.train.global_batch):g}, schedule {cfg.optimizer.schedule}"),
+            ("optimizer", _optimizer(cfg)),
         ]
         parts.append(_table((), rows))
     elif cfg is not None:
@@ -155,7 +161,7 @@ def _configuration(run: Path, cfg: RunConfig | None) -> str:
                f"{' and '.join(t.token_types)} tokens") for name, t in cfg.teachers.items()),
             ("data", ", ".join(cfg.data.datasets)),
             ("length", f"{cfg.steps:,} steps of {cfg.train.global_batch:,} images"),
-            ("learning rate", f"{cfg.optimizer.lr_per_256:g} per 256 images, {cfg.train.precision}"),
+            ("optimizer", f"{_optimizer(cfg)}, {cfg.train.precision}"),
             ("teacher dropping", f"{cfg.objective.drop_probability:g}"
              f"{', drawn before the forward pass' if cfg.objective.presample else ''}"),
         ]  # fmt: skip

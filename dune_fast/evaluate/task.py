@@ -27,7 +27,7 @@ from dune_fast.evaluate.ranks import Ranks
 from dune_fast.heads.files import head_bytes
 from dune_fast.teachers.config import TeacherConfig
 from dune_fast.teachers.files import cache_dir
-from dune_fast.teachers.local_paths import local_path
+from dune_fast.teachers.local_paths import local_path, result_file
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +88,15 @@ def run_task(
         ValueError: see what is called here; each message says what to do.
     """
     began = time.monotonic()
+    path = out or _default_path(name, options)
     if options.task not in TASKS:
         raise ValueError(f"--task {options.task}: choose one of {', '.join(TASKS)}")
     if not options.data:
         raise ValueError(f"--task {options.task} needs images: give --data FOLDER (`dune-fast evaluate --help`)")
     if options.task == "linear":
         logistic_regression()  # says what is missing before the features are computed
+    if path is not None and ranks.rank == 0:
+        result_file(path)
     model = open_model(
         name, ranks.device, teacher=teacher, projector=options.projector, norm=options.task != "depth",
         layers=options.layers, precision=options.precision,
@@ -107,11 +110,9 @@ def run_task(
     }  # fmt: skip
     if ranks.rank == 0:
         Console(highlight=False).print(result_table(result))
-        path = out or _default_path(name, options)
         if path is None:
             logger.info("%s is no run's folder: --out FILE.json keeps the result", name)
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, (json.dumps(result, indent=1, default=str) + "\n").encode())
             if head is not None:
                 write_whole(path.with_suffix(".head.safetensors"), head)

@@ -30,9 +30,10 @@ GROUPS = {"cls": "_heads", "patch": "_feature_projections"}
 _TIMM = {
     (192, 12, 3): "vit_tiny_patch16_224", (384, 12, 6): "vit_small_patch16_224", (768, 12, 12): "vit_base_patch16_224",
     (1024, 24, 16): "vit_large_patch16_224", (1280, 32, 16): "vit_huge_patch16_224",
-    (1152, 27, 16): "vit_so400m_patch16_siglip_224", (1536, 40, 24): "vit_giant_patch14_reg4_dinov2",
 }  # fmt: skip
-"""(channels, blocks, heads) -> the model of timm that RADIO's code builds; `model_kwargs` say all sizes besides."""
+"""(channels, blocks, heads) -> the model that RADIO's code builds, timm's and a huge one of its own; `model_kwargs` say
+all sizes besides. Others are built as the base model of other sizes, gated MLPs as DINOv2's giant."""
+_GATED = "vit_giant_patch14_reg4_dinov2"
 
 
 def refuse_unlike(encoder: nn.Module) -> RADIOConfig:
@@ -45,13 +46,26 @@ def refuse_unlike(encoder: nn.Module) -> RADIOConfig:
             statistics(encoder) == (CLIP_MEAN, CLIP_STD),
         "a patch projection without bias, but for patches of 14 pixels (student.radio.patch_bias=false)":
             not has_bias(encoder) or cfg.patch_size == 14,
-        "blocks without LayerScale (student.layer_scale: null)": cfg.layer_scale is None,
         "a position table for larger images than student.image_size (student.radio.cpe_max_size)": cfg.cropped,
     }  # fmt: skip
     for what, given in demands.items():
         if not given:
             raise ExportError(f"RADIO's container needs {what}: export this run to safetensors instead")
     return cfg
+
+
+def timm_model(encoder: RADIOViT) -> tuple[str, dict[str, object]]:
+    """Name and arguments of the model of timm that has this backbone's blocks."""
+    cfg = encoder.cfg
+    scale = cfg.layer_scale or 0.0  # none is 0: timm takes None for its own default
+    kwargs = {
+        "embed_dim": cfg.embed_dim, "depth": cfg.depth, "num_heads": cfg.num_heads, "patch_size": cfg.patch_size,
+        "img_size": min(cfg.image_size, (cfg.table_side - 1) * cfg.patch_size), "init_values": scale,
+    }  # fmt: skip
+    if cfg.mlp == "swiglu":  # timm counts the rows of gate and value together
+        return _GATED, {**kwargs, "mlp_ratio": encoder.blocks[0].mlp.w12.out_features / cfg.embed_dim}
+    arch = _TIMM.get((cfg.embed_dim, cfg.depth, cfg.num_heads), _TIMM[768, 12, 12])
+    return arch, {**kwargs, "mlp_ratio": cfg.mlp_ratio}
 
 
 def backbone_state(encoder: RADIOViT) -> dict[str, Tensor]:
@@ -110,9 +124,15 @@ def _version(head: nn.Module) -> str:
 def write(model: DistilledModel, folder: Path, step: int = 0, about: Mapping[str, str] = PLAIN) -> None:
     """Writes `radio.pth.tar`: {"state_dict", "args", "arch", "epoch"} and `about`.
 
-    A teacher without a head of one kind has none in the container either.
+    A teacher without a head of one kind has none in the container either. Its place in the list is its summary token's:
+    tokens that no projector reads have a teacher without heads there.
     """
     cfg = refuse_unlike(model.encoder)
+    if cfg.final_norm != model.student.normed:
+        raise ExportError(
+            "RADIO's heads read the tokens that the backbone gives, and this run's read them before the final norm: "
+            "train with student.final_norm=false or student.normed=true, or export this run to safetensors instead"
+        )
     state = {f"base_model.{key}": value for key, value in backbone_state(model.encoder).items()}
     if cfg.normalized:
         encoder = model.encoder
@@ -120,25 +140,25 @@ def write(model: DistilledModel, folder: Path, step: int = 0, about: Mapping[str
     for name, values in (("norm_mean", CLIP_MEAN), ("norm_std", CLIP_STD)):
         state[f"input_conditioner.{name}"] = torch.tensor(values).view(3, 1, 1)
     teachers, slots = [], model.student.projectors.slots
-    for source, entries in teacher_entries(model).items():
-        entry = {"name": source, "type": source, "model": source, "pretrained": "", "use_summary": "cls" in entries}
-        entry |= {"token_slot": slots[next(iter(entries.values()))]} if slots else {}
+    shared, sources = cfg.num_cls == 1, teacher_entries(model)
+    unread = [] if shared else [f"unread_{i}" for i in range(len(sources), cfg.num_cls)]
+    for i, (source, entries) in enumerate((sources | dict.fromkeys(unread, {})).items()):
+        # by its type, RADIO's code would look for the text tower of an open_clip, siglip2 or pe_core
+        entry = {"name": source, "type": "generic", "model": source, "pretrained": ""}
+        entry["use_summary"] = "cls" in entries if shared else i in cfg.summaries
+        entry |= {"token_slot": slots[next(iter(entries.values()))]} if slots and entries else {}
         for token, name in entries.items():
             head = getattr(model.student.projectors[name], token)
-            entry["mlp_version" if token == "cls" else "spatial_mlp_version"] = _version(head)
+            names = ("mlp_version", "summary_mlp_version") if token == "cls" else ("spatial_mlp_version",)
+            entry |= dict.fromkeys(names, _version(head))
             state |= {f"{GROUPS[token]}.{source}.{key}": x for key, x in folded(model, name, token).items()}
             if head.upsample > 1:
                 entry["fd_upsample_factor"] = head.upsample
         teachers.append(entry)
-    side = cfg.table_side * cfg.patch_size
-    kwargs = {
-        "embed_dim": cfg.embed_dim, "depth": cfg.depth, "num_heads": cfg.num_heads, "patch_size": cfg.patch_size,
-        "img_size": min(cfg.image_size, side - cfg.patch_size), "mlp_ratio": cfg.mlp_ratio,
-    }  # fmt: skip
-    arch = _TIMM.get((cfg.embed_dim, cfg.depth, cfg.num_heads), _TIMM[768, 12, 12])
+    arch, kwargs = timm_model(model.encoder)
     args = argparse.Namespace(
-        model=arch, model_kwargs=kwargs, teachers=teachers, cls_token_per_teacher=cfg.num_cls > 1,
-        cpe_max_size=side, register_multiple=None, cpe_num_registers=cfg.num_registers,
+        model=arch, model_kwargs=kwargs, teachers=teachers, cls_token_per_teacher=not shared,
+        cpe_max_size=cfg.table_side * cfg.patch_size, register_multiple=None, cpe_num_registers=cfg.num_registers,
         mlp_version="v2", spatial_mlp_version=None, spectral_reparam=False, spectral_heads=False,
         model_norm=cfg.final_norm, dtype=torch.float32, pretrained=False, num_classes=None, in_chans=None,
         input_size=None, drop=0.0, drop_path=None, drop_block=None, gp=None, bn_momentum=None, bn_eps=None,

@@ -26,7 +26,7 @@ class EncoderWithHeads(nn.Module):
         heads: name -> head. Every head must have been trained on this encoder.
 
     Raises:
-        HeadError: no head, or one for an encoder of another width or patch.
+        HeadError: no head, one for an encoder of another width or patch, or a name that torch does not take.
     """
 
     def __init__(self, encoder: VisionTransformer, heads: Mapping[str, Head]) -> None:
@@ -38,7 +38,10 @@ class EncoderWithHeads(nn.Module):
                 check_encoder(head, encoder)
             except HeadError as error:
                 raise HeadError(f"{name}: {error}") from error
-        self.encoder, self.heads = encoder, nn.ModuleDict(heads)
+        try:
+            self.encoder, self.heads = encoder, nn.ModuleDict(heads)
+        except (KeyError, TypeError) as error:  # a dot, or a method of modules, such as "train"
+            raise HeadError(f"a head's name is none for torch ({error.args[0]}): call it something else") from error
         depth = len(encoder.blocks)
         self._blocks = sorted({block for head in heads.values() for block in head.blocks(depth)})
 

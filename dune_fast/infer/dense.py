@@ -35,6 +35,7 @@ from dune_fast.heads.linear.segmentation import SegmentationHead
 from dune_fast.infer.files import InferenceError, check_names, read_image
 from dune_fast.infer.legends import class_colours, depth_colours, with_class_legend, with_depth_legend
 from dune_fast.teachers.config import TeacherConfig
+from dune_fast.teachers.local_paths import result_folder
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def run(
     )  # fmt: skip
     check_model(head, model)
     head, results = head.eval().to(device), []
-    out.mkdir(parents=True, exist_ok=True)
+    result_folder(out)
     if isinstance(head, SegmentationHead):
         write_whole(out / "classes.json", json.dumps(legend(head), indent=1).encode())
     for path in images:

@@ -23,11 +23,13 @@ from dune_fast.heads.head import Head, HeadError, check_encoder
 from dune_fast.heads.mast3r.head import Mast3rHead
 from dune_fast.heads.mast3r.images import Prepared, prepare
 from dune_fast.heads.mast3r.matching import Matches
+from dune_fast.heads.mast3r.pair_check import camera_problem
 from dune_fast.heads.mast3r.pose import RelativePose, check_intrinsics, opencv
 from dune_fast.heads.mast3r.two_views import POSE_METHODS, TwoViews, look_at
 from dune_fast.infer.files import InferenceError, read_image
 from dune_fast.infer.mast3r_files import draw_matches, write_ply
 from dune_fast.kernels.nn.vit import VisionTransformer, nearest_multiples
+from dune_fast.teachers.local_paths import result_folder
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +49,8 @@ def run(
         encoder: that the head was trained on, on its device.
         head: on the same device.
         out: folder of the results.
-        intrinsics: [3, 3] of both photographs, or [2, 3, 3]; None reads focal lengths off the points and takes the
-            middle of the images as principal points.
+        intrinsics: [3, 3] of both photographs, which then have one size, or [2, 3, 3]; None reads focal lengths off
+            the points and takes the middle of the images as principal points.
         pose_method: "pnp" or "essential", see `heads.mast3r.pose`.
         long_side: pixels that the images' long side is resized to, a multiple of the patch; about 512 by default.
         step: pixels between the start pixels of the matching.
@@ -57,48 +59,69 @@ def run(
 
     Returns:
         One entry: `images`, `matches` (number), `inliers`, `rotation` and `translation` (None, with a `reason`, where
-        no pose was found), `files`.
+        no pose was found), `points` (number in points.ply), `files`.
 
     Raises:
         HeadError: encoder and head do not fit, or there is no OpenCV.
         InferenceError: not two images, one that cannot be read, or an option without sense.
+        ResultPathError: `out` cannot be written.
     """
     if not isinstance(head, Mast3rHead):
         raise HeadError(f"this is a {head.kind} head; points and poses of pairs need a mast3r head")
     check_encoder(head, encoder)
-    _check(images, pose_method, long_side, step, head.patch_size)
+    _check(images, pose_method, long_side, step, (confidence, points_confidence), head.patch_size)
     given = None if intrinsics is None else _two_cameras(intrinsics)
     opencv()  # without it, say so before the work
     if head.encoder_name:  # another one of its width would be taken, and give nonsense
         logger.info("the head was trained on the encoder %s", head.encoder_name)
-    # the released MASt3R was not trained on square images, DUNE's is used on them
-    views = [prepare(read_image(Path(p)), head.patch_size, long_side, square_ok=head.norm is not None) for p in images]
+    names = [Path(path).name for path in images]
+    views = [prepared(Path(path), head, long_side) for path in images]
+    if step > (shortest := min(min(view.size) for view in views)):
+        raise InferenceError(f"step {step}: the shorter side of the resized images is {shortest} px; give at most that")
+    if given is not None:
+        _check_sizes(names, views, given, one=np.ndim(intrinsics) == 2)
+    result_folder(out)
     seen = look_at(*views, encoder, head)
     matches = seen.matches(step, confidence)
     cameras = seen.cameras() if given is None else [v.intrinsics(k) for v, k in zip(views, given, strict=True)]
     pose = seen.relative_pose(matches, cameras, pose_method)
-    out.mkdir(parents=True, exist_ok=True)
     original = [None if k is None else view.original_intrinsics(k) for view, k in zip(views, cameras, strict=True)]
-    names = [Path(path).name for path in images]
-    files = _write(out, views, seen, matches, original, pose, points_confidence)
+    kept = [conf >= points_confidence for conf in seen.conf]
+    files = _write(out, views, seen, matches, original, pose, kept)
     _say(names, seen, matches, original if given is None else None, pose, pose_method, confidence)
+    count = sum(int(mask.sum()) for mask in kept)
+    (logger.info if count else logger.warning)("%d points of confidence %g or more", count, points_confidence)
     for path in files:
         logger.info("wrote %s", path)
     return [{
         "images": [str(path) for path in images], "matches": len(matches.xy1), "inliers": pose.inliers,
         "rotation": None if pose.rotation is None else pose.rotation.tolist(),
         "translation": None if pose.translation is None else pose.translation.tolist(),
-        "reason": pose.reason, "files": [str(path) for path in files],
+        "reason": pose.reason, "points": count, "files": [str(path) for path in files],
     }]  # fmt: skip
 
 
-def _check(images: Sequence[Path], pose_method: str, long_side: int | None, step: int, patch: int) -> None:
+def prepared(path: Path, head: Mast3rHead, long_side: int | None) -> Prepared:
+    """A photograph for the network; InferenceError if it cannot be read, or is less than a patch wide."""
+    photograph = read_image(path)
+    try:
+        # the released MASt3R was not trained on square images, DUNE's is used on them
+        return prepare(photograph, head.patch_size, long_side, square_ok=head.norm is not None)
+    except HeadError as error:
+        raise InferenceError(f"{path}: {error}") from error
+
+
+def _check(
+    images: Sequence[Path], pose_method: str, long_side: int | None, step: int, confidences: Sequence[float], patch: int
+) -> None:
     """InferenceError for options that make no sense."""
     if len(images) != 2:
         raise InferenceError(f"a pair is two images, got {len(images)}: name the first and the second view")
     check_options(pose_method, long_side, patch)
     if step < 1:
         raise InferenceError(f"step {step}: give pixels between the start pixels of the matching, 1 or more")
+    if np.isnan(confidences).any():
+        raise InferenceError("a confidence is nan: give numbers from which matches and points count")
 
 
 def check_options(pose_method: str, long_side: int | None, patch: int) -> None:
@@ -118,11 +141,24 @@ def _two_cameras(intrinsics: np.ndarray) -> list[np.ndarray]:
     return [check_intrinsics(one) for one in (k if k.ndim == 3 and len(k) == 2 else (k, k))]
 
 
+def _check_sizes(names: Sequence[str], views: Sequence[Prepared], cameras: Sequence[np.ndarray], one: bool) -> None:
+    """InferenceError for one camera of photographs of two sizes; warns of cameras that are hardly the photographs'."""
+    sizes = [view.original[::-1] for view in views]
+    if one and sizes[0] != sizes[1]:
+        raise InferenceError(
+            f"{names[0]} has {sizes[0][0]} x {sizes[0][1]} pixels, {names[1]} {sizes[1][0]} x {sizes[1][1]}, and one "
+            "camera is given for both: give the intrinsics of the first and of the second, eight numbers"
+        )
+    for name, size, camera in zip(names, sizes, cameras, strict=True):
+        if problem := camera_problem(camera, size):
+            logger.warning("by the given intrinsics, %s %s", name, problem)
+
+
 def _write(
     out: Path, views: Sequence[Prepared], seen: TwoViews, matches: Matches, cameras: Sequence[np.ndarray | None],
-    pose: RelativePose, points_confidence: float,
+    pose: RelativePose, kept: Sequence[np.ndarray],
 ) -> list[Path]:  # fmt: skip
-    """The three files; cameras are in the photographs' pixels."""
+    """The three files; cameras are in the photographs' pixels, `kept` are the masks of the points of the cloud."""
     nowhere = np.full((3, 3), np.nan)
     xy = [x.cpu().numpy() for x in matches[:2]]
     arrays: dict[str, np.ndarray] = {
@@ -142,7 +178,6 @@ def _write(
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)
     write_whole(paths[0], file.getvalue())
-    kept = [conf >= points_confidence for conf in seen.conf]
     points, colours = (
         np.concatenate([x[k] for x, k in zip(maps, kept, strict=True)])
         for maps in (seen.points, [view.colours for view in views])

@@ -29,6 +29,7 @@ from dune_fast.heads.multihmr.square import Square, fit_square
 from dune_fast.infer.bodies import draw_bodies, draw_scores, write_obj
 from dune_fast.infer.files import check_names
 from dune_fast.kernels.nn.vit import VisionTransformer
+from dune_fast.teachers.local_paths import result_folder
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def run(
     paths = [Path(path) for path in images]
     check_names(paths)
     model = load_body_model(body_model).to(next(head.parameters()).device)
-    out.mkdir(parents=True, exist_ok=True)
+    result_folder(out)
     results = []
     for path in paths:
         image = read_image(path)

@@ -66,6 +66,8 @@ class Projector(nn.Module):
 
     reads_all_tokens: ClassVar[bool] = False
     """Whether an output depends on other tokens than its own, so that a subset is taken inside."""
+    has_cls = True
+    """Whether a cls token leads the student's tokens; set by `build_projector`."""
 
     def forward(self, tokens: Tokens, kept: Tensor | None = None, grid: tuple[int, int] | None = None) -> Projection:
         """See the head of this file.
@@ -87,8 +89,10 @@ class Projector(nn.Module):
         raise NotImplementedError
 
 
-def split_cls(x: Tensor) -> Projection:
-    """[B, 1 + N, C] -> cls [B, C] and patch [B, N, C], views."""
+def split_cls(x: Tensor, has_cls: bool = True) -> Projection:
+    """[B, 1 + N, C] -> cls [B, C] and patch [B, N, C], views; without a cls token all are patches."""
+    if not has_cls:
+        return {"patch": x}
     cls, patch = x.split([1, x.shape[1] - 1], dim=1)  # one cat in the backward, where two slices fill and add
     return {"cls": cls.squeeze(1), "patch": patch}
 
@@ -126,7 +130,9 @@ def build_projector(cfg: ProjectorConfig, student: StudentShape, teacher: Teache
     """One teacher's projector with drawn weights. ValueError for a kind that there is not."""
     if cfg.kind not in KINDS:
         raise ValueError(f"projector kind {cfg.kind!r}; choose one of {', '.join(KINDS)}")
-    return _imported(KINDS[cfg.kind])(cfg, student, teacher)
+    projector = _imported(KINDS[cfg.kind])(cfg, student, teacher)
+    projector.has_cls = student.cls
+    return projector
 
 
 def _imported(address: str) -> Callable[..., Any]:

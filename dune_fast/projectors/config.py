@@ -98,6 +98,13 @@ class ProjectorConfig:
         return _replaced(self, self.teachers.get(teacher, {}), f"projector.teachers.{teacher}")
 
 
+def _alike(value: Any, own: Any) -> bool:
+    """Whether a value can stand for another: true or false, text, a whole number, or any number; None is a number's."""
+    if isinstance(own, bool) or isinstance(value, bool) or isinstance(own, str):
+        return type(value) is type(own)
+    return isinstance(value, int if isinstance(own, int) else int | float | None)
+
+
 def _replaced(cfg: Any, values: dict[str, Any], where: str) -> Any:
     """A dataclass with other values, those of dataclasses inside it included."""
     known = {f.name for f in dataclasses.fields(cfg)} - {"kind", "which_blocks", "teachers"}
@@ -109,5 +116,7 @@ def _replaced(cfg: Any, values: dict[str, Any], where: str) -> Any:
         nested = dataclasses.is_dataclass(own)
         if nested != isinstance(value, dict):
             raise ValueError(f"{where}.{name} is {value!r}; {'give fields of it' if nested else 'give one value'}")
+        if not nested and not _alike(value, own):
+            raise ValueError(f"{where}.{name} is {value!r}; give a value like {own!r}")
         found[name] = _replaced(own, value, f"{where}.{name}") if nested else value
     return dataclasses.replace(cfg, **found)

@@ -138,7 +138,6 @@ class SeparateHeads(Projector):
             )
         if "cls" in teacher.token_types and not student.cls:
             raise ValueError("a teacher's cls tokens are asked for, but the student has no cls token")
-        self.has_cls = student.cls
         shapes = {"cls": cfg.cls_head, "patch": cfg.patch_head}
         for token in teacher.token_types:
             self.add_module(token, build_head(shapes[token], student.embed_dim, teacher.channels))

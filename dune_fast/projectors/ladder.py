@@ -47,7 +47,7 @@ class LadderProjector(Projector):
         self.token_types = tuple(token_types)
 
     def forward(self, tokens: Tokens, kept: Tensor | None = None, grid: tuple[int, int] | None = None) -> Projection:
-        parts = {block: split_cls(x) for block, x in tokens.items()}
+        parts = {block: split_cls(x, self.has_cls) for block, x in tokens.items()}
         projection = {}
         for token in self.token_types:
             rungs = [rung(parts[int(block)][token]) for block, rung in getattr(self, token).items()]

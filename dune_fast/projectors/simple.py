@@ -39,11 +39,11 @@ class SimpleProjector(Projector):
         return self.layers[1 + 3 * self.inner :](x)
 
     def forward(self, tokens: Tokens, kept: Tensor | None = None, grid: tuple[int, int] | None = None) -> Projection:
-        both = split_cls(self.project(tokens[max(tokens)]))
+        both = split_cls(self.project(tokens[max(tokens)]), self.has_cls)
         return {token: both[token] for token in self.token_types}
 
     def last_layers(self) -> dict[str, nn.Linear]:
-        return dict.fromkeys(("cls", "patch"), self.layers[-1])
+        return dict.fromkeys(("cls", "patch") if self.has_cls else ("patch",), self.layers[-1])
 
 
 def simple_projector(cfg: ProjectorConfig, student: StudentShape, teacher: TeacherFeatures) -> Projector:

@@ -35,11 +35,11 @@ class TransformerProjector(Projector):
         return self.linear(tokens)
 
     def forward(self, tokens: Tokens, kept: Tensor | None = None, grid: tuple[int, int] | None = None) -> Projection:
-        both = split_cls(self.project(tokens[max(tokens)], kept))
+        both = split_cls(self.project(tokens[max(tokens)], kept), self.has_cls)
         return {token: both[token] for token in self.token_types}
 
     def last_layers(self) -> dict[str, nn.Linear]:
-        return dict.fromkeys(("cls", "patch"), self.linear)
+        return dict.fromkeys(("cls", "patch") if self.has_cls else ("patch",), self.linear)
 
 
 def transformer_projector(cfg: ProjectorConfig, student: StudentShape, teacher: TeacherFeatures) -> Projector:

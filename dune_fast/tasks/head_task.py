@@ -1,6 +1,6 @@
 """What a kind of head gives to be trained. The run gives all the rest: ranks, checkpoints, schedule, guards, log.
 
-    examples (host threads) -> collate -> device -> loss(head, encoder, batch) -> backward -> AdamW
+    examples (host threads) -> collate -> device -> loss(head, encoder, batch) -> backward -> update
 
 A class of this protocol is made of the run's configuration, and its constructor is cheap: it reads `cfg.head` and
 raises ConfigError for options that make no sense; it reads no data.

@@ -92,7 +92,11 @@ class Mast3rTask:
         return found
 
     def problems(self) -> list[str]:
-        return [text for name, data in self.data.datasets.items() for text in check_pairs(name, data)]
+        parts = ((self.data.datasets, True), (self.data.validation, False))
+        return [
+            text for part, trained_on in parts for name, data in part.items()
+            for text in check_pairs(name, data, trained_on=trained_on)
+        ]  # fmt: skip
 
     def open(self, ranks: Ranks) -> dict[str, int]:
         folders = [open_pairs(name, data) for name, data in self.data.datasets.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -37,35 +38,40 @@ def measure(
 
     Returns:
         Means over pairs: `points` and `points_invariant`, the pointmaps' mean distances (both views added, the second
-        with scale and shift taken out; nan without depth), `average_precision` of the descriptors, `match_5px`, the
-        share of matches less than 5 pixels off. Medians over pairs: `match_px`, a pair's median error of the nearest
+        with scale and shift taken out), `average_precision` of the descriptors, `match_5px`, the share of matches less
+        than 5 pixels off. Medians over pairs: `match_px`, a pair's median error of the nearest
         descriptor, in pixels; of the pose by PnP `rotation_deg`, `direction_deg`, the angle between the translations,
-        0 to 180, and `translation_m`; 180, 180 and inf where there is no pose.
+        0 to 180, and `translation_m`; 180, 180 and inf where there is no pose. Pairs without depth count for the pose
+        alone; a metric that no pair counts for is left out.
     """
     table = torch.zeros(len(folder), len(MEANS) + len(MEDIANS), dtype=torch.float64, device=ranks.device)
     for index in ranks.share(f"evaluating on {folder.name}", len(folder)):
         views = [_cut(view, tuple(cfg.sizes[0])) for view in folder.read(index)]
         table[index] = torch.tensor(measure_pair(head, encoder, *views, cfg.n_corres, ranks.device), dtype=table.dtype)
-    values = ranks.add(table).cpu().numpy()
-    found = {name: float(values[:, i].mean()) for i, name in enumerate(MEANS)}
-    return found | {name: float(np.median(values[:, len(MEANS) + i])) for i, name in enumerate(MEDIANS)}
+    found = {}
+    for name, column in zip((*MEANS, *MEDIANS), ranks.add(table).cpu().numpy().T, strict=True):
+        if len(known := column[~np.isnan(column)]):
+            found[name] = float((np.mean if name in MEANS else np.median)(known))
+    return found
 
 
 def measure_pair(
     head: Head, encoder: Callable[[Tensor], EncoderTokens], first: PosedView, second: PosedView, n_corres: int,
     device: torch.device,
 ) -> list[float]:  # fmt: skip
-    """The metrics of one pair, in the order of MEANS and MEDIANS."""
+    """The metrics of one pair, in the order of MEANS and MEDIANS; nan for what a pair without depth does not tell."""
     views = (first, second)
     tokens = [encoder(augment_colour(torch.from_numpy(v.image)[None].to(device), None)) for v in views]
     pred1, pred2 = head(*tokens)
+    pose = pose_errors(pred1, pred2, first, second)
+    if not all((view.depth > 0).any() for view in views):
+        return [math.nan] * (len(MEANS) + 1) + [*pose]
     points = [back_project(v.depth, v.intrinsics, v.pose) for v in views]
     gts = _truth(views, points, n_corres, device)
     # as many negatives as the published test takes, or all there are
     found = held_out_metrics(*gts, pred1, pred2, max(0, min(12288, second.depth.size - n_corres)))
     errors = match_errors(pred1["desc"][0], pred2["desc"][0], points[0], first, second)
     means = [float(found[name]) for name in MEANS[:3]]
-    pose = pose_errors(pred1, pred2, first, second)
     return [*means, float((errors < 5).mean()), float(np.median(errors)), *pose]
 
 

@@ -99,5 +99,10 @@ def needs(cfg: RunConfig) -> list[Missing]:
 
 
 def doubts(cfg: RunConfig) -> list[str]:
-    """What is wrong or doubtful about the data, of which nothing is missing: some examples are read."""
-    return HeadTraining(cfg).task.problems()
+    """What is wrong or doubtful where nothing is missing: the head is built without content, some examples are read."""
+    training = HeadTraining(cfg)
+    try:
+        training.checkpoint_bytes()
+    except ValueError as error:
+        return [str(error), *training.task.problems()]
+    return training.task.problems()

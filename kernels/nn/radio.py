@@ -160,6 +160,8 @@ class RADIOViT(VisionTransformer):
 
     def in_windows(self, size: int, num_windowed: int = 0, num_global: int = 4) -> RADIOViT:
         """Evaluates in windows of `size` x `size` patches from here on, 0 for whole attention; see `window_period`."""
+        if size < 0:
+            raise ValueError(f"windows of {size} x {size} patches: give a side of 1 patch or more, or 0 for none")
         if size:
             window_period(self.cfg.depth, num_windowed, num_global)  # refuses what windows nothing
         own = replace(self.cfg.radio, num_windowed=num_windowed, num_global=num_global)

@@ -11,7 +11,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from bench import step as module
-from bench.eager_step import EagerStep, turn
+from bench.eager_step import EagerStep, check_plain, turn
 from bench.records import CURVE_LIMITS, Measured, read_curves, read_steps, relative_difference, write_step
 from bench.step import Bench, chosen
 from bench.step_meter import counted_waits, matrix_rate, merged_length, time_calls
@@ -61,6 +61,13 @@ def test_eager_and_ours_train_alike(curves):
     """The same losses step by step, in float32: kernels, fused chain and device-side dropping change nothing."""
     assert relative_difference(curves["ours"], curves["eager"]) < 1e-4
     assert curves["ours"][-1] != curves["ours"][0]
+
+
+def test_the_eager_step_is_adamws():
+    cfg = config()
+    cfg.optimizer.name = "lamb"
+    with pytest.raises(ValueError, match="the eager baseline has optimizer.name=adamw only, not lamb"):
+        check_plain(cfg, build_student(cfg.student, cfg.projector, cfg.teacher_features), {})
 
 
 def test_fp8_teachers_stay_within_the_limit(curves):

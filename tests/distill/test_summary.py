@@ -39,6 +39,8 @@ def test_the_angle_is_divided_by_the_dispersion_about_each_steps_mean_direction(
     expected = angles(student.numpy(), teacher.numpy()) ** 2 / (squares / 24)
     loss = fed(made(AngleDispersion), batches)
     np.testing.assert_allclose(loss(student, teacher).numpy(), expected, rtol=1e-5)
+    unseen = made(AngleDispersion)(student, teacher)  # held-out images before the teacher's turn: no division by 1e-8
+    np.testing.assert_allclose(unseen.numpy(), angles(student.numpy(), teacher.numpy()) ** 2, rtol=1e-5)
     stays = fed(made(AngleDispersion, max_samples=16), [*batches, *batches])
     assert stays.count == 16
     same = student.clone().requires_grad_()

@@ -8,6 +8,7 @@ import torch
 from dune_fast.distill.objective import ownership
 from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine.config import compose_config
+from dune_fast.engine.optimizer import OptimizerConfig
 from dune_fast.engine.schedules import learning_rates, scaled_learning_rate
 from dune_fast.student import Student
 
@@ -80,8 +81,9 @@ def test_dune_distils_three_teachers_as_published(name):
     assert cfg.standardization.eps is None
     assert (cfg.standardization.ema_start, cfg.standardization.ema_end) == (1.0, 0.001)
     optimizer = cfg.optimizer
-    assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ([0.9, 0.99], 1e-15, 0.03)
-    assert (optimizer.min_lr, optimizer.clip_per_parameter) == (1e-6, 1.0)
+    if name != "phi_s":
+        assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ([0.9, 0.99], 1e-15, 0.03)
+        assert (optimizer.name, optimizer.min_lr, optimizer.clip_per_parameter) == ("adamw", 1e-6, 1.0)
     assert cfg.student.layer_scale == 1e-4 and cfg.objective.beta == (2.0 if name in RADIO else 1.0)
 
 
@@ -162,6 +164,18 @@ def test_radio_has_two_heads_a_teacher_and_adds_the_losses_of_raw_cls_and_patche
     projectors = on_meta(cfg).projectors
     for teacher, projector in projectors.items():
         assert set(projector.token_types) == set(cfg.teachers[teacher].token_types)
+
+
+@pytest.mark.parametrize("name", ["phi_s", "radio_v25", "radio_v25_high", "c_radio_v4", "c_radio_v4_high"])
+def test_phi_s_and_its_successors_train_by_lamb(name):
+    cfg = experiment(name)
+    frozen = 0 if name.endswith("_high") else 5000
+    assert cfg.optimizer == OptimizerConfig(
+        "lamb", lr=1e-3, schedule="cosine", min_lr=0.0, warmup_fraction=0.0, betas=[0.9, 0.999], eps=1e-6,
+        weight_decay=0.02, clip_per_parameter=0.0, frozen_trunk_steps=frozen,
+    )  # fmt: skip
+    rates = cfg.optimizer.rates(cfg.steps, cfg.train.global_batch)
+    assert rates[0] == rates.max() == 1e-3 and rates[-1] < 1e-8
 
 
 def test_unic():

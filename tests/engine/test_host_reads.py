@@ -55,11 +55,11 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(sharing: str, zero_stage: int, **economies) -> tuple[DistillationStep, Engine]:
+def build(sharing: str, zero_stage: int, optimizer: str = "adamw", **economies) -> tuple[DistillationStep, Engine]:
     init_distributed()
     widths = {name: (t.num_features, t.token_types) for name, t in TEACHERS.items()}
     student = build_student(ViTConfig(image_size=56, embed_dim=48, depth=2, num_heads=3), ProjectorConfig(), widths)
-    engine = Engine(student, OptimizerConfig(), 4, zero_stage)
+    engine = Engine(student, OptimizerConfig(optimizer), 4, zero_stage)
     engine.state.start_average()
     cfg = ObjectiveConfig(sharing=sharing, **economies)
     own = ownership({n: t.groups for n, t in TEACHERS.items()}, ["3d", "generic"], cfg)
@@ -70,14 +70,14 @@ def build(sharing: str, zero_stage: int, **economies) -> tuple[DistillationStep,
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(
-    ("sharing", "economies"),
+    ("sharing", "others"),
     [
         ("full", {}), ("generic", {}), ("none", {"route_by_dataset": True}),
-        ("full", {"presample": True, "patch_share": 0.5}),
+        ("full", {"presample": True, "patch_share": 0.5}), ("full", {"optimizer": "lamb"}),
     ],
 )  # fmt: skip
-def test_a_step_reads_nothing_from_the_device(sharing, economies, zero_stage, monkeypatch):
-    step, engine = build(sharing, zero_stage, **economies)
+def test_a_step_reads_nothing_from_the_device(sharing, others, zero_stage, monkeypatch):
+    step, engine = build(sharing, zero_stage, **others)
     images, groups, positions = torch.randn(4, 3, 56, 56), torch.tensor([0, 1, 1, 0]), torch.arange(4)
     on_host = np.array([0, 1, 1, 0]), None, np.arange(4)
 

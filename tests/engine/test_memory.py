@@ -108,7 +108,7 @@ def test_memory_by_zero_stage(stage, weights, gradients, moments):
     count, memory = sum(trained_parameters(cfg)), memory_bytes(cfg, 8)
     assert memory["weights"] == 4 * count // weights
     assert memory["gradients"] == 4 * count // gradients
-    assert memory["AdamW's moments"] == 8 * count // moments
+    assert memory["Adam's moments"] == 8 * count // moments
 
 
 @pytest.mark.parametrize(

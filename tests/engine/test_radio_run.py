@@ -121,10 +121,16 @@ def test_a_plain_student_is_none_of_radios(trained_run, tmp_path):
         ("train.compile=true", "train.compile=true with student.radio.window_sizes"),
         ("student.radio.window_sizes=[3,4]", "none divides the 4 x 4 patches of image_size=56"),
         ("student.radio.cpe_max_size=28", "cpe_max_size=28 is below student.image_size=56"),
+        ("student.radio.cpe_max_size=56", "cpe_max_size=56 is student.image_size, so positions are not cropped"),
         ("student.radio.num_windowed=0", "leave none: lower num_global"),
         ("student.pos_embed=rope2d", "learned position table"),
         ("student.radio.spectral=3", "choose 0"),
         ("student.family=radioo", "choose one of vit, radio"),
+        ("student.family=vit", "student.radio.cpe_max_size=112 with student.family=vit, which does not read it"),
+        ("projector.cls_head.version=attn", "teacher 'one': projector.cls_head reads one token"),
+        ("+projector.teachers.two.patch_head={upsample: 0}", "teachers.two.patch_head.upsample=0; it must be"),
+        ("+projector.teachers.two.patch_head={hidden_dim: 1.5}", "patch_head.hidden_dim is 1.5; give a value like 32"),
+        ("+projector.teachers.two.num_heads=0", "projector.teachers.two.num_heads=0; it must be at least 1"),
     ],
 )
 def test_options_that_do_not_fit(photos, more, message, tmp_path):

@@ -60,6 +60,7 @@ def small_recipe(name: str, photos, folder) -> RunConfig:
     side = smaller(cfg.image_size, patch, by)
     radio = replace(cfg.student.radio, cpe_max_size=2 * side if cfg.student.radio.cpe_max_size else 0,
                     num_global=1, window_sizes=[2] if cfg.student.radio.window_sizes else [])  # fmt: skip
+    radio = radio if cfg.student.family == "radio" else cfg.student.radio
     heads = {f"{t}_head": replace(getattr(cfg.projector, f"{t}_head"), hidden_dim=32) for t in ("cls", "patch")}
     small = replace(
         cfg, output_dir=str(folder / "run"), image_size=side, progressive=sizes, partitions=parts, partition_by="steps",
@@ -70,7 +71,9 @@ def small_recipe(name: str, photos, folder) -> RunConfig:
         data=replace(cfg.data, datasets={"images": DatasetConfig(root=str(photos), group="generic")}, num_threads=1),
         train=replace(cfg.train, steps=20, global_batch=4, accumulation=1, log_every=1, precision="fp32",
                       drift_images=0, checkpoint_every=20),
-        optimizer=replace(cfg.optimizer, lr=0.003, frozen_trunk_steps=min(3, cfg.optimizer.frozen_trunk_steps)),
+        # LAMB's is a share of the weights
+        optimizer=replace(cfg.optimizer, lr=0.01 if cfg.optimizer.name == "lamb" else 0.003,
+                          frozen_trunk_steps=min(3, cfg.optimizer.frozen_trunk_steps)),
         evaluation=replace(cfg.evaluation, held_out=False), logging=replace(cfg.logging, tensorboard=False),
         deepspeed=replace(cfg.deepspeed, zero_stage=0),
     )  # fmt: skip

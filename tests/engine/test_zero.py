@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from bench.case import Case, relative_error
 from bench.train_case import comparable_weights, load_train_state, train_case_student
+from dune_fast.engine.deepspeed_engine import init_distributed
 from tests.engine.conftest import ROOT, run_ranks, same_weights, small_run, timeless
-from tests.engine.zero_worker import PARTS, STAGES, WHOLE, trainer
+from tests.engine.zero_worker import PARTS, STAGES, WHOLE, lamb, trainer
 
 CASE = "train/train_hardest.safetensors"
 
@@ -87,6 +88,24 @@ def test_two_ranks_train_as_the_reference_under_every_stage(two_ranks, reference
 @pytest.mark.slow
 def test_four_ranks_train_as_the_reference_under_every_stage(four_ranks, reference):
     check_trajectories(four_ranks, reference, 4)
+
+
+def check_lamb(folder: Path, processes: int) -> None:
+    init_distributed()
+    one = lamb(0)
+    for stage in STAGES:
+        found = load_file(folder / f"lamb_{processes}_{stage}.safetensors")
+        for name, value in one.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=f"{name} under stage {stage}")
+
+
+def test_lamb_of_two_ranks_is_that_of_one_under_every_stage(two_ranks):
+    check_lamb(two_ranks, 2)
+
+
+@pytest.mark.slow
+def test_lamb_of_four_ranks_is_that_of_one_under_every_stage(four_ranks):
+    check_lamb(four_ranks, 4)
 
 
 @pytest.mark.parametrize("stage", STAGES)

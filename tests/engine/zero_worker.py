@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from bench.case import Case
 from bench.train_case import Trajectory
 from dune_fast.engine.config import ConfigError, compose_config
-from dune_fast.engine.deepspeed_engine import init_distributed
+from dune_fast.engine.deepspeed_engine import Engine, init_distributed
+from dune_fast.engine.optimizer import OptimizerConfig
 from dune_fast.engine.trainer import Trainer
 
 STAGES = (0, 1, 2, 3)
@@ -38,6 +39,30 @@ def trajectories(folder: Path, reference: Path) -> None:
         if rank == 0:
             tensors = {**student.state_dict(), "loss": loss, "grad_norm_max": history["grad_norm_max"]}
             save_file(tensors, folder / f"trajectory_{world}_{stage}.safetensors")
+
+
+def lamb(stage: int) -> dict[str, torch.Tensor]:
+    """Weights after five steps by LAMB, whose norms are of whole layers; under all stages but 0, ranks cut them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    optimizer = OptimizerConfig("lamb", weight_decay=0.1, eps=1e-6, clip_per_parameter=0.0)
+    sizes = {name: p.numel() for name, p in network.named_parameters()}
+    run = Engine(network, optimizer, 8 // world, stage, partitioned(stage))
+    cut = any(shard.numel < sizes[shard.parameter] for shard in run.state.shards)
+    assert cut == (stage > 0 and world > 1), "this rank holds whole layers alone"
+    for images in torch.randn(5, world, 8 // world, 6, generator=torch.Generator().manual_seed(1)):
+        run.backward(run(images[rank]).square().mean())
+        run.step(0.05)
+    with run.whole_weights() as module:
+        return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def lamb_under_every_stage(folder: Path) -> None:
+    for stage in STAGES:
+        found = lamb(stage)
+        if dist.get_rank() == 0:
+            save_file(found, folder / f"lamb_{dist.get_world_size()}_{stage}.safetensors")
 
 
 def trainer(overrides: list[str], folder: Path, stage: int) -> Trainer:
@@ -127,6 +152,7 @@ def main() -> None:
     init_distributed()
     if reference.exists():
         trajectories(folder, reference)
+    lamb_under_every_stage(folder)
     if dist.get_world_size() == 2:
         same_stage(folder, overrides)
         skipped(folder, overrides)

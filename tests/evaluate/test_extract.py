@@ -208,6 +208,7 @@ def test_a_folder_with_other_features_is_not_mixed(model, images, tmp_path):
         (["--device", "cuda:7"], "--device cuda:7: this machine has"),
         (["--projector", "x"], "holds an encoder without projectors"),
         (["--batch", "0"], "the batch is 0 images"),
+        (["--out", __file__], "test_extract.py cannot be a folder"),
     ],
 )
 def test_errors_of_the_command(images, encoder_file, tmp_path, capsys, more, words):

@@ -231,6 +231,10 @@ def test_the_command(scenes, tmp_path, capsys):
     result = json.loads(out.read_text())
     assert result["task"] == "mapfree" and result["metrics"]["Estimates for % of frames"] == pytest.approx(5 / 6)
     assert "AUC @ VCRE < 90px" in capsys.readouterr().out
+    (tmp_path / "s.zip").write_bytes(submission_bytes({"s00460": []}))  # without an estimate there is no median
+    assert cli.main([*command, "--out", str(out)]) == 0
+    strict = json.loads(out.read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    assert strict["metrics"]["Average Median Rotation Error"] is None
 
 
 @pytest.mark.parametrize(

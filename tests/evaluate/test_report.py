@@ -89,7 +89,7 @@ def test_it_holds_configuration_machine_evaluation_and_warnings(finished):
     for expected in (
         "Finished, step 6 of 6", "teacher two", "6 steps of 8 images", "output_dir:", "0.1234", "0.8765", "knn: /pets",
         "0.4321", "Not by the recipe: batch", start["host"], start["versions"]["torch"], "the disk is full",
-        "Left out: pca: no teacher",
+        "Left out: pca: no teacher", "adamw, learning rate 0.0015625, schedule dune, fp32",
     ):  # fmt: skip
         assert expected in text, expected
     assert "harmless" not in text

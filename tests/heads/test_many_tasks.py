@@ -94,6 +94,9 @@ def test_what_does_not_fit_is_said(encoder):
         dune_fast.EncoderWithHeads(encoder, {})
     with pytest.raises(HeadError, match="small: the linear_depth head reads 12 channels"):
         dune_fast.EncoderWithHeads(encoder, {"small": DepthHead(12)})
+    for name in ("a.b", "", "train", 1):
+        with pytest.raises(HeadError, match="a head's name is none for torch .*: call it something else"):
+            dune_fast.EncoderWithHeads(encoder, {name: DepthHead(24)})
     model = dune_fast.EncoderWithHeads(encoder, {"pairs": Twice()})
     with pytest.raises(HeadError, match="reads pairs of images, and 3 are given"):
         model(IMAGES[:3])

@@ -181,6 +181,9 @@ def test_landscape_and_portrait_of_two_sizes(encoder, tmp_path, caplog):
         ({"long_side": 100}, "100 pixels is not a multiple of the patch size 14; the nearest are 98 and 112"),
         ({"long_side": -14}, "-14 pixels is not a multiple"),
         ({"step": 0}, "step 0: give pixels"),
+        ({"step": 85, "long_side": SIDE}, "step 85: the shorter side of the resized images is 84 px"),
+        ({"confidence": np.nan}, "a confidence is nan"),
+        ({"points_confidence": np.nan}, "a confidence is nan"),
         ({"intrinsics": np.eye(2)}, "give the 3 x 3 matrix"),
         ({"intrinsics": np.zeros((3, 3, 3))}, "give the 3 x 3 matrix"),
     ],
@@ -202,6 +205,32 @@ def test_other_than_two_images_are_refused(photographs, encoder, tmp_path):
 def test_an_encoder_that_does_not_fit_is_refused(photographs, encoder, tmp_path):
     with pytest.raises(HeadError, match="the mast3r head reads 12 channels of 14 x 14 px patches, the encoder gives 8"):
         run(photographs, encoder, Mast3rHead(**{**OPTIONS, "width": 12}), tmp_path)
+
+
+def test_one_camera_of_two_sizes_is_refused(photographs, encoder, tmp_path, caplog):
+    """Regression: the principal point of a landscape image was taken for that of a portrait one."""
+    Image.new("RGB", (168, 224)).save(photographs[1])
+    head = Mast3rHead(**OPTIONS).eval().requires_grad_(False)
+    with pytest.raises(InferenceError, match=r"a.png has 224 x 168 pixels, b.png 168 x 224, and one camera is given"):
+        run(photographs, encoder, head, tmp_path / "out", intrinsics=K, long_side=56)
+    turned = np.array([[210.0, 0, 83.5], [0, 210.0, 300], [0, 0, 1]])
+    both = np.stack([K, turned])
+    run(photographs, encoder, head, tmp_path / "out", intrinsics=both, long_side=56, confidence=1e9)  # no match, quick
+    with np.load(tmp_path / "out" / "pair.npz") as pair:
+        np.testing.assert_allclose(pair["intrinsics2"], turned)
+    assert "by the given intrinsics, b.png has its principal point (83.5, 300) outside of the image" in caplog.text
+
+
+def test_an_image_that_is_too_narrow_is_named(photographs, encoder, tmp_path):
+    Image.new("RGB", (5, 300)).save(photographs[1])
+    with pytest.raises(InferenceError, match=r"b.png: an image of 5 x 300 pixels, .* is not one patch of 14"):
+        run(photographs, encoder, Mast3rHead(**OPTIONS), tmp_path / "out")
+
+
+def test_a_cloud_without_points_is_said(photographs, encoder, tmp_path, caplog):
+    head = ExactHead(prepared(photographs), [K, K])
+    (found,) = run(photographs, encoder, head, tmp_path, intrinsics=K, long_side=SIDE, points_confidence=4.0)
+    assert found["points"] == 0 and "0 points of confidence 4 or more" in caplog.text  # a warning
 
 
 def test_outputs_that_are_not_finite_are_refused(photographs, encoder, tmp_path):

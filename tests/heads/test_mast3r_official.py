@@ -104,6 +104,14 @@ def test_dunes_file(tmp_path):
     assert head.options() == {**wanted.options(), "encoder_name": "dune_vitbase_14_448_paper_encoder"}
 
 
+@pytest.mark.parametrize("name", ["x" * 201, "a\n[31mb"])
+def test_an_encoders_name_is_a_line(tmp_path, name):
+    """It is logged as it stands in the file."""
+    content, _ = dune_content()
+    with pytest.raises(TeacherWeightsError, match="encoder_name has to be a line of at most 200 characters"):
+        through_file(content | {"dune_backbone_name": name}, tmp_path / "dune.pth")
+
+
 def test_modes_and_one_confidence():
     call = CALL.replace("two_confs=True", "two_confs=False").replace("desc3", "desc4")
     call = call.replace("depth_mode=('exp', -inf, inf), conf_mode=('exp', 1, inf)", "conf_mode=('sigmoid', 0.5, 2)")

@@ -215,6 +215,46 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
         folder.read(0)
 
 
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("b.npz", b"PK\x03\x04 no zip", "b.npz is damaged, or no file of numpy's"),
+        ("b.npz", b"", "b.npz is damaged"),
+        ("b.depth.npy", b"", "b.depth.npy is damaged"),
+        ("b.png", b"", "no known image format"),
+        ("b.npz", {"pose": np.zeros((4, 4))}, "a camera that is none"),
+        ("b.npz", {"pose": np.full((4, 4), np.nan)}, "a camera that is none"),
+        ("b.npz", {"intrinsics": np.zeros((3, 3))}, "a camera that is none"),
+    ],
+)
+def test_damaged_files_and_cameras_are_named(tmp_path, name, content, words):
+    """Regression: they ended a training with an error of zipfile's or numpy's that named no view, or made it NaN."""
+    for view in "ab":
+        write_view(tmp_path, view, ramp())
+    write_pairs(tmp_path, [("a", "b")])
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        np.savez(tmp_path / name, **{"intrinsics": ramp().intrinsics, "pose": ramp().pose, **content})
+    with pytest.raises(DataError, match=f"own: .*b of .*{words}"):
+        open_pairs("own", PairDatasetConfig(str(tmp_path))).read(0)
+
+
+def test_a_list_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "pairs.txt").write_bytes(b"\xff\xfe a b")
+    with pytest.raises(DataError, match="pairs.txt cannot be read"):
+        open_pairs("own", PairDatasetConfig(str(tmp_path)))
+
+
+def test_images_of_16_bits_are_not_clipped(tmp_path):
+    """Regression: Pillow's conversion made everything from 256 on white."""
+    write_view(tmp_path, "a", ramp())
+    write_pairs(tmp_path, [("a", "a")])
+    Image.fromarray(np.full((44, 60), 100 << 8, np.uint16)).save(tmp_path / "a.png")
+    first, _ = open_pairs("own", PairDatasetConfig(str(tmp_path))).read(0)
+    assert (first.image == 100).all()
+
+
 def test_map_free_scenes_are_read_and_not_trained_on(tmp_path):
     scene = tmp_path / "s00001"
     for seq in (0, 1):
@@ -234,6 +274,12 @@ def test_map_free_scenes_are_read_and_not_trained_on(tmp_path):
     with pytest.raises(DataError, match="has no depth"):
         PairSource([folder], [1], CFG, 0, 4)
     assert not first.depth.any()
+    (scene / "poses.txt").write_text(f"{frames[0]} 1 0 0 0 0 0 0\n")
+    with pytest.raises(DataError, match=r"seq1/frame_00005.jpg .* s00001/poses.txt lacks it"):
+        folder.read(0)
+    (scene / "overlaps.npz").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"overlaps.npz cannot be read: .*; it holds `idxs`"):
+        open_pairs("mapfree", PairDatasetConfig(str(tmp_path), "mapfree"))
 
 
 def test_options_that_make_no_sense_are_refused():

@@ -3,6 +3,7 @@ the truth."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -22,10 +23,11 @@ from dune_fast.heads.mast3r.pairs import PairDataConfig
 from dune_fast.heads.mast3r.training import both_orders_outputs, truth
 from dune_fast.heads.tokens import encode
 from dune_fast.load import load_encoder
+from dune_fast.tasks import mast3r_validation
 from dune_fast.tasks.head_task import FrozenEncoder
 from dune_fast.tasks.mast3r import Mast3rTask
-from dune_fast.tasks.mast3r_validation import match_errors, measure
-from dune_fast.tasks.run import HeadEvaluation
+from dune_fast.tasks.mast3r_validation import MEANS, match_errors, measure
+from dune_fast.tasks.run import HeadEvaluation, doubts
 from dune_fast.tasks.training import HeadTraining
 from tests.evaluate.conftest import encoder_file, own_cache
 
@@ -183,6 +185,47 @@ def test_metrics_of_the_truth_are_those_of_the_resolution(rooms):
     random = torch.randn(second["desc"][0].shape)
     points = back_project(views[0].depth, views[0].intrinsics, views[0].pose)
     assert np.median(match_errors(first["desc"][0], random, points, *views)) > 5
+
+
+def test_pairs_without_depth_tell_of_the_pose_alone(overrides, rooms, tmp_path, monkeypatch):
+    """Regression: points that nobody knows were 0 away from the found ones, as those of a perfect head."""
+    poses = iter([(1.0, 2.0, 3.0), (3.0, 2.0, 1.0)] * 3)
+    monkeypatch.setattr(mast3r_validation, "pose_errors", lambda *views: next(poses))
+    shutil.copytree(rooms, tmp_path / "val")
+    pairs = open_pairs("rooms", PairDatasetConfig(str(rooms))).pairs
+    write_pairs(tmp_path / "val", pairs[:2])
+    _, head, encoder = opened(overrides)
+    cfg = PairDataConfig(sizes=[[56, 42]], n_corres=64)
+    folder = open_pairs("v", PairDatasetConfig(str(tmp_path / "val")))
+    alone = measure(head, encoder, dataclasses.replace(folder, pairs=pairs[1:2]), cfg, Ranks())
+    assert pairs[0][1] not in pairs[1]
+    path = tmp_path / "val" / f"{pairs[0][1]}.depth.npy"
+    np.save(path, 0 * np.load(path))
+    part = measure(head, encoder, folder, cfg, Ranks())
+    assert {name: part[name] for name in MEANS} == {name: alone[name] for name in MEANS}
+    assert part["rotation_deg"] == 2.0 and alone["rotation_deg"] == 1.0
+    for name in {view for pair in pairs[:2] for view in pair}:
+        path = tmp_path / "val" / f"{name}.depth.npy"
+        np.save(path, 0 * np.load(path))
+    assert set(measure(head, encoder, folder, cfg, Ranks())) == {"rotation_deg", "direction_deg", "translation_m"}
+
+
+def test_the_check_looks_at_the_validation_too(overrides, rooms, tmp_path):
+    shutil.copytree(rooms, tmp_path / "val")
+    for path in (tmp_path / "val").glob("*/*.npz"):
+        path.write_bytes(b"")
+    task = Mast3rTask(compose_config([*overrides, f"+head.data.validation.v.root={tmp_path / 'val'}"]))
+    assert task.missing() == [] and "v: view" in task.problems()[0]
+
+
+def test_the_check_builds_the_head(overrides):
+    """Regression: nothing was missing to train a head that could not be built."""
+    for change, words in (
+        ("head.data.sizes=[[50,28]]", "give multiples of the encoder's patches, 14 px"),
+        ("head.options.dec_heads=3", "16 channels with 3 attention heads"),
+    ):
+        (said,) = doubts(compose_config([*overrides, change]))
+        assert words in said
 
 
 def test_what_does_not_go_together_is_refused(overrides, tmp_path):

@@ -60,6 +60,25 @@ def test_a_submission_by_a_head(scenes, encoder, head, tmp_path):
     assert metrics["Average Median Translation Error"] < 0.1 and metrics["Average Median Reprojection Error"] < 5
 
 
+def test_queries_are_those_that_are_measured(scenes):
+    """Regression: a line that the metric ignores shifted which frames are every fifth."""
+    path = scenes / "s1" / "poses.txt"
+    lines = path.read_text().splitlines()
+    lines[2] = "seq1/frame_00001.jpg nan 0 0 0 0 0 0"
+    path.write_text("\n".join(["#frame qw qx qy qz tx ty tz", *lines]))
+    assert queries(scenes / "s1") == ["seq1/frame_00000.jpg"]
+
+
+def test_a_head_that_finds_no_pose_is_measured(photographs, encoder, tmp_path, caplog):
+    """Regression: the empty file was taken for one of other images, and no result was written."""
+    head = ExactHead(prepared(photographs), [K, K], desc_conf=0.5)
+    (tmp_path / "pairs.txt").write_text(f"a.png b.png {FOUND}\n")
+    predict_poses(tmp_path / "pairs.txt", encoder, head, tmp_path / "found.txt", long_side=SIDE)
+    assert "1 of 1 pairs have no pose; the first is a.png b.png: 0 matches; a pose needs 4" in caplog.text
+    result = measure_poses(tmp_path / "pairs.txt", tmp_path / "found.txt")
+    assert result["missing"] == result["pairs"] == 1 and set(result["metrics"].values()) == {0.0}
+
+
 def test_poses_of_pairs_by_a_head(photographs, encoder, head, tmp_path):
     (tmp_path / "pairs.txt").write_text(f"a.png b.png {FOUND}\n")
     for known in (False, True):  # focal lengths read off the points, then given
@@ -81,9 +100,19 @@ def test_what_does_not_go_together_is_said_before_the_work(scenes, encoder, head
     with pytest.raises(InferenceError, match="pose method 'guess' is unknown"):
         predict_poses(tmp_path / "pairs.txt", encoder, head, tmp_path / "found.txt", pose_method="guess")
     path = scenes / "s1" / "intrinsics.txt"
-    path.write_text("".join(line + "\n" for line in path.read_text().splitlines() if "00005" not in line))
-    with pytest.raises(PoseFileError, match="intrinsics.txt lacks the frame seq1/frame_00005.jpg"):
+    whole = path.read_text()
+    path.write_text(whole.replace("224 168", "540 720"))
+    with pytest.raises(PoseFileError, match="with 540 x 720 pixels, and the image has 224 x 168"):
         predict_mapfree(scenes, encoder, head, tmp_path / "s.zip")
+    path.write_text(whole)
+    path.write_text("".join(line + "\n" for line in path.read_text().splitlines() if "00005" not in line))
+    with pytest.raises(PoseFileError, match="intrinsics.txt lacks the image seq1/frame_00005.jpg"):
+        predict_mapfree(scenes, encoder, head, tmp_path / "s.zip")
+    (scenes / "s1" / "seq1" / "frame_00005.jpg").unlink()
+    calls = head.calls
+    with pytest.raises(PoseFileError, match="no image .*s1/seq1/frame_00005.jpg; 1 of 3 are missing"):
+        predict_mapfree(scenes, encoder, head, tmp_path / "s.zip")
+    assert head.calls == calls
 
 
 def test_the_command_makes_measures_and_keeps(scenes, encoder, tmp_path, capsys):
@@ -102,6 +131,10 @@ def test_the_command_makes_measures_and_keeps(scenes, encoder, tmp_path, capsys)
     for more, words in (
         (["--head", str(tmp_path / "encoder.safetensors")], "holds an encoder and no head"),
         (["--pose-method", "guess"], "pose method 'guess' is unknown"),
+        (["--size", "336"], "--size is not for --task mapfree: leave it out"),
+        (["--no-figures"], "--no-figures is not for --task mapfree"),
+        (["--out", str(tmp_path)], "is a folder, and the result is a file: give a name in it"),
+        (["--out", str(out / "x.json")], "cannot be a folder"),
     ):
         assert cli.main([*arguments, *more]) == 2
         assert words in capsys.readouterr().err

@@ -122,16 +122,44 @@ def test_precisions_and_verify(images, tmp_path):
 
 
 def test_summary_tokens():
-    """Teachers of one name share a token; slots may be given."""
+    """Teachers of one name share a token. The place in the list says which; slots are of the heads alone."""
     shared = [{"name": "clip"}, {"name": "clip", "use_summary": False}, {"name": "dino", "token_slot": 1}]
     assert summary_tokens({"teachers": shared}, "f") == (2, (0, 1))
     assert summary_tokens({"teachers": shared, "cls_token_per_teacher": False}, "f") == (1, (0,))
-    for teachers in (None, [], [3], [{"use_summary": True}]):
+    swapped = [{"name": "clip", "token_slot": 2}, {"name": "sam", "use_summary": False}, {"name": "dino"}]
+    assert summary_tokens({"teachers": swapped}, "f") == (3, (0, 2))
+    again = [{"name": "clip", "use_summary": False}, {"name": "clip"}, {"name": "dino", "use_summary": False}]
+    assert summary_tokens({"teachers": again}, "f") == (2, (1,))
+    for teachers in (None, [], [3], [{"use_summary": True}], [{"name": ["clip"]}], [{"name": ""}]):
         with pytest.raises(TeacherWeightsError, match="does not name the teachers"):
             summary_tokens({"teachers": teachers}, "f")
     for slot in (7, -1, "0"):
         with pytest.raises(TeacherWeightsError, match="has the summary tokens"):
-            summary_tokens({"teachers": [{"name": "a", "token_slot": slot}]}, "f")
+            summary_tokens({"teachers": [*shared[:2], {"name": "a", "token_slot": slot}]}, "f")
+    with pytest.raises(TeacherWeightsError, match="all its teachers have use_summary=False"):
+        summary_tokens({"teachers": [{"name": "sam", "use_summary": False}]}, "f")
+
+
+def test_of_trained_and_averaged_weights_the_average_is_read(tmp_path):
+    """As the release's loader does, where a container has both."""
+    content = container(transformers_model())
+    trained = {key: value + 1 for key, value in content["state_dict"].items() if key.startswith("base_model.")}
+    state = content["state_dict"]
+    torch.save({**content, "state_dict": state | trained, "state_dict_ema": state}, tmp_path / "both.pth.tar")
+    encoder = dune_fast.load_encoder(tmp_path / "both.pth.tar")
+    assert torch.equal(encoder.pos_embed, state["base_model.patch_generator.pos_embed"])
+
+
+def test_arguments_of_another_kind_say_nothing(tmp_path):
+    torch.save(container(transformers_model(), model_kwargs="num_heads=2"), tmp_path / "radio.pth.tar")
+    encoder = dune_fast.load_encoder(tmp_path / "radio.pth.tar", num_heads=2)
+    assert encoder.num_heads == 2 and encoder.cfg.cropped and encoder.cfg.image_size == 64
+
+
+def test_windows_of_no_side_are_refused(tmp_path):
+    torch.save(container(transformers_model()), tmp_path / "radio.pth.tar")
+    with pytest.raises(ValueError, match="windows of -2 x -2 patches: give a side of 1 patch or more"):
+        dune_fast.load_encoder(tmp_path / "radio.pth.tar").in_windows(-2, 1)
 
 
 def test_spectral_weights_are_scaled_to_their_gain():

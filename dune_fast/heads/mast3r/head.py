@@ -22,6 +22,8 @@ from dune_fast.heads.mast3r.dpt import DPT, hooks
 from dune_fast.heads.tokens import EncoderTokens
 from dune_fast.kernels.nn.block import LayerNorm
 
+MAX_NAME = 200
+"""Characters of an encoder's name."""
 _NORM_EPS = 1e-5
 """Of `norm`, as PyTorch's default; all other norms have 1e-6."""
 
@@ -86,6 +88,8 @@ class Mast3rHead(Head):
                 f"a MASt3R head reads 4 depths of a decoder of at least 4 blocks: layer_dims has {len(layer_dims)} "
                 f"entries and dec_depth is {dec_depth!r}"
             )
+        if type(encoder_name) is not str or len(encoder_name) > MAX_NAME or not encoder_name.isprintable():
+            raise HeadError(f"encoder_name has to be a line of at most {MAX_NAME} characters")
         self.width, self.patch_size, self.encoder_name = width, patch_size, encoder_name
         self.modes = Modes(
             read_mode("depth_mode", depth_mode, POINT_MODES),

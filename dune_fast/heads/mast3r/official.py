@@ -71,7 +71,7 @@ def read(content: Mapping[str, Any], path: Path) -> Mast3rHead:
         state |= {key: value for key, value in again.items() if key.startswith("dec_blocks2.")}
     encoder = content.get(_ENCODER)
     options = _options(said, state, path) | {
-        "own_norm": dune, "encoder_name": encoder if isinstance(encoder, str) and len(encoder) < 200 else "",
+        "own_norm": dune, "encoder_name": encoder if isinstance(encoder, str) else "",
     }  # fmt: skip
     named = {f"decoder.{key}" if key.startswith("dec") else key: value for key, value in state.items()} | norm
     try:

@@ -47,13 +47,14 @@ _READINGS = {
 """What a pose may have been meant to be -> the pose as it has to be."""
 
 
-def check_pairs(name: str, cfg: PairDatasetConfig, most: int = 50) -> list[str]:
+def check_pairs(name: str, cfg: PairDatasetConfig, most: int = 50, trained_on: bool = True) -> list[str]:
     """A sentence for everything that is wrong or doubtful; empty if nothing is.
 
     Args:
         name: of the data set, for messages.
         cfg: the data set.
         most: pairs that are read, evenly over the list.
+        trained_on: whether it is to be trained on, for which it needs depth.
     """
     try:
         folder = open_pairs(name, cfg)
@@ -74,7 +75,7 @@ def check_pairs(name: str, cfg: PairDatasetConfig, most: int = 50) -> list[str]:
         if cfg.layout == "views" and all(len(depth) for depth in known) and all(_rigid(v.pose) for v in views):
             depths += [float(np.median(depth)) for depth in known]
             shares.append([_share(*(v._replace(pose=read(v.pose)) for v in views)) for read in _READINGS.values()])
-    if cfg.layout == "mapfree":
+    if cfg.layout == "mapfree" and trained_on:
         found.append(f"{name}: the layout 'mapfree' has no depth: for evaluation alone")
     if depths and cfg.metric and not _SMALL <= (median := float(np.median(depths))) <= _LARGE:
         found.append(f"{name}: the median depth is {median:g}, hardly metres: convert it, or say metric: false")
@@ -97,18 +98,25 @@ def check_pairs(name: str, cfg: PairDatasetConfig, most: int = 50) -> list[str]:
 def view_problems(view: PosedView, layout: str) -> list[str]:
     """What is wrong with one view."""
     found = []
-    (width, height), k = view.size, view.intrinsics
     if not _rigid(view.pose):
         found.append("has a pose that is no rotation and translation")
-    if not np.isfinite(k).all() or k[0, 0] <= 0 or k[1, 1] <= 0 or not np.allclose(k[2], (0, 0, 1)):
-        found.append("has intrinsics that are no camera matrix in pixels")
-    elif not (0 <= k[0, 2] < width and 0 <= k[1, 2] < height):
-        found.append(f"has its principal point ({k[0, 2]:g}, {k[1, 2]:g}) outside of the image of {width}x{height}")
-    elif not 0.2 <= k[0, 0] / max(width, height) <= 10:
-        found.append(f"has a focal length of {k[0, 0]:g} pixels in an image of {width}x{height}: of another size?")
+    if problem := camera_problem(view.intrinsics, view.size):
+        found.append(problem)
     if layout == "views" and not (view.depth > 0).any():
         found.append("has no known depth")
     return found
+
+
+def camera_problem(k: np.ndarray, size: tuple[int, int]) -> str:
+    """What is doubtful about the camera matrix [3, 3] of an image of (width, height), "" if nothing is."""
+    width, height = size
+    if not np.isfinite(k).all() or k[0, 0] <= 0 or k[1, 1] <= 0 or not np.allclose(k[2], (0, 0, 1)):
+        return "has intrinsics that are no camera matrix in pixels"
+    if not (0 <= k[0, 2] < width and 0 <= k[1, 2] < height):
+        return f"has its principal point ({k[0, 2]:g}, {k[1, 2]:g}) outside of the image of {width}x{height}"
+    if not 0.2 <= k[0, 0] / max(width, height) <= 10:
+        return f"has a focal length of {k[0, 0]:g} pixels in an image of {width}x{height}: of another size?"
+    return ""
 
 
 def _rigid(pose: np.ndarray) -> bool:

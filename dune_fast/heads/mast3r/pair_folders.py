@@ -18,20 +18,28 @@ The layout "mapfree", the Map-free Relocalization dataset, has poses but no dept
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from dune_fast.dali_pipelines.errors import DataError
+from dune_fast.dali_pipelines.errors import BrokenImage, DataError
+from dune_fast.dali_pipelines.images import decode
 from dune_fast.heads.mast3r.crops import PosedView
 
 LAYOUTS = ("views", "mapfree")
 OVERLAPS = (0.2, 0.7)
 """Of the Map-free pairs that are used, as its baselines do."""
 _IMAGES = (".jpg", ".png", ".jpeg")
+_UNREADABLE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
+"""What reading a file that is damaged, or another one, raises."""
+_SINGULAR = 1e-6
+"""A pose is a rotation and a translation, with the determinant 1."""
 
 
 @dataclass
@@ -71,7 +79,7 @@ class PairFolder:
         """Both views of a pair, in float32; the world is the frame of the first camera as it is stored.
 
         Raises:
-            DataError: a file that is not there or cannot be read, or sizes that do not agree.
+            DataError: a file that is not there or cannot be read, sizes that do not agree, or a camera that is none.
         """
         views = [self.read_view(name) for name in self.pairs[index]]
         to_first = np.linalg.inv(views[0].pose)  # so that float32 holds poses far from the world's origin
@@ -89,7 +97,7 @@ class PairFolder:
             else:
                 image, depth = _read_image(_image_path(self.root, name)), _read_depth(self.root, name)
                 intrinsics, pose = _read_camera(self.root, name)
-        except (OSError, ValueError, KeyError) as error:
+        except (*_UNREADABLE, BrokenImage) as error:
             raise DataError(f"{self.name}: view {name} of {self.root} cannot be read: {error}") from error
         depth = np.zeros(image.shape[:2], np.float32) if depth is None else depth
         if depth.shape != image.shape[:2]:
@@ -99,6 +107,10 @@ class PairFolder:
         if intrinsics.shape != (3, 3) or pose.shape != (4, 4):
             raise DataError(f"{self.name}: {name} of {self.root} has intrinsics {list(intrinsics.shape)} and a pose "
                             f"{list(pose.shape)}: they must be [3, 3] and [4, 4]")  # fmt: skip
+        if not (np.isfinite(intrinsics).all() and np.isfinite(pose).all() and intrinsics[[0, 1], [0, 1]].min() > 0
+                and abs(np.linalg.det(pose)) > _SINGULAR):  # fmt: skip
+            raise DataError(f"{self.name}: {name} of {self.root} has a camera that is none: it needs finite numbers, "
+                            "positive focal lengths, and a pose that is a rotation and a translation")  # fmt: skip
         return PosedView(image, depth, intrinsics, pose)
 
 
@@ -134,7 +146,7 @@ def _listed_pairs(path: Path) -> list[tuple[str, str]]:
     """The lines of pairs.txt."""
     try:
         lines = path.read_text().splitlines()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}; it has to name two views a line") from error
     found = []
     for number, line in enumerate(lines, 1):
@@ -155,14 +167,24 @@ def _image_path(root: Path, name: str) -> Path:
 
 
 def _read_image(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.array(image.convert("RGB"))
+    return np.array(decode(np.fromfile(path, np.uint8)))
+
+
+def _load(path: Path) -> Any:
+    """An array or a file of arrays; nothing in it is run."""
+    fault = f"{path.name} is damaged, or no file of numpy's"
+    if path.suffix == ".npz" and not zipfile.is_zipfile(path):  # which numpy would leave open
+        raise ValueError(fault)
+    try:
+        return np.load(path, allow_pickle=False)
+    except (EOFError, ValueError) as error:
+        raise ValueError(fault) from error
 
 
 def _read_depth(root: Path, name: str) -> np.ndarray:
     """float32 [H, W] in metres; what is not finite becomes 0, unknown."""
     if (path := root / f"{name}.depth.npy").is_file():
-        depth = np.load(path, allow_pickle=False).astype(np.float32)
+        depth = _load(path).astype(np.float32)
     else:
         with Image.open(root / f"{name}.depth.png") as image:
             if not image.mode.startswith("I"):
@@ -176,9 +198,10 @@ def _read_depth(root: Path, name: str) -> np.ndarray:
 def _read_camera(root: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Intrinsics and pose, float64."""
     if (path := root / f"{name}.npz").is_file():
-        with np.load(path, allow_pickle=False) as file:
+        with _load(path) as file:
             return file["intrinsics"].astype(np.float64), file["pose"].astype(np.float64)
-    rows = [np.array(line.split(), np.float64) for line in (root / f"{name}.txt").read_text().splitlines() if line]
+    lines = (root / f"{name}.txt").read_text().splitlines()
+    rows = [np.array(words, np.float64) for line in lines if (words := line.split())]
     if [len(row) for row in rows] != [3, 3, 3, 4, 4, 4, 4]:
         raise ValueError(f"{name}.txt has to hold three lines of intrinsics and four of the pose")
     return np.stack(rows[:3]), np.stack(rows[3:])
@@ -188,12 +211,13 @@ def _mapfree_pairs(root: Path) -> list[tuple[str, str]]:
     """Frames of both sequences whose overlap is in `OVERLAPS`, scene by scene."""
     found = []
     for path in sorted(root.glob("*/overlaps.npz")):
-        with np.load(path, allow_pickle=False) as file:
-            chosen = (file["overlaps"] > OVERLAPS[0]) & (file["overlaps"] < OVERLAPS[1])
-            for seq_a, frame_a, seq_b, frame_b in file["idxs"][chosen].tolist():
-                names = (f"{path.parent.name}/seq{s}/frame_{f:05d}.jpg" for s, f in ((seq_a, frame_a),
-                                                                                     (seq_b, frame_b)))  # fmt: skip
-                found.append(tuple(names))
+        try:
+            with _load(path) as file:
+                chosen = (file["overlaps"] > OVERLAPS[0]) & (file["overlaps"] < OVERLAPS[1])
+                rows = file["idxs"][chosen].reshape(-1, 2, 2).tolist()  # of both views (sequence, frame)
+            found += [tuple(f"{path.parent.name}/seq{s}/frame_{f:05d}.jpg" for s, f in row) for row in rows]
+        except (*_UNREADABLE, IndexError) as error:
+            raise DataError(f"{path} cannot be read: {error}; it holds `idxs` [P, 4] and `overlaps` [P]") from error
     return found
 
 
@@ -204,6 +228,8 @@ def _mapfree_camera(root: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     for file in ("intrinsics.txt", "poses.txt"):
         rows = (line.split() for line in (root / scene / file).read_text().splitlines())
         lines[file] = {row[0]: [float(x) for x in row[1:]] for row in rows if row and not row[0].startswith("#")}
+    if lacking := [file for file, rows in lines.items() if frame not in rows]:
+        raise ValueError(f"{scene}/{lacking[0]} lacks it")
     fx, fy, cx, cy, *_ = lines["intrinsics.txt"][frame]
     qw, qx, qy, qz, *t = lines["poses.txt"][frame]
     q = np.array([qw, qx, qy, qz])

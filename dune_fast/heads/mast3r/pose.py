@@ -154,7 +154,11 @@ def essential(
         if in_front > best:
             best, rotation, direction, inside = in_front, r, t[:, 0], mask[:, 0] > 0
     if best < MIN_ESSENTIAL:
-        return _none(count, f"{best} of {count} matches lie in front of both cameras; a pose needs {MIN_ESSENTIAL}")
+        return _none(
+            count,
+            f"{best} of {count} matches lie in front of both cameras; a pose needs {MIN_ESSENTIAL}. Views from one "
+            "place have no essential matrix, but a pose by pnp",
+        )
     rotation, direction = _refined(rays1[inside], rays2[inside], rotation, direction)
     depths = np.stack([np.asarray(depth1, np.float64), np.asarray(depth2, np.float64)])
     known = inside & np.isfinite(depths).all(0) & (depths > 0).all(0)
