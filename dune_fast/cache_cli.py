@@ -56,6 +56,11 @@ def statistics(args: argparse.Namespace) -> int:
 
     if bool(args.cache) == bool(args.overrides):
         raise ConfigError("give the overrides of a run, e.g. experiment=theia, or --cache FOLDER: one of the two")
+    if args.cache and args.images:
+        raise ConfigError("--images is of a run's images; of a cache all views are measured: leave one of them out")
+    if args.file.is_dir():
+        raise ConfigError(f"{args.file} is a folder; name the safetensors file that is to be written")
+    args.file.parent.mkdir(parents=True, exist_ok=True)  # what fails here fails before the teachers run
     if args.cache:
         found = Store(str(args.cache)).moments()
     else:

@@ -8,10 +8,12 @@ statistics that the teachers' features were standardized with are not in there: 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dune_fast.distill.standardization import TeacherStatistics
@@ -76,6 +78,11 @@ def load_theia(path: Path) -> tuple[Student, TeacherStatistics]:
         raise TeacherWeightsError(f"{path} has translators of several hidden sizes, {sorted(factors)} of the encoder's")
     cfg = StudentConfig(**asdict(plain(architecture)), family="theia", normed=True)
     projector = ProjectorConfig("theia", hidden_factor=factors.pop() if factors else 1.0)
+    try:
+        with torch.device("meta"):
+            Student(cfg, projector, teachers)
+    except ValueError as error:  # grids that no translator leads between
+        raise TeacherWeightsError(f"{path}: {error}") from error
     student = build_loaded(lambda: Student(cfg, projector, teachers), weights, path)
     assert isinstance(student, Student)
     statistics = TeacherStatistics(teachers, "stored").eval().requires_grad_(False)
@@ -90,7 +97,7 @@ def _tensor(tensors: Mapping[str, Tensor], name: str, where: str) -> Tensor:
 
 def _sizes(tensors: Mapping[str, Tensor], where: str) -> tuple[int, int, int]:
     """(the teacher's channels, side of its grid, hidden channels) of an lconv head."""
-    layers = sorted(int(key.split(".")[1]) for key in tensors if key.startswith("adapter.") and key.endswith(".weight"))
+    layers = sorted(int(name[1]) for key in tensors if (name := re.fullmatch(r"adapter\.(\d+)\.weight", key)))
     last = _tensor(tensors, f"adapter.{layers[-1]}.weight", where)
     norms = [x for layer in layers if (x := tensors[f"adapter.{layer}.weight"]).ndim == 3]
     if last.ndim != 2 or len(norms) < 2:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dune_fast.kernels.layer_norm import layer_norm
 from dune_fast.kernels.nn.block import LAYER_NORM_EPS, product_dtype
+from dune_fast.kernels.nn.encoders import encoder_class, family_of
 from dune_fast.kernels.nn.patches import SharedPatches
 from dune_fast.kernels.nn.vit import VisionTransformer, ViTConfig
 from dune_fast.teachers.architecture import infer_vit, random_vit_state, registers_of, stored_architecture
@@ -68,6 +69,8 @@ class ViTTeacher(Teacher):
         depth, layer = len(self.trunk.vit.blocks), self.config.layer
         if layer is not None and layer > depth:
             raise ValueError(f"teachers.{self.name}.layer is {layer}; {self.config.weights} has {depth} blocks")
+        if "cls" in self.config.token_types and self.cls_token is None and not self.trunk.vit.cfg.cls_token:
+            raise ValueError(f"teachers.{self.name}: {self.config.weights} has no cls token; give token_types: [patch]")
         self.block = (depth if layer is None else layer) - 1
         self.trunk.blocks.add(self.block)  # one pass to the deepest block serves every teacher of this trunk
 
@@ -191,7 +194,22 @@ class ViTTeacher(Teacher):
             raise TeacherWeightsError(
                 f"teachers.{self.name}.num_registers is {wanted}, but {path} has {architecture.num_registers}"
             )
-        return ViTTrunk(build_loaded(lambda: self.network(architecture), state, path, beside_encoder))
+        return ViTTrunk(build_loaded(lambda: self.built_as(architecture)(architecture), state, path, beside_encoder))
+
+    def built_as(self, architecture: ViTConfig) -> type[VisionTransformer]:
+        """The class of the network: the family's, or that of a run's student, which the file names.
+
+        TeacherWeightsError for a student whose tokens the family does not read.
+        """
+        own = encoder_class(family_of(architecture))
+        if issubclass(self.network, own):
+            return self.network
+        if family_of(architecture) == "radio":
+            raise TeacherWeightsError(
+                f"teachers.{self.name}: {self.config.weights} is a student of RADIO's family; give "
+                f"teachers.{self.name}.family=radio"
+            )
+        return own
 
     def tokens(self, features: dict[int, Tensor]) -> dict[str, Tensor]:
         cls, _, patches = self.trunk.vit.split(self.normed(features[self.block]))  # of [B, P + N, C]

@@ -13,6 +13,7 @@ from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.export.check import ExportError
 from dune_fast.export.run import export
 from dune_fast.export.to_theia import write
+from dune_fast.kernels.nn.theia import TheiaConfig
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.load import DistilledModel, load_encoder, load_model
 from dune_fast.projectors.base import StudentShape, TeacherFeatures, build_projector
@@ -115,6 +116,8 @@ def test_other_pairs_are_refused_by_a_sentence(kind, source, target):
 def test_what_translators_cannot_do_is_refused():
     with pytest.raises(ValueError, match="translator=mlp has no cls"):
         translator("mlp", 4, 4, tokens=("cls", "patch"))
+    with pytest.raises(ValueError, match="translator_heads=8 do not divide projector.hidden_dim=12"):
+        translator("transformer", 4, 4, hidden_dim=12)
     with pytest.raises(ValueError, match="choose one of lconv"):
         ProjectorConfig("theia", translator="linear")
     with pytest.raises(ValueError, match="4 x 4 patches, and got 2 x 8"):
@@ -166,7 +169,9 @@ def test_what_theias_container_cannot_hold_is_refused(tmp_path):
     for part, wrong, what in (
         (student, {"normed": False}, "normed=true"),
         (student.encoder, {"cfg": ViTConfig(224, 16, 64, 2, 1)}, "family theia"),
+        (student.encoder, {"cfg": TheiaConfig(224, 16, 64, 2, 2)}, "heads of 64 channels"),
         (student.projectors, {"own": translator("conv", 16, 16)}, "lconv"),
+        (student.projectors, {"dinov2": translator("lconv", 16, 16)}, "14 x 14 patches of its positions"),
     ):
         with pytest.MonkeyPatch.context() as patch:
             for name, value in wrong.items():
@@ -176,6 +181,11 @@ def test_what_theias_container_cannot_hold_is_refused(tmp_path):
     save_file({**state, "translator.backbone_adapter.0.weight": torch.ones(64)}, tmp_path / "other.safetensors")
     with pytest.raises(TeacherWeightsError, match="another translator than lconv"):
         load_model(tmp_path / "other.safetensors")
+    small = build_student(encoder(8), ProjectorConfig("theia"), {"own": TeacherFeatures(4, ("patch",), "", 8)})
+    elsewhere = {key: value for key, value in published_state(small).items() if key.startswith(HEADS)}
+    save_file({**state, **elsewhere}, tmp_path / "grids.safetensors")
+    with pytest.raises(TeacherWeightsError, match="no convolutions from 14 x 14 patches to 8 x 8"):
+        load_model(tmp_path / "grids.safetensors")
     lacking = {key: value for key, value in state.items() if not key.endswith("own.adapter.8.weight")}
     save_file(lacking, tmp_path / "lacking.safetensors")
     with pytest.raises(TeacherWeightsError, match="own is no lconv"):

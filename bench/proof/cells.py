@@ -151,8 +151,9 @@ def identity(cell: Cell, settings: Settings, mark: str) -> dict[str, Any]:
     """What a result is a function of, as JSON gives it back."""
     used = {"cell": asdict(cell), "evaluation": asdict(settings.evaluation), "scenes": mark}
     if cell.kind in ("start", "student"):
-        recipe = packaged_folder() / "experiment" / f"{settings.experiment}.yaml"
-        used["training"] = [settings.experiment, file_sha256(recipe), *settings.overrides]
+        own = [word.removeprefix("experiment=") for word in cell.overrides if word.startswith("experiment=")]
+        recipes = [packaged_folder() / "experiment" / f"{name}.yaml" for name in (settings.experiment, *own)]
+        used["training"] = [settings.experiment, *map(file_sha256, recipes), *settings.overrides]
     return json.loads(json.dumps(used))
 
 

@@ -65,7 +65,7 @@ class ObjectiveConfig:
     Departs from the paper, which keeps the hardest and runs all; statistics are taken over what a teacher saw."""
     teachers_per_step: int = 0
     """With sharing "full": in every step so many teachers, drawn anew, run on the whole batch and the others not at all
-    (Theia draws 2). 0 for all teachers in every step."""
+    (Theia draws 2); `drop_probability` then has no say. 0 for all teachers in every step."""
     patch_share: float = 1.0
     """The share of an image's patches that the patches' loss, and with it the projectors and the teachers' statistics,
     are taken on: in each step other ones, the same for all its images. Below 1 it departs from the paper."""

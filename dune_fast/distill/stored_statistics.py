@@ -115,12 +115,15 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         return {key: value.float() for key, value in load(path.read_bytes()).items()}
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"standardization.file={path} cannot be read: {error}") from error
+        raise ValueError(
+            f"standardization.file={path} cannot be read ({error}): measure it with `dune-fast cache statistics {path}`"
+            " and the overrides of this run"
+        ) from error
 
 
 def _vector(path: Path) -> Tensor:
     """Of a .npy file, float32 [C]."""
     try:
         return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32)).flatten()
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, EOFError, AttributeError) as error:  # none: empty, an archive of arrays
         raise ValueError(f"standardization.files names {path}, which cannot be read as .npy: {error}") from error

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from dune_fast.dali_pipelines.datasets import Dataset, DatasetConfig, index_dataset
+from dune_fast.distill.normalizers import STORED
 from dune_fast.distill.objective import ownership
+from dune_fast.distill.stored_statistics import read_statistics
 from dune_fast.doctor import FAIL, OK, WARN, Check, Finding
 from dune_fast.doctor.machine import existing, writable
 from dune_fast.engine.accumulation import micro_batch_size
@@ -24,6 +26,7 @@ from dune_fast.engine.overrides import config_names
 from dune_fast.teacher_files import is_cached, load_teacher_config
 from dune_fast.teachers.config import RANDOM, TeacherConfig
 from dune_fast.teachers.registry import family_class
+from dune_fast.teachers.timm_names import SHORTHAND
 from dune_fast.teachers.vit import ViTTeacher
 from dune_fast.teachers.weights import weights_path
 
@@ -133,6 +136,29 @@ def data(cfg: RunConfig, seconds: float = _INDEX_SECONDS) -> Iterator[Finding]:
         yield Finding("data sharing", FAIL, str(error), "correct teachers.*.groups, data.datasets.*.group or `data`")
 
 
+def statistics(cfg: RunConfig) -> Iterator[Finding]:
+    """The stored statistics of teachers' features, where the standardization takes some."""
+    stored = {n: [t for t in c.token_types if cfg.standardization.of(t) in STORED] for n, c in cfg.teachers.items()}
+    wanted = {name: (cfg.teachers[name].num_features, tokens) for name, tokens in stored.items() if tokens}
+    if not wanted:
+        return
+    try:
+        read_statistics(cfg.standardization.file, cfg.standardization.files, wanted)
+    except ValueError as error:
+        cure = "`dune-fast cache statistics` measures them (a run that goes on has them in its checkpoint)"
+        yield Finding("statistics", FAIL, str(error).partition(": measure it")[0], cure)
+    else:
+        yield Finding("statistics", OK, f"of the features of {', '.join(wanted)}")
+
+
+def start(cfg: RunConfig) -> Iterator[Finding]:
+    """Whether there is what the student starts from; its tensors are not read."""
+    given = cfg.student_weights
+    if given and not given.startswith(("asset:", SHORTHAND)) and not Path(given).expanduser().exists():
+        cure = "put it there, or leave it out for drawn weights: student_weights=''"
+        yield Finding("start", FAIL, f"student_weights={given}: there is no such file or folder", cure)
+
+
 def output(cfg: RunConfig) -> Finding:
     """Whether the run's folder can be written."""
     return writable("output", Path(cfg.output_dir), FAIL, "choose another output_dir, or change the folder's rights")
@@ -185,6 +211,8 @@ def checks(cfg: RunConfig) -> list[tuple[str, Check]]:
     return [
         *((f"teacher {name}", lambda name=name, t=t: teacher(name, t)) for name, t in cfg.teachers.items()),
         ("data", lambda: list(data(cfg))),
+        ("statistics", lambda: list(statistics(cfg))),
+        ("start", lambda: list(start(cfg))),
         ("batch", lambda: batch(cfg)),
         ("output", lambda: output(cfg)),
         ("disk", lambda: disk(cfg)),

@@ -338,6 +338,8 @@ def _check_distillation(cfg: RunConfig) -> None:
             raise ConfigError(f"evaluation.knn_dataset={knn!r} is not a dataset of this run; there are: {known}")
         if not cfg.evaluation.every:
             raise ConfigError("evaluation.knn_dataset is set, but evaluation.every=0 evaluates never: set both")
+        if not cfg.student.cls_token:
+            raise ConfigError(f"evaluation.knn_dataset={knn!r} compares cls tokens, and student.cls_token is false")
     check_stages(cfg)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from dune_fast.dali_pipelines.datasets import DataConfig
+from dune_fast.distill.normalizers import STORED
 from dune_fast.distill.objective import ObjectiveConfig
 from dune_fast.engine.config_sections import (
     CacheConfig,
@@ -21,7 +22,7 @@ RESTARTS = ("learning_rate", "statistics")
 """What `stage_restarts` may name."""
 MODES = ("ranks", "steps")
 """What `partition_by` may be."""
-ESTIMATED = ("phi_s", "fixed", "stored")
+ESTIMATED = ("phi_s", "fixed", *STORED)
 """Conventions whose statistics are known before the first step and stay."""
 
 
@@ -171,6 +172,11 @@ def _check_teachers(cfg: Staged, where: str, names: Sequence[str]) -> None:
         known = ", ".join(sorted(cfg.teachers))
         raise ConfigError(f"{where} has {unknown[0]!r}, which is no teacher of this run; there are: {known}")
     objective, some = cfg.objective, names and set(names) != set(cfg.teachers)
+    if some and objective.teachers_per_step:
+        raise ConfigError(
+            f"{where} leaves teachers out, and objective.teachers_per_step={objective.teachers_per_step} draws among "
+            "all of them: steps would be left without any; choose one of the two"
+        )
     if some and (objective.presample or (objective.sharing == "full" and objective.drop_probability)):
         option = "presample=true" if objective.presample else f"drop_probability={objective.drop_probability:g}"
         raise ConfigError(

@@ -58,10 +58,11 @@ _BATCHES_IN_FLIGHT = 3
 
 
 def trained_parameters(cfg: RunConfig) -> tuple[int, int]:
-    """Numbers of parameters of the encoder and of all projectors."""
+    """Numbers of parameters of the encoder and of all projectors, what these share included."""
     with torch.device("meta"):
         student = Student(cfg.student, cfg.projector, cfg.teacher_features)
-    return sum(p.numel() for p in student.encoder.parameters()), sum(p.numel() for p in student.projectors.parameters())
+    encoder, everything = (sum(p.numel() for p in module.parameters()) for module in (student.encoder, student))
+    return encoder, everything - encoder
 
 
 def teacher_parameters(cfg: RunConfig) -> dict[str, int | None]:

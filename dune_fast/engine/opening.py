@@ -17,6 +17,7 @@ from dune_fast.engine.devices import device_name, peak_tflops
 from dune_fast.engine.flops import Flops
 from dune_fast.engine.memory import SPARE
 from dune_fast.engine.metrics import MetricsLog, Workload
+from dune_fast.engine.optimizer import TRUNK
 from dune_fast.engine.provenance import RunRecord
 from dune_fast.engine.stages import Stage, partitions, shares
 from dune_fast.engine.task import Place, Task
@@ -72,8 +73,8 @@ def describe(run: Place, task: OpenedDistillation) -> None:
     """Says in a few lines what a distillation trains, on what, where, in which parts."""
     cfg = run.cfg
     student, projectors = (
-        sum(math.prod(shape) for name, shape in run.engine.shapes.items() if name.startswith(part))
-        for part in ("encoder.", "projectors.")
+        sum(math.prod(shape) for name, shape in run.engine.shapes.items() if name.startswith(TRUNK) == of_trunk)
+        for of_trunk in (True, False)
     )
     logger.info(
         "%s: %d teachers (%s) into a student of %.1f M (+ %.1f M projectors); %d images in training",

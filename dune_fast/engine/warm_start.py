@@ -29,7 +29,7 @@ from dune_fast.released import released_projector
 from dune_fast.student import Student, build_student
 from dune_fast.teachers.architecture import stored_architecture
 from dune_fast.teachers.assets import asset_path
-from dune_fast.teachers.containers import container_state, read_container
+from dune_fast.teachers.containers import below, container_state, read_container
 from dune_fast.teachers.dune import container_options
 from dune_fast.teachers.encoder_names import beside_encoder
 from dune_fast.teachers.local_paths import local_path
@@ -61,6 +61,8 @@ class WarmStart:
     """Sentences on what was not taken as it stands."""
     projectors: list[str] = field(default_factory=list)
     """Teachers whose projectors were taken over."""
+    shared: list[str] = field(default_factory=list)
+    """Sources whose projectors' common layers were taken over."""
     drawn: list[str] = field(default_factory=list)
     """Teachers whose projectors keep their initial weights."""
     not_taken: dict[str, int] = field(default_factory=dict)
@@ -150,15 +152,21 @@ def warm_start(student: Student, source: str) -> WarmStart:
     if STARTED_ANEW in fitted:  # gains that leave the source's weights as they are
         start_spectral(student.encoder)
     found = WarmStart(str(path), len(wanted), fitted)
+    for source, layers in student.shared.items():
+        if not compare(layers.state_dict(), theirs := below(state, f"shared.{source}.")).faults:
+            layers.load_state_dict(theirs)
+            found.shared.append(source)
     for name, projector in student.projectors.items():
         theirs = released_projector(state, name, content, path)
-        if compare(projector.state_dict(), theirs).faults:
+        source = student.projectors.sources[name]
+        if compare(projector.state_dict(), theirs).faults or source in set(student.shared) - set(found.shared):
             found.drawn.append(name)
         else:
             projector.load_state_dict(theirs)
             found.projectors.append(name)
     prefix = BACKBONE if any(key.startswith(BACKBONE) for key in state) else family.prefix(state, path)
-    found.not_taken = _not_taken(state, prefix, found.projectors)
+    taken = [f"projectors.{name}." for name in found.projectors] + [f"shared.{source}." for source in found.shared]
+    found.not_taken = _not_taken(state, prefix, tuple(taken))
     logger.info("warm start from %s: %s", path, found)
     return found
 
@@ -172,9 +180,8 @@ def _summaries(state: Mapping[str, Tensor], content: Mapping[str, Any], path: Pa
     return stored.num_cls if isinstance(stored, RADIOConfig) else None
 
 
-def _not_taken(names: Iterable[str], prefix: str, projectors: Iterable[str]) -> dict[str, int]:
-    """Part of a file -> how many of its tensors are neither the encoder's nor of these projectors."""
-    taken = tuple(f"projectors.{name}." for name in projectors)
+def _not_taken(names: Iterable[str], prefix: str, taken: tuple[str, ...]) -> dict[str, int]:
+    """Part of a file -> how many of its tensors are neither the encoder's nor begin with one of `taken`."""
     rest: Counter[str] = Counter()
     for name in names:
         inner = name.removeprefix(prefix)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dune_fast.distill.alignment import side_of
 from dune_fast.engine.metrics import read_metrics
 from dune_fast.evaluate.figure_numbers import (
     LossChanges,
@@ -87,17 +88,17 @@ def pca_figure(
         photograph: title of the first column.
 
     Returns:
-        Column title -> B maps, float32 [rows, columns, 3].
+        Column title -> B maps, float32 [rows, columns, 3]; a teacher with `grid: own` has rows and columns of its own.
     """
     features = teachers(images)
     columns: dict[str, Tensor] = {name: tokens["patch"] for name, tokens in features.items() if "patch" in tokens}
     for title, student in students.items():
         columns[title] = student.encoder.split(student.encoder.forward_tokens(images))[2]
-        height, width = student.encoder.grid(images)
-    maps = {
-        title: [pca_rgb(x.float().cpu(), height, width, whole_map).numpy() for x in tokens]
-        for title, tokens in columns.items()
-    }
+        grid = student.encoder.grid(images)
+    maps = {}
+    for title, tokens in columns.items():
+        sides = grid if tokens.shape[1] == math.prod(grid) else (side_of(tokens),) * 2
+        maps[title] = [pca_rgb(x.float().cpu(), *sides, whole_map).numpy() for x in tokens]
     _mosaic(images, maps, path, photograph)
     return maps
 

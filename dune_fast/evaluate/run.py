@@ -121,7 +121,7 @@ def evaluate_run(run: Path, figures: bool, device: torch.device | None = None, m
 
 @torch.no_grad()
 def _window_knn(opened: Opened, teachers: TeacherEnsemble, num_images: int) -> dict[str, float]:
-    """Of the students and of the teachers with a cls token; empty where one photograph is all there is."""
+    """Of the students and of the teachers with a cls token; empty where one photograph is all there is, or no token."""
     cfg, count = opened.cfg, min(num_images, _PHOTOGRAPHS)
     if count < 2:
         return {}
@@ -129,14 +129,15 @@ def _window_knn(opened: Opened, teachers: TeacherEnsemble, num_images: int) -> d
     with ValLoader(cfg.data, side, 1, stride // 2, stride, opened.device) as loader:
         windows = [cut(batch.images, cfg.image_size) for batch in itertools.islice(loader, count)]
     names = [f"teacher {name}" for name, teacher in cfg.teachers.items() if "cls" in teacher.token_types]
+    students = {name: student.encoder for name, student in opened.students.items() if student.encoder.num_cls}
     cls: dict[str, list[torch.Tensor]] = {}
     for part in windows:
         tokens = teachers(part) if names else {}
         for name in names:
             cls.setdefault(name, []).append(tokens[name.removeprefix("teacher ")]["cls"].float())
-        for name, student in opened.students.items():
-            cls.setdefault(name, []).append(student.encoder(part)["x_norm_clstoken"].float())
-    return {name: window_knn(torch.stack(cls[name])) for name in (*opened.students, *names)}
+        for name, encoder in students.items():
+            cls.setdefault(name, []).append(encoder(part)["x_norm_clstoken"].float())
+    return {name: window_knn(torch.stack(cls[name])) for name in (*students, *names)}
 
 
 def _draw(run: Path, opened: Opened, teachers: TeacherEnsemble, num_images: int) -> list[Path]:

@@ -13,6 +13,7 @@ from dune_fast.kernels.nn.encoders import family_of
 from dune_fast.load import DistilledModel
 from dune_fast.projectors.theia import ConvHead, Translator
 from dune_fast.released_theia import load_theia, published_state
+from dune_fast.teachers.architecture import HEAD_DIM
 
 FILE = "model.safetensors"
 
@@ -20,12 +21,18 @@ FILE = "model.safetensors"
 def _refuse_unlike(model: DistilledModel) -> None:
     """ExportError if the container has no names for this model."""
     student, projectors = model.student, model.student.projectors
+    cfg = student.encoder.cfg
+    grid = cfg.image_size // cfg.patch_size
     demands = {
-        "an encoder of the family theia (student.family=theia)": family_of(student.encoder.cfg) == "theia",
-        "no LayerScale (student.layer_scale: null)": student.encoder.cfg.layer_scale is None,
+        "an encoder of the family theia (student.family=theia)": family_of(cfg) == "theia",
+        "no LayerScale (student.layer_scale: null)": cfg.layer_scale is None,
+        f"attention heads of {HEAD_DIM} channels (student.num_heads)": cfg.embed_dim == HEAD_DIM * cfg.num_heads,
         "translators that read tokens after the final norm (student.normed=true)": student.normed,
         "lconv translators (projector=theia, projector.translator=lconv)": all(
             isinstance(p, Translator) and ("patch" not in p.token_types or _is_lconv(p)) for p in projectors.values()
+        ),
+        f"translators of the {grid} x {grid} patches of its positions (projector.source_grid=0)": all(
+            getattr(p, "source", grid) == grid for p in projectors.values()
         ),
     }
     for what, given in demands.items():

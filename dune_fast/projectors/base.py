@@ -89,6 +89,29 @@ class Projector(nn.Module):
         raise NotImplementedError
 
 
+class SeparateTokens(Projector):
+    """Reads the last block: `cls` is a network of the cls token, `patch` one of the patches, where a teacher has them.
+    """
+
+    def __init__(self, student: StudentShape, teacher: TeacherFeatures) -> None:
+        super().__init__()
+        if "cls" in teacher.token_types and not student.cls:
+            raise ValueError("a teacher's cls tokens are asked for, but the student has no cls token")
+        self.token_types = tuple(teacher.token_types)
+
+    def forward(self, tokens: Tokens, kept: Tensor | None = None, grid: tuple[int, int] | None = None) -> Projection:
+        x, first = tokens[max(tokens)], int(self.has_cls)
+        projection = {"cls": self.cls(x[:, 0])} if "cls" in self.token_types else {}
+        if "patch" in self.token_types:
+            kept = None if kept is None else kept[..., first:] - first
+            projection["patch"] = self.patches(x[:, first:], kept, grid)
+        return projection
+
+    def patches(self, x: Tensor, kept: Tensor | None, grid: tuple[int, int] | None) -> Tensor:
+        """Of the patches [B, N, D], or of those `kept` that read all of them."""
+        raise NotImplementedError
+
+
 def split_cls(x: Tensor, has_cls: bool = True) -> Projection:
     """[B, 1 + N, C] -> cls [B, C] and patch [B, N, C], views; without a cls token all are patches."""
     if not has_cls:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dune_fast.kernels.nn.block import Block, LayerNorm, Linear, run_blocks
-from dune_fast.projectors.base import Projection, Projector, StudentShape, TeacherFeatures, Tokens
+from dune_fast.projectors.base import Projector, SeparateTokens, StudentShape, TeacherFeatures
 from dune_fast.projectors.config import HeadShape, ProjectorConfig
 
 ATTENTION_HEADS = 16
@@ -124,11 +124,11 @@ def build_head(shape: HeadShape, input_dim: int, output_dim: int) -> HeadV1 | He
     return AttentionHead(input_dim, mlp) if attn else mlp
 
 
-class SeparateHeads(Projector):
+class SeparateHeads(SeparateTokens):
     """`cls` and `patch`: a head for each of the teacher's token types."""
 
     def __init__(self, cfg: ProjectorConfig, student: StudentShape, teacher: TeacherFeatures) -> None:
-        super().__init__()
+        super().__init__(student, teacher)
         if cfg.cls_head.version == "attn" or cfg.cls_head.upsample > 1:
             raise ValueError("projector.cls_head reads one token: choose version v1 or v2, and upsample=1")
         if student.embed_dim % ATTENTION_HEADS and cfg.patch_head.version == "attn":
@@ -136,27 +136,16 @@ class SeparateHeads(Projector):
                 f"projector.patch_head.version=attn has {ATTENTION_HEADS} attention heads, and the student's "
                 f"{student.embed_dim} channels are no multiple of them"
             )
-        if "cls" in teacher.token_types and not student.cls:
-            raise ValueError("a teacher's cls tokens are asked for, but the student has no cls token")
         shapes = {"cls": cfg.cls_head, "patch": cfg.patch_head}
         for token in teacher.token_types:
             self.add_module(token, build_head(shapes[token], student.embed_dim, teacher.channels))
-        self.token_types = tuple(teacher.token_types)
 
     @property
     def reads_all_tokens(self) -> bool:
         return isinstance(getattr(self, "patch", None), AttentionHead)
 
-    def forward(self, tokens: Tokens, kept: Tensor | None = None, grid: tuple[int, int] | None = None) -> Projection:
-        x = tokens[max(tokens)]
-        projection = {}
-        if "cls" in self.token_types:
-            projection["cls"] = self.cls(x[:, 0])
-        if "patch" in self.token_types:
-            first = int(self.has_cls)
-            own = () if kept is None else (kept[..., first:] - first,)
-            projection["patch"] = self.patch(x[:, first:], grid, *own)
-        return projection
+    def patches(self, x: Tensor, kept: Tensor | None, grid: tuple[int, int] | None) -> Tensor:
+        return self.patch(x, grid) if kept is None else self.patch(x, grid, kept)
 
     def last_layers(self) -> dict[str, nn.Linear]:
         if "patch" in self.token_types and self.patch.upsample > 1:

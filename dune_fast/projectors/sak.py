@@ -101,8 +101,11 @@ def level_projector(cfg: ProjectorConfig, student: StudentShape, teacher: Teache
     return Level(student.embed_dim, teacher.channels, cfg.which_blocks[teacher.place], int(student.cls))
 
 
-def check_levels(cfg: ProjectorConfig, teachers: Mapping[str, TeacherFeatures]) -> None:
-    """ValueError unless every source has a teacher for each of `which_blocks`, and all of them give patches alone."""
+def check_levels(cfg: ProjectorConfig, dim: int, teachers: Mapping[str, TeacherFeatures]) -> None:
+    """ValueError unless every source has a teacher for each of `which_blocks`, all of them give patches alone, and a
+    student of `dim` channels has some for the adapters."""
+    if cfg.down_ratio > dim:
+        raise ValueError(f"projector.down_ratio={cfg.down_ratio} leaves none of the student's {dim} channels: lower it")
     sources: dict[str, list[str]] = {}
     for name, features in teachers.items():
         sources.setdefault(features.source, []).append(name)

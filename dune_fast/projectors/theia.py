@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dune_fast.kernels.nn.routing import select
-from dune_fast.projectors.base import Projection, Projector, StudentShape, TeacherFeatures, Tokens
+from dune_fast.projectors.base import Projector, SeparateTokens, StudentShape, TeacherFeatures
 from dune_fast.projectors.config import ProjectorConfig
 
 UPSCALED = {14: 16}
@@ -138,6 +138,8 @@ class SharedDecoder(SharedAdapter):
 
     def __init__(self, input_dim: int, hidden: int, source: int, num_layers: int = 2, num_heads: int = 8) -> None:
         super().__init__(input_dim, hidden)
+        if hidden % num_heads:
+            raise ValueError(f"projector.translator_heads={num_heads} do not divide projector.hidden_dim={hidden}")
         self.decode_tokens = nn.Parameter(torch.randn(1, source * source, hidden))
         layer = nn.TransformerDecoderLayer(
             hidden, num_heads, 2 * hidden, 0.0, activation=F.gelu, batch_first=True, norm_first=True
@@ -151,7 +153,7 @@ class SharedDecoder(SharedAdapter):
         return self.translator_stem(queries, memory)[:, 1:]  # as published: the first goes, the embedding's row stays
 
 
-class Translator(Projector):
+class Translator(SeparateTokens):
     """One teacher's translator: `patch`, and for its cls token a linear layer, `cls`.
 
     ValueError for grids that its convolutions do not lead to, a translator that does not exist, or cls tokens of
@@ -161,9 +163,8 @@ class Translator(Projector):
     reads_all_tokens = True
 
     def __init__(self, cfg: ProjectorConfig, student: StudentShape, teacher: TeacherFeatures) -> None:
-        super().__init__()
+        super().__init__(student, teacher)
         kind, dim, channels = cfg.translator, student.embed_dim, teacher.channels
-        self.token_types, self.first = tuple(teacher.token_types), int(student.cls)
         self.source = cfg.source_grid or student.grid
         self.target = teacher.grid or self.source
         if "cls" in self.token_types:
@@ -204,33 +205,19 @@ class Translator(Projector):
         del self.shared
         self._of_first = (first.shared,)  # in a tuple: no part of this module
 
-    def forward(self, tokens: Tokens, kept: Tensor | None = None, grid: tuple[int, int] | None = None) -> Projection:
-        x = tokens[max(tokens)]
-        projection = {}
-        if "cls" in self.token_types:
-            projection["cls"] = self.cls(x[:, 0])
-        if "patch" in self.token_types:
-            patches = x[:, self.first :]
-            if patches.shape[1] != self.source**2 or (grid is not None and grid != (self.source, self.source)):
-                got = f"{patches.shape[1]} patches" if grid is None else f"{grid[0]} x {grid[1]} patches"
-                raise ValueError(
-                    f"Theia's translators are for {self.source} x {self.source} patches, and got {got}: train and use "
-                    "them with square images of that many, or set projector.source_grid"
-                )
-            projection["patch"] = self._translated(patches, kept)
-        return projection
-
-    def _translated(self, patches: Tensor, kept: Tensor | None) -> Tensor:
+    def patches(self, x: Tensor, kept: Tensor | None, grid: tuple[int, int] | None) -> Tensor:
         """[B, s^2, D] -> [B, t^2, C], or of the tokens `kept`."""
-        if (shared := self._shared()) is not None:
-            own = (self.embedding,) if hasattr(self, "embedding") else ()
-            patches = shared(patches, *own)
-        out = self.patch(patches)
-        if kept is None:
-            return out
-        if self.source != self.target:
+        if x.shape[1] != self.source**2 or (grid is not None and grid != (self.source, self.source)):
+            got = f"{x.shape[1]} patches" if grid is None else f"{grid[0]} x {grid[1]} patches"
+            raise ValueError(
+                f"Theia's translators are for {self.source} x {self.source} patches, and got {got}: train and use "
+                "them with square images of that many, or set projector.source_grid"
+            )
+        if kept is not None and self.source != self.target:
             raise ValueError("a subset of patches is one of the student's grid: set objective.patch_share to 1")
-        return select(out, kept[..., self.first :] - self.first)
+        if (shared := self._shared()) is not None:
+            x = shared(x, *([self.embedding] if hasattr(self, "embedding") else []))
+        return select(self.patch(x), kept)
 
     def _shared(self) -> nn.Module | None:
         return getattr(self, "_of_first", (getattr(self, "shared", None),))[0]

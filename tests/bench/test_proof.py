@@ -242,15 +242,20 @@ def test_a_killed_cell_goes_on_and_a_finished_one_is_not_run_again(places, monke
 
 
 def test_a_result_is_of_the_recipe_as_it_is(monkeypatch, tmp_path):
-    recipe = tmp_path / "experiment" / "proof_smoke.yaml"
-    recipe.parent.mkdir()
-    shutil.copy(proof.packaged_folder() / "experiment" / recipe.name, recipe)
-    cell = next(cell for cell in all_cells(SMOKE) if cell.kind == "student")
+    """Of the proof's, and of one that a cell names itself."""
+    recipes = [tmp_path / "experiment" / f"{name}.yaml" for name in ("proof_smoke", "radio_demo")]
+    recipes[0].parent.mkdir()
+    for recipe in recipes:
+        shutil.copy(proof.packaged_folder() / "experiment" / recipe.name, recipe)
+    plain = next(cell for cell in all_cells(SMOKE) if cell.kind == "student")
+    cell = dataclasses.replace(plain, overrides=("experiment=radio_demo",))
     before = proof.identity(cell, SMOKE, "mark")
     monkeypatch.setattr(proof, "packaged_folder", lambda: tmp_path)
-    assert proof.identity(cell, SMOKE, "mark") == before
-    recipe.write_text(recipe.read_text() + "# changed")
-    assert proof.identity(cell, SMOKE, "mark") != before
+    for recipe in recipes:
+        assert proof.identity(cell, SMOKE, "mark") == before
+        recipe.write_text(recipe.read_text() + "# changed")
+        assert proof.identity(cell, SMOKE, "mark") != before
+        before = proof.identity(cell, SMOKE, "mark")
 
 
 def test_a_single_teachers_cell_leaves_the_others_out(places):

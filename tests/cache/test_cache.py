@@ -84,8 +84,10 @@ def test_statistics_of_a_cache_are_those_of_the_live_features(photos, tmp_path, 
                               "two/patch/std"]  # fmt: skip
     for name, x in live.items():
         torch.testing.assert_close(cached[name], x, rtol=1e-5, atol=1e-6)
-    for wrong in ([], ["--cache", str(tmp_path / "cache"), "experiment=demo"], ["--images", "1", "experiment=demo"]):
+    of_cache = ["--cache", str(tmp_path / "cache")]
+    for wrong in ([], [*of_cache, "experiment=demo"], ["--images", "1", "experiment=demo"], [*of_cache, "--images=2"]):
         assert cli.main(["cache", "statistics", paths[0], *wrong]) == 2
+    assert cli.main(["cache", "statistics", str(tmp_path), *of_cache]) == 2  # a folder
 
 
 def test_a_start_asks_the_teachers(photos, cache, tmp_path):

@@ -52,6 +52,14 @@ def test_own_and_published_files(tmp_path):
         read_statistics(own, {}, {"a": (5, ["patch"])})
     with pytest.raises(ValueError, match="cannot be read"):
         read_statistics("", {"b": [own, own]}, {"b": (6, ["patch"])})
+    (tmp_path / "empty.npy").touch()
+    with (tmp_path / "archive.npy").open("wb") as file:
+        np.savez(file, a=np.ones(6))
+    for name in ("empty.npy", "archive.npy"):
+        with pytest.raises(ValueError, match=f"{name}, which cannot be read"):
+            read_statistics("", {"b": [paths[0], str(tmp_path / name)]}, {"b": (6, ["patch"])})
+    with pytest.raises(ValueError, match="measure it with `dune-fast cache statistics"):
+        read_statistics(str(tmp_path / "missing"), {}, {"a": (4, ["patch"])})
     write_statistics(tmp_path / "own.safetensors", {"a": {"patch": (a[0], torch.zeros(4))}})
     with pytest.raises(ValueError, match="0 or negative"):
         read_statistics(own, {}, {"a": (4, ["patch"])})

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from dune_fast import cli, teacher_files
+from dune_fast.distill.stored_statistics import write_statistics
 from dune_fast.doctor import FAIL, OK, WARN, examine, machine, run
 from dune_fast.engine.config import RunConfig, compose_config
 from dune_fast.teachers.config import TeacherConfig
@@ -104,6 +105,20 @@ def test_a_dataset_that_takes_long_to_list_is_a_warning(cfg, monkeypatch):
     finding = next(run.data(cfg, seconds=0.05))
     assert finding.status == WARN and "not listed" in finding.text
     never.set()
+
+
+def test_stored_statistics_and_the_students_start(cfg, tmp_path):
+    cfg.standardization.convention, cfg.standardization.file = "stored", str(tmp_path / "statistics.safetensors")
+    cfg.student_weights = str(tmp_path / "none")
+    found = {f.name: f for f in examine(run.checks(cfg))}
+    assert found["statistics"].status == found["start"].status == FAIL
+    assert "cannot be read" in found["statistics"].text and "cache statistics" in found["statistics"].cure
+    size = cfg.teachers["one"].num_features
+    moments = {token: (torch.zeros(size), torch.ones(size)) for token in ("cls", "patch")}
+    write_statistics(Path(cfg.standardization.file), {"one": moments})
+    cfg.student_weights = str(tmp_path)
+    found = {f.name: f for f in examine(run.checks(cfg))}
+    assert found["statistics"].status == OK and "start" not in found
 
 
 def test_the_output_folder(cfg, tmp_path, monkeypatch):

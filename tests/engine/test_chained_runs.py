@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dune_fast.distill.stored_statistics import write_statistics
 from dune_fast.engine import checkpoints
@@ -17,8 +18,12 @@ from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.engine.feature_statistics import measure
 from dune_fast.engine.metrics import read_metrics
 from dune_fast.engine.stages import stages, teacher_sizes
+from dune_fast.kernels.nn.radio import RADIOConfig, RADIOViT
+from dune_fast.kernels.nn.theia import TheiaConfig, TheiaViT
 from dune_fast.load import load_encoder
+from dune_fast.teachers.architecture import architecture_metadata
 from dune_fast.teachers.config import TeacherConfig, check_config
+from dune_fast.teachers.containers import TeacherWeightsError
 from dune_fast.teachers.ensemble import TeacherEnsemble
 from tests.engine.conftest import build, same_weights, small_run, train
 
@@ -100,6 +105,31 @@ def test_sizes_that_a_teacher_cannot_draw_are_refused():
         cfg = TeacherConfig("dune", "somewhere", 16, 48, input_size=size, input_sizes=sizes)
         with pytest.raises(ValueError, match=rf"teachers\.a\.input_sizes is .*{message}"):
             check_config("a", cfg)
+
+
+@pytest.mark.parametrize("cls_token", [True, False])
+def test_a_student_of_theias_family_teaches(tmp_path, cls_token):
+    """Its registers have positions of their own, which the plain ViT has not."""
+    cfg = TheiaConfig(56, 14, 48, 2, 3, num_registers=2, cls_token=cls_token)
+    vit, path = TheiaViT(cfg).init_weights().eval(), tmp_path / "encoder.safetensors"
+    save_file(vit.state_dict(), path, architecture_metadata(cfg))
+    teacher = TeacherConfig("dune", str(path), 14, 48, ["cls", "patch"] if cls_token else ["patch"])
+    images = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        found, wanted = TeacherEnsemble({"a": teacher}, 14)(images)["a"], vit(images)
+    assert torch.equal(found["patch"], wanted["x_norm_patchtokens"])
+    assert not cls_token or torch.equal(found["cls"], wanted["x_norm_clstoken"])
+    if not cls_token:
+        teacher.token_types = ["cls", "patch"]
+        with pytest.raises(ValueError, match=r"has no cls token; give token_types: \[patch\]"):
+            TeacherEnsemble({"a": teacher}, 14)
+
+
+def test_a_student_of_radios_family_teaches_by_its_own_family(tmp_path):
+    cfg, path = RADIOConfig(56, 14, 48, 1, 3), tmp_path / "encoder.safetensors"
+    save_file(RADIOViT(cfg).init_weights().state_dict(), path, architecture_metadata(cfg))
+    with pytest.raises(TeacherWeightsError, match=r"give teachers\.a\.family=radio"):
+        TeacherEnsemble({"a": TeacherConfig("dune", str(path), 14, 48)}, 14)
 
 
 def test_a_teacher_is_a_runs_folder_its_encoder_or_its_newest_checkpoint(finished):

@@ -11,7 +11,9 @@ import dune_fast
 from dune_fast.engine import checkpoints
 from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.engine.flops import projector_flops
+from dune_fast.engine.memory import trained_parameters
 from dune_fast.engine.metrics import read_metrics
+from dune_fast.engine.warm_start import initial_student
 from dune_fast.student import Student
 from tests.engine.conftest import build, same_weights, small_run, train
 
@@ -55,6 +57,14 @@ def test_a_resumed_run_learns_and_ends_bit_identical(sak, tmp_path):
     wide, narrow = (1, 24, 48), (1, 24, 24)
     assert shapes == {"wide_0": wide, "wide_1": wide, "narrow_0": narrow, "narrow_1": narrow}
 
+    cfg = compose_config([*sak, f"student_weights={whole}", "train.seed=1"])
+    student, found = initial_student(cfg)  # whole: levels and the adapters that they were trained with
+    assert found.shared == ["wide", "narrow"] and not found.drawn and "shared" not in found.not_taken
+    state = model.student.state_dict()
+    assert all(torch.equal(x, state[key]) for key, x in student.state_dict().items())
+    other = initial_student(compose_config([*sak, f"student_weights={whole}", "projector.down_ratio=8"]))[1]
+    assert not other.shared and len(other.drawn) == 4
+
 
 def test_every_level_reads_the_adapters_of_its_source(sak):
     cfg = compose_config(sak)
@@ -75,9 +85,17 @@ def test_every_level_reads_the_adapters_of_its_source(sak):
     assert counts["narrow_0"] - counts["narrow_1"] == counts["wide_0"] - counts["wide_1"] == of_chain
 
 
+def test_adapters_are_counted_with_the_projectors(sak):
+    adapter = 2 * 48 * 12 + 48 + 12 + 1
+    levels = 2 * (2 * 48) + 2 * (2 * 48 + 48 * 24 + 24)
+    assert trained_parameters(compose_config(sak))[1] == 2 * 3 * adapter + levels
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        ("projector.which_blocks=[0,0]", r"which_blocks=\[0, 0\] ends at block 0, and the student's last one is 1"),
+        ("projector.down_ratio=49", "down_ratio=49 leaves none of the student's 48 channels"),
         ("projector.which_blocks=[1]", "2 teachers have the source 'wide' .*names 1 levels"),
         ("projector.which_blocks=[0,2]", r"which_blocks \[0, 2\]: the student's blocks are 0 to 1"),
         ("projector.which_blocks=[]", "which_blocks is empty"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from dune_fast.engine import checkpoints
 from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.engine.memory import trained_parameters
 from dune_fast.engine.metrics import read_metrics
+from dune_fast.evaluate.run import evaluate_run
 from dune_fast.load import load_encoder, load_model
 from tests.engine.conftest import build, same_weights, timeless, train
 
@@ -52,6 +54,15 @@ def test_a_small_run_learns_and_a_resumed_one_ends_bit_identical(overrides, tmp_
     assert not torch.equal(encoder.norm.weight, torch.ones(48))  # trained
 
 
+def test_a_student_without_a_cls_token_trains_and_is_evaluated(overrides, tmp_path):
+    plain = [word for word in THEIA if "teachers_per_step" not in word and "convention" not in word]
+    more = ["student.cls_token=false", "teachers.one.token_types=[patch]", "train.steps=2", "evaluation.held_out=true"]
+    train([*overrides, *plain, *more])
+    evaluate_run(tmp_path / "run", figures=False)
+    result = json.loads((tmp_path / "run" / "held_out.json").read_text())
+    assert set(result["after"]["one"]) == {"patch"} and result["window_knn"] == {}
+
+
 def lconv(dim: int, channels: int, target: int) -> int:
     """Parameters of a translator from 14 x 14 patches, by the layers of the paper."""
     convolution = 9 * dim * dim + dim
@@ -76,6 +87,7 @@ def test_sizes_at_full_scale(experiment, student, encoder, maps):
 
 def test_what_a_run_cannot_do_is_refused(overrides):
     common = [*overrides, *(word for word in THEIA if "stored" not in word and "teachers_per_step" not in word)]
+    stage = "progressive=[{until:0.5,image_size:56,teachers:[one]}]"
     for more, sentence in (
         (["standardization.convention=stored"], "standardization.file and standardization.files say where"),
         (["standardization.convention=stored", "+standardization.files.one=[a.npy,b.npy]"], "nothing of two"),
@@ -85,6 +97,12 @@ def test_what_a_run_cannot_do_is_refused(overrides):
         (["image_size=70", "teachers.two.input_size=null"], "4 x 4 patches, and this run's have 5"),
         (["teachers.two.input_size=80"], "teacher 'two'.*from 4 x 4 patches to 5 x 5.*mlp"),
         (["objective.patch_share=0.5"], "patch_share"),
+        (["+projector.teachers.two.source_grid=5"], "5 x 5 patches, and this run's have 4"),
+        (["objective.teachers_per_step=1", stage], r"progressive\[0\].teachers leaves teachers out, .*draws among all"),
+        (["stage_restarts=[statistics]", stage, "standardization.convention=stored_bf16", "standardization.file=x"],
+         "convention=stored_bf16 are known"),
+        (["student.cls_token=false", "teachers.one.token_types=[patch]", "evaluation.knn_dataset=images",
+          "evaluation.every=2"], "compares cls tokens, and student.cls_token is false"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             compose_config([*common, *more])

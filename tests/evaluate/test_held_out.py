@@ -138,6 +138,13 @@ def test_figures_are_written_and_not_blank(teachers, tmp_path):
         assert pixels.std() > 10
 
 
+def test_a_teacher_with_a_grid_of_its_own_is_drawn_on_it(tmp_path):
+    own = TeacherEnsemble({"a": toy_teacher("random:1", 14, 24, input_size=84, grid="own")}, 14)
+    student = build_student(ViTConfig(56, embed_dim=48, depth=1, num_heads=3), ProjectorConfig(), WIDTHS)
+    maps = pca_figure(torch.randn(2, 3, 56, 56), own, {"student": student}, tmp_path / "pca.png")
+    assert {title: x[0].shape for title, x in maps.items()} == {"a": (6, 6, 3), "student": (4, 4, 3)}
+
+
 def test_titles_are_whole_and_apart(teachers, tmp_path):
     """The rows of pixels above the pictures: blank at the top, and between the titles of the columns."""
     student = build_student(ViTConfig(56, embed_dim=48, depth=2, num_heads=3), ProjectorConfig(), WIDTHS)
