@@ -102,5 +102,5 @@ def batch_groups(info: dict[str, Any], cfg: ObjectiveConfig) -> tuple[Tensor, Te
     known = ["3d", "generic", "human"]
     own = {name: [group for prefix, group in OWN_GROUP.items() if name.startswith(prefix)] for name in info["teachers"]}
     groups = ["generic" if name in GENERIC else "human" if name in HUMAN else "3d" for name in info["datasets"]]
-    table = ownership(own, known, cfg, torch.device("cpu"))
+    table = ownership(own, known, cfg)
     return table, torch.tensor([known.index(group) for group in groups])

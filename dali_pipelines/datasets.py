@@ -107,7 +107,7 @@ class DataConfig:
     teacher_zoom: list[float] = field(default_factory=lambda: [1.0, 1.0])
     """Range of the student's crop over a teacher's, uniform: above 1 the teacher sees less, larger. Below 1 and with a
     shift its crop may reach beyond the image: zeros, which no loss is taken on. C-RADIOv4: 1.0 to 1.1, and 0.9 to 1.4
-    above 512 pixels."""
+    above 512 pixels. `partitions` may have zooms of their own."""
     teacher_shift: float = 0.0
     """Deviation of the number of patches, rounded, that a teacher's crop is moved by; C-RADIOv4: 0.5."""
     colour: bool = True
@@ -146,11 +146,6 @@ class DataConfig:
     are some of the images of the batches that are read ahead."""
     read_patience: float = 30.0
     """Seconds for which a read is tried again when the storage does not answer, before the run stops."""
-
-    @property
-    def moves_teachers(self) -> bool:
-        """Whether a teacher may see another part of the image than the student."""
-        return self.teacher_views and (list(self.teacher_zoom) != [1.0, 1.0] or self.teacher_shift > 0)
 
     @property
     def groups(self) -> list[str]:

@@ -5,6 +5,7 @@ A plan is a pure function of (seed, global batch size, step), and of which image
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -71,8 +72,10 @@ class Part(NamedTuple):
     """What one rank takes of a step: some slots of the global batch, at one size."""
 
     slots: slice
-    side: int | None = None
-    """Of the images in pixels; None for the step's."""
+    sizes: Callable[[int], int] | None = None
+    """Step -> side of the images in pixels; None for that of the run's step."""
+    zoom: Sequence[float] = ()
+    """In place of `data.teacher_zoom`; empty for that."""
 
 
 class Groups:
@@ -163,6 +166,9 @@ class TrainPlans:
         self.groups = Groups(source)
         self._source, self._config, self._side = source, config, sizes
         self._parts, self._seed = parts, seed
+        self._configs = [
+            dataclasses.replace(config, teacher_zoom=list(part.zoom)) if part.zoom else config for part in parts
+        ]
         self._crops, self._patch, self._wanted = (crops if config.teacher_views else ()), patch, wanted
         self.views = Views(source, config.views, seed) if config.views else None
         self._sizes = source.sizes()
@@ -176,8 +182,8 @@ class TrainPlans:
     def __call__(self, number: int) -> Plan:
         step, part = divmod(number, len(self._parts))
         group, draw, images = self.choose(step, part)
-        slots, side = self._parts[part]
-        positions = step * self.order.batch + np.arange(self.order.batch)[slots]
+        own, config = self._parts[part], self._configs[part]
+        positions = step * self.order.batch + np.arange(self.order.batch)[own.slots]
         read = self._source.read_good(images)
         for i in (i for i, result in enumerate(read) if result is None):
             images[i], read[i] = self._replacement(group[i : i + 1], draw[i : i + 1])
@@ -187,13 +193,13 @@ class TrainPlans:
         if self.views is not None:
             views = self.views.number(images, draw // self.order.group_sizes[group])
             at = self.views.words(views)
-            of = words if self._config.fresh_colour else at
-        geometry = train_geometry(at, sizes, turned, side or self._side(step), self._config)
+            of = words if config.fresh_colour else at
+        geometry = train_geometry(at, sizes, turned, (own.sizes or self._side)(step), config)
         crops = own_crops(
-            self._crops, self._seed, positions, at, sizes, turned, geometry, self._patch, self._config,
+            self._crops, self._seed, positions, at, sizes, turned, geometry, self._patch, config,
             None if self._wanted is None else self._wanted(step, part),
         ) if self._crops else ()  # fmt: skip
-        colour = colour_of(of, self._config)
+        colour = colour_of(of, config)
         data, checksums = [image.data for image in read], None if views is None else _checksums(read)
         return Plan(
             step, images, positions, group, data, geometry, colour, views, checksums, crops, part, len(self._parts)

@@ -10,7 +10,7 @@ which the cosine of raw features would not show.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -60,12 +60,13 @@ class Drift:
 
 
 @torch.no_grad()
-def measure_drift(ensemble: TeacherEnsemble, images: Tensor) -> list[Drift]:
+def measure_drift(ensemble: TeacherEnsemble, images: Tensor, names: Collection[str] | None = None) -> list[Drift]:
     """Runs every teacher of lower precision once as it is and once in float32, whose weights are read again.
 
     Args:
         ensemble: as it trains.
         images: [B, 3, H, W], ImageNet-normalised, on the ensemble's device; at least two, else ValueError.
+        names: of the teachers that are looked at; all by default.
 
     Returns:
         An entry for each teacher and token type in lower precision than float32, in the ensemble's order.
@@ -73,6 +74,7 @@ def measure_drift(ensemble: TeacherEnsemble, images: Tensor) -> list[Drift]:
     if len(images) < MIN_IMAGES:
         raise ValueError(f"drift is measured on at least {MIN_IMAGES} images, got {len(images)}")
     configs = {n: t.config for n, t in ensemble.teachers.items() if t.config.precision != "fp32"}
+    configs = {name: cfg for name, cfg in configs.items() if names is None or name in names}
     sources: dict[tuple[str, str], list[str]] = {}
     for name, cfg in configs.items():
         sources.setdefault((cfg.family, cfg.weights), []).append(name)

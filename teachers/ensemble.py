@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from dune_fast.kernels.nn.patches import SharedPatches
 from dune_fast.kernels.nn.routing import Route, Routes, union, within
 from dune_fast.kernels.nn.vit import nearest_multiples
 from dune_fast.kernels.resize import resize_normalize
-from dune_fast.teachers.config import TeacherConfig, input_key, network_key, scaled_grid
+from dune_fast.teachers.config import TeacherConfig, given_patches, input_key, network_key, scaled_grid
 from dune_fast.teachers.inputs import Layout, Mosaic, fit_longest, fitted
 from dune_fast.teachers.precision import autocast, prepare, resolve_precision
 from dune_fast.teachers.protocol import Teacher, Trunk
@@ -39,6 +39,7 @@ class TeacherEnsemble(nn.Module):
         student_patch_size: q, in pixels.
         autocast_dtype: what `precision: auto` means, torch.bfloat16, or None for float32.
         device: where the teachers run, the CPU by default.
+        loaded: the teachers that are built, all by default. The others get no image here, and have no tokens.
 
     Raises:
         ValueError: no teacher, or a wrong configuration (see `build_teacher` and `resolve_precision`).
@@ -50,14 +51,17 @@ class TeacherEnsemble(nn.Module):
         student_patch_size: int,
         autocast_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        loaded: Collection[str] | None = None,
     ) -> None:
         super().__init__()
         if not configs:
             raise ValueError("there is no teacher; name at least one under `teachers`")
         device = device or torch.device("cpu")
         self.student_patch_size = student_patch_size
-        configs = {name: resolve_precision(name, cfg, autocast_dtype, device) for name, cfg in configs.items()}
-        self.teachers: dict[str, Teacher] = _build(configs, device)
+        self.configs = {name: resolve_precision(name, cfg, autocast_dtype, device) for name, cfg in configs.items()}
+        """Of all teachers, with their precision."""
+        built = {name: cfg for name, cfg in self.configs.items() if loaded is None or name in loaded}
+        self.teachers: dict[str, Teacher] = _build(built, device)
         self.trunks = nn.ModuleList(dict.fromkeys(teacher.trunk for teacher in self.teachers.values()))
         self._runs: dict[Hashable, list[Teacher]] = {}
         """(trunk, input) -> who reads what this trunk makes of this input."""
@@ -114,7 +118,10 @@ class TeacherEnsemble(nn.Module):
         grid = self.grid(images)
         patches = SharedPatches() if patches is None else patches
         inputs: dict[Hashable, Tensor] = {}
-        outputs: dict[str, dict[str, Tensor]] = dict.fromkeys(self.teachers, {})
+        outputs = {
+            name: {} if name in self.teachers else _no_tokens(cfg, given_patches(cfg, grid[0]), images)
+            for name, cfg in self.configs.items()
+        }
         for readers in self._runs.values():
             first, cfg = readers[0], readers[0].config
             chosen = None if routes is None else union([routes[teacher.name] for teacher in readers])

@@ -116,9 +116,9 @@ class ObjectiveConfig:
 
 
 def ownership(
-    own_groups: Mapping[str, Sequence[str]], groups: Sequence[str], cfg: ObjectiveConfig, device: torch.device
+    own_groups: Mapping[str, Sequence[str]], groups: Sequence[str], cfg: ObjectiveConfig
 ) -> Tensor:
-    """Which dataset groups count for which teacher under `cfg.sharing`, bool [T, G].
+    """Which dataset groups count for which teacher under `cfg.sharing`, bool [T, G] on the host.
 
     Args:
         own_groups: teacher -> the groups of its own datasets.
@@ -137,7 +137,7 @@ def ownership(
                 f"{cfg.sharing!r} are none of the data's groups {list(groups)}"
             )
         rows.append(row)
-    return torch.tensor(rows, device=device)
+    return torch.tensor(rows)
 
 
 def teacher_losses(

@@ -18,7 +18,8 @@ import math
 import torch
 from torch import Tensor
 
-_ROWS = 8192  # converted to float64 at a time: 64 MiB at 1024 channels
+ROWS = 8192
+"""Converted to float64 at a time: 64 MiB at 1024 channels."""
 
 
 class HadamardError(ValueError):
@@ -104,8 +105,8 @@ class SecondMoments:
         """Takes features [..., C] in, any number of rows: those where `valid` [...], bool, is true."""
         count, total, products = self.parts()
         count += x.numel() // self.channels if valid is None else valid.sum()
-        chunks = x.reshape(-1, self.channels).split(_ROWS)
-        masks = [None] * len(chunks) if valid is None else valid.reshape(-1, 1).split(_ROWS)
+        chunks = x.reshape(-1, self.channels).split(ROWS)
+        masks = [None] * len(chunks) if valid is None else valid.reshape(-1, 1).split(ROWS)
         for rows, mask in zip(chunks, masks, strict=True):
             rows = rows.double()
             if self.shift is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dune_fast.distill.normalizers import Standardizer
-from dune_fast.distill.phi_s import SecondMoments, phi_s
+from dune_fast.distill.phi_s import ROWS, SecondMoments, phi_s
 
 AllReduce = Callable[[Tensor], None]
 """Sums a tensor over ranks, in place."""
@@ -110,6 +110,12 @@ class RunningPhiS(nn.Module):
         elif seen != rotated:  # of the same rows it would be the same again
             self._rotate(all_reduce, leads)
             self.rotated.fill_(seen)
+
+    @property
+    def update_bytes(self) -> int:
+        """The most that an update has beside the state: the rows in float64, twice, or the matrices of an `eigh`."""
+        channels = len(self.total)
+        return 8 * channels * max(channels + 2 * ROWS, 5 * channels)
 
     def _add(self, x: Tensor, valid: Tensor | None, all_reduce: AllReduce | None) -> None:
         """Takes the batch into count, sum, scatter and, if it has any row, steps."""

@@ -103,7 +103,7 @@ class DistillationStep:
     statistics: TeacherStatistics
     """Updated in place by every step."""
     own: Tensor
-    """Which dataset group counts for which teacher, bool [T, G], of `objective.ownership`."""
+    """Which dataset group counts for which teacher, bool [T, G] on the host, of `objective.ownership`."""
     objective: ObjectiveConfig
     seed: int = 0
     all_reduce: AllReduce | None = None
@@ -113,11 +113,12 @@ class DistillationStep:
     """Statistics of the loss's terms, updated in place by every step; None where no term has any."""
     sizes: Callable[[int], Mapping[str, int]] | None = None
     """Step -> teacher -> side in pixels of its images; None where no teacher's changes from step to step."""
+    loss_reduce: AllReduce | None = None
+    """In place of `all_reduce` for the loss, where a mean over images is not one over those of all ranks."""
 
-    @functools.cached_property
-    def _own_on_host(self) -> np.ndarray:
-        """Which images a teacher gets is decided on the host: read once, by the first step that has to know."""
-        return self.own.cpu().numpy()
+    def __post_init__(self) -> None:
+        self._own_on_host = self.own.numpy()
+        self._own_on = functools.cache(self.own.to)
 
     def __call__(
         self,
@@ -155,7 +156,7 @@ class DistillationStep:
         subset = PatchSubset(share, self.seed, step) if share < 1 else None
         patches, draws = SharedPatches(), StepDraws(self.seed, step, positions)
         sizes = None if self.sizes is None else self.sizes(step)
-        own = (pictures, sizes) if pictures or sizes else ()  # what teachers see of their own
+        given = (pictures, sizes) if pictures or sizes else ()  # what teachers see of their own
         if features is not None:
             chosen = subset if kept is None else own_patches(kept, subset)
             projections = self.student(images, routes, patches, chosen, draws)
@@ -163,10 +164,10 @@ class DistillationStep:
         elif self.side is None:
             # teacher -> token type -> [B, C] or [B, N, C]
             projections = self.student(images, routes, patches, subset, draws)
-            features = self.teachers(images, routes, patches, *own)
+            features = self.teachers(images, routes, patches, *given)
         else:
             with self.side.fork():  # with patches of their own: the student's belong to the other stream
-                features = self.teachers(images, routes, SharedPatches(), *own)
+                features = self.teachers(images, routes, SharedPatches(), *given)
             projections = self.student(images, routes, patches, subset, draws)
             self.side.join()
         if subset is not None:
@@ -177,9 +178,11 @@ class DistillationStep:
         if self.states is not None:
             self.states.update(features, standardizers, positions, routes, self.all_reduce)
         losses, parts = teacher_losses(
-            projections, features, standardizers, self.objective, routes, self.states, views, self.all_reduce
+            projections, features, standardizers, self.objective, routes, self.states, views,
+            self.loss_reduce or self.all_reduce,
         )  # [T, B]
-        c = coefficients(losses, self.own, groups, positions, step, self.seed, self.objective, routes)  # [T, B]
+        own = self._own_on(losses.device)
+        c = coefficients(losses, own, groups, positions, step, self.seed, self.objective, routes)  # [T, B]
         loss = combine(losses, c)
         seen = [len(images) if routes is None else len(routes[name]) for name in features]
         metrics = self.metrics(loss, losses, c, parts, dict(zip(features, seen, strict=True)))

@@ -131,7 +131,7 @@ def data(cfg: RunConfig, seconds: float = _INDEX_SECONDS) -> Iterator[Finding]:
     groups = cfg.data.groups
     try:
         own = {name: t.groups for name, t in cfg.teachers.items()}
-        ownership(own, groups, cfg.objective, torch.device("cpu"))
+        ownership(own, groups, cfg.objective)
     except ValueError as error:
         yield Finding("data sharing", FAIL, str(error), "correct teachers.*.groups, data.datasets.*.group or `data`")
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dune_fast.dali_pipelines.loader import Batch
+from dune_fast.distill.standardization import AllReduce
 from dune_fast.distill.step import PerImage, StepOutput
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.stages import Turn, turns
@@ -100,6 +101,18 @@ def weighted(output: StepOutput, turn: Turn) -> StepOutput:
 
     metrics = {name: value * factor(name) for name, value in output.metrics.items()}
     return StepOutput(output.loss * turn.weight, metrics, output.images)
+
+
+def within_partition(own: int, count: int, all_reduce: AllReduce) -> AllReduce:
+    """Sums a tensor, in place, over the ranks whose images are of the same of `count` partitions. All ranks call it."""
+
+    def reduce(x: Tensor) -> None:
+        table = x.new_zeros(count, *x.shape)
+        table[own] = x
+        all_reduce(table)
+        x.copy_(table[own])
+
+    return reduce
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,14 @@ from dune_fast.engine.config_sections import (
     StartConfig,
     TrainConfig,
 )
-from dune_fast.engine.config_stages import PartitionConfig, ProgressiveConfig, check_stages, image_sizes
+from dune_fast.engine.config_stages import (
+    PartitionConfig,
+    ProgressiveConfig,
+    check_stages,
+    image_sizes,
+    moves_teachers,
+    teacher_zooms,
+)
 from dune_fast.engine.optimizer import OptimizerConfig
 from dune_fast.engine.overrides import (
     config_names,
@@ -284,7 +291,9 @@ def _check_distillation(cfg: RunConfig) -> None:
     )  # fmt: skip
     sizes |= {"evaluation.figure_size": cfg.evaluation.figure_size} if cfg.evaluation.figures else {}
     check_sizes(sizes, patch, cfg.teachers)
-    check_crops(cfg.data, cfg.teachers, cfg.objective.align, cfg.cache.folder)
+    check_crops(
+        cfg.data, cfg.teachers, cfg.objective.align, cfg.cache.folder, teacher_zooms(cfg), moves_teachers(cfg)
+    )
     shares = {"objective.patch_share": cfg.objective.patch_share}
     shares |= {"cache.patch_share": cfg.cache.patch_share} if cfg.cache.folder else {}
     own = {} if cfg.objective.align else {name: cfg.projector.of(name) for name in cfg.teachers}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dune_fast.dali_pipelines.datasets import DataConfig
 from dune_fast.engine.config_sections import ConfigError
@@ -70,9 +70,16 @@ def check_own_grids(
                 )
 
 
-def check_crops(data: DataConfig, teachers: Mapping[str, TeacherConfig], align: str, cache: str) -> None:
+def check_crops(
+    data: DataConfig, teachers: Mapping[str, TeacherConfig], align: str, cache: str, zooms: Sequence[Sequence[float]],
+    moves: bool,
+) -> None:  # fmt: skip
     """ConfigError if teachers' own crops or sizes do not go with the loss, `objective.align`, or with the folder of a
-    cache."""
+    cache.
+
+    Args:
+        zooms, moves: of `config_stages.teacher_zooms` and `moves_teachers`.
+    """
     for name, teacher in teachers.items():
         if teacher.input_sizes and cache:
             raise ConfigError(
@@ -89,9 +96,9 @@ def check_crops(data: DataConfig, teachers: Mapping[str, TeacherConfig], align: 
             f"data.teacher_views=true with cache.folder={cache!r}: a cache holds features of the student's crops; "
             "leave one of them out"
         )
-    if data.moves_teachers and not align:
+    if moves and not align:
         raise ConfigError(
-            f"data.teacher_views=true with teacher_zoom={list(data.teacher_zoom)} and teacher_shift="
+            f"data.teacher_views=true with teacher_zoom={' and '.join(map(str, zooms))} and teacher_shift="
             f"{data.teacher_shift:g}: teachers see other parts of an image than the student; choose objective.align, "
             "which compares what both see, e.g. objective.align=teacher"
         )

@@ -27,33 +27,39 @@ ESTIMATED = ("phi_s", "fixed", *STORED)
 
 
 @dataclass
-class ProgressiveConfig:
+class SizesConfig:
+    """Images of a stage or of a partition, and who looks at them."""
+
+    image_size: int = 0
+    """Side of its images in pixels, up to the run's `image_size`. In `progressive`, without another of these fields:
+    above that of the entry before and below the run's."""
+    image_sizes: list[int] = field(default_factory=list)
+    """In place of `image_size`: sides that the steps take, one after the other."""
+    weights: list[float] = field(default_factory=list)
+    """With `image_sizes`: each step's side is drawn, with these weights, by `train.seed` and the step; every
+    partition's on its own."""
+    teachers: list[str] = field(default_factory=list)
+    """Those that take part; empty for all. Projectors that no teacher trains get no gradient, and weight decay
+    alone."""
+
+
+@dataclass
+class ProgressiveConfig(SizesConfig):
     """A stage of the run; see `dune_fast.engine.stages`."""
 
     until: float = 0.0
     """Share of the run's steps at which it ends, above that of the entry before. The last entry may end at 1; else a
     stage at the run's `image_size`, with all teachers, follows."""
-    image_size: int = 0
-    """Side of its images in pixels, up to the run's `image_size`. Without another field of this class: above that of
-    the entry before and below the run's."""
-    image_sizes: list[int] = field(default_factory=list)
-    """In place of `image_size`: sides that the steps take, one after the other."""
-    weights: list[float] = field(default_factory=list)
-    """With `image_sizes`: each step's side is drawn, with these weights, by `train.seed` and the step."""
-    teachers: list[str] = field(default_factory=list)
-    """Those that take part; empty for all. The others' projectors get no gradient, and weight decay alone."""
 
 
 @dataclass
-class PartitionConfig:
-    """A part of every step's images, at its size and with its teachers; see `dune_fast.engine.stages`."""
+class PartitionConfig(SizesConfig):
+    """A part of every step's images, at sizes and with teachers of its own; see `dune_fast.engine.stages`."""
 
-    image_size: int = 0
-    """Side of its images in pixels, up to the run's `image_size`."""
     images: int = 0
     """Of every step, over all ranks; the partitions' together are `train.global_batch`."""
-    teachers: list[str] = field(default_factory=list)
-    """Those that look at them; empty for all."""
+    teacher_zoom: list[float] = field(default_factory=list)
+    """In place of `data.teacher_zoom`, for its images."""
     share: float = 0.0
     """What its loss counts in the step's, over all partitions' together, and its share of the ranks; 0 in all: as much
     as the others."""
@@ -80,10 +86,23 @@ class Staged(Protocol):
 def image_sizes(cfg: Staged) -> dict[str, int]:
     """field -> side of the student's training images that it names, in pixels."""
     found = {"image_size": cfg.image_size}
-    for i, entry in enumerate(cfg.progressive):
-        several = {f"progressive[{i}].image_sizes[{j}]": size for j, size in enumerate(entry.image_sizes)}
-        found |= several or {f"progressive[{i}].image_size": entry.image_size}
-    return found | {f"partitions[{i}].image_size": part.image_size for i, part in enumerate(cfg.partitions)}
+    entries: list[tuple[str, SizesConfig]] = [(f"progressive[{i}]", entry) for i, entry in enumerate(cfg.progressive)]
+    for where, entry in [*entries, *((f"partitions[{i}]", part) for i, part in enumerate(cfg.partitions))]:
+        several = {f"{where}.image_sizes[{j}]": size for j, size in enumerate(entry.image_sizes)}
+        found |= several or {f"{where}.image_size": entry.image_size}
+    return found
+
+
+def teacher_zooms(cfg: Staged) -> list[list[float]]:
+    """The ranges of teachers' zoom in a run, of each partition."""
+    common = list(cfg.data.teacher_zoom)
+    return [list(part.teacher_zoom) or common for part in cfg.partitions] or [common]
+
+
+def moves_teachers(cfg: Staged) -> bool:
+    """Whether a teacher may see another part of the image than the student."""
+    zoomed = any(zoom != [1.0, 1.0] for zoom in teacher_zooms(cfg))
+    return cfg.data.teacher_views and (zoomed or cfg.data.teacher_shift > 0)
 
 
 def check_stages(cfg: Staged) -> None:
@@ -106,7 +125,7 @@ def _check_progressive(cfg: Staged) -> None:
                 f"1 ends the run, in a last entry whose largest size is image_size={cfg.image_size}"
             )
         _check_teachers(cfg, f"progressive[{i}].teachers", entry.teachers)
-        _check_sizes(cfg, f"progressive[{i}]", entry.image_size, entry.image_sizes, entry.weights)
+        _check_sizes(cfg, f"progressive[{i}]", entry)
         plain = not entry.image_sizes and not entry.teachers and not last
         if plain and not size < entry.image_size < cfg.image_size:
             raise ConfigError(
@@ -132,7 +151,8 @@ def _check_progressive(cfg: Staged) -> None:
         )
 
 
-def _check_sizes(cfg: Staged, where: str, size: int, several: Sequence[int], weights: Sequence[float]) -> None:
+def _check_sizes(cfg: Staged, where: str, entry: SizesConfig) -> None:
+    size, several, weights = entry.image_size, entry.image_sizes, entry.weights
     if several and size:
         raise ConfigError(f"{where} has image_size={size} and image_sizes={list(several)}; give one of them")
     if weights and (len(weights) != len(several) or min(weights) < 0 or not sum(weights)):
@@ -167,6 +187,14 @@ def _check_teachers(cfg: Staged, where: str, names: Sequence[str]) -> None:
         raise ConfigError(f"{where} leaves teachers out, but a cache ({cfg.cache.folder}) has all; leave one out")
 
 
+def _check_zoom(cfg: Staged, where: str, zoom: Sequence[float]) -> None:
+    if zoom and (len(zoom) != 2 or not 0 < zoom[0] <= zoom[1]):
+        raise ConfigError(f"{where}={list(zoom)}; give [smallest, largest], above 0, or none for data.teacher_zoom")
+    if zoom and not cfg.data.teacher_views:
+        raise ConfigError(f"{where}={list(zoom)} with data.teacher_views=false: teachers see the student's crops; set "
+                          "data.teacher_views=true, or leave it out")  # fmt: skip
+
+
 def _check_partitions(cfg: Staged) -> None:
     """ConfigError unless partitions share out the batch, and go with the rest of the run."""
     if cfg.partition_by not in MODES:
@@ -175,7 +203,8 @@ def _check_partitions(cfg: Staged) -> None:
         return
     for i, part in enumerate(cfg.partitions):
         _check_teachers(cfg, f"partitions[{i}].teachers", part.teachers)
-        _check_sizes(cfg, f"partitions[{i}]", part.image_size, (), ())
+        _check_sizes(cfg, f"partitions[{i}]", part)
+        _check_zoom(cfg, f"partitions[{i}].teacher_zoom", part.teacher_zoom)
         if part.images < 1:
             raise ConfigError(f"partitions[{i}].images={part.images}; give at least 1")
     if (total := sum(part.images for part in cfg.partitions)) != cfg.train.global_batch:

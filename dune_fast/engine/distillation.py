@@ -13,10 +13,10 @@ from dune_fast.cache.teachers import LateTeachers
 from dune_fast.dali_pipelines.loader import Batch, TrainLoader
 from dune_fast.distill.objective import ownership, term_states
 from dune_fast.distill.overlap import SideStream
-from dune_fast.distill.standardization import TeacherStatistics
+from dune_fast.distill.standardization import AllReduce, TeacherStatistics
 from dune_fast.distill.step import DistillationStep, StepOutput
 from dune_fast.engine import checkpoints
-from dune_fast.engine.accumulation import Batches, part_momentum, split, weighted
+from dune_fast.engine.accumulation import Batches, part_momentum, split, weighted, within_partition
 from dune_fast.engine.cache_fingerprint import open_cache
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.conflicts import TeacherConflicts
@@ -29,7 +29,7 @@ from dune_fast.engine.opening import describe, stage_costs
 from dune_fast.engine.run_folder import count_images, refuse_other_images
 from dune_fast.engine.same_ranks import refuse_other_data
 from dune_fast.engine.schedules import ema_momenta
-from dune_fast.engine.stages import by_stage, stage_at, stages, teacher_sizes, turns
+from dune_fast.engine.stages import by_stage, loaded_teachers, stage_at, stages, teacher_sizes, turns
 from dune_fast.engine.start import look_ahead
 from dune_fast.engine.task import Place, Work
 from dune_fast.engine.teacher_crops import TeacherCrops
@@ -77,8 +77,9 @@ class Distillation:
         if run.evaluate is not None:
             run.evaluate.check(self.loader.datasets)
         groups = {name: teacher.groups for name, teacher in cfg.teachers.items()}
-        own = ownership(groups, self.loader.groups, cfg.objective, run.device)
-        build = functools.partial(TeacherEnsemble, cfg.teachers, cfg.student.patch_size, run.dtype, run.device)
+        own = ownership(groups, self.loader.groups, cfg.objective)
+        loaded = loaded_teachers(cfg, self.turns)
+        build = functools.partial(TeacherEnsemble, cfg.teachers, cfg.student.patch_size, run.dtype, run.device, loaded)
         self.teachers = LateTeachers(build) if cfg.cache.folder else build()
         self.warm_start = None
         if resume_step is not None:  # the checkpoint's weights follow: the source of a warm start may be gone
@@ -94,7 +95,7 @@ class Distillation:
         side = SideStream(run.device) if cfg.train.overlap_teachers else None
         self.distill = DistillationStep(
             student, self.teachers, self.statistics, own, cfg.objective, cfg.train.seed, self.all_reduce, side,
-            self.states, teacher_sizes(cfg),
+            self.states, teacher_sizes(cfg), self._loss_reduce(),
         )
         if resume_step is None:
             look_ahead(self, student)
@@ -109,6 +110,13 @@ class Distillation:
             self.conflicts = TeacherConflicts(list(cfg.teachers), cfg.train.log_every, run.device, run.world_size)
         self.names = Names(list(cfg.teachers), self.loader.dataset_names)
         return student
+
+    def _loss_reduce(self) -> AllReduce | None:
+        """Where ranks have partitions of their own, a patch weighs among those of the same partition."""
+        stage = self.turns[0].stage
+        if stage is None or self.all_reduce is None or len(self.turns) > 1:
+            return None
+        return within_partition(stage.partition, len(self.cfg.partitions), self.all_reduce)
 
     def use(self, module: Engine) -> None:
         self.distill.student = module
@@ -150,7 +158,10 @@ class Distillation:
         images = self.cfg.train.drift_images
         if step == 0 and images and not self.cfg.cache.folder:
             first = batch.parts[0] if isinstance(batch, Batches) else batch
-            check_teachers(self.teachers, first.images[:images], self.run_dir)
+            every = [turns(self.cfg, rank, self.world_size) for rank in range(self.rank)]
+            before = {name for own in every for name in loaded_teachers(self.cfg, own)}
+            mine = [name for name in self.teachers.teachers if name not in before]
+            check_teachers(self.teachers, first.images[:images], self.run_dir, mine)
         if (stage := stage_at(self.stages, step)).first == step > 0:
             self.statistics.restart()
             if "statistics" in self.cfg.stage_restarts:
@@ -161,7 +172,7 @@ class Distillation:
 
     def active(self, step: int, part: int) -> tuple[str, ...]:
         """The teachers that look at a batch; empty for all."""
-        return self.turns[part].teachers or stage_at(self.stages, step).teachers
+        return (self.turns[part].stage or stage_at(self.stages, step)).teachers
 
     def split(self, batch: Batch | Batches) -> Sequence[Batch]:
         whole = batch.parts if isinstance(batch, Batches) else [batch]

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dune_fast.dali_pipelines.loader import group_weights
 from dune_fast.distill.objective import ownership
 from dune_fast.engine.config import RunConfig
-from dune_fast.engine.projector_cost import projector_cost
+from dune_fast.engine.projector_cost import KNOWN, projector_cost
 from dune_fast.engine.stages import Stage, at_size, settings, stages
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
 from dune_fast.kernels.nn.depth_anything import DepthAnything
@@ -102,7 +102,7 @@ def projector_flops(
     `share`: of the patches that it is asked for, `objective.patch_share`.
     """
     dim, every, channels, token_types = student.embed_dim, grid**2, teacher.channels, teacher.token_types
-    if cfg.kind not in ("tp", "sp", "lp"):
+    if cfg.kind not in KNOWN:
         return projector_cost(cfg, student, teacher, grid).flops
     patches = PatchSubset(share, 0, 0).count(every)
     if cfg.kind == "tp":
@@ -194,7 +194,7 @@ def share_of_images(cfg: RunConfig, teachers: Sequence[str]) -> float:
         return 1.0 - p**count + p**every * count / every
     if not cfg.objective.route_by_dataset or not groups:
         return 1.0
-    own = ownership({name: cfg.teachers[name].groups for name in teachers}, groups, cfg.objective, torch.device("cpu"))
+    own = ownership({name: cfg.teachers[name].groups for name in teachers}, groups, cfg.objective)
     weights = group_weights(cfg.data, groups)
     return sum(w for w, seen in zip(weights, own.any(0).tolist(), strict=True) if seen) / sum(weights)
 
@@ -252,7 +252,8 @@ def _flops_at_one_size(cfg: RunConfig, trunks: Mapping[str, nn.Module] | None = 
         deepest = max((count for count in counts if count is not None), default=None)
         if deepest is None and trunks is not None:
             given = seen(cfg.teachers[first], grid)
-            deepest = _count_or_none(first, trunks[first], given.side) if given.images else None
+            known = given.images and first in trunks  # a rank may not have loaded it
+            deepest = _count_or_none(first, trunks[first], given.side) if known else None
             deepest = None if deepest is None else deepest // given.images
         if deepest is not None:
             deepest = round(deepest * share_of_images(cfg, [first, *others]))

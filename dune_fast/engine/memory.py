@@ -7,8 +7,9 @@ Three things lie on a device:
 - what the backward pass needs of the images of one part. Each has N tokens of D channels. A value takes s bytes in
   matrix products (2 under bf16 autocast, else 4) and t bytes between blocks (2 with `train.student_stream=bf16`, else
   4). A block with an MLP of ratio r keeps N D (2 t + s (8 + 2 r)): its input and its sum before the second norm; both
-  norms, qkv, attention, its projection, both sides of GELU, the MLP's output. Added are the projectors, the features
-  and their gradients, and the larger of a teacher's forward pass (12 s a value) and the gradients within one block.
+  norms, qkv, attention, its projection, both sides of GELU, the MLP's output. Added are the projectors, and what is
+  largest of: the features and a teacher's forward pass (12 s a value); the features, their gradients and those within
+  one block; the loss, counted by `loss_cost` with all that it enlarges, samples, rotates and keeps.
 
 With `progressive` the images are those of the largest size, with `partitions` those of the fullest rank. What a teacher
 and its projector take is counted for the images that they get (`presample`, `route_by_dataset`: the mean share and
@@ -32,10 +33,13 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from dune_fast.distill.phi_s_running import RunningPhiS
+from dune_fast.distill.standardization import TeacherStatistics
 from dune_fast.engine.config import RunConfig
 from dune_fast.engine.flops import loss_patches, published_network, share_of_images
-from dune_fast.engine.projector_cost import projector_cost
-from dune_fast.engine.stages import at_size, turns
+from dune_fast.engine.loss_cost import Compared, loss_cost
+from dune_fast.engine.projector_cost import KNOWN, ProjectorCost, projector_cost
+from dune_fast.engine.stages import at_size, loaded_teachers, turns
 from dune_fast.kernels.nn.block import swiglu_hidden_dim
 from dune_fast.kernels.nn.routing import PatchSubset
 from dune_fast.kernels.nn.vit import ViTConfig
@@ -88,18 +92,38 @@ def disk_bytes(cfg: RunConfig) -> int:
 
 
 def memory_bytes(cfg: RunConfig, ranks: int, low_precision: bool = True) -> dict[str, int | None]:
-    """Bytes on each of `ranks` devices before the first image, by what they are for; None where that is not known.
+    """Bytes on each of `ranks` devices before the first image, by what they are for; None where that is not known. Of
+    teachers, on the device that has the most.
 
     `low_precision`: whether `precision: auto` means bf16, as on a GPU.
     """
+    every = [teacher_bytes(loaded, low_precision) for loaded, _ in _ranks(cfg, ranks)]
+    teachers = None if None in every else max(count or 0 for count in every)
+    statistics = statistics_bytes(cfg)[0]
+    known = {"teachers' statistics": statistics} if statistics > 2**24 else {}  # means and deviations are little
+    return {**trained_bytes(cfg, sum(trained_parameters(cfg)), ranks), **known, "teachers": teachers}
+
+
+def teacher_bytes(cfg: RunConfig, low_precision: bool) -> int | None:
+    """Bytes of all teachers that a configuration has, where they are loaded; None if one is not known."""
     auto = "bf16" if low_precision else "fp32"
-    teachers: int | None = 0
+    total: int | None = 0
     none = cfg.cache.folder and not cfg.evaluation.every
     for name, count in ({} if none else teacher_parameters(cfg)).items():
         precision = cfg.teachers[name].precision
         size = _TEACHER_BYTES[auto if precision == "auto" else precision]
-        teachers = None if teachers is None or count is None else teachers + count * size
-    return {**trained_bytes(cfg, sum(trained_parameters(cfg)), ranks), "teachers": teachers}
+        total = None if total is None or count is None else total + count * size
+    return total
+
+
+def statistics_bytes(cfg: RunConfig) -> tuple[int, int]:
+    """Bytes of the teachers' statistics, and the most that an update of them has beside: matrices [C, C] in float64 of
+    PHI-S (estimated beforehand, they are there before the optimizer is, which takes more)."""
+    with torch.device("meta"):
+        statistics = TeacherStatistics.of(cfg.teacher_features, cfg.standardization)
+    kept = sum(x.numel() * x.element_size() for x in statistics.buffers())
+    running = statistics.of_convention(RunningPhiS.convention)
+    return kept, max((n.update_bytes for _, _, n in running), default=0)
 
 
 def trained_bytes(cfg: RunConfig, count: int, ranks: int) -> dict[str, int]:
@@ -129,13 +153,17 @@ def _encoder(cfg: ViTConfig, tokens: int, size: int, stream: int, recompute: boo
     return _block(tokens, cfg.embed_dim, size, stream, cfg.mlp_ratio, cfg.mlp) * cfg.depth
 
 
+def _cost(cfg: RunConfig, name: str, grid: int, size: int) -> ProjectorCost:
+    return projector_cost(cfg.projector.of(name), cfg.student, cfg.teacher_features[name], grid, size)
+
+
 def _projector(cfg: RunConfig, name: str, every: int, patches: int, size: int, stream: int) -> int:
     """Kept of one image of so many patches in one teacher's projector, its output on some of them included."""
     p, dim, tokens = cfg.projector.of(name), cfg.student.embed_dim, patches + 1
     teacher = cfg.teacher_features[name]
     channels, token_types = teacher.channels, teacher.token_types
-    if p.kind not in ("tp", "sp", "lp"):
-        return projector_cost(p, cfg.student, teacher, math.isqrt(every), size).kept
+    if p.kind not in KNOWN:
+        return _cost(cfg, name, math.isqrt(every), size).kept
     if p.kind == "tp":
         blocks = (p.num_blocks - 1) * _block(every + 1, dim, size, stream, p.mlp_ratio)
         blocks += _block(every + 1, dim, size, stream, p.mlp_ratio, kept=tokens) if p.num_blocks else 0
@@ -181,13 +209,35 @@ def kept_bytes(cfg: RunConfig, low_precision: bool = True, images: int | None = 
     return total
 
 
+def _loss(cfg: RunConfig, low_precision: bool) -> tuple[int, int]:
+    """Bytes that the loss takes at its peak, see `loss_cost`: whatever the part, and for every image of it."""
+    grid = cfg.image_size // cfg.student.patch_size
+    size, some, compared = _sizes(cfg, low_precision)[0], loss_patches(cfg, grid**2), []
+    dtype = torch.bfloat16 if size == 2 else torch.float32
+    for name, teacher in cfg.teachers.items():
+        if "patch" in teacher.token_types:
+            projector, given = cfg.projector.of(name), given_patches(teacher, grid)
+            given = given if teacher.grid == "own" else some
+            finer = projector.patch_head.upsample**2 if projector.kind == "heads" else 1
+            own = given if projector.kind == "theia" else finer * some
+            view = (teacher.input_size or cfg.image_size) if cfg.data.teacher_views else 0
+            kind = dtype if projector.kind in KNOWN else _cost(cfg, name, grid, size).dtype
+            compared.append(Compared(name, teacher.num_features, own, given, kind, view))
+    return loss_cost(cfg.objective, cfg.standardization, compared, dtype) if compared else (0, 0)
+
+
 def image_bytes(cfg: RunConfig, low_precision: bool = True, images: int | None = None) -> int:
     """Bytes at the peak of a step for every image of a part: see the head of this file. `images`: see `kept_bytes`."""
+    return max(phases(cfg, low_precision, images).values())
+
+
+def phases(cfg: RunConfig, low_precision: bool = True, images: int | None = None) -> dict[str, int]:
+    """The same at the peak of each phase of a step: while the teachers run, the loss, the student's backward pass."""
     size, stream = _sizes(cfg, low_precision)
     grid = cfg.image_size // cfg.student.patch_size
     patches, dim = grid**2, cfg.student.embed_dim
     some, tokens = loss_patches(cfg, patches), patches + 1 + cfg.student.num_registers
-    total, features, gradients, forward = float(kept_bytes(cfg, low_precision, images)), 0.0, 0.0, 0.0
+    kept, pictures, features, gradients, forward = kept_bytes(cfg, low_precision, images), 0.0, 0.0, 0.0, 0.0
     for group in teachers_by_trunk(cfg.teachers):
         read = cfg.teachers[group[0]]
         for name in group:
@@ -203,11 +253,13 @@ def image_bytes(cfg: RunConfig, low_precision: bool = True, images: int | None =
         tokens_in = (given.side // read.patch_size) ** 2
         forward = max(forward, share * tokens_in * 12 * size * max(cfg.teachers[name].num_features for name in group))
         if given.side != cfg.image_size:
-            total += share * len(group) * 12 * given.side**2
+            pictures += share * 12 * given.side**2
     backward = gradients + size * tokens * int(2 * cfg.student.mlp_ratio * dim)
     if cfg.train.activation_checkpointing:  # one block is whole again
         backward = max(backward, _block(tokens, dim, size, stream, cfg.student.mlp_ratio, cfg.student.mlp))
-    return round(total + features + max(forward, backward))
+    loss = _loss(cfg, low_precision)[1] * max(_peak_share(cfg, [name], images) for name in cfg.teachers)
+    each = {"teachers": features + pictures + forward, "loss": loss, "backward": features + backward}
+    return {name: kept + round(size) for name, size in each.items()}
 
 
 def cached_bytes(cfg: RunConfig) -> int:
@@ -257,32 +309,32 @@ def fit(cfg: RunConfig, ranks: int, available: int, low_precision: bool = True, 
         low_precision: whether `auto` precisions mean bf16, as on a GPU.
         parts: look at this number of parts alone.
     """
-    held = memory_bytes(cfg, ranks, low_precision)
-    unknown: tuple[str, ...] = ()
-    if held["teachers"] is None:
-        unknown = tuple(name for name, count in teacher_parameters(cfg).items() if count is None)
-    fixed = sum(count or 0 for count in held.values())
-    every = _batches(cfg, ranks)
-    shared = math.gcd(*(images for batches in every for _, images in batches))
+    assert cfg.partitions or cfg.train.global_batch % ranks == 0
+    unknown = tuple(name for name, count in teacher_parameters(cfg).items() if count is None)
+    unknown = () if cfg.cache.folder and not cfg.evaluation.every else unknown
+    trained = sum(trained_bytes(cfg, sum(trained_parameters(cfg)), ranks).values()) + statistics_bytes(cfg)[0]
+    every = [(teacher_bytes(loaded, low_precision) or 0, batches) for loaded, batches in _ranks(cfg, ranks)]
+    shared = math.gcd(*(images for _, batches in every for _, images in batches))
     for count in [n for n in range(1, shared + 1) if shared % n == 0] if parts is None else [parts]:
-        needed = fixed + max(_of_batches(batches, count, low_precision) for batches in every)
-        images = max(sum(n for _, n in batches) for batches in every)
+        needed = trained + max(frozen + _of_batches(batches, count, low_precision) for frozen, batches in every)
+        images = max(sum(n for _, n in batches) for _, batches in every)
         found = Fit(images, count, needed, available, unknown)
         if found.fits:
             break
     return found
 
 
-def _batches(cfg: RunConfig, ranks: int) -> list[list[tuple[RunConfig, int]]]:
-    """The batches of a step, (configuration, images), of every rank that has others than the ranks before."""
+def _ranks(cfg: RunConfig, ranks: int) -> list[tuple[RunConfig, list[tuple[RunConfig, int]]]]:
+    """Of every rank that differs from the ranks before: the configuration with the teachers that it loads, and those of
+    the batches of a step, with their images."""
     if not cfg.partitions:
-        assert cfg.train.global_batch % ranks == 0
-        return [[(cfg, cfg.train.global_batch // ranks)]]
+        return [(cfg, [(cfg, cfg.train.global_batch // ranks)])]
     found = {}
     for rank in range(ranks):
         own = turns(cfg, rank, ranks)
-        key = tuple((turn.part.side, turn.teachers, turn.part.slots.stop - turn.part.slots.start) for turn in own)
-        found[key] = [(at_size(cfg, side, names), images) for side, names, images in key]
+        key = tuple((turn.stage, turn.part.slots.stop - turn.part.slots.start) for turn in own)
+        batches = [(at_size(cfg, stage.image_size, stage.teachers), images) for stage, images in key]
+        found[key] = at_size(cfg, cfg.image_size, loaded_teachers(cfg, own)), batches
     return list(found.values())
 
 
@@ -294,7 +346,8 @@ def _of_batches(batches: list[tuple[RunConfig, int]], count: int, low_precision:
         sides = [cfg.image_size, *(cfg.teachers[name].input_size or cfg.image_size for name in crops)]
         total += images * 12 * sum(side**2 for side in sides) * (cfg.data.prefetch + _BATCHES_IN_FLIGHT)
         total += images * cached_bytes(cfg) * (2 if count > 1 else 1)
-        peak = max(peak, images // count * image_bytes(cfg, low_precision, images // count))
+        fixed = max(_loss(cfg, low_precision)[0], statistics_bytes(cfg)[1])
+        peak = max(peak, fixed + images // count * image_bytes(cfg, low_precision, images // count))
     return total + peak
 
 

@@ -19,7 +19,7 @@ from dune_fast.engine.memory import SPARE
 from dune_fast.engine.metrics import MetricsLog, Workload
 from dune_fast.engine.optimizer import TRUNK
 from dune_fast.engine.provenance import RunRecord
-from dune_fast.engine.stages import Stage, shares
+from dune_fast.engine.stages import Stage, partitions, shares
 from dune_fast.engine.task import Place, Task
 from dune_fast.engine.trackers import open_trackers
 
@@ -89,10 +89,10 @@ def describe(run: Place, task: OpenedDistillation) -> None:
     for stage in [s for s in task.stages if s is not task.stages[-1] or s.sizes or s.teachers]:
         logger.info("progressive: steps %d to %d at %s", stage.first + 1, stage.end, stage)
     portions = shares(cfg) if cfg.partitions else []
-    for part, share in zip(cfg.partitions, portions, strict=True):
+    for part, stage, share in zip(cfg.partitions, partitions(cfg), portions, strict=True):
         logger.info(
-            "partition by %s: %d images of a step at %d px, teachers %s, counts %.3g", cfg.partition_by, part.images,
-            part.image_size, ", ".join(part.teachers or cfg.teachers), share,
+            "partition by %s: %d images of a step at %s, teachers %s, counts %.3g", cfg.partition_by, part.images,
+            stage.px, ", ".join(stage.teachers or cfg.teachers), share,
         )  # fmt: skip
     one, several = ("GPU", "GPUs") if run.device.type == "cuda" else ("process", "processes")
     where = f"each of {run.world_size} {several}" if run.world_size > 1 else f"1 {one}"

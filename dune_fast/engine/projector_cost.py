@@ -11,10 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dune_fast.engine.fake_memory import by_value
 from dune_fast.kernels.library import traced
 from dune_fast.kernels.nn.vit import ViTConfig
 from dune_fast.projectors.base import StudentShape, TeacherFeatures, blocks_read, build_projector, shared_layers
 from dune_fast.projectors.config import ProjectorConfig
+
+KNOWN = ("tp", "sp", "lp")
+"""Kinds for which there are formulas."""
 
 
 class ProjectorCost(NamedTuple):
@@ -24,8 +28,11 @@ class ProjectorCost(NamedTuple):
     """Of the forward pass."""
     kept: int
     """Bytes that the forward pass keeps for the backward pass, its output included."""
+    dtype: torch.dtype
+    """Of its output."""
 
 
+@by_value
 def projector_cost(
     cfg: ProjectorConfig, student: ViTConfig, teacher: TeacherFeatures, grid: int, size: int = 4
 ) -> ProjectorCost:
@@ -57,7 +64,8 @@ def projector_cost(
             run(1)
         with torch.autocast("cpu", torch.bfloat16, enabled=size == 2):
             kept = _kept(lambda: run(2)) - _kept(lambda: run(1))  # weights, and their copies in bf16, are in both
-    return ProjectorCost(counter.get_total_flops(), kept)
+            dtype = max((x.dtype for x in run(1).values()), key=lambda dtype: dtype.itemsize)
+    return ProjectorCost(counter.get_total_flops(), kept, dtype)
 
 
 def _kept(run: Callable[[], dict[str, Tensor]]) -> int:

@@ -6,14 +6,16 @@ student's position table keeps its size throughout and is interpolated for small
 other size. So weights, Adam's moments and checkpoints have the same shapes in every stage, and nothing is converted at
 a border: a run resumes at one as at any other step.
 
-Partitions: a step's images are several blocks of slots, each at its size and with its teachers. `partition_by: ranks`
-gives each to a group of ranks, `steps` has every rank work on one after the other. A step averages the partitions'
-losses by their shares either way. The order of images does not depend on it.
+Partitions: a step's images are several blocks of slots, each at a size and with teachers of its own, which go by a
+stage that lasts the whole run. `partition_by: ranks` gives each to a group of ranks, `steps` has every rank work on one
+after the other. A step averages the partitions' losses by their shares either way. The order of images does not depend
+on it, and sizes are drawn by seed and step alone, so that all ranks know them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,6 +24,7 @@ import numpy as np
 from dune_fast.dali_pipelines.order import rank_slots
 from dune_fast.dali_pipelines.plan import Part
 from dune_fast.engine.config import ConfigError, RunConfig
+from dune_fast.engine.config_stages import SizesConfig
 from dune_fast.kernels import philox
 from dune_fast.teachers.config import teachers_by_trunk
 
@@ -37,7 +40,7 @@ class Setting(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """Steps at one size, or at several that take turns."""
+    """Steps, or a partition of them, at one size or at several."""
 
     first: int
     """Its first step, from 0."""
@@ -51,6 +54,10 @@ class Stage(NamedTuple):
     """With which each is drawn; empty where they take turns."""
     teachers: tuple[str, ...] = ()
     """That take part; empty for all."""
+    partition: int = 0
+    """Which of the step's partitions it is."""
+    zoom: tuple[float, ...] = ()
+    """Range of its teachers' zoom; empty for `data.teacher_zoom`."""
 
     def size(self, step: int, seed: int) -> int:
         """Of one of its steps."""
@@ -58,15 +65,27 @@ class Stage(NamedTuple):
             return self.image_size
         if not self.weights:
             return self.sizes[(step - self.first) % len(self.sizes)]
-        return drawn_size(self.sizes, self.weights, seed, step)
+        return drawn_size(self.sizes, self.weights, seed, step, -self.partition)
+
+    @property
+    def settings(self) -> list[tuple[int, float]]:
+        """Its sizes, each with its share of the steps."""
+        sizes = self.sizes or (self.image_size,)
+        weights = self.weights or (1.0,) * len(sizes)
+        return [(size, weight / sum(weights)) for size, weight in zip(sizes, weights, strict=True)]
+
+    @property
+    def px(self) -> str:
+        """Its sizes in words."""
+        return f"{' / '.join(map(str, self.sizes or (self.image_size,)))} px"
 
     def __str__(self) -> str:
-        sizes = f"{' / '.join(map(str, self.sizes or (self.image_size,)))} px"
-        return f"{sizes}, teachers {', '.join(self.teachers)}" if self.teachers else sizes
+        return f"{self.px}, teachers {', '.join(self.teachers)}" if self.teachers else self.px
 
 
 def drawn_size(sizes: Sequence[int], weights: Sequence[float], seed: int, step: int, of: int = 0) -> int:
-    """One of some sizes, by their weights. `of`: 0 for the student, from 1 for teachers, which draw independently."""
+    """One of some sizes, by their weights. `of`, who draw independently: 0 for the student, from 1 for teachers, below
+    0 for a step's partitions after its first."""
     u = float(philox.uniform4(seed, philox.SIZES, step, of)[0])
     ends = np.cumsum(weights) / sum(weights)
     return sizes[min(int(np.searchsorted(ends, u, side="right")), len(sizes) - 1)]
@@ -93,11 +112,23 @@ def stages(cfg: RunConfig) -> list[Stage]:
     found, first = [], 0
     for entry in cfg.progressive:
         end = round(entry.until * cfg.steps)
-        every = tuple(entry.image_sizes)
-        largest = max(every, default=entry.image_size)
-        found.append(Stage(first, end, largest, every, tuple(entry.weights), tuple(entry.teachers)))
+        found.append(_stage(entry, first, end))
         first = end
     return found if first == cfg.steps else [*found, Stage(first, cfg.steps, cfg.image_size)]
+
+
+def partitions(cfg: RunConfig) -> list[Stage]:
+    """What the images of each partition are, throughout; none in a run without `partitions`."""
+    return [
+        _stage(part, 0, cfg.steps)._replace(partition=i, zoom=tuple(part.teacher_zoom))
+        for i, part in enumerate(cfg.partitions)
+    ]
+
+
+def _stage(entry: SizesConfig, first: int, end: int) -> Stage:
+    every = tuple(entry.image_sizes)
+    largest = max(every, default=entry.image_size)
+    return Stage(first, end, largest, every, tuple(entry.weights), tuple(entry.teachers))
 
 
 def stage_at(found: Sequence[Stage], step: int) -> Stage:
@@ -107,19 +138,17 @@ def stage_at(found: Sequence[Stage], step: int) -> Stage:
 
 def settings(cfg: RunConfig, stage: Stage) -> list[Setting]:
     """What the images of a stage are, with their shares."""
-    if cfg.partitions:
-        return [
-            Setting(part.image_size, tuple(part.teachers or cfg.teachers), part.images / cfg.train.global_batch)
-            for part in cfg.partitions
-        ]
-    sizes, names = stage.sizes or (stage.image_size,), stage.teachers or tuple(cfg.teachers)
-    weights = stage.weights or (1.0,) * len(sizes)
-    return [Setting(size, names, weight / sum(weights)) for size, weight in zip(sizes, weights, strict=True)]
+    parts = [(p, c.images / cfg.train.global_batch) for p, c in zip(partitions(cfg), cfg.partitions, strict=True)]
+    return [
+        Setting(size, part.teachers or tuple(cfg.teachers), images * share)
+        for part, images in parts or [(stage, 1.0)]
+        for size, share in part.settings
+    ]
 
 
-def at_size(cfg: RunConfig, image_size: int, teachers: Sequence[str] | None = None) -> RunConfig:
-    """The configuration of a run that is at this size, with these teachers, throughout, to count with."""
-    kept = cfg.teachers if teachers is None else {name: cfg.teachers[name] for name in teachers}
+def at_size(cfg: RunConfig, image_size: int, teachers: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a run that is at this size, with these teachers or all, throughout, to count with."""
+    kept = {name: cfg.teachers[name] for name in teachers or cfg.teachers}
     return dataclasses.replace(cfg, image_size=image_size, progressive=[], partitions=[], teachers=kept)
 
 
@@ -128,12 +157,12 @@ class Turn(NamedTuple):
 
     part: Part
     """Which images, at which size."""
-    teachers: tuple[str, ...]
-    """That look at them; empty for the stage's."""
     weight: float
     """Of its loss, so that the mean over a rank's batches, and over ranks, is that over partitions by share."""
     average: dict[str, float]
     """teacher -> what its metrics are multiplied by, so that the same mean is over the partitions that it looks at."""
+    stage: Stage | None = None
+    """The partition; None where the run's stages say what the images are."""
 
 
 def shares(cfg: RunConfig) -> list[float]:
@@ -155,7 +184,7 @@ def turns(cfg: RunConfig, rank: int, world_size: int) -> list[Turn]:
         ConfigError: ranks cannot share the partitions, or a partition's images.
     """
     if not cfg.partitions:
-        return [Turn(Part(rank_slots(cfg.train.global_batch, rank, world_size)), (), 1.0, {})]
+        return [Turn(Part(rank_slots(cfg.train.global_batch, rank, world_size)), 1.0, {})]
     portions, by_ranks = shares(cfg), cfg.partition_by == "ranks"
     groups = [round(portion * world_size) for portion in portions] if by_ranks else [world_size] * len(portions)
     wrong = [g < 1 or abs(g - p * world_size) > 1e-6 * world_size for g, p in zip(groups, portions, strict=True)]
@@ -168,7 +197,8 @@ def turns(cfg: RunConfig, rank: int, world_size: int) -> list[Turn]:
     seen = {name: sum(p for p, c in zip(portions, cfg.partitions, strict=True) if name in (c.teachers or cfg.teachers))
             for name in cfg.teachers}  # fmt: skip
     found, slot, first = [], 0, 0
-    for i, (part, ranks, portion) in enumerate(zip(cfg.partitions, groups, portions, strict=True)):
+    every = zip(cfg.partitions, partitions(cfg), groups, portions, strict=True)
+    for i, (part, stage, ranks, portion) in enumerate(every):
         if part.images % (ranks * max(1, cfg.train.accumulation)):
             parts = f" in {cfg.train.accumulation} parts" if cfg.train.accumulation > 1 else ""
             raise ConfigError(
@@ -179,13 +209,20 @@ def turns(cfg: RunConfig, rank: int, world_size: int) -> list[Turn]:
         if 0 <= own < ranks:
             share = rank_slots(part.images, own, ranks)
             weight = 1.0 if by_ranks else portion * len(cfg.partitions)
-            names = tuple(part.teachers or cfg.teachers)
-            average = {name: weight / seen[name] for name in names}
+            average = {name: weight / seen[name] for name in part.teachers or cfg.teachers}
             slots = slice(slot + share.start, slot + share.stop)
-            found.append(Turn(Part(slots, part.image_size), names, weight, average))
+            sizes = functools.partial(stage.size, seed=cfg.train.seed)
+            found.append(Turn(Part(slots, sizes, stage.zoom), weight, average, stage))
         slot += part.images
         first += ranks if by_ranks else 0
     return found
+
+
+def loaded_teachers(cfg: RunConfig, own: Sequence[Turn]) -> list[str]:
+    """The teachers that a rank of these turns loads: those of its partitions; all where evaluations may ask for all."""
+    if cfg.evaluation.every or any(turn.stage is None or not turn.stage.teachers for turn in own):
+        return list(cfg.teachers)
+    return [name for name in cfg.teachers if any(turn.stage and name in turn.stage.teachers for turn in own)]
 
 
 def by_stage(cfg: RunConfig, what: str, schedule: Callable[[int], np.ndarray]) -> np.ndarray:

@@ -95,8 +95,9 @@ def estimate_statistics(run: Opened) -> None:
 
     def features(batch: Batch) -> Features:
         """Of the images that each teacher is trained on."""
+        active = stage.teachers if (stage := run.turns[batch.part].stage) else ()
         routes = run.distill.routes(
-            batch.images, batch.step, batch.group_on_host, batch.positions_on_host, run.turns[batch.part].teachers
+            batch.images, batch.step, batch.group_on_host, batch.positions_on_host, active
         )  # fmt: skip
         if batch.features is None:
             return run.teachers(batch.images, routes, None, run.crops.pictures(batch))
@@ -205,7 +206,7 @@ def _batches(
     run: Opened, images: Tensor, groups: Tensor
 ) -> Iterator[tuple[Tensor, dict[str, dict[str, Tensor]], dict[str, Tensor]]]:
     """What `fit_projectors` takes, chunk by chunk."""
-    own = run.distill.own
+    own = run.distill.own.to(run.device)
     for part, of in zip(images.split(_CHUNK), groups.split(_CHUNK), strict=True):
         chunk, group = part.to(run.device), of.to(run.device)
         counts = {name: own[i, group].nonzero().flatten() for i, name in enumerate(run.cfg.teachers)}

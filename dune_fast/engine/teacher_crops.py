@@ -8,6 +8,7 @@ from dune_fast.dali_pipelines.loader import Batch
 from dune_fast.dali_pipelines.teacher_views import OwnCrop
 from dune_fast.distill.alignment import View
 from dune_fast.engine.config import RunConfig
+from dune_fast.engine.config_stages import moves_teachers
 from dune_fast.teachers.config import teachers_by_input
 
 
@@ -17,7 +18,7 @@ class TeacherCrops:
     def __init__(self, cfg: RunConfig) -> None:
         groups = teachers_by_input(cfg.teachers) if cfg.data.teacher_views else []
         self._members = {names[0]: names for names in groups}
-        self._moved = cfg.data.moves_teachers
+        self._moved = moves_teachers(cfg)
         self.crops = [OwnCrop(name, cfg.teachers[name].input_size) for name in self._members]
         """What the loader decodes."""
 

@@ -91,7 +91,7 @@ def calibrate(cfg: RunConfig, steps: int, gpus: int = 1) -> Calibration:
     size = lies.images // lies.parts
     teachers = _random_teachers(cfg)
     groups = list(cfg.data.groups) or ["generic"]
-    own = ownership({name: t.groups for name, t in teachers.items()}, groups, cfg.objective, device)
+    own = ownership({name: t.groups for name, t in teachers.items()}, groups, cfg.objective)
     student = build_student(cfg.student, cfg.projector, cfg.teacher_features, cfg.train.seed)
     student.compute_in(dtype, cfg.train.student_stream)
     student.encoder.activation_checkpointing = cfg.train.activation_checkpointing

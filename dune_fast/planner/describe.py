@@ -11,7 +11,7 @@ from dune_fast.engine.config import RunConfig
 from dune_fast.engine.flops import run_flops, stage_flops
 from dune_fast.engine.memory import SPARE, disk_bytes, fit, memory_bytes, teacher_parameters, trained_parameters
 from dune_fast.engine.metrics import duration
-from dune_fast.engine.stages import shares, turns
+from dune_fast.engine.stages import partitions, shares
 from dune_fast.planner.budget import mildest
 
 _GPU_GIB = (16, 24, 40, 80)
@@ -49,8 +49,8 @@ def describe(cfg: RunConfig, experiment: str, gpus: Sequence[int], tflops: float
         lines.append(f"  (means over the run, which is progressive: {stages})")
     if cfg.partitions:
         each = "; ".join(
-            f"{part.images:,} images at {part.image_size} px for {', '.join(part.teachers or cfg.teachers)}, counting "
-            f"{share:.3g}" for part, share in zip(cfg.partitions, shares(cfg), strict=True)
+            f"{part.images:,} images at {stage.px} for {', '.join(stage.teachers or cfg.teachers)}, counting "
+            f"{share:.3g}" for part, stage, share in zip(cfg.partitions, partitions(cfg), shares(cfg), strict=True)
         )  # fmt: skip
         lines.append(f"  (means over a step's partitions, by {cfg.partition_by}: {each})")
     if flops.training is None:
@@ -92,16 +92,15 @@ def remedy(cfg: RunConfig, experiment: str, count: int, available: int) -> str:
 
 def _memory(cfg: RunConfig, experiment: str, count: int) -> list[str]:
     """What lies on each of `count` GPUs, and in how many parts a step's images go there."""
-    memory, batch, parts = memory_bytes(cfg, count), cfg.train.global_batch, cfg.train.accumulation
-    shown = ", ".join(f"{name} {_gib(value)}" for name, value in memory.items())
+    batch, parts = cfg.train.global_batch, cfg.train.accumulation
     unit = "1 GPU" if count == 1 else f"each of {count} GPUs"
+    try:
+        memory = memory_bytes(cfg, count)
+    except ValueError as error:  # of partitions
+        return [f"  {unit}: {error}"]
+    shown = ", ".join(f"{name} {_gib(value)}" for name, value in memory.items())
     lines = [f"  memory of {unit} (ZeRO {cfg.deepspeed.zero_stage}), before the first image: {shown}"]
-    if cfg.partitions:
-        try:
-            turns(cfg, 0, count)
-        except ValueError as error:
-            return [*lines, f"  {error}"]
-    elif batch % (count * max(parts, 1)):
+    if not cfg.partitions and batch % (count * max(parts, 1)):
         accumulated = f" x train.accumulation={parts}" if parts > 1 else ""
         return [*lines, f"  {batch} images cannot be shared by {count} GPUs{accumulated}"]
     how = f"train.accumulation={parts}" if parts else f"train.accumulation=0: worked out, {SPARE:.0%} spare"

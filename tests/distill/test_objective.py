@@ -31,7 +31,7 @@ def test_coefficients_follow_the_rules(sharing, p):
     torch.manual_seed(0)
     losses, groups, positions = torch.rand(3, 32), torch.randint(3, (32,)), torch.arange(1000, 1032)
     cfg = ObjectiveConfig(sharing=sharing, drop_probability=p)
-    own = ownership(OWN, GROUPS, cfg, torch.device("cpu"))
+    own = ownership(OWN, GROUPS, cfg)
     c = coefficients(losses, own, groups, positions, 7, 3, cfg)
     uniforms = drop_uniforms(3, 7, positions, 3)
     assert torch.equal(c, loop_coefficients(losses, groups, sharing, p, uniforms))
@@ -86,7 +86,7 @@ def test_am_radio_weights_leave_smooth_l1_off_the_cls_token():
 def test_a_teacher_that_would_never_get_an_image_is_named():
     cfg = ObjectiveConfig(sharing="none")
     with pytest.raises(ValueError, match="'hmr' never gets an image"):
-        ownership(OWN, ["3d", "generic"], cfg, torch.device("cpu"))
+        ownership(OWN, ["3d", "generic"], cfg)
 
 
 @pytest.mark.parametrize("changes", [{"sharing": "some"}, {"drop_probability": 1.5}])

@@ -62,7 +62,7 @@ def build(device: torch.device, side: SideStream | None) -> DistillationStep:
     cfg = ViTConfig(image_size=28, embed_dim=48, depth=1, num_heads=3)
     student = build_student(cfg, ProjectorConfig(), widths).to(device)
     teachers = TeacherEnsemble(TEACHERS, 14, device=device)
-    own = torch.ones(2, 1, dtype=torch.bool, device=device)
+    own = torch.ones(2, 1, dtype=torch.bool)
     statistics = TeacherStatistics(widths).to(device)
     return DistillationStep(student, teachers, statistics, own, ObjectiveConfig(drop_probability=0.0), side=side)
 

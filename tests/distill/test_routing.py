@@ -49,7 +49,7 @@ class Distillation:
             normalizer.mean.normal_(generator=draw)
             normalizer.std.uniform_(0.5, 2.0, generator=draw)
         cfg = ObjectiveConfig(sharing=sharing, route_by_dataset=route, **objective)
-        own = ownership({n: t.groups for n, t in TEACHERS.items()}, GROUPS, cfg, torch.device("cpu"))
+        own = ownership({n: t.groups for n, t in TEACHERS.items()}, GROUPS, cfg)
         self.step = DistillationStep(self.student, self.teachers, self.statistics, own, cfg)
 
     def __call__(self, images: torch.Tensor, group: np.ndarray = GROUP, momentum: float = 0.0):

@@ -92,7 +92,7 @@ def test_no_operation_of_a_step_lacks_a_deterministic_form():
     student.compute_in(torch.bfloat16)
     teachers = TeacherEnsemble(cfg.teachers, 14, torch.bfloat16)
     groups = {name: teacher.groups for name, teacher in cfg.teachers.items()}
-    own = ownership(groups, ["generic", "3d"], cfg.objective, torch.device("cpu"))
+    own = ownership(groups, ["generic", "3d"], cfg.objective)
     with faked(student, teachers) as calls, Names():
         distill = DistillationStep(*calls, TeacherStatistics(cfg.teacher_features), own, cfg.objective)
         index = torch.zeros(4, dtype=torch.long)

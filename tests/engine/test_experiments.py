@@ -114,7 +114,7 @@ def test_data_sharing_and_dropping(name, sharing, owns):
     cfg = experiment(name)
     assert (cfg.objective.sharing, cfg.objective.drop_probability) == (sharing, 0.5)
     groups = {teacher: t.groups for teacher, t in cfg.teachers.items()}
-    own = ownership(groups, ["generic", "3d", "human"], cfg.objective, torch.device("cpu"))
+    own = ownership(groups, ["generic", "3d", "human"], cfg.objective)
     assert own.int().tolist() == owns
     for weights in (cfg.objective.cls, cfg.objective.patch):
         assert (weights.cosine, weights.smooth_l1) == (0.5, 0.5)

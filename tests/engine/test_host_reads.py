@@ -62,7 +62,7 @@ def build(sharing: str, zero_stage: int, optimizer: str = "adamw", **economies) 
     engine = Engine(student, OptimizerConfig(optimizer), 4, zero_stage)
     engine.state.start_average()
     cfg = ObjectiveConfig(sharing=sharing, **economies)
-    own = ownership({n: t.groups for n, t in TEACHERS.items()}, ["3d", "generic"], cfg, torch.device("cpu"))
+    own = ownership({n: t.groups for n, t in TEACHERS.items()}, ["3d", "generic"], cfg)
     statistics = TeacherStatistics(widths)
     step = DistillationStep(engine, TeacherEnsemble(TEACHERS, 14), statistics, own, cfg, all_reduce=lambda x: None)
     return step, engine
@@ -88,6 +88,9 @@ def test_a_step_reads_nothing_from_the_device(sharing, others, zero_stage, monke
         engine.state.average(0.9, engine.skipped)
         return torch.maximum(metrics["loss"], norms.max())
 
+    with HostReads(monkeypatch) as reads:
+        step.routes(images, 0, *on_host[::2])
+    assert reads.found == [], "which images a teacher gets is known on the host from the first step on"
     for i in range(2):  # what happens once is not a step's; under stage 3 DeepSpeed learns the order of modules
         train(i)
     with HostReads(monkeypatch) as reads:

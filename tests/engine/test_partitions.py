@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,10 +13,11 @@ from safetensors.torch import load_file
 from dune_fast.engine.accumulation import micro_batch_size
 from dune_fast.engine.config import ConfigError, compose_config
 from dune_fast.engine.flops import run_flops, teacher_flops
-from dune_fast.engine.memory import fit, image_bytes
+from dune_fast.engine.memory import fit, image_bytes, memory_bytes
 from dune_fast.engine.metrics import read_metrics
-from dune_fast.engine.stages import at_size, turns
+from dune_fast.engine.stages import at_size, loaded_teachers, partitions, settings, stages, turns
 from dune_fast.planner.describe import describe
+from dune_fast.teachers.ensemble import TeacherEnsemble
 from tests.engine.conftest import build, run_ranks, same_weights, small_run, timeless, train
 
 PARTITIONS = [
@@ -25,32 +28,45 @@ PARTITIONS = [
 
 CROPS = [
     "+teachers@teachers.three=conv_patchify", "teachers.three.weights=random:3", "teachers.three.num_features=24",
-    "teachers.three.token_types=[cls]", "teachers.one.input_size=84", "teachers.one.grid=own",
+    "teachers.one.input_size=84", "teachers.one.grid=own", "train.seed=1",
     "data.teacher_views=true", "data.teacher_zoom=[0.9,1.2]", "data.teacher_shift=0.6", "objective.align=smaller",
-    "partitions=[{image_size:28,images:6,teachers:[one,three]},{image_size:56,images:2,teachers:[two,three]}]",
+    "partitions=[{image_sizes:[28,42],weights:[1,1],images:6,teachers:[one,three]},"
+    "{image_sizes:[56,42],weights:[1,1],images:2,teachers:[two,three],teacher_zoom:[1.5,1.6]}]",
 ]  # fmt: skip
-"""Three teachers with crops of their own, one of them in both partitions."""
+"""Three teachers with crops of their own, one of them in both partitions, which draw their sizes."""
 
 
 def test_two_ranks_with_a_partition_each_train_as_one_process_with_both(overrides, tmp_path):
-    """Weights, and losses of every teacher; ZeRO 2, own crops and grids. Seconds: two processes have to start."""
+    """Weights, losses and drift of every teacher; ZeRO 2, own crops and grids, teachers that one of the ranks has not
+    loaded. Seconds: two processes have to start."""
     common = [*overrides, *PARTITIONS, *CROPS, "train.steps=3"]
+    common += [f"teachers.{name}.precision=bf16" for name in ("one", "two", "three")]
     alone = train(common, "partition_by=steps", f"output_dir={tmp_path / 'alone'}").run_dir
     two = tmp_path / "two"
     run_ranks(2, "dune_fast/train.py", *common, "deepspeed=zero2", f"output_dir={two}")
     ours, theirs = load_file(two / "student.safetensors"), load_file(alone / "student.safetensors")
     for name, x in theirs.items():
-        torch.testing.assert_close(ours[name], x, rtol=2e-4, atol=2e-5, msg=name)
+        if name.endswith("qkv.bias"):  # that of keys changes nothing: its gradient is rounding, which AdamW enlarges
+            ours[name], x = (y.unflatten(0, (3, -1))[[0, 2]] for y in (ours[name], x))
+        torch.testing.assert_close(ours[name], x, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+    drifts = [json.loads((run / "drift.json").read_text()) for run in (alone, two)]
+    of = [[(entry["teacher"], entry["token"]) for entry in drift] for drift in drifts]
+    assert of[1][-1] == ("two", "patch") and sorted(of[0]) == sorted(of[1]) and len(of[1]) == 5
+    drawn = [[part.size(step, 1) for part in partitions(compose_config(common))] for step in range(3)]
+    assert len({sizes[0] for sizes in drawn}) == len({sizes[1] for sizes in drawn}) == 2, drawn
     for both, one in zip(*(read_metrics(run / "metrics.jsonl") for run in (two, alone)), strict=True):
-        for key in ("loss", "loss/one", "loss/two", "loss/two/patch/total", "loss/three", "gradient_norm/max"):
+        for key in ("loss", "loss/one", "loss/two", "loss/three/patch/total", "loss/three", "gradient_norm/max"):
             assert both[key] == pytest.approx(one[key], rel=1e-4) and both[key] > 0, key
 
 
 def test_a_crop_that_nobody_looks_at_is_not_decoded(overrides):
     trainer = build([*overrides, *PARTITIONS, *CROPS, "partition_by=steps", "data.prefetch=1"])
     batch = next(trainer.task.batches(0, lambda _: True))
+    assert [part.images.shape[-1] for part in batch.parts] == [p.size(0, 1) for p in partitions(trainer.cfg)]
     views = [{name: "images" in view for name, view in part.teacher_views.items()} for part in batch.parts]
     assert views == [{"one": True, "two": False, "three": True}, {"one": False, "two": True, "three": True}]
+    zooms = [1 / part.teacher_views["three"]["transform"][:, 0, 0].abs() for part in batch.parts]
+    assert zooms[0].max() < 1.35 and zooms[1].min() > 1.4, "each partition has its own zoom, about"
     assert torch.isfinite(trainer.train_step(batch)["loss"])
     trainer.task.loader.close()
 
@@ -87,7 +103,7 @@ def test_a_step_is_the_mean_of_its_partitions_by_share(overrides):
 
 
 def test_a_run_of_partitions_goes_on_where_it_stopped(photos, tmp_path):
-    more = [*PARTITIONS, "partition_by=steps", "standardization.convention=phi_s_running"]
+    more = [*PARTITIONS, *CROPS, "partition_by=steps", "standardization.convention=phi_s_running"]
     more.append("standardization.phi_s_period=1")
     whole = train(small_run(photos, tmp_path / "whole"), *more).run_dir
     part = shutil.copytree(whole, tmp_path / "part")
@@ -106,6 +122,56 @@ def test_slots_and_weights(overrides):
     one_by_one = turns(compose_config([*overrides, *PARTITIONS, "partition_by=steps"]), 1, 2)
     assert [turn.part.slots for turn in one_by_one] == [slice(3, 6), slice(7, 8)]
     assert [turn.weight for turn in one_by_one] == [1.0, 1.0] and micro_batch_size(cfg, 2) == 2
+
+
+def test_partitions_draw_their_sizes_each_on_its_own(overrides):
+    cfg = compose_config([*overrides, *PARTITIONS, *CROPS])
+    first, second = partitions(cfg)
+    sizes = np.array([[part.size(step, 1) for part in (first, second)] for step in range(400)])
+    small = sizes == [28, 56]
+    assert abs(small.mean(0) - 0.5).max() < 0.08 and abs((small[:, 0] == small[:, 1]).mean() - 0.5) < 0.08
+    assert [(s.image_size, s.images) for s in settings(cfg, stages(cfg)[0])] == [
+        (28, 0.375), (42, 0.375), (56, 0.125), (42, 0.125),
+    ]  # fmt: skip
+    mean = [run_flops(at_size(cfg, s.image_size, s.teachers)).student * s.images for s in settings(cfg, stages(cfg)[0])]
+    assert run_flops(cfg).student == pytest.approx(sum(mean), abs=2)
+    assert "6 images at 28 / 42 px for one, three" in "\n".join(describe(cfg, "demo", [2], 10.0))
+    in_turn = compose_config([*overrides, *PARTITIONS, "partitions=[{image_sizes:[28,56],images:8}]"])
+    assert [partitions(in_turn)[0].size(step, 1) for step in range(3)] == [28, 56, 28]
+
+
+def test_a_rank_loads_the_teachers_of_its_partition_alone(overrides):
+    cfg = compose_config([*overrides, *PARTITIONS, *CROPS])
+    loaded = [loaded_teachers(cfg, turns(cfg, rank, 2)) for rank in (0, 1)]
+    assert loaded == [["one", "three"], ["two", "three"]]
+    by_steps, evaluated = (compose_config([*overrides, *PARTITIONS, *CROPS, o]) for o in (
+        "partition_by=steps", "evaluation.every=2"))  # fmt: skip
+    assert all(loaded_teachers(c, turns(c, 0, 2)) == list(c.teachers) for c in (by_steps, evaluated))
+    whole, first = TeacherEnsemble(cfg.teachers, 14), TeacherEnsemble(cfg.teachers, 14, loaded=loaded[0])
+    assert list(first.teachers) == loaded[0] and len(first.trunks) == 2
+    images = torch.randn(2, 3, 28, 28)
+    theirs, ours = whole(images), first(images)
+    assert list(ours) == list(theirs) and torch.equal(ours["one"]["patch"], theirs["one"]["patch"])
+    assert ours["two"]["patch"].shape == (0, *theirs["two"]["patch"].shape[1:]) and "cls" not in ours["two"]
+
+
+def test_memory_has_the_teachers_of_the_fullest_rank():
+    one, *others = compose_config(["experiment=dune_336"]).teachers
+    parts = f"{{image_size:336,images:64,teachers:[{one}]}},{{image_size:336,images:64,teachers:[{','.join(others)}]}}"
+    more = [f"partitions=[{parts}]", "train.global_batch=128", "objective.drop_probability=0"]
+    ranks, steps = (
+        memory_bytes(compose_config(["experiment=dune_336", *more, f"partition_by={mode}"]), 2)["teachers"]
+        for mode in ("ranks", "steps")
+    )
+    assert ranks == pytest.approx(2 * steps / 3, rel=1e-3) and steps > 1.8e9
+
+
+@pytest.mark.parametrize("name", ["radio_v25_high", "c_radio_v4_high"])
+@pytest.mark.parametrize("ranks", [2, 8, 64])
+def test_the_ranks_of_a_recipe_share_its_partitions(name, ranks):
+    """Regression: three quarters of the ranks could not share 1,024 images, whatever their number."""
+    cfg = compose_config([f"experiment={name}", "data=folder", "data.datasets.images.root=x"])
+    assert micro_batch_size(cfg, ranks) == 256 // ranks
 
 
 def test_operations_and_memory_count_partitions(overrides):
@@ -135,6 +201,13 @@ def test_a_plan_says_what_partitions_are_and_who_cannot_share_them(overrides):
         (["train.global_batch=16"], "partitions have 8 images together, but train.global_batch=16"),
         (["partition_by=images"], "partition_by='images'; choose one of ranks, steps"),
         (["partitions=[{image_size:84,images:8}]"], r"partitions\[0\] has images of 84 px; give sizes up to"),
+        (["partitions=[{image_sizes:[28,30],images:8}]"], r"partitions\[0\].image_sizes\[1\]=30 is not a multiple"),
+        (["partitions=[{image_size:56,image_sizes:[28],images:8}]"], r"partitions\[0\] has image_size=56 and image_si"),
+        (["partitions=[{image_sizes:[28],weights:[1,2],images:8}]"], r"partitions\[0\].weights=.1.0, 2.0.; give one"),
+        (["partitions=[{image_size:56,images:8,teacher_zoom:[1,2]}]"], "with data.teacher_views=false: teachers see"),
+        (["partitions=[{image_size:56,images:8,teacher_zoom:[2,1]}]"], r"teacher_zoom=\[2.0, 1.0\]; give .smallest,"),
+        (["partitions=[{image_size:56,images:8,teacher_zoom:[1,2]}]", "data.teacher_views=true"],
+         r"teacher_zoom=\[1.0, 2.0\] and teacher_shift=0: teachers see other parts"),
         (["partitions=[{image_size:56,images:8,teachers:[three]}]"], r"partitions\[0\].teachers has 'three'"),
         (["partitions=[{image_size:56,images:8,teachers:[one]}]"], "teacher 'two' is in no partition"),
         (["objective.drop_probability=0.5"], "leaves teachers out, and objective.drop_probability=0.5 drops some"),

@@ -50,10 +50,13 @@ def small_recipe(name: str, photos, folder) -> RunConfig:
     patch = cfg.student.patch_size
     layered = cfg.projector.kind == "sak"
     by = 1 if cfg.projector.kind == "theia" else 6  # its translators know 14 rows
-    sizes = [replace(p, image_size=smaller(p.image_size, patch, by) or 0, image_sizes=sorted(
-        {smaller(size, patch, by) for size in p.image_sizes})) for p in cfg.progressive]  # fmt: skip
-    sizes = [replace(p, weights=[1.0] * len(p.image_sizes)) if p.weights else p for p in sizes]
-    parts = [replace(p, image_size=smaller(p.image_size, patch, by), images=2) for p in cfg.partitions]
+
+    def small_sizes(entries):
+        found = [replace(p, image_size=smaller(p.image_size, patch, by) or 0, image_sizes=sorted(
+            {smaller(size, patch, by) for size in p.image_sizes})) for p in entries]  # fmt: skip
+        return [replace(p, weights=[1.0] * len(p.image_sizes)) if p.weights else p for p in found]
+
+    sizes, parts = small_sizes(cfg.progressive), [replace(p, images=2) for p in small_sizes(cfg.partitions)]
     side = smaller(cfg.image_size, patch, by)
     radio = replace(cfg.student.radio, cpe_max_size=2 * side if cfg.student.radio.cpe_max_size else 0,
                     num_global=1, window_sizes=[2] if cfg.student.radio.window_sizes else [])  # fmt: skip
