@@ -157,7 +157,7 @@ def test_heads_of_another_encoder_are_refused(files, encoder_file, tmp_path, cap
     arguments = command(files, "depth", encoder_file, tmp_path)
     arguments[arguments.index("--head") + 1] = str(files / "narrow.safetensors")
     assert cli.main(arguments) == 2
-    assert "reads 24 channels of 14 px patches and a class token" in capsys.readouterr().err
+    assert "reads 24 channels of 14 px patches and 24 of a class token" in capsys.readouterr().err
     four = tmp_path / "four.safetensors"
     save_head(SegmentationHead(48, 2, layers=4), four)
     arguments = command(files, "seg", encoder_file, tmp_path)

@@ -100,10 +100,11 @@ def check_model(head: LinearHead, model: FrozenModel) -> None:
     """HeadError if a network's tokens are not those that a head was trained on."""
     found, wanted = (model.channels, model.patch_size), (head.width, head.patch_size)
     if found != wanted or head.cls_width not in (0, model.cls_channels):
+        own = f" and {head.cls_width} of a class token" if head.cls_width else ""
         raise HeadError(
-            f"the {head.kind} head reads {wanted[0]} channels of {wanted[1]} px patches"
-            f"{f' and {head.cls_width} of a class token' if head.cls_width else ''}; {model.name} gives {found[0]} of "
-            f"{found[1]} px and {model.cls_channels or 'no'} of a class token: choose the encoder that the head was trained on"
+            f"the {head.kind} head reads {wanted[0]} channels of {wanted[1]} px patches{own}; {model.name} gives "
+            f"{found[0]} of {found[1]} px and {model.cls_channels or 'no'} of a class token: choose the encoder that "
+            "the head was trained on"
         )
 
 
