@@ -19,6 +19,7 @@ _USED_BY = {
     **dict.fromkeys(("size", "batch", "seed", "projector"), _TASKS),
     **dict.fromkeys(("layout", "iterations", "lr", "layers", "depth_scale", "cached", "threads"), _DENSE),
     "classes": _DENSE[:1], "max_depth": _DENSE[1:],
+    **dict.fromkeys(("data", "out", "device", "precision"), (*_TASKS, *_MEASURED)),
 }  # fmt: skip
 """Option -> the tasks that it is for."""
 _FORMATS = ("npy", "safetensors", "parquet")
@@ -79,10 +80,11 @@ def evaluate(args: argparse.Namespace) -> int:
     for name, tasks in _USED_BY.items():
         if args.task not in tasks and getattr(args, name) != defaults.get(name):
             raise ValueError(f"--{name.replace('_', '-')} is for the tasks {', '.join(tasks)}: leave it out")
+    if args.task and args.no_figures:
+        raise ValueError("--no-figures is for the evaluation of a run: leave it out with --task")
     if args.task in _MEASURED:
         from dune_fast.evaluate_predictions import run_measured
 
-        _refuse_options_of_encoders(args)
         run_measured(
             args.task, args.run, args.data, args.predictions, args.head, args.out, args.device, args.precision,
             {name: getattr(args, name) for name in _MORE},
@@ -95,8 +97,6 @@ def evaluate(args: argparse.Namespace) -> int:
     if not args.task:
         from dune_fast.evaluate.run import evaluate_run
 
-        if args.data:
-            raise ValueError(f"--data is for tasks: give --task, one of {', '.join((*_TASKS, *_MEASURED))}")
         evaluate_run(local_path(args.run, "the run"), figures=not args.no_figures)
         return 0
     from dune_fast.engine.run_log import setup_logging
@@ -110,16 +110,6 @@ def evaluate(args: argparse.Namespace) -> int:
             setup_logging(args.debug, ranks.rank)  # the others say what is wrong, nothing else
         run_task(args.run, options, args.out, ranks, load_teacher_config)
     return 0
-
-
-def _refuse_options_of_encoders(args: argparse.Namespace) -> None:
-    """ValueError for an option of the tasks that train or read an encoder alone: it would change nothing."""
-    from dune_fast.evaluate.task import TaskOptions
-
-    fields = {name: field.default for name, field in TaskOptions.__dataclass_fields__.items()}
-    defaults = {**fields, "no_figures": False, "task": args.task, "data": args.data, "precision": args.precision}
-    if given := [name for name, default in defaults.items() if getattr(args, name) != default]:
-        raise ValueError(f"--{given[0].replace('_', '-')} is not for --task {args.task}: leave it out")
 
 
 def features(args: argparse.Namespace) -> int:

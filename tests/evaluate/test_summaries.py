@@ -62,5 +62,5 @@ def test_a_depth_head_reads_all_summaries(vit, squares, tmp_path):
     one = RADIOViT(RADIOConfig(image_size=56, embed_dim=WIDTH, depth=4, num_heads=2)).eval()
     with pytest.raises(HeadError, match="and 48 of a class token; one gives 24 of 14 px and 24 of a class token"):
         check_model(again, frozen_encoder("one", one))
-    with pytest.raises(HeadError, match="reads 48 channels of cls; the encoder gives 24"):
+    with pytest.raises(HeadError, match="reads a cls token of 48 channels, which the encoder has not .24"):
         again(encode(one, x))

@@ -131,8 +131,8 @@ def test_the_command_makes_measures_and_keeps(scenes, encoder, tmp_path, capsys)
     for more, words in (
         (["--head", str(tmp_path / "encoder.safetensors")], "holds an encoder and no head"),
         (["--pose-method", "guess"], "pose method 'guess' is unknown"),
-        (["--size", "336"], "--size is not for --task mapfree: leave it out"),
-        (["--no-figures"], "--no-figures is not for --task mapfree"),
+        (["--size", "336"], "--size is for the tasks knn, linear, segmentation, depth: leave it out"),
+        (["--no-figures"], "--no-figures is for the evaluation of a run: leave it out with --task"),
         (["--out", str(tmp_path)], "is a folder, and the result is a file: give a name in it"),
         (["--out", str(out / "x.json")], "cannot be a folder"),
     ):

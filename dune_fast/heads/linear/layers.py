@@ -74,7 +74,10 @@ class LinearHead(Head):
         """Tokens of images of one size -> what `from_layers` gives."""
         found = 0 if tokens.cls is None else tokens.cls.shape[-1]
         if self.cls_width not in (0, found):
-            raise HeadError(f"the {self.kind} head reads {self.cls_width} channels of cls; the encoder gives {found}")
+            raise HeadError(
+                f"the {self.kind} head reads a cls token of {self.cls_width} channels, which the encoder has not "
+                f"({found or 'it has none'})"
+            )
         parts = list(tokens.blocks.values()) if self.layers > 1 else [tokens.last]
         if len(parts) != self.layers:
             raise HeadError(f"the {self.kind} head reads {self.layers} blocks: give encode(..., blocks=head.blocks)")
