@@ -23,6 +23,8 @@ from dune_fast.teachers.ensemble import TeacherEnsemble
 from tests.engine.conftest import overrides, photos, small_run, trained_run
 
 __all__ = ["overrides", "photos", "trained_run"]  # fixtures
+SUMMARIES = ["student.family=radio", "student.cls_per_teacher=true", "teachers.two.token_types=[cls,patch]"]
+"""A student whose cls features are two tokens wide."""
 
 
 @pytest.fixture(scope="session")
@@ -79,8 +81,9 @@ def test_a_run_that_is_evaluated_trains_as_one_that_is_not(overrides, trained_ru
     assert evaluations[-1]["held_out_cosine/one/cls"] == pytest.approx(cosine, rel=1e-5)
 
 
-def test_knn_of_a_dataset_whose_folders_are_classes(overrides, classes, tmp_path, caplog):
-    arguments = [*overrides, f"data.datasets.images.root={classes}", "train.steps=2", "data.max_broken_spared=4"]
+@pytest.mark.parametrize("student", [[], SUMMARIES], ids=["one cls", "two summaries"])
+def test_knn_of_a_dataset_whose_folders_are_classes(overrides, classes, tmp_path, caplog, student):
+    arguments = [*overrides, *student, f"data.datasets.images.root={classes}", "train.steps=2", "data.max_broken_spared=4"]
     arguments += ["data.datasets.images.holdout=0", "evaluation.every=2", "evaluation.knn_dataset=images"]
     trainer, evaluate = started([*arguments, "evaluation.knn_k=3"])
     with evaluate:

@@ -106,5 +106,5 @@ def test_what_does_not_fit_is_said(encoder):
     with pytest.raises(ValueError, match="image height 27 is not a multiple of the patch size 14"):
         model(IMAGES[:, :, :27])
     bare = VisionTransformer(ViTConfig(28, embed_dim=24, depth=1, num_heads=3, cls_token=False, num_registers=0))
-    with pytest.raises(HeadError, match="linear_depth head reads a cls token of 24 channels, which the encoder has not .it has none"):
+    with pytest.raises(HeadError, match="reads a cls token of 24 channels, which the encoder has not .it has none"):
         dune_fast.EncoderWithHeads(bare, {"depth": DepthHead(24)})(IMAGES)
