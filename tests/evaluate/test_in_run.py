@@ -84,7 +84,8 @@ def test_a_run_that_is_evaluated_trains_as_one_that_is_not(overrides, trained_ru
 @pytest.mark.parametrize("student", [[], SUMMARIES], ids=["one cls", "two summaries"])
 def test_knn_of_a_dataset_whose_folders_are_classes(overrides, classes, tmp_path, caplog, student):
     arguments = [*overrides, *student, f"data.datasets.images.root={classes}", "train.steps=2"]
-    arguments += ["data.max_broken_spared=4", "data.datasets.images.holdout=0", "evaluation.every=2", "evaluation.knn_dataset=images"]
+    arguments += ["data.max_broken_spared=4", "data.datasets.images.holdout=0"]
+    arguments += ["evaluation.every=2", "evaluation.knn_dataset=images"]
     trainer, evaluate = started([*arguments, "evaluation.knn_k=3"])
     with evaluate:
         trainer.run()
