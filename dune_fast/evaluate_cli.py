@@ -76,10 +76,11 @@ def evaluate(args: argparse.Namespace) -> int:
     from dune_fast.evaluate.task import TaskOptions
 
     fields = TaskOptions.__dataclass_fields__
-    defaults = {name: field.default for name, field in fields.items()}  # None for the other options
+    defaults = {name: field.default for name, field in fields.items()} | {"data": ""}  # None for the other options
+    cure = "leave it out" if args.task else "leave it out, or give --task"
     for name, tasks in _USED_BY.items():
         if args.task not in tasks and getattr(args, name) != defaults.get(name):
-            raise ValueError(f"--{name.replace('_', '-')} is for the tasks {', '.join(tasks)}: leave it out")
+            raise ValueError(f"--{name.replace('_', '-')} is for the tasks {', '.join(tasks)}: {cure}")
     if args.task and args.no_figures:
         raise ValueError("--no-figures is for the evaluation of a run: leave it out with --task")
     if args.task in _MEASURED:
