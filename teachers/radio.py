@@ -175,10 +175,10 @@ def _as_kernel(weight: Tensor) -> Tensor:
 def summary_tokens(args: Mapping[str, Any], path: Path) -> tuple[int, tuple[int, ...]]:
     """(summary tokens, indices of those that are the summary) by the arguments of a container.
 
-    Teachers of one name share a token. The summary is that of the teachers with `use_summary`, each at its place in the
-    list, whatever `token_slot` says, as the release's loader has it; only a place beyond the tokens, which names that
-    repeat bring about, gives way to `token_slot` or the place among the names. TeacherWeightsError if the arguments
-    name no teachers, or none has a summary.
+    Teachers of one name share a token. The summary is of the teachers with `use_summary`. The token of each has its
+    place in the list, whatever `token_slot` says. Where names repeat, a place may lie beyond the tokens: then
+    `token_slot` counts, or else the place among the names. TeacherWeightsError if the arguments name no teachers, or
+    none has a summary.
     """
     teachers = args.get("teachers")
     named = isinstance(teachers, list) and teachers

@@ -117,7 +117,7 @@ class DistillationStep:
     """In place of `all_reduce` for the loss, where a mean over images is not one over those of all ranks."""
 
     def __post_init__(self) -> None:
-        self._own_on_host = np.array(self.own.tolist())
+        self._own_on_host = np.array(self.own.tolist())  # where the table is: no device is read
         self._own_on = functools.cache(self.own.to)
 
     def __call__(

@@ -110,6 +110,7 @@ def predict_people(
     if alone := set(people_in(root, "the truth").values()) - {file for _, file in files}:
         raise DataError(f"{min(alone)} has no image beside it: put it there, or take the file away")
     for old in sorted(predictions.rglob("*.npz")):
+        _check_target(old)
         old.unlink()
     with Ranks().progress("finding people", len(files)) as progress:
         for image, file in files:
